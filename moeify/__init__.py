@@ -1,0 +1,60 @@
+"""moeify: turn a dense Hugging Face transformer into a mixture-of-experts checkpoint that stock software loads.
+
+    import moeify
+
+    result = moeify.split("path/to/model", "path/to/out", moeify.SplitOptions(experts=8))
+    assert moeify.verify("path/to/out", "path/to/model").passed
+    model = moeify.load("path/to/out")
+
+Names are imported when first used, so that `import moeify` and `moeify --help` cost nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from moeify.version import __version__
+
+if TYPE_CHECKING:
+    from moeify.errors import CheckError, InputError, MoeifyError, UsageError
+    from moeify.evaluate import EvalResult, evaluate, load
+    from moeify.options import SplitOptions
+    from moeify.plan import SplitPlan, load_plan
+    from moeify.split import SplitResult, split
+    from moeify.verify import VerifyReport, verify
+
+__all__ = [
+    "CheckError",
+    "EvalResult",
+    "InputError",
+    "MoeifyError",
+    "SplitOptions",
+    "SplitPlan",
+    "SplitResult",
+    "UsageError",
+    "VerifyReport",
+    "__version__",
+    "evaluate",
+    "load",
+    "load_plan",
+    "split",
+    "verify",
+]
+
+_HOMES = {
+    "errors": ("CheckError", "InputError", "MoeifyError", "UsageError"),
+    "evaluate": ("EvalResult", "evaluate", "load"),
+    "options": ("SplitOptions",),
+    "plan": ("SplitPlan", "load_plan"),
+    "split": ("SplitResult", "split"),
+    "verify": ("VerifyReport", "verify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(importlib.import_module(f"moeify.{home}"), name)
+            # `split`, `verify` and `evaluate` are also the names of their modules, which importing has just bound.
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'moeify' has no attribute {name!r}")

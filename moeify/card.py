@@ -1,0 +1,94 @@
+"""The model card of a converted checkpoint: what it is, how it was made, how to load it, how to make it again."""
+
+from pathlib import Path
+
+from moeify.plan import SplitPlan
+
+CARD = """---
+base_model: {source}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [{tags}]
+---
+
+# {name}
+
+{source} ({family}) with every feed-forward layer cut into {experts} equal slices by moeify {version}: {cut}.
+Nothing was trained. {parameters:,} parameters, {active:,} of them used for a token.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # {architecture}, no custom code
+```
+
+## How it was made
+
+| what | value |
+|---|---|
+{rows}
+
+`split_plan.safetensors` holds every neuron's expert and the routers, `moeify.json` the resolved options and versions.
+
+```bash
+moeify split {source} {flags} -o OUT
+moeify verify OUT --dense {source}
+```
+
+## Limits
+
+Its output differs from the dense model's: measure it on your own text (`moeify eval`) before you rely on it. The
+licence and the limits of {source} apply.
+"""
+
+
+def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int]) -> str:
+    """README.md for the folder. Holds no date and no machine, so that the same split gives the same folder."""
+    layout, options, calibration = plan.layout, plan.options, plan.calibration
+    if layout.is_static:
+        cut = f"the {layout.num_active} that contribute most are kept, the others are gone (static pruning)"
+    else:
+        cut = (
+            f"{layout.num_shared} are always on, {layout.num_routed_active} of the other {layout.num_routed} "
+            "are chosen for each token"
+        )
+    rows = {
+        "dense model": f"{plan.source} (`{plan.family}`)",
+        "written as": f"`{architecture}`",
+        "partition": options["partition"] if options["plan"] is None else f"from {options['plan']}",
+        "router": "none" if layout.is_static else options["router"],
+        "down_proj refit": "yes, in closed form" if options["refit"] else "no",
+        "calibration text": ", ".join(options["calibration"]) if calibration else "none",
+        "calibration tokens": f"{calibration['num_tokens']:,} in blocks of {calibration['context']}"
+        if calibration
+        else "none",
+        "sha256 of the token ids": f"`{calibration['sha256']}`" if calibration else "none",
+        "seed": options["seed"],
+    }
+    return CARD.format(
+        source=plan.source,
+        family=plan.family,
+        tags="moeify, pruned" if layout.is_static else "moeify, mixture-of-experts",
+        name=f"{Path(plan.source).name} {'pruned' if layout.is_static else 'as a mixture of experts'}",
+        experts=layout.num_experts,
+        version=plan.version,
+        cut=cut,
+        parameters=parameters[0],
+        active=parameters[1],
+        architecture=architecture,
+        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        flags=_flags(plan),
+    )
+
+
+def _flags(plan: SplitPlan) -> str:
+    options = plan.options
+    flags = [f"--experts {options['experts']}"]
+    flags += ["--static"] if options["static"] else [f"--shared {options['shared']}", f"--target {plan.target}"]
+    flags += [f"--active {options['active']}", f"--partition {options['partition']}", f"--router {options['router']}"]
+    flags += [f"--calibration {source}" for source in options["calibration"]]
+    flags += [f"--tokens {options['tokens']}", f"--context {options['context']}", f"--seed {options['seed']}"]
+    flags += [] if options["refit"] else ["--no-refit"]
+    flags += [] if options["dtype"] == "auto" else [f"--dtype {options['dtype']}"]
+    flags += [] if options["plan"] is None else [f"--plan {options['plan']}"]
+    return " ".join(flags)

@@ -1,0 +1,295 @@
+"""The command line: parse, call, render. No logic, and nothing heavy is imported before a command runs."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from moeify.errors import CheckError, MoeifyError
+from moeify.options import DType, SplitOptions
+from moeify.version import __version__
+
+app = typer.Typer(
+    name="moeify",
+    help="Turn a dense Hugging Face transformer into a mixture-of-experts checkpoint that stock software loads.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+DEFAULTS = SplitOptions()
+KINDS = "families targets partitions routers recipes"
+
+Model = Annotated[str, typer.Argument(help="Folder, .gguf file, hub id or `builtin`.", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print no tables and no progress.")]
+Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own warnings.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Out = Annotated[Optional[Path], typer.Option("--out", "-o", help="Where to write.", show_default=False)]  # noqa: UP045
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result once the new one is complete.")]
+Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, cuda:1.")]
+Seed = Annotated[int, typer.Option(help="Of sampling, clustering and projections.")]
+Dtype = Annotated[DType, typer.Option(help="Of the weights; auto keeps the checkpoint's.")]
+Context = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(help="Tokens in a block of text; 512, or as many as the model takes.", show_default=False),
+]
+
+
+def main() -> None:
+    """Entry point: runs the command and turns every outcome into an exit code."""
+    sys.exit(run_command(sys.argv[1:]))
+
+
+def run_command(arguments: list[str]) -> int:
+    """Run one command line and return its exit code: 0, 1 bug, 2 usage, 3 input, 4 check failed, 130 interrupted."""
+    from moeify.render import Renderer, traceback_of
+
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except MoeifyError as error:
+        if "--debug" in arguments:
+            traceback_of(error)
+        if not isinstance(error, CheckError) or "--json" not in arguments:
+            Renderer().error(error)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except typer.Exit as error:
+        return int(error.exit_code)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            # The option parser's own errors print themselves with the usage line.
+            error.show()
+            return 2
+        if "--debug" in arguments:
+            traceback_of(error)
+        Renderer().error(RuntimeError(f"{type(error).__name__}: {error} (a bug in moeify; --debug shows where)"))
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+@contextmanager
+def _renderer(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Any]:
+    from moeify.render import Renderer
+
+    yield Renderer(as_json=as_json, quiet=quiet, verbose=verbose)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"moeify {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Turn a dense Hugging Face transformer into a mixture-of-experts checkpoint that stock software loads."""
+
+
+@app.command("inspect")
+def inspect_command(
+    model: Model,
+    experts: Annotated[int, typer.Option(help="Experts the estimates are made for.")] = DEFAULTS.experts,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Say what a model is, how it can be split, which targets hold it, and what that takes."""
+    with _renderer(json, quiet, verbose) as renderer:
+        from moeify.inspect import inspect
+        from moeify.render import inspect_tables
+
+        found = inspect(model, experts=experts)
+        step = f"moeify split {model} --experts {found.experts}"
+        renderer.result("inspect", found, *inspect_tables(found), next_step=step)
+
+
+@app.command("split")
+def split_command(
+    model: Model,
+    experts: Annotated[int, typer.Option(help="Equal slices of each FFN.")] = DEFAULTS.experts,
+    shared: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Slices that are always on; about half of the active ones.", show_default=False),
+    ] = None,
+    active: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Slices that run for a token, shared ones included; 3/4 of all.", show_default=False),
+    ] = None,
+    static: Annotated[bool, typer.Option("--static", help="Prune instead: a smaller dense model.")] = False,
+    partition: Annotated[str, typer.Option(help="How neurons are grouped: moeify ls partitions.")] = DEFAULTS.partition,
+    router: Annotated[str, typer.Option(help="How experts are chosen: moeify ls routers.")] = DEFAULTS.router,
+    refit: Annotated[bool, typer.Option(help="Fit down_proj in closed form.")] = DEFAULTS.refit,
+    target: Annotated[str, typer.Option(help="MoE architecture to write: moeify ls targets.")] = DEFAULTS.target,
+    calibration: Annotated[
+        list[str],
+        typer.Option(
+            help="Text, jsonl or parquet file, folder, hub data set, builtin, or self (text the model samples); "
+            "repeat it for a mixture."
+        ),
+    ] = list(DEFAULTS.calibration),  # noqa: B006
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = DEFAULTS.tokens,
+    context: Context = None,
+    seed: Seed = DEFAULTS.seed,
+    dtype: Dtype = DEFAULTS.dtype,
+    device: Device = DEFAULTS.device,
+    plan: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Use the partition and routers of a saved plan again.", show_default=False),
+    ] = None,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan and estimates, write nothing.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Cut every FFN into experts and write a native mixture-of-experts checkpoint."""
+    options = SplitOptions(
+        experts=experts,
+        shared=shared,
+        active=active,
+        static=static,
+        partition=partition,
+        router=router,
+        refit=refit,
+        target=target,
+        calibration=tuple(calibration),
+        tokens=tokens,
+        context=context,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        plan=plan,
+    )
+    with _renderer(json, quiet, verbose) as renderer:
+        from moeify.render import preview_table, split_table
+        from moeify.split import preview, split
+
+        if dry_run:
+            planned = preview(model, options)
+            renderer.result("preview", planned, preview_table(planned), next_step="the same without --dry-run")
+            return
+        where = out or Path(f"{Path(model).name}-{'static' if static else 'moe'}")
+        result = split(model, where, options, overwrite=overwrite, track=renderer.track)
+        step = f"moeify {'eval ' + model + ' ' + str(where) if static else f'verify {where} --dense {model}'}"
+        renderer.result("split", result, split_table(result), next_step=step)
+
+
+@app.command("verify")
+def verify_command(
+    moe: Annotated[str, typer.Argument(help="The converted checkpoint.", show_default=False)],
+    dense: Annotated[str, typer.Option(help="The model it came from.", show_default=False)],
+    tolerance: Annotated[float, typer.Option(help="Largest logit difference in float32, all experts on.")] = 1e-4,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Prove that a checkpoint is the dense model, cut: every key, every neuron, and with all experts on every logit."""
+    with _renderer(json, quiet, verbose) as renderer:
+        from moeify.render import verify_table
+        from moeify.verify import verify
+
+        report = verify(moe, dense, tolerance=tolerance)
+        renderer.result(
+            "verify",
+            {"passed": report.passed, **vars(report)},
+            verify_table(report),
+            next_step=f"moeify eval {dense} {moe}" if report.passed else "",
+        )
+        if not report.passed:
+            failed = [check.name for check in report.checks if not check.passed]
+            raise CheckError(f"{moe} is not {dense}, cut: {', '.join(failed)}", "split it again")
+
+
+@app.command("eval")
+def eval_command(
+    models: Annotated[list[str], typer.Argument(help="Checkpoints, the reference first.", show_default=False)],
+    data: Annotated[list[str], typer.Option(help="Text source; repeat it for several.")] = ["builtin-heldout"],  # noqa: B006
+    tokens: Annotated[int, typer.Option(help="At most so many tokens of each text.")] = 8192,
+    context: Context = None,
+    stride: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Tokens the window moves by; half the context.", show_default=False),
+    ] = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Measure perplexity and speed of one or several models on the same text."""
+    with _renderer(json, quiet, verbose) as renderer:
+        from moeify.evaluate import evaluate
+        from moeify.render import eval_table
+
+        results = evaluate(
+            models,
+            data,
+            tokens=tokens,
+            context=context,
+            stride=stride,
+            dtype=dtype,
+            device=device,
+            track=renderer.track,
+        )
+        renderer.result("eval", {"results": results}, eval_table(results))
+
+
+@app.command("run")
+def run_recipe_command(
+    recipe: Annotated[str, typer.Argument(help="YAML file or name (moeify ls recipes).", show_default=False)],
+    set_: Annotated[
+        list[str], typer.Option("--set", help="Override a key: split.experts=16; repeat it.", show_default=False)
+    ] = [],  # noqa: B006
+    out: Out = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Run a recipe: split, controls, verify, eval, gates. Finished stages are skipped."""
+    with _renderer(json, quiet, verbose) as renderer:
+        from moeify.recipe import find_recipe, load_recipe, run
+        from moeify.render import run_tables
+
+        overrides = [*set_, *([f"out={out}"] if out else [])]
+        result = run(load_recipe(find_recipe(recipe), overrides), track=renderer.track)
+        renderer.result("run", {"passed": result.passed, **vars(result)}, *run_tables(result))
+        if not result.passed:
+            failed = [gate.name for gate in result.gates if not gate.passed]
+            raise CheckError(f"gates failed: {', '.join(failed)}", f"see {result.out / 'run.json'}")
+
+
+@app.command("ls")
+def list_command(
+    kind: Annotated[str, typer.Argument(help=f"One of: {KINDS}.", show_default=False)],
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """List families, targets, partitions, routers or recipes."""
+    with _renderer(json, quiet, verbose) as renderer:
+        from moeify.listing import entries
+        from moeify.render import list_table
+
+        found = entries(kind)
+        renderer.result("ls", {"kind": kind, "entries": dict(found)}, list_table(kind, found))
+
+
+if __name__ == "__main__":
+    main()

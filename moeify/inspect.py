@@ -1,0 +1,84 @@
+"""What a dense model is and how it can be split, from its config and its safetensors headers alone."""
+
+from dataclasses import dataclass
+
+from moeify import targets
+from moeify.checkpoint import open_dense
+from moeify.estimate import Estimate, estimate
+from moeify.options import SplitOptions
+from moeify.plan import Layout, resolve_layout
+
+MAX_EXPERTS = 128
+
+
+@dataclass(frozen=True)
+class TargetFit:
+    """Whether one target holds the model exactly.
+
+    `reason` says why not; for a target that fits it names the engines that load it.
+    """
+
+    target: str
+    fits: bool
+    shared: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A dense model as moeify sees it; `estimate` is of `moeify split` with `experts` experts and its defaults."""
+
+    model: str
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_neurons: int
+    num_parameters: int
+    ffn_share: float
+    dtype: str
+    expert_counts: tuple[int, ...]
+    targets: tuple[TargetFit, ...]
+    experts: int
+    layout: Layout
+    estimate: Estimate
+
+
+def inspect(model: str, *, experts: int = 8) -> Inspection:
+    """Describe a model without loading a weight.
+
+    Args:
+        model: a folder, a .gguf file, a hub id or `builtin`.
+        experts: what the fit of the targets and the estimates are made for.
+
+    Raises:
+        InputError: it cannot be read or its family is not supported.
+    """
+    from moeify.split import prepare
+
+    dense = open_dense(model)
+    config = dense.config
+    neurons, hidden, layers = config.intermediate_size, config.hidden_size, dense.num_layers
+    counts = tuple(n for n in range(2, MAX_EXPERTS + 1) if neurons % n == 0)
+    fits = []
+    for name in targets.names():
+        target = targets.find(name)
+        layout = resolve_layout(experts, None, None, holds_shared=target.holds_shared)
+        reason = targets.refusal(target, dense.traits, config, layout)
+        loads = "loads in " + ", ".join(("transformers", *target.engines))
+        fits.append(TargetFit(name, not reason, target.holds_shared, reason or loads))
+    prepared = prepare(model, SplitOptions(experts=experts if neurons % experts == 0 else counts[0]))
+    return Inspection(
+        model=model,
+        family=dense.family.model_type,
+        num_layers=layers,
+        hidden_size=hidden,
+        num_neurons=neurons,
+        num_parameters=dense.num_parameters,
+        ffn_share=3 * neurons * hidden * layers / dense.num_parameters,
+        dtype=str(dense.dtype).removeprefix("torch."),
+        expert_counts=counts,
+        targets=tuple(fits),
+        experts=prepared.layout.num_experts,
+        layout=prepared.layout,
+        estimate=estimate(prepared),
+    )

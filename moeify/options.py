@@ -1,0 +1,67 @@
+"""Options of `moeify split`, in one place for the command line, recipes and the Python API. Imports nothing heavy."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from moeify.errors import UsageError
+
+Item = TypeVar("Item")
+# Wraps a long loop to show its progress: (items, what they are, how many). `untracked` shows nothing.
+Track = Callable[[Iterable[Item], str, int], Iterable[Item]]
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def untracked(items: Iterable[Any], label: str, total: int) -> Iterable[Any]:  # noqa: ARG001
+    """The progress of a caller who wants none."""
+    return items
+
+
+@dataclass(frozen=True)
+class SplitOptions:
+    """How to cut a model.
+
+    Args:
+        experts: equal slices of each FFN.
+        shared: slices that are always on; None lets the layout choose.
+        active: slices that run for a token, shared ones included; None means three quarters.
+        static: keep the active slices and drop the rest, as an ordinary smaller dense model: the control.
+        partition, router: names of plug-ins.
+        refit: fit down_proj in closed form to what the dense FFN gave.
+        target: a MoE architecture or `auto`.
+        calibration: text sources; each gives an equal share of the tokens.
+        tokens: calibration tokens.
+        context: tokens of one calibration block; None means 512 or as many as the model takes.
+        seed: of text sampling, clustering and projections.
+        dtype: of the written checkpoint; `auto` keeps the dense one's.
+        device: where the arithmetic runs.
+        plan: a saved plan whose partition and routers are used again.
+    """
+
+    experts: int = 8
+    shared: int | None = None
+    active: int | None = None
+    static: bool = False
+    partition: str = "energy"
+    router: str = "ridge"
+    refit: bool = True
+    target: str = "auto"
+    calibration: tuple[str, ...] = ("builtin",)
+    tokens: int = 16384
+    context: int | None = None
+    seed: int = 0
+    dtype: DType = "auto"
+    device: str = "cpu"
+    plan: str | None = None
+
+    # For pydantic, which validates this class inside a recipe.
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        if self.static and self.shared is not None:
+            raise UsageError("--static keeps every active slice always on", "leave --shared out")
+        if self.static and self.target != "auto":
+            raise UsageError("--static writes the dense model's own architecture", "leave --target out")
+        if self.static and self.plan is not None:
+            raise UsageError("--static and --plan exclude each other", "leave one of them out")

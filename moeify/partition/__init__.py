@@ -1,0 +1,32 @@
+"""Which neuron goes to which expert, one method a file: `partition(ffn, stats, layout, *, seed) -> labels_F`.
+
+labels_F is int16: -1 (plan.SHARED) for a neuron that is always on, else its routed expert 0..R-1; every expert gets
+exactly F / num_experts neurons and the shared part num_shared times that. The same seed gives the same labels.
+"""
+
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from moeify import plugins
+from moeify.activations import ActivationStats, FFNWeights
+from moeify.plan import Layout
+
+
+class Partition(Protocol):
+    def __call__(self, ffn: FFNWeights, stats: ActivationStats, layout: Layout, *, seed: int) -> Tensor: ...
+
+
+def find(name: str) -> Partition:
+    method: Partition = plugins.load(_package(), name, "partition")
+    return method
+
+
+def names() -> list[str]:
+    return plugins.names(_package())
+
+
+def _package() -> Any:
+    from moeify import partition
+
+    return partition

@@ -1,0 +1,61 @@
+"""Pieces that several partitions share: always-on neurons by energy, and k-means with clusters of equal size."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeify.activations import ActivationStats
+from moeify.plan import SHARED, Layout
+
+MAX_ROUNDS = 10
+
+
+def shared_by_energy(stats: ActivationStats, count: int) -> Tensor:
+    """Ascending indices of the `count` neurons that are always on: massive ones first, then by mean energy."""
+    rank_F = torch.where(stats.massive_F, torch.inf, stats.energy_F)
+    return rank_F.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def label(num_neurons: int, routed: Tensor, clusters: Tensor) -> Tensor:
+    """labels_F from the routed neurons' indices and their cluster numbers; all others are shared."""
+    labels_F = torch.full((num_neurons,), SHARED, dtype=torch.int16)
+    labels_F[routed.cpu()] = clusters.to("cpu", torch.int16)
+    return labels_F
+
+
+def split_off_shared(stats: ActivationStats, layout: Layout) -> Tensor:
+    """Ascending indices of the neurons that are left to be routed."""
+    num_neurons = stats.energy_F.numel()
+    is_routed_F = torch.ones(num_neurons, dtype=torch.bool, device=stats.energy_F.device)
+    is_routed_F[shared_by_energy(stats, layout.num_shared * layout.expert_width(num_neurons))] = False
+    return is_routed_F.nonzero().squeeze(1)
+
+
+def balanced_kmeans(features_NP: Tensor, num_clusters: int, *, seed: int) -> Tensor:
+    """k-means whose assignment step is an exact transport problem with equal capacities.
+
+    Args:
+        features_NP: N points in P dimensions; num_clusters divides N.
+        num_clusters: clusters of N / num_clusters points each.
+        seed: of the k-means++ start.
+
+    Returns:
+        int64 cluster of each point.
+    """
+    import ot
+    from sklearn.cluster import kmeans_plusplus
+
+    points = features_NP.double().cpu()
+    num_points = points.shape[0]
+    # Unit masses keep the transport plan integral, so that no point is split between clusters.
+    supply, demand = np.ones(num_points), np.full(num_clusters, num_points / num_clusters)
+    centroids = torch.from_numpy(kmeans_plusplus(points.numpy(), num_clusters, random_state=seed)[0])
+    labels = torch.full((num_points,), -1)
+    for _ in range(MAX_ROUNDS):
+        cost = points.square().sum(1, keepdim=True) - 2 * points @ centroids.T + centroids.square().sum(1)
+        transport = ot.emd(supply, demand, np.ascontiguousarray(cost.numpy()), numItermax=10_000_000)
+        previous, labels = labels, torch.from_numpy(transport.argmax(axis=1))
+        if torch.equal(previous, labels):
+            break
+        centroids = torch.stack([points[labels == cluster].mean(0) for cluster in range(num_clusters)])
+    return labels

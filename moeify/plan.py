@@ -1,0 +1,198 @@
+"""What was decided about a split: how each FFN is cut, which neuron goes where, which router chooses.
+
+Legend: F neurons of the dense FFN, f neurons of one expert, D hidden size, R routed experts, T tokens.
+
+A plan is small (one label per neuron and one router row per routed expert). It does not hold the refit columns of
+down_proj: those follow from the plan and the calibration text in closed form, so `moeify split --plan` recomputes them.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moeify.errors import InputError, UsageError
+
+SHARED = -1
+PLAN_FILE = "split_plan.safetensors"
+PLAN_SCHEMA = "moeify.plan/1"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How every FFN is cut: E equal slices, S of them always on, A of them run for a token, shared ones included."""
+
+    num_experts: int
+    num_shared: int
+    num_active: int
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 2:
+            raise UsageError(f"{self.num_experts} experts are not a mixture", "--experts takes 2 or more")
+        if not 1 <= self.num_active <= self.num_experts:
+            raise UsageError(
+                f"{self.num_active} active of {self.num_experts} experts is impossible",
+                f"--active takes 1 to {self.num_experts}",
+            )
+        if not 0 <= self.num_shared <= self.num_active:
+            raise UsageError(
+                f"{self.num_shared} shared of {self.num_active} active experts is impossible",
+                f"--shared takes 0 to {self.num_active}; shared experts count as active",
+            )
+
+    @property
+    def num_routed(self) -> int:
+        return self.num_experts - self.num_shared
+
+    @property
+    def num_routed_active(self) -> int:
+        return self.num_active - self.num_shared
+
+    @property
+    def is_static(self) -> bool:
+        """Nothing is routed: the active slices are always the same, which is static pruning."""
+        return self.num_routed_active == 0
+
+    @property
+    def active_share(self) -> float:
+        return self.num_active / self.num_experts
+
+    def expert_width(self, num_neurons: int) -> int:
+        """Neurons in one slice.
+
+        Raises:
+            InputError: the slices would not be equal; the hint lists expert counts that work.
+        """
+        if num_neurons % self.num_experts:
+            works = [str(n) for n in range(2, 129) if num_neurons % n == 0]
+            raise InputError(
+                f"{num_neurons} neurons do not divide into {self.num_experts} experts",
+                f"--experts {', '.join(works)} work for this model" if works else "",
+            )
+        return num_neurons // self.num_experts
+
+
+def resolve_layout(experts: int, shared: int | None, active: int | None, *, holds_shared: bool) -> Layout:
+    """Fill in what is open: 3/4 active; of these the largest power of two up to half is routed, the rest shared.
+
+    Half of the active experts shared did best on SmolLM2-135M; routing a power of two of them makes the factor that
+    most targets fold into down_proj exact in bf16.
+    """
+    if active is None:
+        active = max(1, experts * 3 // 4)
+    if shared is None:
+        shared = active - (1 << (max(1, active // 2).bit_length() - 1)) if holds_shared else 0
+    return Layout(experts, shared, active)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Decisions for one layer.
+
+    Args:
+        layer: index in the dense model.
+        labels_F: int16, SHARED or the routed expert 0..R-1 that owns the neuron; one label each, so coverage holds by
+            construction.
+        router_RD: rows that score the routed experts, in the checkpoint's dtype and scaled so that no calibration
+            token scores beyond +-ROUTER_LIMIT; None in a static plan.
+        down_DF: refit down_proj in dense column order, in the checkpoint's dtype; None keeps the dense one.
+        diagnostics: what the fit measured, dimensionless.
+    """
+
+    layer: int
+    labels_F: Tensor
+    router_RD: Tensor | None
+    down_DF: Tensor | None = None
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+
+    def check(self, layout: Layout) -> None:
+        """Raise InputError unless every expert has exactly its share of neurons."""
+        width = layout.expert_width(self.labels_F.numel())
+        counts = torch.bincount(self.labels_F.long() + 1, minlength=layout.num_routed + 1)
+        expected = torch.tensor([layout.num_shared * width] + [width] * layout.num_routed)
+        if counts.shape != expected.shape or not torch.equal(counts, expected):
+            raise InputError(
+                f"layer {self.layer} of the plan has neuron counts {counts.tolist()} (shared first), "
+                f"expected {expected.tolist()}",
+                "every neuron needs one label: -1 for shared or the number of its routed expert",
+            )
+
+    def neurons(self, expert: int) -> Tensor:
+        """Ascending dense indices of the neurons of one expert, or of the shared part."""
+        return (self.labels_F == expert).nonzero().squeeze(1)
+
+
+@dataclass(frozen=True)
+class SplitPlan:
+    """Everything that was decided for a model, with where it came from."""
+
+    layout: Layout
+    layers: tuple[LayerPlan, ...]
+    source: str
+    family: str
+    target: str
+    options: Mapping[str, Any]
+    calibration: Mapping[str, Any]
+    version: str
+
+    def save(self, path: Path) -> None:
+        """Write labels, routers and provenance; refit columns are left out (see the module's first lines)."""
+        tensors: dict[str, Tensor] = {}
+        for layer in self.layers:
+            tensors[f"layers.{layer.layer}.labels"] = layer.labels_F
+            if layer.router_RD is not None:
+                tensors[f"layers.{layer.layer}.router"] = layer.router_RD.contiguous()
+        header = {
+            "schema": PLAN_SCHEMA,
+            "layout": asdict(self.layout),
+            "source": self.source,
+            "family": self.family,
+            "target": self.target,
+            "options": dict(self.options),
+            "calibration": dict(self.calibration),
+            "version": self.version,
+            "diagnostics": [dict(layer.diagnostics) for layer in self.layers],
+        }
+        save_file(tensors, path, metadata={"moeify": json.dumps(header, sort_keys=True)})
+
+
+def load_plan(path: Path) -> SplitPlan:
+    """Read a plan; `path` is the file itself or the folder of a converted checkpoint.
+
+    Raises:
+        InputError: no such file, not a plan, or a plan whose labels do not match its layout.
+    """
+    file = path / PLAN_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"no split plan at {file}", f"every converted checkpoint holds one as {PLAN_FILE}")
+    try:
+        with safe_open(file, framework="pt") as reader:
+            header = json.loads((reader.metadata() or {}).get("moeify", "{}"))
+            if header.get("schema") != PLAN_SCHEMA:
+                raise InputError(f"{file} has schema {header.get('schema')!r}, expected {PLAN_SCHEMA!r}")
+            keys = set(reader.keys())
+            layers = tuple(
+                LayerPlan(
+                    layer=i,
+                    labels_F=reader.get_tensor(f"layers.{i}.labels"),
+                    router_RD=reader.get_tensor(f"layers.{i}.router") if f"layers.{i}.router" in keys else None,
+                    diagnostics=diagnostics,
+                )
+                for i, diagnostics in enumerate(header["diagnostics"])
+            )
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise InputError(f"{file} is not a complete split plan: {error}") from error
+    plan = SplitPlan(
+        layout=Layout(**header["layout"]),
+        layers=layers,
+        **{key: header[key] for key in ("source", "family", "target", "options", "calibration", "version")},
+    )
+    for layer in plan.layers:
+        layer.check(plan.layout)
+    return plan

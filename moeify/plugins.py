@@ -1,0 +1,27 @@
+"""Plug-ins are files: the file name is the public name, a leading underscore means "none", nothing is registered."""
+
+import importlib
+import pkgutil
+from types import ModuleType
+from typing import Any
+
+from moeify.errors import UsageError
+
+
+def names(package: ModuleType) -> list[str]:
+    """Sorted names of all plug-ins in a package such as `moeify.partition`; imports none of them."""
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+
+
+def load(package: ModuleType, name: str, attribute: str) -> Any:
+    """Import one plug-in and return its public attribute.
+
+    Raises:
+        UsageError: there is no such file.
+        AttributeError: the file does not define `attribute`; a broken plug-in fails loudly, by name.
+    """
+    known = names(package)
+    kind = package.__name__.rsplit(".", maxsplit=1)[-1]
+    if name not in known:
+        raise UsageError(f"no {kind} named {name!r}", f"one of: {', '.join(known)}")
+    return getattr(importlib.import_module(f"{package.__name__}.{name}"), attribute)

@@ -1,0 +1,254 @@
+"""The only file that prints: tables and one JSON object on stdout, progress and errors on stderr."""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from moeify.errors import MoeifyError
+
+if TYPE_CHECKING:
+    from moeify.evaluate import EvalResult
+    from moeify.inspect import Inspection
+    from moeify.recipe import RunResult
+    from moeify.split import Preview, SplitResult
+    from moeify.verify import VerifyReport
+
+# A loop shows its bar once it has taken this long.
+PATIENCE_S = 2.0
+
+
+class Renderer:
+    """Where a command's output goes.
+
+    Args:
+        as_json: print exactly one JSON object instead of tables.
+        quiet: no tables and no progress; errors and JSON still appear.
+        verbose: let the libraries' own warnings through.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+        self._as_json = as_json
+        self._quiet = quiet
+        self._out = Console()
+        self._err = Console(stderr=True)
+        if not verbose:
+            # Both libraries read these when they are imported, which the commands do later.
+            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+            logging.getLogger("transformers").setLevel(logging.ERROR)
+
+    def track(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
+        """Yield the items, with a progress bar on stderr for a loop that takes more than PATIENCE_S."""
+        if self._quiet:
+            yield from items
+            return
+        began = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TimeRemainingColumn(), console=self._err, transient=True) as progress:
+            task = progress.add_task(label, total=total, visible=False)
+            for item in items:
+                yield item
+                progress.update(task, advance=1, visible=time.monotonic() - began > PATIENCE_S)
+
+    def error(self, error: BaseException) -> None:
+        """`error: ...` and, if there is one, `hint: ...`."""
+        self._err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if isinstance(error, MoeifyError) and error.hint:
+            self._err.print(f"hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+
+    def result(self, command: str, value: Any, *tables: Table, next_step: str = "") -> None:
+        """Show a result: as one JSON object with its schema, or as tables and the command that comes next."""
+        if self._as_json:
+            print(json.dumps({"schema": f"moeify.{command}/1", **_plain(value)}, indent=1, allow_nan=False))
+            return
+        if self._quiet:
+            return
+        for table in tables:
+            self._out.print(table)
+        if next_step:
+            self._out.print(f"next: {next_step}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _plain(value: Any) -> Any:
+    """JSON-able copy of dataclasses, paths and tensors' owners; a plan's tensors are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {name: _plain(item) for name, item in fields.items() if not _is_tensor(item)}
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        return None
+    return value
+
+
+def _is_tensor(value: Any) -> bool:
+    return type(value).__module__ == "torch"
+
+
+def key_value_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column("what")
+    table.add_column("value", overflow="fold")
+    for key, value in rows:
+        table.add_row(key, value)
+    return table
+
+
+def size(num_bytes: float) -> str:
+    """Decimal units, as disks are sold."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:,.0f} {unit}" if unit in ("B", "kB") else f"{num_bytes:,.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.2f} TB"
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
+
+
+def split_table(result: "SplitResult") -> Table:
+    layout = result.layout
+    last = [layer.diagnostics for layer in result.plan.layers]
+    rows = [
+        ("written to", str(result.out)),
+        ("target", f"{result.target}: {result.target_reason}"),
+        ("layout", layout_words(layout)),
+        ("parameters", f"{result.num_parameters:,}"),
+        (
+            "active for a token",
+            f"{result.num_active_parameters:,} ({result.num_active_parameters / result.num_parameters:.1%})",
+        ),
+    ]
+    for key, label in (
+        ("error_without_refit", "layer error, no refit"),
+        ("error_with_refit", "layer error, refit"),
+        ("router_energy_of_oracle", "router / oracle energy"),
+    ):
+        values = [d[key] for d in last if key in d]
+        if values:
+            rows.append((label, f"{sum(values) / len(values):.4f} (mean of {len(values)} layers)"))
+    return key_value_table("moeify split", rows)
+
+
+def layout_words(layout: Any) -> str:
+    if layout.is_static:
+        return f"{layout.num_active} of {layout.num_experts} slices kept, the rest dropped"
+    return (
+        f"{layout.num_experts} slices: {layout.num_shared} shared + {layout.num_routed_active} of "
+        f"{layout.num_routed} routed = {layout.active_share:.0%} of the FFN active"
+    )
+
+
+def preview_table(preview: "Preview") -> Table:
+    estimate = preview.estimate
+    options = preview.options
+    return key_value_table(
+        "moeify split --dry-run",
+        [
+            ("model", f"{preview.model} ({preview.family}, {preview.num_layers} layers)"),
+            ("target", f"{preview.target}: {preview.target_reason}"),
+            ("layout", layout_words(preview.layout)),
+            ("expert width", f"{preview.expert_width:,} neurons"),
+            ("partition, router, refit", f"{options.partition}, {options.router}, {'yes' if options.refit else 'no'}"),
+            (
+                "calibration",
+                f"{', '.join(options.calibration)}: {options.tokens:,} tokens in blocks of {options.context}",
+            ),
+            ("parameters", f"{preview.num_parameters:,}, {preview.num_active_parameters:,} active"),
+            ("checkpoint", f"{size(estimate.checkpoint_bytes)} in {preview.dtype}"),
+            ("memory", f"about {size(estimate.peak_memory_bytes)}"),
+            ("time", f"about {duration(estimate.duration_s)} here"),
+        ],
+    )
+
+
+def inspect_tables(inspection: "Inspection") -> tuple[Table, Table]:
+    counts = [str(n) for n in inspection.expert_counts]
+    estimate = inspection.estimate
+    facts = key_value_table(
+        f"moeify inspect {inspection.model}",
+        [
+            ("family", f"{inspection.family}, {inspection.dtype}"),
+            ("parameters", f"{inspection.num_parameters:,}, {inspection.ffn_share:.0%} of them in FFNs"),
+            ("FFN", f"{inspection.hidden_size:,} -> {inspection.num_neurons:,} in {inspection.num_layers} layers"),
+            ("expert counts that work", ", ".join(counts)),
+            (f"with --experts {inspection.experts}", layout_words(inspection.layout)),
+            ("checkpoint, memory", f"{size(estimate.checkpoint_bytes)}, about {size(estimate.peak_memory_bytes)}"),
+            ("time", f"about {duration(estimate.duration_s)} here"),
+        ],
+    )
+    fits = Table(title="targets", title_justify="left")
+    for column in ("target", "fits", "shared experts", "why"):
+        fits.add_column(column, overflow="fold")
+    for fit in inspection.targets:
+        fits.add_row(fit.target, "yes" if fit.fits else "no", "yes" if fit.shared else "no", fit.reason)
+    return facts, fits
+
+
+def verify_table(report: "VerifyReport") -> Table:
+    table = Table(title=f"moeify verify {report.moe}", title_justify="left")
+    for column in ("check", "found", "expected", ""):
+        table.add_column(column, overflow="fold")
+    for check in report.checks:
+        table.add_row(check.name, check.found, check.expected, "ok" if check.passed else "FAILED")
+    return table
+
+
+def eval_table(results: "Sequence[EvalResult]") -> Table:
+    """One row a model and text; the ratio is to the first model on the same text."""
+    table = Table(title="moeify eval", title_justify="left")
+    table.add_column("model", overflow="fold")
+    table.add_column("text", overflow="fold")
+    for column in ("perplexity", "ratio", "tokens", "tokens/s"):
+        table.add_column(column, justify="right")
+    first = {result.data: result.perplexity for result in reversed(results)}
+    for result in results:
+        table.add_row(
+            result.model,
+            result.data,
+            f"{result.perplexity:,.3f}",
+            f"{result.perplexity / first[result.data]:.3f}",
+            f"{result.num_tokens:,}",
+            f"{result.tokens_per_second:,.0f}",
+        )
+    return table
+
+
+def run_tables(run: "RunResult") -> tuple[Table, ...]:
+    gates = Table(title="gates", title_justify="left")
+    for column in ("gate", "found", "limit", ""):
+        gates.add_column(column)
+    for gate in run.gates:
+        gates.add_row(gate.name, gate.found, gate.limit, "ok" if gate.passed else "FAILED")
+    evals = (eval_table(run.evals),) if run.evals else ()
+    return (*evals, gates) if run.gates else evals
+
+
+def list_table(kind: str, entries: Sequence[tuple[str, str]]) -> Table:
+    table = Table(title=kind, title_justify="left")
+    table.add_column("name")
+    table.add_column("what it is", overflow="fold")
+    for name, what in entries:
+        table.add_row(name, what)
+    return table
+
+
+def traceback_of(error: BaseException) -> None:
+    import traceback
+
+    traceback.print_exception(error, file=sys.stderr)

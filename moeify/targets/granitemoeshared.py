@@ -1,0 +1,73 @@
+"""Granite-MoE with shared experts: llama attention, plain shared experts, softmax over the selected experts' logits.
+
+All four multipliers of the granite family are neutral for a llama. llama.cpp holds this one with llama3 rope factors.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeify.families import Traits
+from moeify.plan import Layout
+from moeify.targets import Modules, SplitFFN, Target, carried, has_default_head_dim, head_dim
+
+
+def refuse(traits: Traits, config: Any, layout: Layout) -> str:
+    if traits.qkv_bias != traits.output_bias:
+        return "its attention has biases on q, k, v and o or on none"
+    if traits.qk_norm:
+        return "its attention has no q/k norm"
+    if traits.sliding_window:
+        return "it has no sliding window"
+    if not has_default_head_dim(config):
+        return "its head size is always hidden size / heads"
+    return ""
+
+
+def config(dense: Any, traits: Traits, layout: Layout, width: int) -> dict[str, Any]:
+    return {
+        **carried(dense),
+        "attention_bias": traits.qkv_bias,
+        "attention_multiplier": head_dim(dense) ** -0.5,
+        "embedding_multiplier": 1.0,
+        "residual_multiplier": 1.0,
+        "logits_scaling": 1.0,
+        "intermediate_size": width,
+        "shared_intermediate_size": layout.num_shared * width,
+        "num_local_experts": layout.num_routed,
+        "num_experts_per_tok": layout.num_routed_active,
+    }
+
+
+def ffn_tensors(prefix: str, ffn: SplitFFN) -> dict[str, Tensor]:
+    block = f"{prefix}.block_sparse_moe"
+    shared = {
+        f"{prefix}.shared_mlp.input_linear.weight": torch.cat([ffn.gate_sD, ffn.up_sD]),
+        f"{prefix}.shared_mlp.output_linear.weight": ffn.down_Ds,
+    }
+    return {
+        f"{block}.input_linear.weight": torch.cat([ffn.gate_RfD, ffn.up_RfD], dim=1),
+        f"{block}.output_linear.weight": ffn.down_RDf,
+        f"{block}.router.layer.weight": ffn.router_RD,
+        **(shared if ffn.gate_sD.shape[0] else {}),
+    }
+
+
+TARGET = Target(
+    model_type="granitemoeshared",
+    architecture="GraniteMoeSharedForCausalLM",
+    holds_shared=True,
+    engines=("vLLM", "SGLang", "llama.cpp"),
+    refuse=refuse,
+    config=config,
+    routed_fold=lambda layout: layout.num_routed_active,
+    ffn_tensors=ffn_tensors,
+    modules=Modules(
+        experts="block_sparse_moe.experts",
+        router="block_sparse_moe.router",
+        shared="shared_mlp",
+        shared_gate_up=("input_linear",),
+        shared_down="output_linear",
+    ),
+)

@@ -1,0 +1,85 @@
+"""Qwen2-MoE: attention with q/k/v biases, one shared expert behind a sigmoid gate, softmax weights over all experts.
+
+A shared gate of zero gives sigmoid(0) = 1/2, so the shared down_proj is doubled. Weights are left unnormalised because
+llama.cpp never normalises them for this architecture: with near-zero logits each is 1/R, undone by a factor R.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from moeify.families import Traits
+from moeify.plan import Layout
+from moeify.targets import Modules, SplitFFN, Target, carried, has_default_head_dim, head_dim
+from moeify.targets._layout import expert_tensors, shared_tensors
+
+
+def refuse(traits: Traits, config: Any, layout: Layout) -> str:
+    if traits.output_bias:
+        return "its attention has no bias on o"
+    if traits.qk_norm:
+        return "its attention has no q/k norm"
+    if traits.sliding_window:
+        return "its sliding window follows another rule than the dense family's"
+    if not has_default_head_dim(config):
+        return "its head size is always hidden size / heads"
+    if not layout.num_shared:
+        return "it always has a shared expert"
+    return ""
+
+
+def config(dense: Any, traits: Traits, layout: Layout, width: int) -> dict[str, Any]:
+    return {
+        **carried(dense),
+        # Older vLLM always expects these biases, so a model without them gets zeros.
+        "qkv_bias": True,
+        "use_sliding_window": False,
+        "intermediate_size": dense.intermediate_size,
+        "moe_intermediate_size": width,
+        "shared_expert_intermediate_size": layout.num_shared * width,
+        "num_experts": layout.num_routed,
+        "num_experts_per_tok": layout.num_routed_active,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+
+
+def ffn_tensors(prefix: str, ffn: SplitFFN) -> dict[str, Tensor]:
+    mlp = f"{prefix}.mlp"
+    return {
+        **expert_tensors(mlp, ffn),
+        **shared_tensors(f"{mlp}.shared_expert", ffn),
+        f"{mlp}.shared_expert_gate.weight": ffn.router_RD.new_zeros(1, ffn.router_RD.shape[1]),
+        f"{mlp}.gate.weight": ffn.router_RD,
+    }
+
+
+def extra_tensors(prefix: str, dense: Any, traits: Traits) -> dict[str, tuple[int, ...]]:
+    if traits.qkv_bias:
+        return {}
+    kv = dense.num_key_value_heads * head_dim(dense)
+    sizes = {"q": dense.num_attention_heads * head_dim(dense), "k": kv, "v": kv}
+    return {f"{prefix}.self_attn.{name}_proj.bias": (size,) for name, size in sizes.items()}
+
+
+TARGET = Target(
+    model_type="qwen2_moe",
+    architecture="Qwen2MoeForCausalLM",
+    holds_shared=True,
+    engines=("vLLM", "SGLang", "llama.cpp"),
+    refuse=refuse,
+    config=config,
+    routed_fold=lambda layout: layout.num_routed,
+    shared_fold=2.0,
+    ffn_tensors=ffn_tensors,
+    extra_tensors=extra_tensors,
+    untie=True,
+    modules=Modules(
+        experts="mlp.experts",
+        router="mlp.gate",
+        shared="mlp.shared_expert",
+        shared_gate_up=("gate_proj", "up_proj"),
+        shared_down="down_proj",
+    ),
+)

@@ -1,0 +1,217 @@
+"""Prove that a converted checkpoint is the dense model, cut: nothing lost, nothing doubled, nothing in the way.
+
+Legend: R routed experts, f neurons of one expert, D hidden size.
+
+The stock model is loaded as any user would load it. Then, in memory only: the dense columns of down_proj are put back
+(a refit changes them), router rows are set to zero (so that every expert's weight is exactly the architecture's
+constant) and every expert is switched on, with the fold for all of them. Its logits must then be the dense ones.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from moeify import targets
+from moeify.checkpoint import DenseCheckpoint, load_config, locate, open_dense
+from moeify.errors import InputError
+from moeify.plan import SHARED, Layout, SplitPlan, load_plan
+from moeify.targets import Target
+from moeify.text import evaluation_tokens
+
+TOLERANCE = 1e-4
+# Spacing of bf16 numbers just above one, and what the router scale aims for is half of it: unseen text may score higher
+# than the calibration text did.
+GATE_LIMIT = 2.0**-7
+CONTEXT = 128
+BLOCKS = 2
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that must hold."""
+
+    name: str
+    found: str
+    expected: str
+    passed: bool
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All checks of one checkpoint.
+
+    Args:
+        moe, dense: what was compared.
+        checks: in the order they were made.
+        max_logit_difference: fp32, all experts on.
+        max_gate_deviation: largest distance of an expert's folded weight from one, with the real router.
+    """
+
+    moe: str
+    dense: str
+    checks: tuple[Check, ...]
+    max_logit_difference: float
+    max_gate_deviation: float
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+
+def verify(moe: str, dense: str, *, tolerance: float = TOLERANCE) -> VerifyReport:
+    """Compare a converted checkpoint with the dense model it came from.
+
+    Args:
+        moe: folder of the converted checkpoint.
+        dense: the dense model.
+        tolerance: largest allowed difference of a logit in float32.
+
+    Raises:
+        InputError: one of them cannot be read, or the plan is of another model.
+    """
+    path = locate(moe)
+    plan = load_plan(path)
+    source = open_dense(dense)
+    if plan.family != source.family.model_type or len(plan.layers) != source.num_layers:
+        raise InputError(
+            f"{moe} was made from a {plan.family} of {len(plan.layers)} layers, "
+            f"{dense} is a {source.family.model_type} of {source.num_layers}"
+        )
+    if plan.layout.is_static:
+        raise InputError(f"{moe} is statically pruned: it has no experts to switch on", "`moeify eval` measures it")
+    target = targets.find(plan.target)
+    model, keys = _load_all_on(path, plan.layout)
+    ids = _tokens(source)
+    deviation = _gate_deviation(path, ids, target, plan.layout)
+    checks = [keys, *_place_checks(model, source, plan, target)]
+    _restore_dense(model, source, plan, target)
+    difference = _logit_difference(model, source, ids)
+    checks += [
+        Check(
+            "logits equal dense, all experts on",
+            f"max |d| {difference:.1e}",
+            f"<= {tolerance:.0e}",
+            difference <= tolerance,
+        ),
+        Check(
+            "expert weights are one", f"max |w - 1| {deviation:.1e}", f"<= {GATE_LIMIT:.1e}", deviation <= GATE_LIMIT
+        ),
+    ]
+    return VerifyReport(moe, dense, tuple(checks), difference, deviation)
+
+
+def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
+    """The stock model in float32 with every routed expert selected, and what loading said about its keys."""
+    config = load_config(path)
+    config.num_experts_per_tok = layout.num_routed
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    model, info = loaded
+    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    found = ", ".join(f"{len(names)} {kind.split('_')[0]}" for kind, names in wrong.items())
+    first = next((names[0] for names in wrong.values() if names), "")
+    check = Check(
+        "stock transformers loads every key",
+        found + (f" ({first})" if first else ""),
+        "0 missing, 0 unexpected, 0 mismatched",
+        not any(wrong.values()),
+    )
+    return model.eval(), check
+
+
+def _place_checks(model: Any, source: DenseCheckpoint, plan: SplitPlan, target: Target) -> list[Check]:
+    """Gate and up rows must be the dense rows, bit for bit, each in exactly one place."""
+    placed, equal, total = 0, 0, 0
+    stored = load_config(Path(model.name_or_path)).dtype
+    for layer in plan.layers:
+        gate_FD, up_FD, _ = source.ffn(layer.layer)
+        gate_FD, up_FD = (weight.to(stored).float() for weight in (gate_FD, up_FD))
+        total += gate_FD.shape[0]
+        order = torch.cat([layer.neurons(expert) for expert in range(SHARED, plan.layout.num_routed)])
+        placed += order.unique().numel()
+        found_gate, found_up = _rows(_modules(model, layer.layer, target))
+        same = (found_gate == gate_FD[order]).all(1) & (found_up == up_FD[order]).all(1)
+        equal += int(same.sum())
+    return [
+        Check("every neuron has one place", f"{placed:,}", f"{total:,}", placed == total),
+        Check("gate and up rows are the dense ones", f"{equal:,} equal", f"{total:,}", equal == total),
+    ]
+
+
+def _modules(model: Any, layer: int, target: Target) -> dict[str, Tensor]:
+    """Parameters of one MoE layer of the loaded stock model."""
+    block = model.model.layers[layer]
+    names = target.modules
+    experts = block.get_submodule(names.experts)
+    found = {
+        "gate_up": experts.gate_up_proj,
+        "down": experts.down_proj,
+        "router": block.get_submodule(names.router).weight,
+    }
+    if names.shared and getattr(block, names.shared.split(".")[0]) is not None:
+        module = block.get_submodule(names.shared)
+        found["shared_gate_up"] = torch.cat([module.get_submodule(part).weight for part in names.shared_gate_up])
+        found["shared_down"] = module.get_submodule(names.shared_down).weight
+    return found
+
+
+def _rows(parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """All gate rows and all up rows, the shared part first, then expert after expert."""
+    gate_RfD, up_RfD = parts["gate_up"].chunk(2, dim=1)
+    gates, ups = [gate_RfD.flatten(0, 1)], [up_RfD.flatten(0, 1)]
+    if "shared_gate_up" in parts:
+        gate_sD, up_sD = parts["shared_gate_up"].chunk(2)
+        gates, ups = [gate_sD, *gates], [up_sD, *ups]
+    return torch.cat(gates), torch.cat(ups)
+
+
+@torch.no_grad()
+def _restore_dense(model: Any, source: DenseCheckpoint, plan: SplitPlan, target: Target) -> None:
+    """Dense down columns with the fold for all experts on, and routers of zero; in memory only."""
+    everything = Layout(plan.layout.num_experts, plan.layout.num_shared, plan.layout.num_experts)
+    for layer in plan.layers:
+        down_DF = source.ffn(layer.layer)[2].float()
+        parts = _modules(model, layer.layer, target)
+        parts["router"].zero_()
+        routed = [down_DF[:, layer.neurons(expert)] for expert in range(plan.layout.num_routed)]
+        parts["down"].copy_(torch.stack(routed) * target.routed_fold(everything))
+        if "shared_down" in parts:
+            parts["shared_down"].copy_(down_DF[:, layer.neurons(SHARED)] * target.shared_fold)
+
+
+@torch.no_grad()
+def _logit_difference(model: Any, source: DenseCheckpoint, ids: Tensor) -> float:
+    # The loop over experts adds in a fixed order and in full precision.
+    model.set_experts_implementation("eager")
+    dense = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    return float((model(ids).logits - dense(ids).logits).abs().max())
+
+
+@torch.no_grad()
+def _gate_deviation(path: Path, ids: Tensor, target: Target, layout: Layout) -> float:
+    """Largest |weight * fold - 1| that the experts of the unchanged model receive."""
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    fold = target.routed_fold(layout)
+    largest = 0.0
+
+    def look(_: Any, arguments: tuple[Any, ...]) -> None:
+        nonlocal largest
+        weights_TK = arguments[2]
+        largest = max(largest, float((weights_TK * fold - 1).abs().max()))
+
+    for block in model.model.layers:
+        block.get_submodule(target.modules.experts).register_forward_pre_hook(look)
+    model(ids)
+    return largest
+
+
+def _tokens(source: DenseCheckpoint) -> Tensor:
+    """A few blocks of held-out text in the model's own tokens."""
+    context = min(CONTEXT, int(source.config.max_position_embeddings))
+    stream = evaluation_tokens("builtin-heldout", source.tokenizer(), num_tokens=BLOCKS * context)
+    return stream.ids_T.view(BLOCKS, context)

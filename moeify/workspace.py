@@ -1,0 +1,185 @@
+"""OUT.partial: where a split is built, so that OUT appears whole or not at all and a killed run can go on.
+
+    OUT.partial/job.json               what is being made; a run that would make something else is refused
+    OUT.partial/work/layer-00000...    finished layers: labels, router, refit columns
+    OUT.partial/model-00001-of-...     finished shards
+
+Every file is written under a temporary name, synced and renamed, so that a file with its final name is complete.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moeify.errors import InputError
+from moeify.plan import PLAN_FILE, LayerPlan, SplitPlan
+
+RECORD_FILE = "moeify.json"
+
+
+class Workspace:
+    """The folder a checkpoint is built in. Use as a context manager: it holds a lock while open."""
+
+    def __init__(self, out: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
+        self.out = out
+        self.path = out.with_name(out.name + ".partial")
+        self._old = out.with_name(out.name + ".replaced")
+        self._job = json.loads(json.dumps(job))
+        self._overwrite = overwrite
+        self._lock = FileLock(str(out.with_name("." + out.name + ".lock")))
+
+    def __enter__(self) -> "Workspace":
+        with disk_errors(self.path):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout as error:
+                raise InputError(f"another run is writing {self.out}", "wait for it or choose another -o") from error
+            try:
+                self._open()
+            except BaseException:
+                self._release()
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def _open(self) -> None:
+        check_replaceable(self.out, overwrite=self._overwrite)
+        job_file = self.path / "job.json"
+        if self.path.exists():
+            found = json.loads(job_file.read_text()) if job_file.is_file() else {}
+            differs = sorted(key for key in {*found, *self._job} if found.get(key) != self._job.get(key))
+            if not job_file.is_file() and any(self.path.iterdir()):
+                raise InputError(
+                    f"{self.path} is in the way and was not made by moeify", "move it or choose another -o"
+                )
+            if differs and job_file.is_file():
+                if not self._overwrite:
+                    raise InputError(
+                        f"{self.path} holds an unfinished split that differs in: {', '.join(differs)}",
+                        "--overwrite discards it; the command that began it would resume it",
+                    )
+                shutil.rmtree(self.path)
+        (self.path / "work").mkdir(parents=True, exist_ok=True)
+        for leftover in self.path.rglob("*.tmp"):
+            leftover.unlink()
+        if not job_file.is_file():
+            self.write_text("job.json", json.dumps(self._job, indent=1, sort_keys=True))
+
+    def _release(self) -> None:
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def write_text(self, name: str, text: str) -> None:
+        with self._replacing(name) as temporary:
+            temporary.write_text(text)
+
+    def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+        with self._replacing(name) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+
+    def write_plan(self, plan: SplitPlan) -> None:
+        with self._replacing(PLAN_FILE) as temporary:
+            plan.save(temporary)
+
+    def save_layer(self, plan: LayerPlan) -> None:
+        tensors = {"labels": plan.labels_F}
+        if plan.router_RD is not None:
+            tensors["router"] = plan.router_RD.contiguous()
+        if plan.down_DF is not None:
+            tensors["down"] = plan.down_DF.contiguous()
+        self.write_tensors(_layer_file(plan.layer), tensors, {"diagnostics": json.dumps(dict(plan.diagnostics))})
+
+    def load_layer(self, layer: int) -> LayerPlan | None:
+        """A layer finished by an earlier run, or None."""
+        if not self.has(_layer_file(layer)):
+            return None
+        with safe_open(self.path / _layer_file(layer), framework="pt") as reader:
+            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+            diagnostics = json.loads((reader.metadata() or {})["diagnostics"])
+        return LayerPlan(layer, tensors["labels"], tensors.get("router"), tensors.get("down"), diagnostics)
+
+    def commit(self) -> None:
+        """Drop the work files and give the folder its final name; a former OUT goes only after that."""
+        shutil.rmtree(self.path / "work", ignore_errors=True)
+        (self.path / "job.json").unlink(missing_ok=True)
+        if self.out.exists():
+            shutil.rmtree(self._old, ignore_errors=True)
+            self.out.rename(self._old)
+        self.path.rename(self.out)
+        _sync(self.out.parent)
+        shutil.rmtree(self._old, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _replacing(self, name: str) -> Iterator[Path]:
+        temporary = self.path / f"{name}.tmp"
+        with disk_errors(self.path):
+            yield temporary
+            _sync(temporary)
+            temporary.rename(self.path / name)
+
+
+def check_replaceable(out: Path, *, overwrite: bool) -> None:
+    """Refuse an OUT that exists, and never replace a folder that moeify did not write.
+
+    Raises:
+        InputError: OUT exists and may not be replaced.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not overwrite:
+        raise InputError(f"{out} exists", "--overwrite replaces it once the new one is complete")
+    if not ((out / PLAN_FILE).is_file() and (out / RECORD_FILE).is_file()):
+        raise InputError(f"{out} was not written by moeify, so it is not replaced", "choose another -o")
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into an error with a hint; whatever was finished stays and is resumed."""
+    try:
+        yield
+    except SafetensorError as error:
+        if "No space left" not in str(error) and "os error 28" not in str(error):
+            raise
+        raise _disk_full(path) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise _disk_full(path) from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise InputError(f"cannot write {path}: {error.strerror}", "choose another -o") from error
+        raise
+
+
+def _disk_full(path: Path) -> InputError:
+    free = shutil.disk_usage(path if path.exists() else path.parent).free
+    return InputError(
+        f"the disk of {path} is full ({free / 1e6:,.0f} MB free)",
+        "make room and run the same command again: it resumes from the finished layers",
+    )
+
+
+def _layer_file(layer: int) -> str:
+    return f"work/layer-{layer:05d}.safetensors"
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
