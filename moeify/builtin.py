@@ -15,12 +15,8 @@ Shapes: B blocks, C context, N tokens of the training stream.
 import hashlib
 import json
 import math
-import os
 import re
-import shutil
 import sys
-import uuid
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moeify.cache import cache_dir, made_once
 from moeify.errors import InputError
+from moeify.options import Track, untracked
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -111,47 +109,26 @@ def _unseen_paragraphs(text: str, seen: set[str]) -> str:
 
 
 def builtin_model(
-    cache_dir: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    *,
-    recipe: BuiltinRecipe | None = None,
+    cache: Path | None = None, *, recipe: BuiltinRecipe | None = None, track: Track[Any] = untracked
 ) -> Path:
     """Return the folder of the built-in model; train it first if this machine has not yet.
 
-    The folder is written under another name and renamed last, so it is complete if it exists, whatever was killed. Of
-    two processes that train at the same time, the one that finishes second discards its copy.
-
     Args:
-        cache_dir: where model folders are kept; default $MOEIFY_CACHE, else ~/.cache/moeify.
-        progress: called with (steps done, steps in all) after every training step.
+        cache: where model folders are kept; None is the cache of this user.
         recipe: what to train; the default is the published built-in model.
+        track: wraps the training steps to show progress.
 
     Raises:
         InputError: the cache folder cannot be written.
     """
     recipe = recipe or BuiltinRecipe()
     documents = builtin_documents(heldout=False)
-    cache_dir = cache_dir or Path(os.environ.get("MOEIFY_CACHE") or "~/.cache/moeify").expanduser()
-    folder = cache_dir / f"builtin-{_version(recipe, documents)}"
-    if folder.is_dir():
-        return folder
-    partial = cache_dir / f"{folder.name}.partial-{uuid.uuid4().hex}"
-    try:
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot write the built-in model to {cache_dir}: {error.strerror}",
-            "set MOEIFY_CACHE to a folder that can be written",
-        ) from error
-    try:
-        tokenizer = train_tokenizer(recipe, documents)
-        model = train_model(recipe, tokenizer, documents, progress)
-        tokenizer.save_pretrained(partial)
-        model.save_pretrained(partial)
-        _flush(partial)
-        _publish(partial, folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    folder = (cache or cache_dir()) / f"builtin-{_version(recipe, documents)}"
+    if not folder.is_dir():
+        with made_once(folder) as partial:
+            tokenizer = train_tokenizer(recipe, documents)
+            train_model(recipe, tokenizer, documents, track).save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
     return folder
 
 
@@ -160,22 +137,6 @@ def _version(recipe: BuiltinRecipe, documents: list[str]) -> str:
     text = hashlib.sha256("\0".join(documents).encode()).hexdigest()
     digest = hashlib.sha256(json.dumps([asdict(recipe), text], sort_keys=True).encode()).hexdigest()
     return f"{digest[:12]}-py{sys.version_info.major}.{sys.version_info.minor}"
-
-
-def _flush(folder: Path) -> None:
-    """Force every file to disk: after a power cut a rename may otherwise outlive the data that it names."""
-    for path in folder.iterdir():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Give the finished folder its final name, unless another process has been faster."""
-    try:
-        partial.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
 
 
 def train_tokenizer(recipe: BuiltinRecipe, documents: list[str]) -> "PreTrainedTokenizerFast":
@@ -211,7 +172,7 @@ def train_model(
     recipe: BuiltinRecipe,
     tokenizer: "PreTrainedTokenizerFast",
     documents: list[str],
-    progress: Callable[[int, int], None] | None = None,
+    track: Track[Any] = untracked,
 ) -> "LlamaForCausalLM":
     """Train the model with AdamW and a cosine schedule; bit-identical for the same recipe and number of threads.
 
@@ -225,7 +186,7 @@ def train_model(
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
         )
-        for step in range(recipe.steps):
+        for step in track(range(recipe.steps), "training the built-in model", recipe.steps):
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * _schedule(recipe, step)
             ids_BC = _batch(ids_N, recipe, batches)
@@ -236,8 +197,6 @@ def train_model(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            if progress is not None:
-                progress(step + 1, recipe.steps)
     trained: LlamaForCausalLM = model.eval()
     return trained
 

@@ -6,8 +6,6 @@ truncated shards, missing tensors, wrong shapes. NaN and infinite weights are fo
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,8 +21,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moeify import families
+from moeify.cache import cache_dir, made_once
 from moeify.errors import InputError
 from moeify.families import Family, Traits
+from moeify.options import Track, untracked
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -42,11 +42,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 HUB_PATTERNS = ["*.safetensors", SINGLE_FILE + ".index.json", "config.json", "generation_config.json", *TOKENIZER_FILES]
-
-
-def cache_dir() -> Path:
-    """Where moeify keeps what it made once: $MOEIFY_CACHE or ~/.cache/moeify."""
-    return Path(os.environ.get("MOEIFY_CACHE") or Path.home() / ".cache" / "moeify")
 
 
 @dataclass(frozen=True)
@@ -161,16 +156,17 @@ class DenseCheckpoint:
             ) from error
 
 
-def open_dense(model: str) -> DenseCheckpoint:
+def open_dense(model: str, track: Track[Any] = untracked) -> DenseCheckpoint:
     """Open a dense checkpoint without loading a weight.
 
     Args:
         model: a folder, a .gguf file, a hub id or `builtin`.
+        track: wraps the training of the embedded model, which happens once.
 
     Raises:
         InputError: it cannot be found, read or split; the message says which.
     """
-    path = locate(model)
+    path = locate(model, track)
     config = load_config(path)
     family = families.find(config.model_type)
     if getattr(config, "quantization_config", None):
@@ -199,13 +195,13 @@ def load_config(path: Path) -> Any:
         raise InputError(f"transformers cannot read {file}: {str(error).splitlines()[0]}") from error
 
 
-def locate(model: str) -> Path:
+def locate(model: str, track: Track[Any] = untracked) -> Path:
     """The local folder of a model: itself, the embedded one, a converted GGUF or a downloaded snapshot."""
     path = Path(model).expanduser()
     if model == "builtin":
         from moeify.builtin import builtin_model
 
-        return builtin_model()
+        return builtin_model(track=track)
     if path.is_file() and path.suffix == ".gguf":
         return _from_gguf(path)
     if path.is_dir():
@@ -292,14 +288,9 @@ def _from_gguf(file: Path) -> Path:
         raise InputError(f"transformers cannot read {file}: {str(error).splitlines()[0]}") from error
     # transformers marks the dequantised model as quantised, which forbids saving it.
     values = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
-    config = type(model.config)(**values)
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_config(type(model.config)(**values), dtype=torch.float32)
     plain.load_state_dict(model.state_dict())
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    plain.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    if not folder.exists():
-        partial.rename(folder)
-    shutil.rmtree(partial, ignore_errors=True)
+    with made_once(folder) as partial:
+        plain.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
     return folder

@@ -1,8 +1,6 @@
 """The command line: parse, call, render. No logic, and nothing heavy is imported before a command runs."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -54,8 +52,7 @@ def run_command(arguments: list[str]) -> int:
     except MoeifyError as error:
         if "--debug" in arguments:
             traceback_of(error)
-        if not isinstance(error, CheckError) or "--json" not in arguments:
-            Renderer().error(error)
+        Renderer().error(error)
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return 130
@@ -73,11 +70,15 @@ def run_command(arguments: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-@contextmanager
-def _renderer(as_json: bool, quiet: bool, verbose: bool) -> Iterator[Any]:
+def _renderer(as_json: bool, quiet: bool, verbose: bool, *, loads_models: bool = True) -> Any:
     from moeify.render import Renderer
 
-    yield Renderer(as_json=as_json, quiet=quiet, verbose=verbose)
+    if loads_models and not verbose:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    return Renderer(as_json=as_json, quiet=quiet)
 
 
 def _version(show: bool) -> None:
@@ -105,13 +106,13 @@ def inspect_command(
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Say what a model is, how it can be split, which targets hold it, and what that takes."""
-    with _renderer(json, quiet, verbose) as renderer:
-        from moeify.inspect import inspect
-        from moeify.render import inspect_tables
+    renderer = _renderer(json, quiet, verbose)
+    from moeify.inspect import inspect
+    from moeify.render import inspect_tables
 
-        found = inspect(model, experts=experts)
-        step = f"moeify split {model} --experts {found.experts}"
-        renderer.result("inspect", found, *inspect_tables(found), next_step=step)
+    found = inspect(model, experts=experts, track=renderer.track)
+    step = f"moeify split {model} --experts {found.experts}"
+    renderer.result("inspect", found, *inspect_tables(found), next_step=step)
 
 
 @app.command("split")
@@ -173,18 +174,18 @@ def split_command(
         device=device,
         plan=plan,
     )
-    with _renderer(json, quiet, verbose) as renderer:
-        from moeify.render import preview_table, split_table
-        from moeify.split import preview, split
+    renderer = _renderer(json, quiet, verbose)
+    from moeify.render import preview_table, split_table
+    from moeify.split import preview, split
 
-        if dry_run:
-            planned = preview(model, options)
-            renderer.result("preview", planned, preview_table(planned), next_step="the same without --dry-run")
-            return
-        where = out or Path(f"{Path(model).name}-{'static' if static else 'moe'}")
-        result = split(model, where, options, overwrite=overwrite, track=renderer.track)
-        step = f"moeify {'eval ' + model + ' ' + str(where) if static else f'verify {where} --dense {model}'}"
-        renderer.result("split", result, split_table(result), next_step=step)
+    if dry_run:
+        planned = preview(model, options, track=renderer.track)
+        renderer.result("preview", planned, preview_table(planned), next_step="the same without --dry-run")
+        return
+    where = out or Path(f"{Path(model).name}-{'static' if static else 'moe'}")
+    result = split(model, where, options, overwrite=overwrite, track=renderer.track)
+    step = f"moeify {'eval ' + model + ' ' + str(where) if static else f'verify {where} --dense {model}'}"
+    renderer.result("split", result, split_table(result), next_step=step)
 
 
 @app.command("verify")
@@ -198,20 +199,20 @@ def verify_command(
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Prove that a checkpoint is the dense model, cut: every key, every neuron, and with all experts on every logit."""
-    with _renderer(json, quiet, verbose) as renderer:
-        from moeify.render import verify_table
-        from moeify.verify import verify
+    renderer = _renderer(json, quiet, verbose)
+    from moeify.render import verify_table
+    from moeify.verify import verify
 
-        report = verify(moe, dense, tolerance=tolerance)
-        renderer.result(
-            "verify",
-            {"passed": report.passed, **vars(report)},
-            verify_table(report),
-            next_step=f"moeify eval {dense} {moe}" if report.passed else "",
-        )
-        if not report.passed:
-            failed = [check.name for check in report.checks if not check.passed]
-            raise CheckError(f"{moe} is not {dense}, cut: {', '.join(failed)}", "split it again")
+    report = verify(moe, dense, tolerance=tolerance, track=renderer.track)
+    renderer.result(
+        "verify",
+        {"passed": report.passed, **vars(report)},
+        verify_table(report),
+        next_step=f"moeify eval {dense} {moe}" if report.passed else "",
+    )
+    if not report.passed:
+        failed = [check.name for check in report.checks if not check.passed]
+        raise CheckError(f"{moe} is not {dense}, cut: {', '.join(failed)}", "split it again")
 
 
 @app.command("eval")
@@ -232,21 +233,21 @@ def eval_command(
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Measure perplexity and speed of one or several models on the same text."""
-    with _renderer(json, quiet, verbose) as renderer:
-        from moeify.evaluate import evaluate
-        from moeify.render import eval_table
+    renderer = _renderer(json, quiet, verbose)
+    from moeify.evaluate import evaluate
+    from moeify.render import eval_table
 
-        results = evaluate(
-            models,
-            data,
-            tokens=tokens,
-            context=context,
-            stride=stride,
-            dtype=dtype,
-            device=device,
-            track=renderer.track,
-        )
-        renderer.result("eval", {"results": results}, eval_table(results))
+    results = evaluate(
+        models,
+        data,
+        tokens=tokens,
+        context=context,
+        stride=stride,
+        dtype=dtype,
+        device=device,
+        track=renderer.track,
+    )
+    renderer.result("eval", {"results": results}, eval_table(results))
 
 
 @app.command("run")
@@ -262,16 +263,16 @@ def run_recipe_command(
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """Run a recipe: split, controls, verify, eval, gates. Finished stages are skipped."""
-    with _renderer(json, quiet, verbose) as renderer:
-        from moeify.recipe import find_recipe, load_recipe, run
-        from moeify.render import run_tables
+    renderer = _renderer(json, quiet, verbose)
+    from moeify.recipe import find_recipe, load_recipe, run
+    from moeify.render import run_tables
 
-        overrides = [*set_, *([f"out={out}"] if out else [])]
-        result = run(load_recipe(find_recipe(recipe), overrides), track=renderer.track)
-        renderer.result("run", {"passed": result.passed, **vars(result)}, *run_tables(result))
-        if not result.passed:
-            failed = [gate.name for gate in result.gates if not gate.passed]
-            raise CheckError(f"gates failed: {', '.join(failed)}", f"see {result.out / 'run.json'}")
+    overrides = [*set_, *([f"out={out}"] if out else [])]
+    result = run(load_recipe(find_recipe(recipe), overrides), track=renderer.track)
+    renderer.result("run", {"passed": result.passed, **vars(result)}, *run_tables(result))
+    if not result.passed:
+        failed = [gate.name for gate in result.gates if not gate.passed]
+        raise CheckError(f"gates failed: {', '.join(failed)}", f"see {result.out / 'run.json'}")
 
 
 @app.command("ls")
@@ -283,12 +284,12 @@ def list_command(
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
     """List families, targets, partitions, routers or recipes."""
-    with _renderer(json, quiet, verbose) as renderer:
-        from moeify.listing import entries
-        from moeify.render import list_table
+    renderer = _renderer(json, quiet, verbose, loads_models=False)
+    from moeify.listing import entries
+    from moeify.render import list_table
 
-        found = entries(kind)
-        renderer.result("ls", {"kind": kind, "entries": dict(found)}, list_table(kind, found))
+    found = entries(kind)
+    renderer.result("ls", {"kind": kind, "entries": dict(found)}, list_table(kind, found))
 
 
 if __name__ == "__main__":

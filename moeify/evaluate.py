@@ -89,7 +89,7 @@ def evaluate(
     Raises:
         InputError: a model or text cannot be read, or two models cut the text into different tokens.
     """
-    paths = {model: locate(model) for model in models}
+    paths = {model: locate(model, track) for model in models}
     limit = min(int(load_config(path).max_position_embeddings) for path in paths.values())
     context = context or min(DEFAULT_CONTEXT, limit)
     if context > limit:

@@ -1,11 +1,12 @@
 """What a dense model is and how it can be split, from its config and its safetensors headers alone."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from moeify import targets
 from moeify.checkpoint import open_dense
 from moeify.estimate import Estimate, estimate
-from moeify.options import SplitOptions
+from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import Layout, resolve_layout
 
 MAX_EXPERTS = 128
@@ -15,7 +16,7 @@ MAX_EXPERTS = 128
 class TargetFit:
     """Whether one target holds the model exactly.
 
-    `reason` says why not; for a target that fits it names the engines that load it.
+    `reason` says why not; for a target that fits it names the engines that know its architecture.
     """
 
     target: str
@@ -43,19 +44,20 @@ class Inspection:
     estimate: Estimate
 
 
-def inspect(model: str, *, experts: int = 8) -> Inspection:
+def inspect(model: str, *, experts: int = 8, track: Track[Any] = untracked) -> Inspection:
     """Describe a model without loading a weight.
 
     Args:
         model: a folder, a .gguf file, a hub id or `builtin`.
         experts: what the fit of the targets and the estimates are made for.
+        track: shows the progress of making the embedded model.
 
     Raises:
         InputError: it cannot be read or its family is not supported.
     """
     from moeify.split import prepare
 
-    dense = open_dense(model)
+    dense = open_dense(model, track)
     config = dense.config
     neurons, hidden, layers = config.intermediate_size, config.hidden_size, dense.num_layers
     counts = tuple(n for n in range(2, MAX_EXPERTS + 1) if neurons % n == 0)
@@ -64,7 +66,7 @@ def inspect(model: str, *, experts: int = 8) -> Inspection:
         target = targets.find(name)
         layout = resolve_layout(experts, None, None, holds_shared=target.holds_shared)
         reason = targets.refusal(target, dense.traits, config, layout)
-        loads = "loads in " + ", ".join(("transformers", *target.engines))
+        loads = "known to " + ", ".join(("transformers", *target.engines))
         fits.append(TargetFit(name, not reason, target.holds_shared, reason or loads))
     prepared = prepare(model, SplitOptions(experts=experts if neurons % experts == 0 else counts[0]))
     return Inspection(

@@ -178,9 +178,9 @@ def run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunResult:
     skipped: list[str] = []
     splits = {MAIN: recipe.split}
     splits |= {name: control_options(recipe, name, control) for name, control in recipe.controls.items()}
-    source = open_dense(recipe.model).fingerprint()
+    source = open_dense(recipe.model, track).fingerprint()
     for name, options in splits.items():
-        key = _key(source, asdict(options))
+        key = _key(source, options)
         if _done(out / name, key):
             skipped.append(name)
             continue
@@ -219,9 +219,15 @@ def _gates(recipe: Recipe, report: VerifyReport | None, evals: Sequence[EvalResu
     return tuple(gates)
 
 
-def _key(source: str, options: Mapping[str, Any]) -> str:
-    inputs = json.dumps([source, options, __version__], sort_keys=True)
-    return hashlib.sha256(inputs.encode()).hexdigest()
+def _key(source: str, options: SplitOptions) -> str:
+    """Hash of everything a split depends on: model, options, the calibration files' contents, moeify itself."""
+    digest = hashlib.sha256(json.dumps([source, asdict(options), __version__], sort_keys=True).encode())
+    for path in map(Path, options.calibration):
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
+        for file in files:
+            with file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _done(folder: Path, key: str) -> bool:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import logging
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,19 +31,13 @@ class Renderer:
     Args:
         as_json: print exactly one JSON object instead of tables.
         quiet: no tables and no progress; errors and JSON still appear.
-        verbose: let the libraries' own warnings through.
     """
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self._as_json = as_json
         self._quiet = quiet
         self._out = Console()
         self._err = Console(stderr=True)
-        if not verbose:
-            # Both libraries read these when they are imported, which the commands do later.
-            os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-            logging.getLogger("transformers").setLevel(logging.ERROR)
 
     def track(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
         """Yield the items, with a progress bar on stderr for a loop that takes more than PATIENCE_S."""

@@ -76,14 +76,14 @@ class Prepared:
         return self.saved_plan is None or self.options.refit
 
 
-def prepare(model: str, options: SplitOptions) -> Prepared:
+def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked) -> Prepared:
     """Open the model and settle target, layout and dtype; reads headers only.
 
     Raises:
         InputError: the model cannot be split, or not in this way.
         UsageError: the options contradict each other.
     """
-    dense = open_dense(model)
+    dense = open_dense(model, track)
     saved = load_plan(Path(options.plan)) if options.plan else None
     if saved is not None:
         options = replace(
@@ -131,13 +131,13 @@ class Preview:
     estimate: Estimate
 
 
-def preview(model: str, options: SplitOptions | None = None) -> Preview:
+def preview(model: str, options: SplitOptions | None = None, *, track: Track[Any] = untracked) -> Preview:
     """Settle everything that a split settles before it reads text, and estimate the rest. Writes nothing.
 
     Raises:
         InputError: the model cannot be split in this way.
     """
-    prepared = prepare(model, options or SplitOptions())
+    prepared = prepare(model, options or SplitOptions(), track)
     return Preview(
         model,
         prepared.dense.family.model_type,
@@ -195,7 +195,7 @@ def split(
         InputError: the model, the text or the place is not usable; `out` is untouched.
     """
     out = Path(out)
-    prepared = prepare(model, options or SplitOptions())
+    prepared = prepare(model, options or SplitOptions(), track)
     if out.resolve() == prepared.dense.path.resolve():
         raise UsageError(f"{out} is the dense model itself", "choose another -o")
     check_replaceable(out, overwrite=overwrite)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from moeify import targets
 from moeify.checkpoint import DenseCheckpoint, load_config, locate, open_dense
 from moeify.errors import InputError
+from moeify.options import Track, untracked
 from moeify.plan import SHARED, Layout, SplitPlan, load_plan
 from moeify.targets import Target
 from moeify.text import evaluation_tokens
@@ -62,20 +63,21 @@ class VerifyReport:
         return all(check.passed for check in self.checks)
 
 
-def verify(moe: str, dense: str, *, tolerance: float = TOLERANCE) -> VerifyReport:
+def verify(moe: str, dense: str, *, tolerance: float = TOLERANCE, track: Track[Any] = untracked) -> VerifyReport:
     """Compare a converted checkpoint with the dense model it came from.
 
     Args:
         moe: folder of the converted checkpoint.
         dense: the dense model.
         tolerance: largest allowed difference of a logit in float32.
+        track: shows the progress of making the embedded model.
 
     Raises:
         InputError: one of them cannot be read, or the plan is of another model.
     """
     path = locate(moe)
     plan = load_plan(path)
-    source = open_dense(dense)
+    source = open_dense(dense, track)
     if plan.family != source.family.model_type or len(plan.layers) != source.num_layers:
         raise InputError(
             f"{moe} was made from a {plan.family} of {len(plan.layers)} layers, "

@@ -2,7 +2,7 @@
 
 import os
 import random
-import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -136,73 +136,32 @@ def test_trains_inside_no_grad(tmp_path: Path) -> None:
 
 
 def test_progress_counts_every_step(tmp_path: Path) -> None:
-    calls: list[tuple[int, int]] = []
-    builtin_model(tmp_path, lambda done, total: calls.append((done, total)), recipe=TINY)
-    assert calls == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    seen: list[tuple[str, int, int]] = []
+
+    def track(items: Iterable[int], label: str, total: int) -> Iterable[int]:
+        for item in items:
+            yield item
+            seen.append((label, item, total))
+
+    builtin_model(tmp_path, recipe=TINY, track=track)
+    assert seen == [("training the built-in model", step, 4) for step in range(4)]
 
 
-@pytest.mark.parametrize("moment", ["train_model", "_flush", "_publish"])
-def test_a_crash_leaves_no_model_and_the_next_call_works(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
-) -> None:
+def test_a_crash_leaves_no_model_and_the_next_call_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(builtin, moment, crash)
+        patch.setattr(builtin, "train_model", crash)
         with pytest.raises(KeyboardInterrupt):
             builtin_model(tmp_path, recipe=TINY)
     assert list(tmp_path.iterdir()) == []
     assert (builtin_model(tmp_path, recipe=TINY) / "config.json").is_file()
 
 
-def test_a_kill_leaves_only_a_folder_that_is_never_taken_for_the_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A killed process runs no `finally`: what is left then must have another name than the model."""
-
-    def crash(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(builtin, "_flush", crash)
-        patch.setattr(builtin.shutil, "rmtree", lambda *_, **__: None)
-        with pytest.raises(KeyboardInterrupt):
-            builtin_model(tmp_path, recipe=TINY)
-    (left,) = tmp_path.iterdir()
-    assert ".partial-" in left.name
-    assert (left / "model.safetensors").is_file()
-    folder = builtin_model(tmp_path, recipe=TINY)
-    assert folder != left
-    AutoModelForCausalLM.from_pretrained(folder)
-
-
-def test_two_trainings_at_once_end_with_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rival publishes between our training and our rename."""
-    publish = builtin._publish
-    rivals: list[Path] = []
-
-    def publish_second(partial: Path, folder: Path) -> None:
-        monkeypatch.setattr(builtin, "_publish", publish)
-        rival = threading.Thread(target=lambda: rivals.append(builtin_model(tmp_path, recipe=TINY)))
-        rival.start()
-        rival.join()
-        publish(partial, folder)
-
-    monkeypatch.setattr(builtin, "_publish", publish_second)
-    folder = builtin_model(tmp_path, recipe=TINY)
-    assert rivals == [folder]
-    assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_environment_names_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "deep" / "er"))
-    assert builtin_model(recipe=TINY).parent == tmp_path / "deep" / "er"
-
-
 def test_unwritable_cache_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(InputError, match=r"cannot write the built-in model to .*file") as caught:
+    with pytest.raises(InputError, match=r"cannot write to the cache .*file") as caught:
         builtin_model(tmp_path / "file", recipe=TINY)
     assert "MOEIFY_CACHE" in caught.value.hint
 

@@ -17,9 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from moeify import text
+from moeify import documents, text
+from moeify.documents import read_documents
 from moeify.errors import InputError, UsageError
-from moeify.text import calibration_blocks, evaluation_tokens, read_documents, sample_from_model, split_document
+from moeify.text import calibration_blocks, evaluation_tokens, sample_from_model, split_document
 
 
 def word_tokenizer(*, eos: bool) -> PreTrainedTokenizerFast:
@@ -169,7 +170,7 @@ def test_a_path_in_an_existing_folder_is_not_looked_up_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(text, "_read_hub", pytest.fail)
+    monkeypatch.setattr(documents, "_read_hub", pytest.fail)
     (tmp_path / "data").mkdir()
     for source in ("data/train", "nowhere/train.txt"):
         with pytest.raises(InputError, match=f"no text source {source}"):

@@ -57,7 +57,7 @@ class Target:
         model_type: the value in config.json; also the file's name.
         architecture: class name in config.json.
         holds_shared: has experts that are always on.
-        engines: what loads it beside transformers.
+        engines: what else has the architecture in its sources; only transformers is tested here.
         refuse: why a dense model with these traits does not fit, or "" if it is held exactly.
         config: config values that differ from the dense model's, given its config, its traits, the layout and the
             expert width.
@@ -158,7 +158,7 @@ def choose(traits: Traits, config: Any, resolve: Callable[[bool], Layout]) -> tu
         layout = resolve(target.holds_shared)
         reason = refusal(target, traits, config, layout)
         if not reason:
-            why = f"holds the model exactly, {'with' if layout.num_shared else 'without'} shared experts; loads in " + (
+            why = f"holds the model exactly, {'with' if layout.num_shared else 'without'} shared experts; known to " + (
                 ", ".join(("transformers", *target.engines))
             )
             passed = f" ({'; '.join(reasons)})" if reasons else ""

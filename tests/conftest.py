@@ -1,0 +1,102 @@
+"""Tiny real models, seeded, and a text to calibrate them on. Everything a fixture returns is shared: copy, then change."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+# Read when the libraries are imported: no test waits for a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moeify import families
+from moeify.builtin import BuiltinRecipe, builtin_documents, train_tokenizer
+
+MakeDense = Callable[..., Path]
+
+CONTEXT = 64
+# Where transformers' defaults do not fit a hidden size of 32, or differ from the plain case of the family.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 8}}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Neither the user's cache nor his thread count decides what a test finds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOEIFY_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A byte-level BPE of 384 tokens: any text goes in."""
+    return train_tokenizer(BuiltinRecipe(vocab_size=384, context=CONTEXT), builtin_documents(heldout=True))
+
+
+@pytest.fixture(scope="session")
+def calibration_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text of well over 4,096 tokens."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text("\n\n".join(builtin_documents(heldout=False))[:60_000])
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> MakeDense:
+    """make_dense(family, *, seed=0, dtype="float32", **config_overrides) -> folder; equal calls give one folder."""
+    made: dict[str, Path] = {}
+
+    def make(family: str, *, seed: int = 0, dtype: str = "float32", **overrides: Any) -> Path:
+        key = repr((family, seed, dtype, sorted(overrides.items())))
+        if key not in made:
+            folder = tmp_path_factory.mktemp(f"dense-{family}-")
+            values = {
+                "vocab_size": len(tokenizer),
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": CONTEXT,
+                "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "pad_token_id": None,
+                "tie_word_embeddings": True,
+            }
+            config = AutoConfig.for_model(family, **{**values, **DEFAULTS.get(family, {}), **overrides})
+            model = AutoModelForCausalLM.from_config(config).eval()
+            fill(model, seed)
+            model.to(getattr(torch, dtype)).save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def dense_models(make_dense: MakeDense) -> dict[str, Path]:
+    """One plain model of every family moeify knows."""
+    return {family: make_dense(family) for family in families.names()}
+
+
+@torch.no_grad()
+def fill(model: torch.nn.Module, seed: int) -> None:
+    """Weights that keep hidden states near one and logits at a few units, unlike the library's of 0.02."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if name.endswith("norm.weight"):
+            parameter.copy_(1 + 0.1 * noise)
+        elif parameter.ndim == 1:
+            parameter.copy_(0.3 * noise)
+        elif "embed" in name or "lm_head" in name:
+            parameter.copy_(0.5 * noise)
+        else:
+            parameter.copy_(noise / parameter.shape[1] ** 0.5)
