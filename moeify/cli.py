@@ -175,8 +175,9 @@ def split_command(
         plan=plan,
     )
     renderer = _renderer(json, quiet, verbose)
+    from moeify.prepare import preview
     from moeify.render import preview_table, split_table
-    from moeify.split import preview, split
+    from moeify.split import split
 
     if dry_run:
         planned = preview(model, options, track=renderer.track)

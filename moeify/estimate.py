@@ -11,7 +11,7 @@ from moeify.checkpoint import DenseCheckpoint
 from moeify.writer import EMBEDDING, HEAD, SHARD_BYTES, MoEWriter
 
 if TYPE_CHECKING:
-    from moeify.split import Prepared
+    from moeify.prepare import Prepared
 
 # Split time over the time of one dense forward pass over the calibration tokens.
 TIME_FACTOR = 2.5
@@ -52,8 +52,9 @@ def estimate(prepared: "Prepared") -> Estimate:
     active = (
         neurons * prepared.layout.num_active // prepared.layout.num_experts if prepared.layout.is_static else neurons
     )
-    # Two moment matrices, one damped copy and its Cholesky factor.
-    grams = 4 * 4 * active * active if prepared.options.refit and tokens else 0
+    # Two moment matrices, one damped copy and its Cholesky factor; with few tokens the system is as small as they are.
+    primal, dual = 4 * 4 * active * active, 4 * tokens * (3 * tokens + active)
+    grams = (dual if tokens < active else primal) if prepared.options.refit else 0
     activations = min(4 * tokens * neurons, KEEP_BYTES)
     streams = 4 * 4 * tokens * hidden
     written = sum(t.numel() * t.element_size() for t in writer.shapes().values())

@@ -120,13 +120,16 @@ def _stream(path: str, source: str, tokens: int) -> TokenStream:
 
 
 def _windows(num_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, first position whose prediction counts) of each window; each position counts once."""
-    scored = 1
+    """(start, end, first position whose prediction counts) of each window.
+
+    Each position counts once, but for those with nothing before them: the very first and, if windows do not overlap,
+    the first of every window.
+    """
+    scored = 0
     for start in range(0, num_tokens, stride):
-        end = min(start + context, num_tokens)
-        if end <= scored:
-            return
-        yield start, end, scored
+        end, first = min(start + context, num_tokens), max(scored, start + 1)
+        if first < end:
+            yield start, end, first
         scored = end
 
 
@@ -140,7 +143,7 @@ def _measure(
     step = max(1, BATCH_TOKENS // context)
     batches = [full[i : i + step] for i in range(0, len(full), step)]
     batches += [[window] for window in windows if window[1] - window[0] < context]
-    loss, processed = 0.0, 0
+    loss, count, processed = 0.0, 0, 0
     began = time.perf_counter()
     for batch in track(batches, f"evaluating {name} on {source}", len(batches)):
         ids_BC = torch.stack([ids_T[start:end] for start, end, _ in batch])
@@ -148,9 +151,9 @@ def _measure(
         for row, (start, _, scored) in enumerate(batch):
             first = scored - start
             loss += _loss(logits_BCV[row, first - 1 : -1], ids_BC[row, first:])
+            count += ids_BC.shape[1] - first
         processed += ids_BC.numel()
     elapsed = time.perf_counter() - began
-    count = len(ids_T) - 1
     perplexity = math.exp(loss / count) if math.isfinite(loss) else math.inf
     return EvalResult(name, source, perplexity, count, processed / elapsed, text.provenance.sha256)
 

@@ -8,6 +8,7 @@ from moeify.checkpoint import open_dense
 from moeify.estimate import Estimate, estimate
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import Layout, resolve_layout
+from moeify.prepare import prepare
 
 MAX_EXPERTS = 128
 
@@ -55,8 +56,6 @@ def inspect(model: str, *, experts: int = 8, track: Track[Any] = untracked) -> I
     Raises:
         InputError: it cannot be read or its family is not supported.
     """
-    from moeify.split import prepare
-
     dense = open_dense(model, track)
     config = dense.config
     neurons, hidden, layers = config.intermediate_size, config.hidden_size, dense.num_layers

@@ -65,7 +65,7 @@ def fit_layer(
     if fit.refit:
         result = refit(activations, stats.outputs_TD, down_DF, stats.weight_T, seed=seed)
         down_DF = result.down_DF.to(fit.dtype).to(down_DF.dtype)
-        refit_DF = ffn.down_DF.to(fit.dtype)
+        refit_DF = ffn.down_DF.to(fit.dtype, copy=True)
         refit_DF[:, order] = down_DF.to(fit.dtype)
         diagnostics |= {
             "refit_strength": result.strength,

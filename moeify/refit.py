@@ -40,34 +40,6 @@ class Refit:
     error_after: float
 
 
-@dataclass
-class _Moments:
-    """Sums over one part of the tokens."""
-
-    gram_FF: Tensor
-    cross_FD: Tensor
-    residual: float = 0.0
-    energy: float = 0.0
-
-    def add(self, hidden_TF: Tensor, residual_TD: Tensor, outputs_TD: Tensor) -> None:
-        add_gram(self.gram_FF, hidden_TF)
-        self.cross_FD.addmm_(hidden_TF.T, residual_TD)
-        self.residual += float(residual_TD.square().sum())
-        self.energy += float(outputs_TD.square().sum())
-
-
-def add_gram(gram_FF: Tensor, hidden_TF: Tensor, blocks: int = 4) -> None:
-    """gram += H'H on and above the diagonal blocks only; `_symmetric` mirrors them once at the end."""
-    step = -(-gram_FF.shape[0] // blocks)
-    for start in range(0, gram_FF.shape[0], step):
-        columns = hidden_TF[:, start : start + step]
-        gram_FF[start : start + step, start:].addmm_(columns.T, hidden_TF[:, start:])
-
-
-def _symmetric(gram_FF: Tensor) -> Tensor:
-    return gram_FF.triu_().add_(gram_FF.triu(1).T)
-
-
 def refit(activations: Activations, outputs_TD: Tensor, down_DF: Tensor, weight_T: Tensor, *, seed: int) -> Refit:
     """Fit down_proj to the dense outputs under the activations' mask.
 
@@ -78,54 +50,121 @@ def refit(activations: Activations, outputs_TD: Tensor, down_DF: Tensor, weight_
         weight_T: weight of each token's error.
         seed: of the random projection.
     """
-    num_hidden, num_neurons = down_DF.shape
-    fitted, held_out = (
-        _Moments(down_DF.new_zeros(num_neurons, num_neurons), down_DF.new_zeros(num_neurons, num_hidden))
-        for _ in range(2)
-    )
-    boundary = round(outputs_TD.shape[0] * (1 - HELD_OUT_SHARE))
-    for rows, hidden_TF in activations.chunks():
-        cut = min(max(boundary - rows.start, 0), hidden_TF.shape[0])
-        for moments, part in ((fitted, slice(0, cut)), (held_out, slice(cut, None))):
-            weight_T1 = weight_T[rows][part, None]
-            target_TD = outputs_TD[rows][part] * weight_T1
-            used_TF = hidden_TF[part] * weight_T1
-            moments.add(used_TF, target_TD - used_TF @ down_DF.T, target_TD)
-    for moments in (fitted, held_out):
-        _symmetric(moments.gram_FF)
-    strength, gain = _choose_strength(fitted, held_out, seed=seed)
-    fitted.gram_FF += held_out.gram_FF
-    fitted.cross_FD += held_out.cross_FD
-    return Refit(
-        down_DF=down_DF + _solve(fitted.gram_FF, fitted.cross_FD, strength).T,
-        strength=strength,
-        error_before=held_out.residual / held_out.energy,
-        error_after=(held_out.residual - gain) / held_out.energy,
-    )
-
-
-def _choose_strength(fitted: _Moments, held_out: _Moments, *, seed: int) -> tuple[float, float]:
-    """Walk along STRENGTHS from START while the held-out error falls; returns the best and what it gains."""
-    generator = torch.Generator().manual_seed(seed)
-    num_hidden = fitted.cross_FD.shape[1]
+    num_tokens, num_hidden = outputs_TD.shape
+    boundary = round(num_tokens * (1 - HELD_OUT_SHARE))
     columns = min(SKETCH_COLUMNS, num_hidden)
-    sketch_DS = torch.randn(num_hidden, columns, generator=generator).to(fitted.cross_FD) / columns**0.5
-    fit_FS, check_FS = fitted.cross_FD @ sketch_DS, held_out.cross_FD @ sketch_DS
+    sketch_DS = torch.randn(num_hidden, columns, generator=torch.Generator().manual_seed(seed)) / columns**0.5
+    system: _Primal | _Dual
+    if num_tokens < down_DF.shape[1]:
+        system = _Dual(down_DF, num_tokens, boundary, sketch_DS.to(down_DF))
+    else:
+        system = _Primal(down_DF, boundary, sketch_DS.to(down_DF))
+    error = energy = 0.0
+    for rows, hidden_TF in activations.chunks():
+        weight_T1 = weight_T[rows, None]
+        target_TD = outputs_TD[rows] * weight_T1
+        used_TF = hidden_TF * weight_T1
+        residual_TD = target_TD - used_TF @ down_DF.T
+        system.add(rows.start, used_TF, residual_TD)
+        held_out = slice(max(boundary - rows.start, 0), None)
+        error += float(residual_TD[held_out].square().sum())
+        energy += float(target_TD[held_out].square().sum())
+    system.finish()
+    strength, gain = _best_strength(system)
+    return Refit(down_DF + system.solve(strength), strength, error / energy, (error - gain) / energy)
 
-    def gain(index: int) -> float:
-        delta_FS = _solve(fitted.gram_FF, fit_FS, STRENGTHS[index])
-        return float((delta_FS * (2 * check_FS - held_out.gram_FF @ delta_FS)).sum())
 
-    best, best_gain = START, gain(START)
+def _best_strength(system: "_Primal | _Dual") -> tuple[float, float]:
+    """Walk along STRENGTHS from START while the held-out error falls; returns the best and what it gains."""
+    best, best_gain = START, system.gain(STRENGTHS[START])
     for direction in (1, -1):
-        while 0 <= best + direction < len(STRENGTHS) and (further := gain(best + direction)) > best_gain:
+        while (
+            0 <= best + direction < len(STRENGTHS) and (further := system.gain(STRENGTHS[best + direction])) > best_gain
+        ):
             best, best_gain = best + direction, further
         if best != START:
             break
     return STRENGTHS[best], best_gain
 
 
-def _solve(gram_FF: Tensor, moment_FS: Tensor, strength: float) -> Tensor:
-    damped_FF = gram_FF.clone()
-    damped_FF.diagonal().add_(strength * gram_FF.diagonal().mean())
-    return torch.cholesky_solve(moment_FS, torch.linalg.cholesky(damped_FF))
+class _Primal:
+    """Normal equations of size F, for more tokens than neurons; summed up chunk by chunk."""
+
+    def __init__(self, down_DF: Tensor, boundary: int, sketch_DS: Tensor) -> None:
+        self._boundary, self._sketch_DS = boundary, sketch_DS
+        num_hidden, num_neurons = down_DF.shape
+        self._fit_FF, self._held_FF = (down_DF.new_zeros(num_neurons, num_neurons) for _ in range(2))
+        self._fit_FD, self._held_FD = (down_DF.new_zeros(num_neurons, num_hidden) for _ in range(2))
+
+    def add(self, start: int, used_TF: Tensor, residual_TD: Tensor) -> None:
+        cut = min(max(self._boundary - start, 0), used_TF.shape[0])
+        for gram_FF, moment_FD, part in (
+            (self._fit_FF, self._fit_FD, slice(0, cut)),
+            (self._held_FF, self._held_FD, slice(cut, None)),
+        ):
+            _add_gram(gram_FF, used_TF[part])
+            moment_FD.addmm_(used_TF[part].T, residual_TD[part])
+
+    def finish(self) -> None:
+        for gram_FF in (self._fit_FF, self._held_FF):
+            gram_FF.triu_().add_(gram_FF.triu(1).T)
+
+    def gain(self, strength: float) -> float:
+        delta_FS = _solve(self._fit_FF, self._fit_FD @ self._sketch_DS, strength * self._fit_FF.diagonal().mean())
+        check_FS = self._held_FD @ self._sketch_DS
+        return float((delta_FS * (2 * check_FS - self._held_FF @ delta_FS)).sum())
+
+    def solve(self, strength: float) -> Tensor:
+        """delta_DF from all tokens; the parts are summed in place, so this comes last."""
+        self._fit_FF += self._held_FF
+        self._fit_FD += self._held_FD
+        return _solve(self._fit_FF, self._fit_FD, strength * self._fit_FF.diagonal().mean()).T
+
+
+class _Dual:
+    """The same fit as a system of size T, for fewer tokens than neurons: dW' = H~'(H~H~' + ...)^-1 R."""
+
+    def __init__(self, down_DF: Tensor, num_tokens: int, boundary: int, sketch_DS: Tensor) -> None:
+        self._boundary, self._sketch_DS = boundary, sketch_DS
+        num_hidden, num_neurons = down_DF.shape
+        self._used_TF = down_DF.new_empty(num_tokens, num_neurons)
+        self._residual_TD = down_DF.new_empty(num_tokens, num_hidden)
+        self._gram_TT = down_DF.new_empty(0)
+
+    def add(self, start: int, used_TF: Tensor, residual_TD: Tensor) -> None:
+        self._used_TF[start : start + used_TF.shape[0]] = used_TF
+        self._residual_TD[start : start + used_TF.shape[0]] = residual_TD
+
+    def finish(self) -> None:
+        self._gram_TT = self._used_TF @ self._used_TF.T
+
+    def gain(self, strength: float) -> float:
+        fit, held = slice(0, self._boundary), slice(self._boundary, None)
+        target_TS = self._residual_TD @ self._sketch_DS
+        weights_TS = _solve(self._gram_TT[fit, fit], target_TS[fit], strength * self._mean_diagonal(fit))
+        found_TS = self._gram_TT[held, fit] @ weights_TS
+        return float((found_TS * (2 * target_TS[held] - found_TS)).sum())
+
+    def solve(self, strength: float) -> Tensor:
+        """delta_DF from all tokens."""
+        every = slice(0, None)
+        weights_TD = _solve(self._gram_TT, self._residual_TD, strength * self._mean_diagonal(every))
+        return weights_TD.T @ self._used_TF
+
+    def _mean_diagonal(self, part: slice) -> Tensor:
+        """Mean diagonal of the F x F matrix, which has the same trace."""
+        return self._gram_TT.diagonal()[part].sum() / self._used_TF.shape[1]
+
+
+def _add_gram(gram_FF: Tensor, hidden_TF: Tensor, blocks: int = 4) -> None:
+    """gram += H'H on and above the diagonal blocks only, which saves three eighths of the work."""
+    step = -(-gram_FF.shape[0] // blocks)
+    for start in range(0, gram_FF.shape[0], step):
+        columns = hidden_TF[:, start : start + step]
+        gram_FF[start : start + step, start:].addmm_(columns.T, hidden_TF[:, start:])
+
+
+def _solve(gram: Tensor, moment: Tensor, damping: Tensor) -> Tensor:
+    damped = gram.clone()
+    damped.diagonal().add_(damping)
+    return torch.cholesky_solve(moment, torch.linalg.cholesky(damped))

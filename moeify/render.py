@@ -17,12 +17,15 @@ from moeify.errors import MoeifyError
 if TYPE_CHECKING:
     from moeify.evaluate import EvalResult
     from moeify.inspect import Inspection
+    from moeify.prepare import Preview
     from moeify.recipe import RunResult
-    from moeify.split import Preview, SplitResult
+    from moeify.split import SplitResult
     from moeify.verify import VerifyReport
 
 # A loop shows its bar once it has taken this long.
 PATIENCE_S = 2.0
+# Without a terminal it prints a line this often instead.
+LOG_EVERY_S = 20.0
 
 
 class Renderer:
@@ -40,9 +43,12 @@ class Renderer:
         self._err = Console(stderr=True)
 
     def track(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
-        """Yield the items, with a progress bar on stderr for a loop that takes more than PATIENCE_S."""
+        """Yield the items, with progress on stderr for a loop that takes more than PATIENCE_S."""
         if self._quiet:
             yield from items
+            return
+        if not self._err.is_terminal:
+            yield from self._log(items, label, total)
             return
         began = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -51,6 +57,15 @@ class Renderer:
             for item in items:
                 yield item
                 progress.update(task, advance=1, visible=time.monotonic() - began > PATIENCE_S)
+
+    def _log(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
+        """Progress for a log file: a line now and then instead of a bar."""
+        last = time.monotonic()
+        for done, item in enumerate(items, start=1):
+            yield item
+            if time.monotonic() - last > LOG_EVERY_S:
+                last = time.monotonic()
+                self._err.print(f"{label}: {done}/{total}", markup=False, highlight=False, soft_wrap=True)
 
     def error(self, error: BaseException) -> None:
         """`error: ...` and, if there is one, `hint: ...`."""
@@ -209,10 +224,14 @@ def eval_table(results: "Sequence[EvalResult]") -> Table:
     for column in ("perplexity", "ratio", "tokens", "tokens/s"):
         table.add_column(column, justify="right")
     first = {result.data: result.perplexity for result in reversed(results)}
+    models = {result.model for result in results}
+    short = {model: Path(model).name for model in models}
+    if len(set(short.values())) < len(models):
+        short = {model: model for model in models}
     for result in results:
         table.add_row(
-            result.model,
-            result.data,
+            short[result.model],
+            Path(result.data).name,
             f"{result.perplexity:,.3f}",
             f"{result.perplexity / first[result.data]:.3f}",
             f"{result.num_tokens:,}",

@@ -13,25 +13,19 @@ import torch
 import transformers
 from torch import Tensor
 
-from moeify import partition, routers, targets
+from moeify import partition, routers
 from moeify.activations import FFNWeights
 from moeify.calibration import HiddenStream
 from moeify.card import model_card
-from moeify.checkpoint import DenseCheckpoint, open_dense
 from moeify.errors import InputError, UsageError
-from moeify.estimate import Estimate, count_parameters, estimate
+from moeify.estimate import count_parameters
 from moeify.layer import LayerFit, fit_layer, replay_layer
 from moeify.options import SplitOptions, Track, untracked
-from moeify.plan import LayerPlan, Layout, SplitPlan, load_plan, resolve_layout
-from moeify.targets import Target
+from moeify.plan import LayerPlan, Layout, SplitPlan, load_plan
+from moeify.prepare import Prepared, prepare
 from moeify.text import TokenBlocks, calibration_blocks, sample_from_model
 from moeify.version import __version__
-from moeify.workspace import RECORD_FILE, Workspace, check_replaceable
-from moeify.writer import MoEWriter
-
-DEFAULT_CONTEXT = 512
-# Fewer tokens leave the refit and the routers undetermined in every model moeify knows.
-MIN_TOKENS = 1024
+from moeify.workspace import LAST_FILE, RECORD_FILE, Workspace, check_replaceable
 
 
 @dataclass(frozen=True)
@@ -53,125 +47,6 @@ class SplitResult:
     num_parameters: int
     num_active_parameters: int
     plan: SplitPlan
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything that is known before a calibration token is read."""
-
-    dense: DenseCheckpoint
-    options: SplitOptions
-    layout: Layout
-    target: Target
-    target_reason: str
-    saved_plan: SplitPlan | None
-    dtype: torch.dtype
-
-    @property
-    def writer(self) -> MoEWriter:
-        return MoEWriter(self.dense, self.target, self.layout, self.dtype)
-
-    @property
-    def needs_text(self) -> bool:
-        return self.saved_plan is None or self.options.refit
-
-
-def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked) -> Prepared:
-    """Open the model and settle target, layout and dtype; reads headers only.
-
-    Raises:
-        InputError: the model cannot be split, or not in this way.
-        UsageError: the options contradict each other.
-    """
-    dense = open_dense(model, track)
-    saved = load_plan(Path(options.plan)) if options.plan else None
-    if saved is not None:
-        options = replace(
-            options, experts=saved.layout.num_experts, shared=saved.layout.num_shared, active=saved.layout.num_active
-        )
-    partition.find(options.partition)
-    routers.find(options.router)
-    layout, target, reason = _choose_target(dense, options)
-    layout.expert_width(dense.config.intermediate_size)
-    if saved is not None and len(saved.layers) != dense.num_layers:
-        raise InputError(f"the plan has {len(saved.layers)} layers, {model} has {dense.num_layers}")
-    if saved is not None and saved.layers[0].labels_F.numel() != dense.config.intermediate_size:
-        raise InputError(
-            f"the plan labels {saved.layers[0].labels_F.numel()} neurons a layer, "
-            f"{model} has {dense.config.intermediate_size}"
-        )
-    dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    limit = int(dense.config.max_position_embeddings)
-    context = options.context or min(DEFAULT_CONTEXT, limit)
-    if not 16 <= context <= limit:
-        raise InputError(f"context {context} does not fit {model}, which takes 16 to {limit} tokens")
-    if options.tokens < MIN_TOKENS:
-        raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
-    options = replace(
-        options, context=context, shared=None if options.static else layout.num_shared, active=layout.num_active
-    )
-    return Prepared(dense, options, layout, target, reason, saved, dtype)
-
-
-@dataclass(frozen=True)
-class Preview:
-    """What a split would do and cost; what `--dry-run` shows."""
-
-    model: str
-    family: str
-    num_layers: int
-    target: str
-    target_reason: str
-    layout: Layout
-    expert_width: int
-    num_parameters: int
-    num_active_parameters: int
-    dtype: str
-    options: SplitOptions
-    estimate: Estimate
-
-
-def preview(model: str, options: SplitOptions | None = None, *, track: Track[Any] = untracked) -> Preview:
-    """Settle everything that a split settles before it reads text, and estimate the rest. Writes nothing.
-
-    Raises:
-        InputError: the model cannot be split in this way.
-    """
-    prepared = prepare(model, options or SplitOptions(), track)
-    return Preview(
-        model,
-        prepared.dense.family.model_type,
-        prepared.dense.num_layers,
-        prepared.target.model_type,
-        prepared.target_reason,
-        prepared.layout,
-        prepared.layout.expert_width(prepared.dense.config.intermediate_size),
-        *count_parameters(prepared.writer),
-        str(prepared.dtype).removeprefix("torch."),
-        prepared.options,
-        estimate(prepared),
-    )
-
-
-def _choose_target(dense: DenseCheckpoint, options: SplitOptions) -> tuple[Layout, Target, str]:
-    def resolve(holds_shared: bool) -> Layout:
-        return resolve_layout(options.experts, options.shared, options.active, holds_shared=holds_shared)
-
-    if options.static:
-        active = resolve(True).num_active
-        layout = Layout(options.experts, active, active)
-        return layout, targets.static_target(dense.family), "static pruning keeps the dense architecture"
-    if options.target == "auto":
-        target, layout, reason = targets.choose(dense.traits, dense.config, resolve)
-        return layout, target, reason
-    target = targets.find(options.target)
-    layout = resolve(target.holds_shared)
-    reason = targets.refusal(target, dense.traits, dense.config, layout)
-    if reason:
-        raise InputError(
-            f"{options.target} cannot hold this model: {reason}", "`moeify inspect` lists targets that can"
-        )
-    return layout, target, "asked for"
 
 
 def split(
@@ -201,24 +76,32 @@ def split(
     check_replaceable(out, overwrite=overwrite)
     blocks = calibration_text(prepared) if prepared.needs_text else None
     calibration = asdict(blocks.provenance) if blocks else {}
-    job = _job(prepared, calibration)
-    with Workspace(out, job, overwrite=overwrite) as workspace:
-        layers = decide_layers(prepared, blocks, workspace)
-        # The refit columns stay on disk until their shard is written.
-        light = tuple(
-            replace(layer, down_DF=None) for layer in track(layers, "splitting layers", prepared.dense.num_layers)
-        )
-        plan = _plan(prepared, light, calibration)
-        writer = prepared.writer
-        writer.write(workspace, lambda layer: workspace.load_layer(layer) or light[layer], track)
-        workspace.write_plan(plan)
-        sizes = count_parameters(writer)
-        result = SplitResult(out, prepared.target.model_type, prepared.target_reason, prepared.layout, *sizes, plan)
-        record = {"schema": "moeify.record/1", "job": job, "parameters": sizes[0], "active_parameters": sizes[1]}
-        workspace.write_text(RECORD_FILE, json.dumps(record, indent=1, sort_keys=True) + "\n")
-        workspace.write_text("README.md", model_card(plan, writer.config().architectures[0], sizes))
+    with Workspace(out, _job(prepared, calibration), overwrite=overwrite) as workspace:
+        if not workspace.is_complete:
+            layers = track(decide_layers(prepared, blocks, workspace), "splitting layers", prepared.dense.num_layers)
+            # The refit columns stay on disk until their shard is written.
+            _write(prepared, workspace, tuple(replace(layer, down_DF=None) for layer in layers), calibration, track)
         workspace.commit()
-    return result
+    sizes = count_parameters(prepared.writer)
+    reason = prepared.target_reason
+    return SplitResult(out, prepared.target.model_type, reason, prepared.layout, *sizes, load_plan(out))
+
+
+def _write(
+    prepared: Prepared,
+    workspace: Workspace,
+    layers: tuple[LayerPlan, ...],
+    calibration: dict[str, Any],
+    track: Track[Any],
+) -> None:
+    """Everything that the finished folder holds."""
+    plan, writer = _plan(prepared, layers, calibration), prepared.writer
+    writer.write(workspace, lambda layer: workspace.load_layer(layer) or layers[layer], track)
+    workspace.write_plan(plan)
+    parameters, active = count_parameters(writer)
+    record = {"schema": "moeify.record/1", "job": workspace.job, "parameters": parameters, "active_parameters": active}
+    workspace.write_text(RECORD_FILE, json.dumps(record, indent=1, sort_keys=True) + "\n")
+    workspace.write_text(LAST_FILE, model_card(plan, writer.config().architectures[0], (parameters, active)))
 
 
 def calibration_text(prepared: Prepared) -> TokenBlocks:

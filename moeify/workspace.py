@@ -25,6 +25,8 @@ from moeify.errors import InputError
 from moeify.plan import PLAN_FILE, LayerPlan, SplitPlan
 
 RECORD_FILE = "moeify.json"
+# Written last: a folder that has it has everything.
+LAST_FILE = "README.md"
 
 
 class Workspace:
@@ -34,7 +36,7 @@ class Workspace:
         self.out = out
         self.path = out.with_name(out.name + ".partial")
         self._old = out.with_name(out.name + ".replaced")
-        self._job = json.loads(json.dumps(job))
+        self.job = json.loads(json.dumps(job))
         self._overwrite = overwrite
         self._lock = FileLock(str(out.with_name("." + out.name + ".lock")))
 
@@ -57,26 +59,41 @@ class Workspace:
 
     def _open(self) -> None:
         check_replaceable(self.out, overwrite=self._overwrite)
-        job_file = self.path / "job.json"
-        if self.path.exists():
-            found = json.loads(job_file.read_text()) if job_file.is_file() else {}
-            differs = sorted(key for key in {*found, *self._job} if found.get(key) != self._job.get(key))
-            if not job_file.is_file() and any(self.path.iterdir()):
+        if self.path.exists() and any(self.path.iterdir()):
+            found = self._found_job()
+            differs = sorted(key for key in {*found, *self.job} if found.get(key) != self.job.get(key))
+            if differs and not self._overwrite:
                 raise InputError(
-                    f"{self.path} is in the way and was not made by moeify", "move it or choose another -o"
+                    f"{self.path} holds an unfinished split that differs in: {', '.join(differs)}",
+                    "--overwrite discards it; the command that began it would resume it",
                 )
-            if differs and job_file.is_file():
-                if not self._overwrite:
-                    raise InputError(
-                        f"{self.path} holds an unfinished split that differs in: {', '.join(differs)}",
-                        "--overwrite discards it; the command that began it would resume it",
-                    )
+            if differs:
                 shutil.rmtree(self.path)
         (self.path / "work").mkdir(parents=True, exist_ok=True)
         for leftover in self.path.rglob("*.tmp"):
             leftover.unlink()
-        if not job_file.is_file():
-            self.write_text("job.json", json.dumps(self._job, indent=1, sort_keys=True))
+        self.write_text("job.json", json.dumps(self.job, indent=1, sort_keys=True))
+
+    def _found_job(self) -> dict[str, Any]:
+        """What an earlier run was making here.
+
+        Raises:
+            InputError: the folder holds something else.
+        """
+        if (self.path / "job.json").is_file():
+            return dict(json.loads((self.path / "job.json").read_text()))
+        if (self.path / RECORD_FILE).is_file():
+            # Killed while the folder was being given its final name.
+            return dict(json.loads((self.path / RECORD_FILE).read_text())["job"])
+        if {path.name for path in self.path.iterdir()} <= {"work", "job.json.tmp"}:
+            # Killed before it could say what it was making.
+            return dict(self.job)
+        raise InputError(f"{self.path} is in the way and was not made by moeify", "move it or choose another -o")
+
+    @property
+    def is_complete(self) -> bool:
+        """Everything is written and only the final name is missing."""
+        return self.has(LAST_FILE)
 
     def _release(self) -> None:
         Path(self._lock.lock_file).unlink(missing_ok=True)

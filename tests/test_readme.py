@@ -1,0 +1,70 @@
+"""README.md is true: its commands run, its tree is the disk, its set-up is what CI does."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands() -> list[str]:
+    """The moeify command of every line; a set-up line ends in one too."""
+    found = []
+    for line in "\n".join(blocks("bash")).splitlines():
+        last = line.rsplit("&&", maxsplit=1)[-1].strip().removeprefix(".venv/bin/")
+        if last.startswith("moeify "):
+            found.append(last)
+    return found
+
+
+@pytest.mark.slow
+def test_every_command_runs_offline_in_order(tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    found = commands()
+    assert len(found) >= 10
+    for command in found:
+        words = [sys.executable, "-m", "moeify.cli", *shlex.split(command)[1:]]
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_setup_commands_are_what_ci_does() -> None:
+    setup = [line for line in "\n".join(blocks("bash")).splitlines() if line.startswith("python3 -m venv")]
+    assert len(setup) == 2
+    ci = (ROOT / ".ci" / "run").read_text()
+    install = re.search(r"pip install.*(-c constraints.txt .*)", ci)
+    assert install is not None
+    assert install[1] in setup[1]
+    assert setup[1].endswith("pytest")
+    assert ci.rstrip().endswith("pytest")
+
+
+def test_tree_equals_the_disk() -> None:
+    (tree,) = (block for block in blocks("text") if "pyproject.toml" in block)
+    listed = {line.split()[0] for line in tree.splitlines() if line.strip()}
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    folders_on_one_line = tuple(entry for entry in listed if entry.endswith("/"))
+    expected = {path for path in tracked if (ROOT / path).is_file() and not path.startswith(folders_on_one_line)}
+    assert {entry for entry in listed if not entry.endswith("/")} == expected
+    assert all(any(path.startswith(folder) for path in tracked) for folder in folders_on_one_line)
+
+
+def test_it_is_short_and_speaks_for_itself() -> None:
+    assert len(README.splitlines()) < 250
+    assert "@@" not in README

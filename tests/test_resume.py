@@ -1,0 +1,341 @@
+"""A split that is killed at any moment goes on with the same command, to the folder that an uninterrupted one gives.
+
+pytest tests/test_resume.py -s            # also prints what each kill hit
+pytest tests/test_resume.py -s -m slow    # twenty kills while a model of 60 MB is converted
+"""
+
+import contextlib
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeDense
+
+LAYERS = 4
+DEADLINE_S = 300
+
+# `moeify` itself, with small shards, and with a pause before each file gets its final name: a tiny model would
+# otherwise be through before it can be killed.
+COMMAND = """
+import sys, time
+shard_bytes, pause = int(sys.argv.pop(1)), float(sys.argv.pop(1))
+from moeify import workspace, writer
+from moeify.cli import main
+writer.SHARD_BYTES = shard_bytes
+really_sync = workspace._sync
+def sync(path):
+    time.sleep(pause)
+    really_sync(path)
+workspace._sync = sync
+main()
+"""
+
+# The same in one process that starts quickly: for each line "NUMBER FOLDER ARGUMENTS..." it forks, the child runs the
+# command and is killed right before its NUMBERth look at or change to something below the folder; 0 kills none. Answers
+# with "EXIT EVENTS LAST-EVENT". The first line is run without a fork, so that no child has to import anything.
+SERVER = """
+import os, signal, sys
+shard_bytes = int(sys.argv[1])
+import moeify.split, moeify.writer
+from moeify.cli import run_command
+moeify.writer.SHARD_BYTES = shard_bytes
+EVENTS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "open"}
+
+def child(number, arguments, parent, pipe):
+    count = 0
+    def hook(event, details):
+        nonlocal count
+        if event not in EVENTS or not str(details[0]).startswith(parent):
+            return
+        count += 1
+        if count == number:
+            os.write(pipe, f"{count} {event} {' '.join(map(str, details[:2]))}".encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+    code = run_command(arguments)
+    os.write(pipe, f"{count} done".encode())
+    os._exit(code)
+
+warm = False
+for line in sys.stdin:
+    number, parent, *arguments = line.rstrip("\\n").split("\\t")
+    if not warm:
+        warm = True
+        print(run_command(arguments), "0 warm", flush=True)
+        continue
+    ours, theirs = os.pipe()
+    process = os.fork()
+    if process == 0:
+        child(int(number), arguments, parent, theirs)
+    os.close(theirs)
+    said = os.read(ours, 10000).decode()
+    os.close(ours)
+    code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    print(code, said, flush=True)
+"""
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by name."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def stage(out: Path) -> str:
+    """What a process that writes `out` is at, from what is there."""
+    partial = out.with_name(f"{out.name}.partial")
+    names = [str(path.relative_to(partial)) for path in partial.rglob("*")] if partial.exists() else []
+    # The weights' library writes under a random name of its own first.
+    writing = next((name for name in names if name.endswith(".tmp") or "/.tmp" in f"/{name}"), "")
+    layers = sum(name.startswith("work/layer-") and name != writing for name in names)
+    shards = sum(name.startswith("model-") and name != writing for name in names)
+    if out.exists():
+        return "done"
+    if writing.startswith("work/"):
+        return f"inside layer {layers}"
+    if writing.startswith(("model-", ".tmp")):
+        return f"inside shard {shards}"
+    if "model.safetensors.index.json" in names:
+        return "after shards, all"
+    if shards:
+        return f"after shards, {shards}"
+    return f"after layers, {layers}" if layers else "before layers"
+
+
+@dataclass
+class Killer:
+    """Starts the command again and again and kills it at random moments until it has been killed often enough."""
+
+    arguments: list[str]
+    out: Path
+    shard_bytes: int
+    pause: float
+    seed: int
+    stages: list[str] = field(default_factory=list)
+
+    def start(self) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-c", COMMAND, str(self.shard_bytes), str(self.pause), *self.arguments]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def finish(self) -> float:
+        """Run to the end; the seconds since the first file appeared."""
+        process = self.start()
+        began = self._first_change(process)
+        _, errors = process.communicate(timeout=DEADLINE_S)
+        assert process.returncode == 0, errors.decode()
+        return time.monotonic() - began
+
+    def kill_after(self, seconds: float) -> str:
+        """Kill it some time after it has begun to write; what that hit."""
+        process = self.start()
+        began = self._first_change(process)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=max(0.0, seconds - (time.monotonic() - began)))
+        process.send_signal(signal.SIGSTOP)
+        found = stage(self.out)
+        process.kill()
+        _, errors = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+        return found
+
+    def _first_change(self, process: "subprocess.Popen[bytes]") -> float:
+        """Wait until it holds its lock, which is the first thing it does on the disk."""
+        lock = self.out.with_name(f".{self.out.name}.lock")
+        deadline = time.monotonic() + DEADLINE_S
+        before = lock.stat().st_mtime_ns if lock.exists() else None
+        while process.poll() is None and time.monotonic() < deadline:
+            with contextlib.suppress(FileNotFoundError):
+                if lock.stat().st_mtime_ns != before:
+                    break
+            time.sleep(0.001)
+        return time.monotonic()
+
+
+def kill_often(killer: Killer, times: int, whole: float, expected: dict[str, str]) -> None:
+    """Kill at moments drawn over the whole length of a run, in several conversions if one does not suffice."""
+    generator = random.Random(killer.seed)
+    tries = 0
+    while len(killer.stages) < times:
+        tries += 1
+        assert tries < 5 * times
+        # Half of the kills come early, so that one conversion is killed several times before it is through.
+        found = killer.kill_after(generator.uniform(0, whole * generator.choice((0.3, 1.0))))
+        if killer.out.exists():
+            assert tree(killer.out) == expected
+            shutil.rmtree(killer.out)
+        else:
+            killer.stages.append(found)
+    killer.finish()
+    kinds = Counter(stage.rstrip(" 0123456789,").removesuffix(", all") for stage in killer.stages)
+    print(f"\nkilled at: {'; '.join(killer.stages)}\nin short: {dict(kinds)}")
+
+
+@pytest.fixture(scope="module")
+def convert(make_dense: MakeDense, calibration_file: Path) -> Callable[..., list[str]]:
+    """convert(out, **config) -> arguments of `moeify split`."""
+
+    def arguments(out: Path, *more: str, **config: Any) -> list[str]:
+        model = make_dense("llama", **{"num_hidden_layers": LAYERS, "max_position_embeddings": 64, **config})
+        text = ["--calibration", str(calibration_file), "--tokens", "1024"]
+        return ["split", str(model), "-o", str(out), "--quiet", *text, *more]
+
+    return arguments
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_four_kills_at_random_moments(convert: Callable[..., list[str]], tmp_path: Path, seed: int) -> None:
+    reference = Killer(convert(tmp_path / "reference"), tmp_path / "reference", 30_000, 0.05, seed)
+    whole = reference.finish()
+    killer = Killer(convert(tmp_path / "out"), tmp_path / "out", 30_000, 0.05, seed)
+    kill_often(killer, 4, whole, tree(reference.out))
+    assert tree(killer.out) == tree(reference.out)
+    assert {path.name for path in tmp_path.iterdir()} == {"reference", "out"}
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_a_larger_model(convert: Callable[..., list[str]], tmp_path: Path) -> None:
+    """No pauses: what takes time is the work itself, the writing of shards among it."""
+    size = {"hidden_size": 256, "intermediate_size": 4096, "vocab_size": 4096}
+    shard = 8_000_000
+    reference = Killer(convert(tmp_path / "reference", **size), tmp_path / "reference", shard, 0, 1)
+    whole = reference.finish()
+    killer = Killer(convert(tmp_path / "out", **size), tmp_path / "out", shard, 0, 1)
+    kill_often(killer, 20, whole, tree(reference.out))
+    assert tree(killer.out) == tree(reference.out)
+    assert {path.name for path in tmp_path.iterdir()} == {"reference", "out"}
+    assert len(set(killer.stages)) >= 5
+
+
+@dataclass
+class Server:
+    """The quick starter; see SERVER."""
+
+    process: "subprocess.Popen[str]"
+
+    def run(self, arguments: list[str], parent: Path, kill_at: int = 0) -> tuple[int, int, str]:
+        """(exit code, changes made, the last one); killed right before the change of that number."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        print("\t".join([str(kill_at), str(parent), *arguments]), file=self.process.stdin, flush=True)
+        code, count, last = self.process.stdout.readline().rstrip("\n").split(" ", 2)
+        return int(code), int(count), last
+
+
+@pytest.fixture(scope="module")
+def server(convert: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    command = [sys.executable, "-c", SERVER, "30000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        started = Server(process)
+        warm = tmp_path_factory.mktemp("warm")
+        assert started.run(convert(warm / "out", num_hidden_layers=2), warm)[0] == 0
+        yield started
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def each_kill(
+    server: Server, arguments: list[str], folder: Path, prepare: Callable[[], None]
+) -> Iterator[tuple[int, str]]:
+    """Kill a run right before its first change to the disk, a fresh run before its second, ... until one survives."""
+    for number in range(1, 1000):
+        prepare()
+        code, count, last = server.run(arguments, folder, number)
+        if code == 0:
+            assert number > 30
+            return
+        assert (code, count) == (-signal.SIGKILL, number), last
+        yield number, last
+
+
+def test_a_kill_before_any_change_to_the_disk(
+    convert: Callable[..., list[str]], server: Server, tmp_path: Path
+) -> None:
+    """Every one of them, from the lock to the removal of the lock: the next run gives the same folder."""
+    folder = tmp_path / "work"
+    out = folder / "out"
+    arguments = convert(out, num_hidden_layers=2)
+
+    def clear() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+
+    clear()
+    assert server.run(arguments, folder)[0] == 0
+    reference = tree(out)
+    assert len([name for name in reference if name.startswith("model-")]) >= 3
+    wrong = []
+    for number, last in each_kill(server, arguments, folder, clear):
+        if out.exists():
+            # Killed after the folder had its name: it is whole.
+            code = 0
+        else:
+            code, _, _ = server.run(arguments, folder)
+        same = out.exists() and tree(out) == reference
+        alone = {path.name for path in folder.iterdir()} <= {"out", ".out.lock"}
+        if code or not same or not alone:
+            wrong.append((number, last, code, same, sorted(path.name for path in folder.iterdir())))
+    assert not wrong
+
+
+def test_a_kill_while_a_former_result_is_replaced(
+    convert: Callable[..., list[str]], server: Server, tmp_path: Path
+) -> None:
+    """At every moment the old result or the new one is there, whole; the next run with --overwrite gives the new one."""
+    folder = tmp_path / "work"
+    out = folder / "out"
+    old = convert(out, "--experts", "4", num_hidden_layers=2)
+    new = convert(out, "--overwrite", num_hidden_layers=2)
+
+    def clear() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "old", out)
+
+    folder.mkdir()
+    assert server.run(old, folder)[0] == 0
+    out.rename(tmp_path / "old")
+    expected_old = tree(tmp_path / "old")
+    assert server.run(new, folder)[0] == 0
+    expected_new = tree(out)
+    wrong = []
+    for number, last in each_kill(server, new, folder, clear):
+        held = {path.name: tree(path) for path in folder.iterdir() if path.is_dir()}
+        whole = expected_old in held.values() or held.get("out") == expected_new
+        code, _, _ = server.run(new, folder)
+        same = out.exists() and tree(out) == expected_new
+        alone = {path.name for path in folder.iterdir()} <= {"out", ".out.lock"}
+        if code or not whole or not same or not alone:
+            wrong.append((number, last, code, whole, same, sorted(path.name for path in folder.iterdir())))
+    assert not wrong
+
+
+def test_two_kills_of_the_same_run(convert: Callable[..., list[str]], server: Server, tmp_path: Path) -> None:
+    """Of the run that goes on, too: pairs of moments, drawn with a seed."""
+    folder = tmp_path / "work"
+    out = folder / "out"
+    arguments = convert(out, num_hidden_layers=2)
+    folder.mkdir()
+    _, total, _ = server.run(arguments, folder)
+    reference = tree(out)
+    generator = random.Random(0)
+    for _ in range(10):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        killed = [server.run(arguments, folder, generator.randrange(2, total * 2 // 3)) for _ in range(2)]
+        assert killed[0][0] == -signal.SIGKILL
+        code = killed[1][0] if out.exists() else server.run(arguments, folder)[0]
+        assert code == 0, killed
+        assert tree(out) == reference, killed
