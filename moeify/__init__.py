@@ -10,6 +10,8 @@ Names are imported when first used, so that `import moeify` and `moeify --help` 
 """
 
 import importlib
+import sys
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from moeify.version import __version__
@@ -48,6 +50,18 @@ _HOMES = {
     "split": ("SplitResult", "split"),
     "verify": ("VerifyReport", "verify"),
 }
+
+
+class _Package(ModuleType):
+    """Importing moeify.split binds the module as `moeify.split`; the function of that name is what is meant."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and name in _HOMES.get(name, ()):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:

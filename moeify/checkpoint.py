@@ -174,7 +174,7 @@ def open_dense(model: str, track: Track[Any] = untracked) -> DenseCheckpoint:
             f"{model} is quantised ({config.quantization_config.get('quant_method', 'unknown method')})",
             "quantise after the conversion, not before: start from the unquantised checkpoint",
         )
-    checkpoint = DenseCheckpoint(model, path, config, family, _shards(path))
+    checkpoint = DenseCheckpoint(model, path, config, family, find_shards(path))
     _check_tensors(checkpoint)
     return checkpoint
 
@@ -218,7 +218,7 @@ def locate(model: str, track: Track[Any] = untracked) -> Path:
         ) from error
 
 
-def _shards(path: Path) -> dict[str, Path]:
+def find_shards(path: Path) -> dict[str, Path]:
     """Shard of every tensor, each file's header checked against its length."""
     index = path / INDEX_FILE
     if index.is_file():

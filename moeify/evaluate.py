@@ -92,6 +92,8 @@ def evaluate(
     paths = {model: locate(model, track) for model in models}
     limit = min(int(load_config(path).max_position_embeddings) for path in paths.values())
     context = context or min(DEFAULT_CONTEXT, limit)
+    if context < 2:
+        raise InputError(f"a context of {context} leaves nothing to predict", "--context takes 2 or more")
     if context > limit:
         raise InputError(f"context {context} is longer than the {limit} tokens that all models take")
     stride = stride or context // 2

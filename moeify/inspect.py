@@ -5,12 +5,11 @@ from typing import Any
 
 from moeify import targets
 from moeify.checkpoint import open_dense
+from moeify.errors import InputError
 from moeify.estimate import Estimate, estimate
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import Layout, resolve_layout
-from moeify.prepare import prepare
-
-MAX_EXPERTS = 128
+from moeify.prepare import MAX_EXPERTS, expert_counts, prepare
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,9 @@ def inspect(model: str, *, experts: int = 8, track: Track[Any] = untracked) -> I
     dense = open_dense(model, track)
     config = dense.config
     neurons, hidden, layers = config.intermediate_size, config.hidden_size, dense.num_layers
-    counts = tuple(n for n in range(2, MAX_EXPERTS + 1) if neurons % n == 0)
+    counts = expert_counts(neurons, dense.dtype)
+    if not counts:
+        raise InputError(f"FFNs of {neurons} neurons do not divide into 2 to {MAX_EXPERTS} experts that can run")
     fits = []
     for name in targets.names():
         target = targets.find(name)
@@ -67,7 +68,7 @@ def inspect(model: str, *, experts: int = 8, track: Track[Any] = untracked) -> I
         reason = targets.refusal(target, dense.traits, config, layout)
         loads = "known to " + ", ".join(("transformers", *target.engines))
         fits.append(TargetFit(name, not reason, target.holds_shared, reason or loads))
-    prepared = prepare(model, SplitOptions(experts=experts if neurons % experts == 0 else counts[0]))
+    prepared = prepare(model, SplitOptions(experts=experts if experts in counts else counts[0]))
     return Inspection(
         model=model,
         family=dense.family.model_type,

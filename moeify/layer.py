@@ -134,7 +134,8 @@ def _scaled(router_RD: Tensor, inputs_TD: Tensor) -> Tensor:
     """The same ranking, with scores centred over experts and none beyond ROUTER_LIMIT on the calibration tokens."""
     router_RD = router_RD - router_RD.mean(dim=0)
     largest = (inputs_TD @ router_RD.T).abs().max()
-    return router_RD * (ROUTER_LIMIT / largest.clamp(min=torch.finfo(largest.dtype).tiny))
+    # A silent FFN leaves zeros, which stay zeros.
+    return router_RD * (ROUTER_LIMIT / largest.clamp(min=1e-30))
 
 
 def _router_diagnostics(norms_TR: Tensor, keep_TR: Tensor, stats: ActivationStats, layout: Layout) -> dict[str, float]:
@@ -142,8 +143,9 @@ def _router_diagnostics(norms_TR: Tensor, keep_TR: Tensor, stats: ActivationStat
     energy_TR = (norms_TR * stats.weight_T[:, None]).square()
     oracle_TR = _top(norms_TR, layout.num_routed_active)
     load_R = keep_TR.float().mean(dim=0)
+    best = float((energy_TR * oracle_TR).sum())
     return {
-        "router_energy_of_oracle": float((energy_TR * keep_TR).sum() / (energy_TR * oracle_TR).sum()),
+        "router_energy_of_oracle": float((energy_TR * keep_TR).sum()) / best if best else 1.0,
         "smallest_expert_load": float(load_R.min()),
         "largest_expert_load": float(load_R.max()),
     }

@@ -113,6 +113,8 @@ class LayerPlan:
 
     def check(self, layout: Layout) -> None:
         """Raise InputError unless every expert has exactly its share of neurons."""
+        if self.labels_F.ndim != 1 or self.labels_F.dtype != torch.int16 or int(self.labels_F.min()) < SHARED:
+            raise InputError(f"layer {self.layer} of the plan has no int16 labels of {SHARED} and up, one a neuron")
         width = layout.expert_width(self.labels_F.numel())
         counts = torch.bincount(self.labels_F.long() + 1, minlength=layout.num_routed + 1)
         expected = torch.tensor([layout.num_shared * width] + [width] * layout.num_routed)
@@ -122,6 +124,15 @@ class LayerPlan:
                 f"expected {expected.tolist()}",
                 "every neuron needs one label: -1 for shared or the number of its routed expert",
             )
+
+    def check_router(self, layout: Layout) -> None:
+        """Raise InputError unless there is a finite router row for each routed expert, or none in a static plan."""
+        rows = 0 if self.router_RD is None else self.router_RD.shape[0]
+        expected = 0 if layout.is_static else layout.num_routed
+        if rows != expected:
+            raise InputError(f"layer {self.layer} of the plan has {rows} router rows, expected {expected}")
+        if self.router_RD is not None and not self.router_RD.isfinite().all():
+            raise InputError(f"layer {self.layer} of the plan has a router with NaN or infinite values")
 
     def neurons(self, expert: int) -> Tensor:
         """Ascending dense indices of the neurons of one expert, or of the shared part."""
@@ -186,13 +197,14 @@ def load_plan(path: Path) -> SplitPlan:
                 )
                 for i, diagnostics in enumerate(header["diagnostics"])
             )
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        plan = SplitPlan(
+            layout=Layout(**header["layout"]),
+            layers=layers,
+            **{key: header[key] for key in ("source", "family", "target", "options", "calibration", "version")},
+        )
+    except (SafetensorError, KeyError, TypeError, AttributeError, UsageError, json.JSONDecodeError) as error:
         raise InputError(f"{file} is not a complete split plan: {error}") from error
-    plan = SplitPlan(
-        layout=Layout(**header["layout"]),
-        layers=layers,
-        **{key: header[key] for key in ("source", "family", "target", "options", "calibration", "version")},
-    )
     for layer in plan.layers:
         layer.check(plan.layout)
+        layer.check_router(plan.layout)
     return plan

@@ -18,6 +18,9 @@ from moeify.writer import MoEWriter
 DEFAULT_CONTEXT = 512
 # Fewer tokens leave the refit and the routers undetermined in every model moeify knows.
 MIN_TOKENS = 1024
+# torch.nn.functional.grouped_mm, the default of transformers' experts, takes rows of a multiple of so many bytes.
+ROW_BYTES = 16
+MAX_EXPERTS = 128
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,6 @@ def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked) ->
     partition.find(options.partition)
     routers.find(options.router)
     layout, target, reason = _choose_target(dense, options)
-    layout.expert_width(dense.config.intermediate_size)
     if saved is not None and len(saved.layers) != dense.num_layers:
         raise InputError(f"the plan has {len(saved.layers)} layers, {model} has {dense.num_layers}")
     if saved is not None and saved.layers[0].labels_F.numel() != dense.config.intermediate_size:
@@ -66,6 +68,7 @@ def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked) ->
             f"{model} has {dense.config.intermediate_size}"
         )
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    _check_width(layout, dense.config.intermediate_size, dtype)
     limit = int(dense.config.max_position_embeddings)
     context = options.context or min(DEFAULT_CONTEXT, limit)
     if not 16 <= context <= limit:
@@ -116,6 +119,23 @@ def preview(model: str, options: SplitOptions | None = None, *, track: Track[Any
         prepared.options,
         estimate(prepared),
     )
+
+
+def expert_counts(num_neurons: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Numbers of experts, up to MAX_EXPERTS, that cut the FFN into slices which stock transformers can run."""
+    multiple = ROW_BYTES // dtype.itemsize
+    return tuple(n for n in range(2, MAX_EXPERTS + 1) if num_neurons % (n * multiple) == 0)
+
+
+def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype) -> None:
+    width, multiple = layout.expert_width(num_neurons), ROW_BYTES // dtype.itemsize
+    if width % multiple and not layout.is_static:
+        works = ", ".join(map(str, expert_counts(num_neurons, dtype)))
+        raise InputError(
+            f"experts of {width} neurons cannot run in {str(dtype).removeprefix('torch.')}: the grouped matrix product "
+            f"of stock transformers takes multiples of {multiple}",
+            f"--experts {works} work for this model" if works else "",
+        )
 
 
 def _choose_target(dense: DenseCheckpoint, options: SplitOptions) -> tuple[Layout, Target, str]:

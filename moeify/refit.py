@@ -70,12 +70,16 @@ def refit(activations: Activations, outputs_TD: Tensor, down_DF: Tensor, weight_
         error += float(residual_TD[held_out].square().sum())
         energy += float(target_TD[held_out].square().sum())
     system.finish()
-    strength, gain = _best_strength(system)
+    if energy == 0:
+        return Refit(down_DF, STRENGTHS[START], 0.0, 0.0)
+    strength = _best_strength(system)
+    # All columns, now that it need not be computed for every strength: a sketch can claim more than there is to gain.
+    gain = system.gain(strength, exact=True)
     return Refit(down_DF + system.solve(strength), strength, error / energy, (error - gain) / energy)
 
 
-def _best_strength(system: "_Primal | _Dual") -> tuple[float, float]:
-    """Walk along STRENGTHS from START while the held-out error falls; returns the best and what it gains."""
+def _best_strength(system: "_Primal | _Dual") -> float:
+    """Walk along STRENGTHS from START while the held-out error falls."""
     best, best_gain = START, system.gain(STRENGTHS[START])
     for direction in (1, -1):
         while (
@@ -84,7 +88,7 @@ def _best_strength(system: "_Primal | _Dual") -> tuple[float, float]:
             best, best_gain = best + direction, further
         if best != START:
             break
-    return STRENGTHS[best], best_gain
+    return STRENGTHS[best]
 
 
 class _Primal:
@@ -109,9 +113,10 @@ class _Primal:
         for gram_FF in (self._fit_FF, self._held_FF):
             gram_FF.triu_().add_(gram_FF.triu(1).T)
 
-    def gain(self, strength: float) -> float:
-        delta_FS = _solve(self._fit_FF, self._fit_FD @ self._sketch_DS, strength * self._fit_FF.diagonal().mean())
-        check_FS = self._held_FD @ self._sketch_DS
+    def gain(self, strength: float, *, exact: bool = False) -> float:
+        fit_FS = self._fit_FD if exact else self._fit_FD @ self._sketch_DS
+        delta_FS = _solve(self._fit_FF, fit_FS, strength * self._fit_FF.diagonal().mean())
+        check_FS = self._held_FD if exact else self._held_FD @ self._sketch_DS
         return float((delta_FS * (2 * check_FS - self._held_FF @ delta_FS)).sum())
 
     def solve(self, strength: float) -> Tensor:
@@ -138,9 +143,9 @@ class _Dual:
     def finish(self) -> None:
         self._gram_TT = self._used_TF @ self._used_TF.T
 
-    def gain(self, strength: float) -> float:
+    def gain(self, strength: float, *, exact: bool = False) -> float:
         fit, held = slice(0, self._boundary), slice(self._boundary, None)
-        target_TS = self._residual_TD @ self._sketch_DS
+        target_TS = self._residual_TD if exact else self._residual_TD @ self._sketch_DS
         weights_TS = _solve(self._gram_TT[fit, fit], target_TS[fit], strength * self._mean_diagonal(fit))
         found_TS = self._gram_TT[held, fit] @ weights_TS
         return float((found_TS * (2 * target_TS[held] - found_TS)).sum())

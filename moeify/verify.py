@@ -7,21 +7,23 @@ The stock model is loaded as any user would load it. Then, in memory only: the d
 constant) and every expert is switched on, with the fold for all of them. Its logits must then be the dense ones.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moeify import targets
-from moeify.checkpoint import DenseCheckpoint, load_config, locate, open_dense
+from moeify.checkpoint import DenseCheckpoint, find_shards, load_config, locate, open_dense
 from moeify.errors import InputError
 from moeify.options import Track, untracked
 from moeify.plan import SHARED, Layout, SplitPlan, load_plan
 from moeify.targets import Target
 from moeify.text import evaluation_tokens
+from moeify.writer import MoEWriter
 
 TOLERANCE = 1e-4
 # Spacing of bf16 numbers just above one, and what the router scale aims for is half of it: unseen text may score higher
@@ -89,9 +91,9 @@ def verify(moe: str, dense: str, *, tolerance: float = TOLERANCE, track: Track[A
     model, keys = _load_all_on(path, plan.layout)
     ids = _tokens(source)
     deviation = _gate_deviation(path, ids, target, plan.layout)
-    checks = [keys, *_place_checks(model, source, plan, target)]
+    checks = [keys, *_place_checks(model, source, plan, target), *_stored_checks(path, source, plan, target)]
     _restore_dense(model, source, plan, target)
-    difference = _logit_difference(model, source, ids)
+    difference = _logit_difference(model, source, ids, load_config(path).dtype)
     checks += [
         Check(
             "logits equal dense, all experts on",
@@ -111,7 +113,7 @@ def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
     config = load_config(path)
     config.num_experts_per_tok = layout.num_routed
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=torch.float32, output_loading_info=True
+        path, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
     )
     model, info = loaded
     wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
@@ -177,7 +179,7 @@ def _restore_dense(model: Any, source: DenseCheckpoint, plan: SplitPlan, target:
     """Dense down columns with the fold for all experts on, and routers of zero; in memory only."""
     everything = Layout(plan.layout.num_experts, plan.layout.num_shared, plan.layout.num_experts)
     for layer in plan.layers:
-        down_DF = source.ffn(layer.layer)[2].float()
+        down_DF = source.ffn(layer.layer)[2].to(load_config(Path(model.name_or_path)).dtype).float()
         parts = _modules(model, layer.layer, target)
         parts["router"].zero_()
         routed = [down_DF[:, layer.neurons(expert)] for expert in range(plan.layout.num_routed)]
@@ -187,24 +189,58 @@ def _restore_dense(model: Any, source: DenseCheckpoint, plan: SplitPlan, target:
 
 
 @torch.no_grad()
-def _logit_difference(model: Any, source: DenseCheckpoint, ids: Tensor) -> float:
+def _logit_difference(model: Any, source: DenseCheckpoint, ids: Tensor, stored: torch.dtype) -> float:
     # The loop over experts adds in a fixed order and in full precision.
     model.set_experts_implementation("eager")
-    dense = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    dense: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    # A checkpoint in another dtype than the dense model is compared with the dense model rounded like it.
+    for parameter in dense.parameters():
+        parameter.copy_(parameter.to(stored))
     return float((model(ids).logits - dense(ids).logits).abs().max())
+
+
+def _stored_checks(path: Path, source: DenseCheckpoint, plan: SplitPlan, target: Target) -> list[Check]:
+    """What the plan decides must be on disk bit for bit; what a refit computed must at least be finite."""
+    config = load_config(path)
+    writer = MoEWriter(source, target, plan.layout, config.dtype)
+    shards, total = find_shards(path), 0
+    wrong: list[str] = []
+    for decided in plan.layers:
+        layer = decided
+        if plan.options["refit"]:
+            _, _, down_DF = source.ffn(layer.layer)
+            layer = replace(layer, down_DF=torch.full_like(down_DF, torch.nan, dtype=config.dtype))
+        for name, expected in writer.layer(layer).items():
+            total += 1
+            found = torch.empty(0)
+            if name in shards:
+                with safe_open(shards[name], framework="pt") as reader:
+                    found = reader.get_tensor(name)
+            if found.shape != expected.shape or not (found.isfinite() & (expected.isnan() | (found == expected))).all():
+                wrong.append(name)
+    declared, planned = config.to_dict(), writer.config().to_dict()
+    differs = [key for key, value in planned.items() if declared.get(key) != value and not key.startswith("_")]
+    equal = f"{total - len(wrong):,} equal" + (f", not {wrong[0]}" if wrong else "")
+    return [
+        Check("experts and routers are the plan's", equal, f"{total:,}", not wrong),
+        Check("config is the plan's", ", ".join(differs) or "equal", "equal", not differs),
+    ]
 
 
 @torch.no_grad()
 def _gate_deviation(path: Path, ids: Tensor, target: Target, layout: Layout) -> float:
     """Largest |weight * fold - 1| that the experts of the unchanged model receive."""
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, ignore_mismatched_sizes=True).eval()
+    model.set_experts_implementation("eager")
     fold = target.routed_fold(layout)
     largest = 0.0
 
     def look(_: Any, arguments: tuple[Any, ...]) -> None:
         nonlocal largest
         weights_TK = arguments[2]
-        largest = max(largest, float((weights_TK * fold - 1).abs().max()))
+        deviation = float((weights_TK * fold - 1).abs().max())
+        # Not max(), which drops NaN.
+        largest = largest if deviation <= largest else deviation
 
     for block in model.model.layers:
         block.get_submodule(target.modules.experts).register_forward_pre_hook(look)

@@ -83,8 +83,8 @@ class MoEWriter:
         if plan.down_DF is not None:
             down_DF = plan.down_DF
         shared = plan.neurons(SHARED)
-        routed = torch.cat([plan.neurons(expert) for expert in range(self.layout.num_routed)])
-        split = (self.layout.num_routed, -1)
+        routed = torch.cat([plan.neurons(expert) for expert in range(self.layout.num_routed)] or [shared[:0]])
+        split = (self.layout.num_routed, self.layout.expert_width(self.dense.config.intermediate_size))
         hidden = down_DF.shape[0]
         router_RD = plan.router_RD if plan.router_RD is not None else gate_FD.new_zeros(self.layout.num_routed, hidden)
         ffn = SplitFFN(

@@ -14,8 +14,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,12 @@ def stage(out: Path) -> str:
     return f"after layers, {layers}" if layers else "before layers"
 
 
+def finished_files(out: Path) -> int:
+    """How many files of the result, or of the work towards it, have their final name."""
+    partial = out.with_name(f"{out.name}.partial")
+    return sum(path.is_file() and ".tmp" not in path.name for path in partial.rglob("*")) if partial.exists() else 0
+
+
 @dataclass
 class Killer:
     """Starts the command again and again and kills it at random moments until it has been killed often enough."""
@@ -121,27 +127,28 @@ class Killer:
     out: Path
     shard_bytes: int
     pause: float
-    seed: int
-    stages: list[str] = field(default_factory=list)
 
     def start(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-c", COMMAND, str(self.shard_bytes), str(self.pause), *self.arguments]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
-    def finish(self) -> float:
-        """Run to the end; the seconds since the first file appeared."""
+    def finish(self) -> None:
         process = self.start()
-        began = self._first_change(process)
         _, errors = process.communicate(timeout=DEADLINE_S)
         assert process.returncode == 0, errors.decode()
-        return time.monotonic() - began
 
-    def kill_after(self, seconds: float) -> str:
-        """Kill it some time after it has begun to write; what that hit."""
+    def kill(self, files: int, seconds: float) -> str:
+        """Kill it so long after it has finished so many files (or begun, if that is none); what that hit."""
         process = self.start()
-        began = self._first_change(process)
+        deadline = time.monotonic() + DEADLINE_S
+        while process.poll() is None and not self._holds_lock(process.pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        while process.poll() is None and finished_files(self.out) < files and not self.out.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=max(0.0, seconds - (time.monotonic() - began)))
+            process.wait(timeout=seconds)
         process.send_signal(signal.SIGSTOP)
         found = stage(self.out)
         process.kill()
@@ -149,36 +156,33 @@ class Killer:
         assert process.returncode in (0, -signal.SIGKILL), errors.decode()
         return found
 
-    def _first_change(self, process: "subprocess.Popen[bytes]") -> float:
-        """Wait until it holds its lock, which is the first thing it does on the disk."""
+    def _holds_lock(self, pid: int) -> bool:
+        """The lock is the first thing on the disk; a killed run leaves its file but not the lock."""
         lock = self.out.with_name(f".{self.out.name}.lock")
-        deadline = time.monotonic() + DEADLINE_S
-        before = lock.stat().st_mtime_ns if lock.exists() else None
-        while process.poll() is None and time.monotonic() < deadline:
-            with contextlib.suppress(FileNotFoundError):
-                if lock.stat().st_mtime_ns != before:
-                    break
-            time.sleep(0.001)
-        return time.monotonic()
+        return lock.exists() and f"{pid}" in {line.split()[4] for line in Path("/proc/locks").read_text().splitlines()}
 
 
-def kill_often(killer: Killer, times: int, whole: float, expected: dict[str, str]) -> None:
-    """Kill at moments drawn over the whole length of a run, in several conversions if one does not suffice."""
-    generator = random.Random(killer.seed)
-    tries = 0
-    while len(killer.stages) < times:
-        tries += 1
-        assert tries < 5 * times
-        # Half of the kills come early, so that one conversion is killed several times before it is through.
-        found = killer.kill_after(generator.uniform(0, whole * generator.choice((0.3, 1.0))))
+def kill_often(killer: Killer, times: int, expected: dict[str, str], seed: int) -> list[str]:
+    """Kill it again and again, after each kill a few files further on, in several conversions if one does not suffice.
+
+    Returns what each kill hit; the last run has ended by itself.
+    """
+    generator = random.Random(seed)
+    stages: list[str] = []
+    for _ in range(5 * times):
+        done = finished_files(killer.out)
+        stages.append(killer.kill(done + generator.randint(0, 1 + len(expected) // 2), generator.uniform(0, 0.2)))
         if killer.out.exists():
+            # It was through already.
+            stages.pop()
             assert tree(killer.out) == expected
             shutil.rmtree(killer.out)
-        else:
-            killer.stages.append(found)
+        if len(stages) == times:
+            break
     killer.finish()
-    kinds = Counter(stage.rstrip(" 0123456789,").removesuffix(", all") for stage in killer.stages)
-    print(f"\nkilled at: {'; '.join(killer.stages)}\nin short: {dict(kinds)}")
+    kinds = Counter(stage.split(",")[0].rstrip(" 0123456789") for stage in stages)
+    print(f"\nkilled at: {'; '.join(stages)}\nin short: {dict(kinds)}")
+    return stages
 
 
 @pytest.fixture(scope="module")
@@ -193,28 +197,37 @@ def convert(make_dense: MakeDense, calibration_file: Path) -> Callable[..., list
     return arguments
 
 
-@pytest.mark.parametrize("seed", [0])
-def test_four_kills_at_random_moments(convert: Callable[..., list[str]], tmp_path: Path, seed: int) -> None:
-    reference = Killer(convert(tmp_path / "reference"), tmp_path / "reference", 30_000, 0.05, seed)
-    whole = reference.finish()
-    killer = Killer(convert(tmp_path / "out"), tmp_path / "out", 30_000, 0.05, seed)
-    kill_often(killer, 4, whole, tree(reference.out))
-    assert tree(killer.out) == tree(reference.out)
-    assert {path.name for path in tmp_path.iterdir()} == {"reference", "out"}
+@pytest.fixture
+def kill(convert: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
+    """kill(times, shard_bytes=..., pause=..., **config): kill, go on, compare; what each kill hit."""
+
+    def run(times: int, *, shard_bytes: int, pause: float, seed: int, **config: Any) -> list[str]:
+        reference, killed = (
+            Killer(convert(tmp_path / name, **config), tmp_path / name, shard_bytes, pause) for name in ("whole", "out")
+        )
+        reference.finish()
+        expected = tree(reference.out)
+        stages = kill_often(killed, times, expected, seed)
+        assert len(stages) == times
+        assert tree(killed.out) == expected
+        assert {path.name for path in tmp_path.iterdir()} == {"whole", "out"}
+        return stages
+
+    return run
+
+
+def test_four_kills_at_random_moments(kill: Callable[..., list[str]]) -> None:
+    kill(4, shard_bytes=30_000, pause=0.05, seed=0)
 
 
 @pytest.mark.slow
-def test_twenty_kills_of_a_larger_model(convert: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_twenty_kills_of_a_larger_model(kill: Callable[..., list[str]]) -> None:
     """No pauses: what takes time is the work itself, the writing of shards among it."""
     size = {"hidden_size": 256, "intermediate_size": 4096, "vocab_size": 4096}
-    shard = 8_000_000
-    reference = Killer(convert(tmp_path / "reference", **size), tmp_path / "reference", shard, 0, 1)
-    whole = reference.finish()
-    killer = Killer(convert(tmp_path / "out", **size), tmp_path / "out", shard, 0, 1)
-    kill_often(killer, 20, whole, tree(reference.out))
-    assert tree(killer.out) == tree(reference.out)
-    assert {path.name for path in tmp_path.iterdir()} == {"reference", "out"}
-    assert len(set(killer.stages)) >= 5
+    stages = kill(20, shard_bytes=8_000_000, pause=0, seed=1, **size)
+    assert any("layer" in stage for stage in stages)
+    assert any("shard" in stage for stage in stages)
+    assert len(set(stages)) >= 8
 
 
 @dataclass
@@ -247,16 +260,13 @@ def server(convert: Callable[..., list[str]], tmp_path_factory: pytest.TempPathF
         process.stdin.close()
 
 
-def each_kill(
-    server: Server, arguments: list[str], folder: Path, prepare: Callable[[], None]
+def killed_at(
+    server: Server, arguments: list[str], folder: Path, numbers: Iterable[int], prepare: Callable[[], None]
 ) -> Iterator[tuple[int, str]]:
-    """Kill a run right before its first change to the disk, a fresh run before its second, ... until one survives."""
-    for number in range(1, 1000):
+    """Kill a fresh run right before each of these changes to the disk."""
+    for number in numbers:
         prepare()
         code, count, last = server.run(arguments, folder, number)
-        if code == 0:
-            assert number > 30
-            return
         assert (code, count) == (-signal.SIGKILL, number), last
         yield number, last
 
@@ -274,11 +284,13 @@ def test_a_kill_before_any_change_to_the_disk(
         folder.mkdir()
 
     clear()
-    assert server.run(arguments, folder)[0] == 0
+    code, total, _ = server.run(arguments, folder)
+    assert code == 0
+    assert total > 30
     reference = tree(out)
     assert len([name for name in reference if name.startswith("model-")]) >= 3
     wrong = []
-    for number, last in each_kill(server, arguments, folder, clear):
+    for number, last in killed_at(server, arguments, folder, range(1, total + 1), clear):
         if out.exists():
             # Killed after the folder had its name: it is whole.
             code = 0
@@ -308,10 +320,13 @@ def test_a_kill_while_a_former_result_is_replaced(
     assert server.run(old, folder)[0] == 0
     out.rename(tmp_path / "old")
     expected_old = tree(tmp_path / "old")
-    assert server.run(new, folder)[0] == 0
+    code, total, _ = server.run(new, folder)
+    assert code == 0
     expected_new = tree(out)
+    # The old result is in danger only when the new one takes its place.
+    numbers = [*range(1, 5), *range(total - 15, total + 1)]
     wrong = []
-    for number, last in each_kill(server, new, folder, clear):
+    for number, last in killed_at(server, new, folder, numbers, clear):
         held = {path.name: tree(path) for path in folder.iterdir() if path.is_dir()}
         whole = expected_old in held.values() or held.get("out") == expected_new
         code, _, _ = server.run(new, folder)

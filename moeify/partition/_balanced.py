@@ -24,11 +24,12 @@ def label(num_neurons: int, routed: Tensor, clusters: Tensor) -> Tensor:
 
 
 def split_off_shared(stats: ActivationStats, layout: Layout) -> Tensor:
-    """Ascending indices of the neurons that are left to be routed."""
+    """Indices of the neurons that are left to be routed, by falling energy, so that storage order decides nothing."""
     num_neurons = stats.energy_F.numel()
     is_routed_F = torch.ones(num_neurons, dtype=torch.bool, device=stats.energy_F.device)
     is_routed_F[shared_by_energy(stats, layout.num_shared * layout.expert_width(num_neurons))] = False
-    return is_routed_F.nonzero().squeeze(1)
+    routed = is_routed_F.nonzero().squeeze(1)
+    return routed[stats.energy_F[routed].argsort(descending=True, stable=True)]
 
 
 def balanced_kmeans(features_NP: Tensor, num_clusters: int, *, seed: int) -> Tensor:
@@ -45,6 +46,8 @@ def balanced_kmeans(features_NP: Tensor, num_clusters: int, *, seed: int) -> Ten
     import ot
     from sklearn.cluster import kmeans_plusplus
 
+    if num_clusters == 0:
+        return torch.empty(0, dtype=torch.int64)
     points = features_NP.double().cpu()
     num_points = points.shape[0]
     # Unit masses keep the transport plan integral, so that no point is split between clusters.
