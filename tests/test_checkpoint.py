@@ -224,7 +224,7 @@ def test_weights_that_are_not_floating_point_numbers(
 
 
 @pytest.mark.parametrize(
-    "model", ["/no/such/folder", "./no-such-folder", "no-such-folder", "a/b/c", "~/no-such-folder"]
+    "model", ["/no/such/folder", "./no-such-folder", "no-such-folder", "a/b/c", "~/no-such-folder", "x" * 300]
 )
 def test_path_where_nothing_is(refused: Refused, model: str) -> None:
     refused(model, f"no model at {model}")

@@ -143,7 +143,6 @@ def test_every_public_name_is_there() -> None:
     assert not hasattr(moeify, "no_such_name")
 
 
-@pytest.mark.xfail(strict=True, reason="importing the module of a function's name binds the module in its place")
 def test_public_functions_are_functions_whatever_was_imported_before() -> None:
     """Each in a fresh moeify; torch stays imported, for it takes seconds."""
     code = """

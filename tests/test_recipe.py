@@ -45,7 +45,9 @@ def write(make_dense: MakeDense, text: Path, tmp_path: Path) -> Write:
             **sections,
         }
         path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({key: value for key, value in values.items() if value is not None}, sort_keys=False))
+        path.write_text(
+            yaml.safe_dump({key: value for key, value in values.items() if value is not None}, sort_keys=False)
+        )
         return path
 
     return make

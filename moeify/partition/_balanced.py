@@ -48,7 +48,7 @@ def balanced_kmeans(features_NP: Tensor, num_clusters: int, *, seed: int) -> Ten
 
     if num_clusters == 0:
         return torch.empty(0, dtype=torch.int64)
-    points = features_NP.double().cpu()
+    points = features_NP.float().cpu()
     num_points = points.shape[0]
     # Unit masses keep the transport plan integral, so that no point is split between clusters.
     supply, demand = np.ones(num_points), np.full(num_clusters, num_points / num_clusters)
@@ -56,7 +56,7 @@ def balanced_kmeans(features_NP: Tensor, num_clusters: int, *, seed: int) -> Ten
     labels = torch.full((num_points,), -1)
     for _ in range(MAX_ROUNDS):
         cost = points.square().sum(1, keepdim=True) - 2 * points @ centroids.T + centroids.square().sum(1)
-        transport = ot.emd(supply, demand, np.ascontiguousarray(cost.numpy()), numItermax=10_000_000)
+        transport = ot.emd(supply, demand, np.ascontiguousarray(cost.double().numpy()), numItermax=10_000_000)
         previous, labels = labels, torch.from_numpy(transport.argmax(axis=1))
         if torch.equal(previous, labels):
             break

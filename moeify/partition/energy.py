@@ -2,7 +2,19 @@
 
 A neuron's contribution-energy profile is the vector of its contributions to sampled tokens, scaled to unit length, less
 the mean profile. Unlike the binary activation markers of CMoE (https://arxiv.org/abs/2502.04416) it keeps the sizes,
-which on SmolLM2-135M leaves 22 % less layer error under the same linear router.
+which on SmolLM2-135M leaves 22 % less layer error under the same linear router. The direction of its gate_proj row,
+which MoEfication clusters (https://arxiv.org/abs/2110.01786), is put beside it: profiles know the calibration text,
+weights know what lies beyond it.
+
+Measured: relative error of the FFN output on three other corpora, geometric mean of six layers of SmolLM2-135M, 8
+experts, 16k calibration tokens, refit (2 cores of an Intel Xeon, 2026-11-22):
+
+| calibration, active   | profiles | gate rows | both  |
+|---|---|---|---|
+| four corpora, 75 %    | 0.0905   | 0.0957    | 0.0899 |
+| Wikipedia only, 75 %  | 0.1172   | 0.1122    | 0.1111 |
+| four corpora, 50 %    | 0.2015   |           | 0.1994 |
+| Wikipedia only, 50 %  | 0.2449   | 0.2481    | 0.2410 |
 """
 
 import torch
@@ -15,6 +27,8 @@ from moeify.plan import Layout
 
 # Principal components kept of a profile; 32, 64 and 128 gave the same layer error within noise.
 PROFILE_COMPONENTS = 64
+# Size of the gate rows beside the profiles; of 0.3, 0.5, 1, 2, 3 and 4, two was best or equal for both texts above.
+GATE_SCALE = 2.0
 
 
 def partition(ffn: FFNWeights, stats: ActivationStats, layout: Layout, *, seed: int) -> Tensor:
@@ -22,12 +36,25 @@ def partition(ffn: FFNWeights, stats: ActivationStats, layout: Layout, *, seed: 
     from sklearn.utils.extmath import randomized_range_finder
 
     routed = split_off_shared(stats, layout)
-    if layout.num_routed == 1 or layout.is_static:
+    if layout.num_routed <= 1 or layout.is_static:
         return label(ffn.num_neurons, routed, torch.arange(len(routed)) % max(1, layout.num_routed))
-    profile_NT = normalize(stats.contribution_FN[routed], dim=1)
-    profile_NT = profile_NT - profile_NT.mean(dim=0)
+    profile_NT = _centred(stats.contribution_FN[routed])
     components = min(PROFILE_COMPONENTS, *profile_NT.shape)
     # k-means does not care for the rotation of its space, so a basis will do where PCA would cost a further SVD.
     basis_TP = randomized_range_finder(profile_NT.T.cpu().numpy(), size=components, n_iter=2, random_state=seed)
-    features_NP = profile_NT @ torch.from_numpy(basis_TP).to(profile_NT)
-    return label(ffn.num_neurons, routed, balanced_kmeans(features_NP, layout.num_routed, seed=seed))
+    profile_NP = profile_NT @ torch.from_numpy(basis_TP).to(profile_NT)
+    gate_ND = _centred(ffn.gate_FD[routed])
+    features = torch.cat([_unit(profile_NP), GATE_SCALE * _unit(gate_ND)], dim=1)
+    return label(ffn.num_neurons, routed, balanced_kmeans(features, layout.num_routed, seed=seed))
+
+
+def _centred(rows: Tensor) -> Tensor:
+    """Rows of unit length, less their mean."""
+    rows = normalize(rows, dim=1)
+    return rows - rows.mean(dim=0)
+
+
+def _unit(rows: Tensor) -> Tensor:
+    """Scaled to a mean squared row length of one."""
+    length = rows.square().sum(dim=1).mean().sqrt()
+    return rows / length.clamp(min=torch.finfo(rows.dtype).tiny)
