@@ -65,7 +65,7 @@ def shard(folder: Path, count: int = 3) -> list[Path]:
 @pytest.fixture
 def dense(make_dense: MakeDense, tmp_path: Path) -> Path:
     """A llama that a test may damage."""
-    return Path(shutil.copytree(make_dense("llama", intermediate_size=96), tmp_path / "dense"))
+    return Path(shutil.copytree(make_dense("llama", intermediate_size=128), tmp_path / "dense"))
 
 
 @pytest.fixture
@@ -140,7 +140,7 @@ def test_tensor_that_is_missing(dense: Path, refused: Refused) -> None:
 
 def test_tensor_of_the_wrong_shape(dense: Path, refused: Refused) -> None:
     change_weights(dense, lambda tensors: tensors.update({UP: tensors[UP][:48].contiguous()}))
-    refused(dense, rf"{UP} has shape \[48, 32\], config.json says \[96, 32\]")
+    refused(dense, rf"{UP} has shape \[48, 32\], config.json says \[128, 32\]")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -215,9 +215,9 @@ def test_weights_that_are_not_floating_point_numbers(
     """Whichever tensor it is, and whatever type the result shall have."""
 
     def convert(tensors: dict[str, Tensor]) -> None:
-        for key in tensors:
+        for key, tensor in tensors.items():
             if name in (key, "all of them"):
-                tensors[key] = tensors[key].to(dtype)
+                tensors[key] = tensor.to(dtype)
 
     change_weights(dense, convert)
     refused(dense, "is stored as (F8|I8|I64)", dtype=asked)
@@ -366,12 +366,10 @@ def write_gguf(source: Path, file: Path) -> None:
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name, tensor in load_file(source / WEIGHTS).items():
-        if "q_proj" in name:
-            tensor = rotary_order(tensor, config["num_attention_heads"])
-        if "k_proj" in name:
-            tensor = rotary_order(tensor, config["num_key_value_heads"])
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
+        rotated = next((rotary_order(tensor, count) for part, count in heads.items() if part in name), tensor)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), rotated.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

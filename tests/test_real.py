@@ -1,8 +1,11 @@
 """Real pretrained weights: SmolLM2-135M as each target that holds a llama, itself again with all experts on."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import real_inputs
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,10 +16,17 @@ from moeify.options import SplitOptions
 from moeify.plan import resolve_layout
 from moeify.split import split
 from moeify.verify import verify
-from tests import real_inputs
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 TOKENS = 2048
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_cores() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

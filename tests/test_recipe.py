@@ -39,7 +39,7 @@ def write(make_dense: MakeDense, text: Path, tmp_path: Path) -> Write:
     def make(**sections: Any) -> Path:
         values = {
             "version": 1,
-            "model": str(make_dense("llama", intermediate_size=96, max_position_embeddings=64)),
+            "model": str(make_dense("llama", intermediate_size=128, max_position_embeddings=64)),
             "out": str(tmp_path / "runs"),
             "split": {"experts": 8, "tokens": 1024, "calibration": [str(text)]},
             **sections,
@@ -258,7 +258,7 @@ def test_another_model_of_the_same_name_runs_them_again(
     make_dense: MakeDense, write: Write, splits: list[tuple[str, SplitOptions]], tmp_path: Path
 ) -> None:
     model = tmp_path / "model"
-    sizes = {"intermediate_size": 96, "max_position_embeddings": 64}
+    sizes = {"intermediate_size": 128, "max_position_embeddings": 64}
     shutil.copytree(make_dense("llama", **sizes), model)
     path = write(model=str(model), verify=False)
     run(load_recipe(path))

@@ -137,16 +137,22 @@ class Killer:
         _, errors = process.communicate(timeout=DEADLINE_S)
         assert process.returncode == 0, errors.decode()
 
-    def kill(self, files: int, seconds: float) -> str:
-        """Kill it so long after it has finished so many files (or begun, if that is none); what that hit."""
+    def kill(self, files: int, seconds: float, *, writing: bool) -> str:
+        """Kill it so long after it has finished so many files (or begun, if that is none); what that hit.
+
+        Args:
+            writing: wait until it has begun a further file, too.
+        """
         before = self._began()
         process = self.start()
         deadline = time.monotonic() + DEADLINE_S
         while process.poll() is None and self._began() == before:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        while process.poll() is None and finished_files(self.out) < files and not self.out.exists():
+        while process.poll() is None and not self.out.exists():
             assert time.monotonic() < deadline
+            if finished_files(self.out) >= files and (not writing or "inside" in stage(self.out)):
+                break
             time.sleep(0.001)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=seconds)
@@ -174,7 +180,8 @@ def kill_often(killer: Killer, times: int, expected: dict[str, str], seed: int) 
     stages: list[str] = []
     for _ in range(5 * times):
         done = finished_files(killer.out)
-        stages.append(killer.kill(done + generator.randint(0, 1 + len(expected) // 4), generator.uniform(0, 0.2)))
+        files, writing = done + generator.randint(0, 1 + len(expected) // 4), generator.random() < 0.5
+        stages.append(killer.kill(files, generator.uniform(0, 0.01 if writing else 0.2), writing=writing))
         if killer.out.exists():
             # It was through already.
             stages.pop()
@@ -184,7 +191,7 @@ def kill_often(killer: Killer, times: int, expected: dict[str, str], seed: int) 
             break
     killer.finish()
     kinds = Counter(stage.split(",")[0].rstrip(" 0123456789") for stage in stages)
-    print(f"\nkilled at: {'; '.join(stages)}\nin short: {dict(kinds)}")
+    print(f"\nkilled at: {'; '.join(stages)}\nin short: {dict(kinds)}")  # noqa: T201
     return stages
 
 
@@ -309,7 +316,7 @@ def test_a_kill_before_any_change_to_the_disk(
 def test_a_kill_while_a_former_result_is_replaced(
     convert: Callable[..., list[str]], server: Server, tmp_path: Path
 ) -> None:
-    """At every moment the old result or the new one is there, whole; the next run with --overwrite gives the new one."""
+    """At every moment the old result or the new one is there, whole; the next run with --overwrite gives the new."""
     folder = tmp_path / "work"
     out = folder / "out"
     old = convert(out, "--experts", "4", num_hidden_layers=2)
@@ -349,7 +356,7 @@ def test_two_kills_of_the_same_run(convert: Callable[..., list[str]], server: Se
     _, total, _ = server.run(arguments, folder)
     reference = tree(out)
     generator = random.Random(0)
-    for _ in range(10):
+    for _ in range(6):
         shutil.rmtree(folder)
         folder.mkdir()
         killed = [server.run(arguments, folder, generator.randrange(2, total * 2 // 3)) for _ in range(2)]

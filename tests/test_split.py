@@ -28,7 +28,7 @@ from moeify.version import __version__
 # The package binds the name to the function.
 split_module = importlib.import_module("moeify.split")
 
-LAYERS, HIDDEN, NEURONS, CONTEXT = 3, 32, 96, 64
+LAYERS, HIDDEN, NEURONS, CONTEXT = 3, 32, 128, 64
 SIZES: dict[str, Any] = {
     "num_hidden_layers": LAYERS,
     "hidden_size": HIDDEN,
@@ -406,12 +406,13 @@ def test_parameters_are_counted_as_stock_transformers_has_them(
     result = run(make_dense(family, **{**SIZES, **changed}), target=target, experts=experts, active=experts // 2)
     model = AutoModelForCausalLM.from_pretrained(result.out)
     layout = result.layout
-    total, active = 0, 0.0
+    total = in_experts = 0
     for name, tensor in weights(result.out).items():
         routed = "experts." in name and "shared_experts." not in name
         routed |= "block_sparse_moe.input_linear" in name or "block_sparse_moe.output_linear" in name
         total += tensor.numel()
-        active += tensor.numel() * (layout.num_routed_active / layout.num_routed if routed else 1)
+        in_experts += tensor.numel() if routed else 0
+    active = total - in_experts + in_experts * layout.num_routed_active // layout.num_routed
     if not model.config.tie_word_embeddings:
         # Only looked up, not multiplied with.
         active -= model.get_input_embeddings().weight.numel()
@@ -456,15 +457,6 @@ def test_preview_says_what_split_does(dense: Path, run: Run, plain: SplitResult,
     assert found.expert_width == NEURONS // 8
     assert found.estimate.checkpoint_bytes == sum(tensor.nbytes for tensor in weights(plain.out).values())
     assert json.loads(json.dumps(vars(found.options))) == json.loads(json.dumps(dict(plain.plan.options)))
-
-
-def test_a_refit_brings_the_result_closer_to_the_dense_model(dense: Path, run: Run) -> None:
-    expected = logits(dense)
-    for static in (False, True):
-        error = [
-            float((logits(run(static=static, refit=refit).out) - expected).square().mean()) for refit in (True, False)
-        ]
-        assert error[0] < error[1]
 
 
 def test_more_active_experts_bring_the_result_closer_to_the_dense_model(dense: Path, run: Run) -> None:

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import importlib
+import math
 import os
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ from moeify.split import split
 split_module = importlib.import_module("moeify.split")
 
 LAYERS, SHARD_BYTES = 3, 40_000
-SIZES: dict[str, Any] = {"num_hidden_layers": LAYERS, "intermediate_size": 96, "max_position_embeddings": 64}
+SIZES: dict[str, Any] = {"num_hidden_layers": LAYERS, "intermediate_size": 128, "max_position_embeddings": 64}
 
 Run = Callable[..., Path]
 
@@ -151,8 +152,8 @@ def test_two_runs_exclude_each_other(run: Run, tmp_path: Path, reference: dict[s
 @pytest.mark.parametrize(
     ("changed", "pattern"),
     [
-        ({"experts": 7}, "96 neurons do not divide into 7 experts"),
-        ({"experts": 1000}, "96 neurons do not divide into 1000 experts"),
+        ({"experts": 7}, "128 neurons do not divide into 7 experts"),
+        ({"experts": 1000}, "128 neurons do not divide into 1000 experts"),
         ({"context": 65}, "context 65 does not fit"),
         ({"context": 8}, "context 8 does not fit"),
         ({"tokens": 1000}, "1,000 calibration tokens are too few"),
@@ -202,7 +203,8 @@ def test_what_no_model_can_do_is_a_usage_error(run: Run, tmp_path: Path, changed
 def test_the_hint_names_expert_counts_that_work(dense: Path, run: Run, tmp_path: Path) -> None:
     error = refusal(run, tmp_path / "out", "do not divide", experts=7)
     counts = [int(word) for word in error.hint.replace(",", "").split() if word.isdigit()]
-    assert counts == [n for n in range(2, 97) if 96 % n == 0]
+    # Slices of two neurons or one divide as well, but no stock kernel runs them.
+    assert counts == [2, 4, 8, 16, 32]
     for count in counts:
         preview(str(dense), SplitOptions(experts=count))
 
@@ -269,20 +271,23 @@ def test_a_layer_that_does_nothing_is_converted(
     (model / "model.safetensors").unlink()
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     result = split(str(model), tmp_path / "out", SplitOptions(calibration=(str(calibration_file),), tokens=1024))
-    assert all(value == value for value in result.plan.layers[1].diagnostics.values())
+    assert all(math.isfinite(value) for value in result.plan.layers[1].diagnostics.values())
 
 
-def test_weights_that_the_new_type_cannot_hold(make_dense: MakeDense, tmp_path: Path, calibration_file: Path) -> None:
+@pytest.mark.parametrize("weight", ["self_attn.o_proj", "mlp.down_proj", "mlp.gate_proj"])
+def test_weights_that_the_new_type_cannot_hold(
+    make_dense: MakeDense, tmp_path: Path, calibration_file: Path, weight: str
+) -> None:
     """bf16 reaches 1e38, fp16 65,504: what would become infinite must not be written."""
     from safetensors.torch import load_file, save_file
 
     model = Path(shutil.copytree(make_dense("llama"), tmp_path / "dense"))
     tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.self_attn.o_proj.weight"][0, 0] = 1e6
+    tensors[f"model.layers.1.{weight}.weight"][0, 0] = 1e6
     (model / "model.safetensors").unlink()
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     options = SplitOptions(calibration=(str(calibration_file),), tokens=1024, dtype="float16")
-    with pytest.raises(InputError, match="float16"):
+    with pytest.raises(InputError, match=rf"{weight}.* beyond the range of float16"):
         split(str(model), tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
 
@@ -305,36 +310,51 @@ def count_files(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> in
 def test_a_disk_that_is_full_at_any_file(
     run: Run, tmp_path: Path, reference: dict[str, str], count_files: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk has room for one more file after every error; in the end the result is the same, and nothing is left."""
-    out = tmp_path / "out"
+    """The disk has room for so many files and no more; then there is room, and the same command finishes."""
+    out, partial = tmp_path / "out", tmp_path / "out.partial"
     really_sync = workspace._sync
     room = 0
 
     def sync(path: Path) -> None:
         nonlocal room
-        if path.is_file() or path.suffix == ".tmp":
+        if path.is_file():
             if room == 0:
                 raise OSError(errno.ENOSPC, "No space left on device")
             room -= 1
         really_sync(path)
 
     monkeypatch.setattr(workspace, "_sync", sync)
-    finished: list[int] = []
-    for _ in range(count_files):
+    finished = set()
+    for files in range(count_files):
+        room = files
         with pytest.raises(InputError, match="is full") as caught:
             run(out)
         assert "same command again" in caught.value.hint
         assert not out.exists()
-        finished.append(len([file for file in tree(tmp_path / "out.partial") if file.endswith(".safetensors")]))
-        # One more than it got so far: files that are made again on every run count again.
-        room = len(finished)
-    # Every layer and every shard was once the last file that had room.
+        finished.add(len([file for file in tree(partial) if file.endswith(".safetensors")]))
+        room = count_files
+        run(out)
+        assert tree(out) == reference
+        shutil.rmtree(out)
+    # Each layer and each shard was once the last file that had room.
     shards = [file for file in reference if file.startswith("model-")]
     assert len(shards) >= 3
-    assert set(finished) >= set(range(LAYERS + len(shards) + 1))
-    room = count_files
-    run(out)
-    assert tree(out) == reference
+    assert finished >= set(range(LAYERS + len(shards) + 1))
+
+
+def test_a_disk_that_is_full_at_the_tokenizer(
+    run: Run, tmp_path: Path, reference: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is copied, and not written, meets a full disk as well."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        with pytest.raises(InputError, match="is full"):
+            run(tmp_path / "out")
+    assert tree(run(tmp_path / "out")) == reference
 
 
 @pytest.fixture
@@ -362,6 +382,7 @@ def test_a_disk_that_is_really_full(
     mount(disk, "size=1m")
     partial, ballast = disk / "out.partial", disk / "ballast"
     stops: list[set[str]] = []
+    errors: list[str] = []
     for free in range(0, 1_000_000, 12_000):
         ballast.unlink(missing_ok=True)
         held = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file()) if partial.exists() else 0
@@ -370,14 +391,14 @@ def test_a_disk_that_is_really_full(
         try:
             run(disk / "out")
         except InputError as error:
-            assert "is full" in str(error)
-            assert "same command again" in error.hint
+            errors.append(f"{error} {error.hint}")
         else:
             break
         assert not (disk / "out").exists()
         stops.append(set(tree(partial)) if partial.exists() else set())
     assert tree(disk / "out") == reference
     assert {path.name for path in disk.iterdir()} == {"ballast", "out"}
+    assert all("is full" in error and "same command again" in error for error in errors)
     # It did stop before a layer, between layers and between shards.
     layers = {sum("layer-" in file and not file.endswith(".tmp") for file in stop) for stop in stops}
     shards = {sum("model-" in file and not file.endswith(".tmp") for file in stop) for stop in stops}
