@@ -91,13 +91,7 @@ class DenseCheckpoint:
         """Floating-point type of the first layer's FFN, which the converted checkpoint keeps."""
         name = self.family.ffn_names(0)[1]
         with safe_open(self.shards[name], framework="pt") as reader:
-            found = reader.get_slice(name).get_dtype()
-        if found not in FLOAT_DTYPES:
-            raise InputError(
-                f"{name} is stored as {found}, expected one of {', '.join(FLOAT_DTYPES)}",
-                "quantise after the conversion, not before: start from the unquantised checkpoint",
-            )
-        return FLOAT_DTYPES[found]
+            return FLOAT_DTYPES[reader.get_slice(name).get_dtype()]
 
     @property
     def num_parameters(self) -> int:
@@ -115,7 +109,9 @@ class DenseCheckpoint:
                 with safe_open(self.shards[name], framework="pt") as reader:
                     tensor = reader.get_tensor(name)
             except (SafetensorError, OSError) as error:
-                raise InputError(f"cannot read {name} from {self.shards[name]}: {error}") from error
+                raise InputError(
+                    f"cannot read {name} from {self.shards[name]}: {error}", "fetch the checkpoint again"
+                ) from error
             # One pass and no copy; NaN shows in both ends.
             if not all(end.isfinite() for end in tensor.aminmax()):
                 bad = int((~torch.isfinite(tensor)).sum())
@@ -149,7 +145,8 @@ class DenseCheckpoint:
             InputError: the folder has none that transformers can load without remote code.
         """
         try:
-            return AutoTokenizer.from_pretrained(self.path)
+            # False, not the default: that one asks whoever sits at the terminal, and runs the code at a "y".
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"no usable tokenizer in {self.path}: {error}", "copy tokenizer.json beside the weights"
@@ -191,8 +188,10 @@ def load_config(path: Path) -> Any:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (ValueError, OSError, KeyError, TypeError) as error:
         if isinstance(error, json.JSONDecodeError):
-            raise InputError(f"{file} is not JSON: {error}") from error
-        raise InputError(f"transformers cannot read {file}: {str(error).splitlines()[0]}") from error
+            raise InputError(f"{file} is not JSON: {error}", "fetch it again") from error
+        raise InputError(
+            f"transformers cannot read {file}: {_first_line(error)}", f"supported: {', '.join(families.names())}"
+        ) from error
 
 
 def locate(model: str, track: Track[Any] = untracked) -> Path:
@@ -202,20 +201,33 @@ def locate(model: str, track: Track[Any] = untracked) -> Path:
         from moeify.builtin import builtin_model
 
         return builtin_model(track=track)
-    if path.is_file() and path.suffix == ".gguf":
+    if _kind(path) == "file" and path.suffix == ".gguf":
         return _from_gguf(path)
-    if path.is_dir():
+    if _kind(path) == "folder":
         ggufs = sorted(path.glob("*.gguf"))
         return _from_gguf(ggufs[0]) if ggufs and not (path / "config.json").is_file() else path
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if _kind(path) or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise InputError(f"no model at {model}", "give a folder, a .gguf file, a hub id (org/name) or `builtin`")
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{model} is neither a local folder nor a hub model that can be reached: {str(error).splitlines()[0]}",
+            f"{model} is neither a local folder nor a hub model that can be reached: {_first_line(error)}",
             "check the name and the network; a private model needs `hf auth login`",
         ) from error
+
+
+def _kind(path: Path) -> str:
+    """`file`, `folder`, or nothing for a path that is not there or cannot be one."""
+    try:
+        return "folder" if path.is_dir() else "file" if path.exists() else ""
+    except OSError:
+        # Longer than a name may be.
+        return ""
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def find_shards(path: Path) -> dict[str, Path]:
@@ -223,10 +235,9 @@ def find_shards(path: Path) -> dict[str, Path]:
     index = path / INDEX_FILE
     if index.is_file():
         try:
-            weight_map = json.loads(index.read_text())["weight_map"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f"{index} is not a safetensors index: {error}") from error
-        files = sorted({path / file for file in weight_map.values()})
+            files = sorted({path / file for file in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{index} is not a safetensors index: {error}", "fetch it again") from error
     else:
         files = [path / SINGLE_FILE]
         if not files[0].is_file():
@@ -264,7 +275,13 @@ def _check_tensors(checkpoint: DenseCheckpoint) -> None:
     for file, names in by_file.items():
         with safe_open(file, framework="pt") as reader:
             for name in names:
-                found, expected = tuple(reader.get_slice(name).get_shape()), checkpoint.shapes[name]
+                tensor = reader.get_slice(name)
+                if tensor.get_dtype() not in FLOAT_DTYPES:
+                    raise InputError(
+                        f"{name} is stored as {tensor.get_dtype()}, expected one of {', '.join(FLOAT_DTYPES)}",
+                        "quantise after the conversion, not before: start from the unquantised checkpoint",
+                    )
+                found, expected = tuple(tensor.get_shape()), checkpoint.shapes[name]
                 if found != expected:
                     raise InputError(
                         f"{name} has shape {list(found)}, config.json says {list(expected)}",
@@ -284,8 +301,11 @@ def _from_gguf(file: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except ImportError as error:
         raise InputError("reading GGUF needs the gguf package", "pip install 'moeify[gguf]'") from error
-    except (ValueError, OSError, KeyError) as error:
-        raise InputError(f"transformers cannot read {file}: {str(error).splitlines()[0]}") from error
+    except Exception as error:
+        # A damaged file: the reader raises whatever its parser stumbles over.
+        raise InputError(
+            f"transformers cannot read {file}: {_first_line(error)}", "fetch it again, or start from safetensors"
+        ) from error
     # transformers marks the dequantised model as quantised, which forbids saving it.
     values = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
     plain = AutoModelForCausalLM.from_config(type(model.config)(**values), dtype=torch.float32)

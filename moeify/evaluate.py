@@ -118,7 +118,7 @@ def evaluate(
 
 
 def _stream(path: str, source: str, tokens: int) -> TokenStream:
-    return evaluation_tokens(source, AutoTokenizer.from_pretrained(path), num_tokens=tokens)
+    return evaluation_tokens(source, AutoTokenizer.from_pretrained(path, trust_remote_code=False), num_tokens=tokens)
 
 
 def _windows(num_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:

@@ -59,6 +59,9 @@ class SplitOptions:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
     def __post_init__(self) -> None:
+        # Every layer adds its number, and scikit-learn's generators take 32 bits.
+        if not 0 <= self.seed < 1 << 31:
+            raise UsageError(f"seed {self.seed} is out of range", "--seed takes 0 to 2,147,483,647")
         if self.static and self.shared is not None:
             raise UsageError("--static keeps every active slice always on", "leave --shared out")
         if self.static and self.target != "auto":

@@ -186,7 +186,10 @@ def load_plan(path: Path) -> SplitPlan:
         with safe_open(file, framework="pt") as reader:
             header = json.loads((reader.metadata() or {}).get("moeify", "{}"))
             if header.get("schema") != PLAN_SCHEMA:
-                raise InputError(f"{file} has schema {header.get('schema')!r}, expected {PLAN_SCHEMA!r}")
+                raise InputError(
+                    f"{file} has schema {header.get('schema')!r}, expected {PLAN_SCHEMA!r}",
+                    f"every converted checkpoint holds a plan as {PLAN_FILE}",
+                )
             keys = set(reader.keys())
             layers = tuple(
                 LayerPlan(
@@ -203,7 +206,9 @@ def load_plan(path: Path) -> SplitPlan:
             **{key: header[key] for key in ("source", "family", "target", "options", "calibration", "version")},
         )
     except (SafetensorError, KeyError, TypeError, AttributeError, UsageError, json.JSONDecodeError) as error:
-        raise InputError(f"{file} is not a complete split plan: {error}") from error
+        raise InputError(
+            f"{file} is not a complete split plan: {error}", f"every converted checkpoint holds one as {PLAN_FILE}"
+        ) from error
     for layer in plan.layers:
         layer.check(plan.layout)
         layer.check_router(plan.layout)

@@ -8,7 +8,7 @@ import torch
 
 from moeify import partition, routers, targets
 from moeify.checkpoint import DenseCheckpoint, open_dense
-from moeify.errors import InputError
+from moeify.errors import InputError, UsageError
 from moeify.estimate import Estimate, count_parameters, estimate
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import Layout, SplitPlan, load_plan, resolve_layout
@@ -60,24 +60,28 @@ def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked) ->
     partition.find(options.partition)
     routers.find(options.router)
     layout, target, reason = _choose_target(dense, options)
-    if saved is not None and len(saved.layers) != dense.num_layers:
-        raise InputError(f"the plan has {len(saved.layers)} layers, {model} has {dense.num_layers}")
-    if saved is not None and saved.layers[0].labels_F.numel() != dense.config.intermediate_size:
-        raise InputError(
-            f"the plan labels {saved.layers[0].labels_F.numel()} neurons a layer, "
-            f"{model} has {dense.config.intermediate_size}"
-        )
+    _check_device(options.device)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    if saved is not None:
+        _check_plan(saved, dense)
+        # The first split may have been in another type.
+        layers = (
+            replace(layer, router_RD=None if layer.router_RD is None else layer.router_RD.to(dtype))
+            for layer in saved.layers
+        )
+        saved = replace(saved, layers=tuple(layers))
     _check_width(layout, dense.config.intermediate_size, dtype)
     limit = int(dense.config.max_position_embeddings)
     context = options.context or min(DEFAULT_CONTEXT, limit)
     if not 16 <= context <= limit:
-        raise InputError(f"context {context} does not fit {model}, which takes 16 to {limit} tokens")
+        raise InputError(
+            f"context {context} does not fit {model}, which takes 16 to {limit} tokens", f"--context {min(512, limit)}"
+        )
     if options.tokens < MIN_TOKENS:
         raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
-    options = replace(
-        options, context=context, shared=None if options.static else layout.num_shared, active=layout.num_active
-    )
+    options = replace(options, context=context, active=layout.num_active)
+    if not options.static:
+        options = replace(options, shared=layout.num_shared, target=target.model_type)
     return Prepared(dense, options, layout, target, reason, saved, dtype)
 
 
@@ -128,14 +132,43 @@ def expert_counts(num_neurons: int, dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype) -> None:
+    works = ", ".join(map(str, expert_counts(num_neurons, dtype)))
+    hint = f"--experts {works} work for this model" if works else "no number of experts works for this model"
+    if num_neurons % layout.num_experts:
+        raise InputError(f"{num_neurons} neurons do not divide into {layout.num_experts} experts", hint)
     width, multiple = layout.expert_width(num_neurons), ROW_BYTES // dtype.itemsize
     if width % multiple and not layout.is_static:
-        works = ", ".join(map(str, expert_counts(num_neurons, dtype)))
         raise InputError(
             f"experts of {width} neurons cannot run in {str(dtype).removeprefix('torch.')}: the grouped matrix product "
             f"of stock transformers takes multiples of {multiple}",
-            f"--experts {works} work for this model" if works else "",
+            hint,
         )
+
+
+def _check_device(device: str) -> None:
+    """Raise UsageError unless there is such a device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UsageError(f"no device {device} here", f"--device takes {', '.join(found)}") from error
+
+
+def _check_plan(plan: SplitPlan, dense: DenseCheckpoint) -> None:
+    """Raise InputError unless the plan is of a model of this shape."""
+    first = plan.layers[0]
+    pairs = [
+        ("layers", len(plan.layers), dense.num_layers),
+        ("neurons a layer", first.labels_F.numel(), int(dense.config.intermediate_size)),
+    ]
+    if first.router_RD is not None:
+        pairs.append(("hidden size", first.router_RD.shape[1], int(dense.config.hidden_size)))
+    for what, found, expected in pairs:
+        if found != expected:
+            raise InputError(
+                f"the plan is of another model: {what} {found:,}, {dense.name} has {expected:,}",
+                f"the plan was made from {plan.source}",
+            )
 
 
 def _choose_target(dense: DenseCheckpoint, options: SplitOptions) -> tuple[Layout, Target, str]:

@@ -130,14 +130,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not isinstance(values, dict):
         raise InputError(f"{path} holds {type(values).__name__}, expected a mapping")
     for override in overrides:
-        key, separator, value = override.partition("=")
-        if not separator:
-            raise UsageError(f"--set {override} has no value", "write --set split.experts=16")
-        *sections, last = key.split(".")
-        place = values
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[last] = yaml.safe_load(value)
+        _override(values, override)
     try:
         recipe = Recipe.model_validate(values)
         for name, control in recipe.controls.items():
@@ -148,16 +141,39 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from error
     if recipe.eval is None and (recipe.gates.beats or recipe.gates.max_ratio is not None):
         raise UsageError(f"{path}: gates on perplexity need an eval section")
+    if recipe.gates.max_logit_difference is not None and not recipe.verify:
+        raise UsageError(f"{path}: gates.max_logit_difference needs verify: true")
     unknown = [name for name in recipe.gates.beats if name not in recipe.controls]
     if unknown:
         raise UsageError(f"{path}: gates.beats names {unknown[0]!r}, which is not among the controls")
     return recipe
 
 
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value`."""
+    key, separator, value = override.partition("=")
+    *sections, last = key.split(".")
+    hint = "write --set split.experts=16"
+    if not separator or not all((*sections, last)):
+        raise UsageError(f"--set {override} is not key=value", hint)
+    for section in sections:
+        # A section may stand there empty.
+        values[section] = {} if values.get(section) is None else values[section]
+        values = values[section]
+        if not isinstance(values, dict):
+            raise UsageError(f"--set {key}: {section} holds {values!r}, not a section", hint)
+    try:
+        values[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UsageError(f"--set {key}: {value} is not YAML", hint) from error
+
+
 def control_options(recipe: Recipe, name: str, control: Mapping[str, Any]) -> SplitOptions:
     """The main split's options with the control's in place of them; what follows from the method is left open."""
     if name in (MAIN, DENSE):
         raise UsageError(f"a control cannot be called {name!r}")
+    if Path(name).name != name:
+        raise UsageError(f"a control cannot be called {name!r}", "it becomes a folder of that name")
     base = {key: value for key, value in asdict(recipe.split).items() if key not in ("shared", "target", "plan")}
     if control.get("static"):
         base["active"] = recipe.split.active
@@ -232,8 +248,13 @@ def _key(source: str, options: SplitOptions) -> str:
 
 def _done(folder: Path, key: str) -> bool:
     marker = folder.with_name(f"{folder.name}.done")
-    return (folder / "moeify.json").is_file() and marker.is_file() and marker.read_text() == key
+    return (folder / "moeify.json").is_file() and marker.is_file() and marker.read_text() == _seal(folder, key)
 
 
 def _mark(folder: Path, key: str) -> None:
-    folder.with_name(f"{folder.name}.done").write_text(key)
+    folder.with_name(f"{folder.name}.done").write_text(_seal(folder, key))
+
+
+def _seal(folder: Path, key: str) -> str:
+    """Binds the key to the very result: another checkpoint may have been put into its place."""
+    return hashlib.sha256(key.encode() + (folder / "moeify.json").read_bytes()).hexdigest()

@@ -26,6 +26,7 @@ from moeify.prepare import Prepared, prepare
 from moeify.text import TokenBlocks, calibration_blocks, sample_from_model
 from moeify.version import __version__
 from moeify.workspace import LAST_FILE, RECORD_FILE, Workspace, check_replaceable
+from moeify.writer import check_fits
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,10 @@ def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Wor
     stream = HiddenStream(dense, blocks.ids_BC, options.device)
     for layer in range(dense.num_layers):
         inputs_TD = stream.attend(layer)
-        gate_FD, up_FD, down_DF = (weight.to(options.device, torch.float32) for weight in dense.ffn(layer))
+        weights = dense.ffn(layer)
+        for name, weight in zip(dense.family.ffn_names(layer), weights, strict=True):
+            check_fits(name, weight.to(prepared.dtype))
+        gate_FD, up_FD, down_DF = (weight.to(options.device, torch.float32) for weight in weights)
         ffn = FFNWeights(layer, gate_FD, up_FD, down_DF, dense.config.hidden_act)
         plan = workspace.load_layer(layer)
         if plan is None:

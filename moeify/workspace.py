@@ -9,9 +9,11 @@ Every file is written under a temporary name, synced and renamed, so that a file
 
 import contextlib
 import errno
+import glob
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -33,9 +35,9 @@ class Workspace:
     """The folder a checkpoint is built in. Use as a context manager: it holds a lock while open."""
 
     def __init__(self, out: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
-        self.out = out
+        # `.` has no name of its own.
+        self.out = out = out.resolve()
         self.path = out.with_name(out.name + ".partial")
-        self._old = out.with_name(out.name + ".replaced")
         self.job = json.loads(json.dumps(job))
         self._overwrite = overwrite
         self._lock = FileLock(str(out.with_name("." + out.name + ".lock")))
@@ -61,7 +63,7 @@ class Workspace:
         check_replaceable(self.out, overwrite=self._overwrite)
         if self.path.exists() and any(self.path.iterdir()):
             found = self._found_job()
-            differs = sorted(key for key in {*found, *self.job} if found.get(key) != self.job.get(key))
+            differs = _differences(found, self.job)
             if differs and not self._overwrite:
                 raise InputError(
                     f"{self.path} holds an unfinished split that differs in: {', '.join(differs)}",
@@ -70,7 +72,8 @@ class Workspace:
             if differs:
                 shutil.rmtree(self.path)
         (self.path / "work").mkdir(parents=True, exist_ok=True)
-        for leftover in self.path.rglob("*.tmp"):
+        # Ours end in .tmp; those that safetensors writes before it renames them to ours begin with it.
+        for leftover in (*self.path.rglob("*.tmp"), *self.path.rglob(".tmp*")):
             leftover.unlink()
         self.write_text("job.json", json.dumps(self.job, indent=1, sort_keys=True))
 
@@ -106,6 +109,10 @@ class Workspace:
         with self._replacing(name) as temporary:
             temporary.write_text(text)
 
+    def copy(self, source: Path) -> None:
+        with self._replacing(source.name) as temporary:
+            shutil.copyfile(source, temporary)
+
     def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         with self._replacing(name) as temporary:
             save_file(tensors, temporary, metadata=metadata)
@@ -135,18 +142,22 @@ class Workspace:
         """Drop the work files and give the folder its final name; a former OUT goes only after that."""
         shutil.rmtree(self.path / "work", ignore_errors=True)
         (self.path / "job.json").unlink(missing_ok=True)
-        if self.out.exists():
-            shutil.rmtree(self._old, ignore_errors=True)
-            self.out.rename(self._old)
-        self.path.rename(self.out)
-        _sync(self.out.parent)
-        shutil.rmtree(self._old, ignore_errors=True)
+        with disk_errors(self.path):
+            if self.out.exists():
+                # A name that nothing of the user's can have.
+                self.out.rename(self.out.with_name(f"{self.out.name}.replaced-{uuid.uuid4().hex}"))
+            self.path.rename(self.out)
+            _sync(self.out.parent)
+        for former in self.out.parent.glob(f"{glob.escape(self.out.name)}.replaced-{'[0-9a-f]' * 32}"):
+            shutil.rmtree(former, ignore_errors=True)
 
     @contextlib.contextmanager
     def _replacing(self, name: str) -> Iterator[Path]:
         temporary = self.path / f"{name}.tmp"
         with disk_errors(self.path):
             yield temporary
+            # safetensors makes private files; a folder's reader may read all of it.
+            temporary.chmod(self.path.stat().st_mode & 0o666)
             _sync(temporary)
             temporary.rename(self.path / name)
 
@@ -179,7 +190,21 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise _disk_full(path) from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise InputError(f"cannot write {path}: {error.strerror}", "choose another -o") from error
+        if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise InputError(f"cannot make {path}: {error.strerror}", "choose another -o") from error
         raise
+
+
+def _differences(found: Any, wanted: Any, prefix: str = "") -> list[str]:
+    """Names of what differs between two jobs, nested ones with a dot."""
+    if not (isinstance(found, dict) and isinstance(wanted, dict)):
+        return [] if found == wanted else [prefix]
+    names = sorted({*found, *wanted})
+    return [
+        name
+        for key in names
+        for name in _differences(found.get(key), wanted.get(key), f"{prefix}.{key}" if prefix else key)
+    ]
 
 
 def _disk_full(path: Path) -> InputError:

@@ -4,7 +4,6 @@ Legend: s neurons of the shared part, R routed experts, f neurons of one, D hidd
 """
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from moeify.checkpoint import INDEX_FILE, TOKENIZER_FILES, DenseCheckpoint
+from moeify.errors import InputError
 from moeify.options import Track
 from moeify.plan import SHARED, LayerPlan, Layout
 from moeify.targets import ROUTER_SCALE, SplitFFN, Target
@@ -136,6 +136,8 @@ class MoEWriter:
             else:
                 layer = self.layer(layer_plan(int(name.split(".")[2])))
                 values |= {key: tensor for key, tensor in layer.items() if key in wanted}
+        for name, tensor in values.items():
+            check_fits(name, tensor)
         return {name: tensor.contiguous() for name, tensor in values.items()}
 
     def _extra(self) -> dict[str, tuple[int, ...]]:
@@ -147,14 +149,21 @@ class MoEWriter:
     def _copy_companions(self, workspace: Workspace) -> None:
         for name in TOKENIZER_FILES:
             if (self.dense.path / name).is_file():
-                shutil.copyfile(self.dense.path / name, workspace.path / name)
+                workspace.copy(self.dense.path / name)
         generation = self.dense.path / "generation_config.json"
         if generation.is_file():
-            workspace.write_text(generation.name, generation.read_text())
+            workspace.copy(generation)
         else:
             workspace.write_text(
                 generation.name, GenerationConfig.from_model_config(self.dense.config).to_json_string()
             )
+
+
+def check_fits(name: str, tensor: Tensor) -> None:
+    """Refuse what became infinite when it was rounded to the checkpoint's type; it was finite when it was read."""
+    if not all(end.isfinite() for end in tensor.aminmax()):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(f"{name} has values beyond the range of {dtype}", "--dtype bfloat16 reaches as far as float32")
 
 
 def _numbered(shards: Mapping[str, list[str]]) -> dict[str, list[str]]:
