@@ -50,17 +50,13 @@ def fit_layer(
     plan = LayerPlan(ffn.layer, labels_F, saved.router_RD if saved else None)
     plan.check(fit.layout)
     order = active_neurons(plan, fit.layout).to(inputs_TD.device)
-    down_DF = ffn.down_DF[:, order]
     activations.reorder(order)
+    down_DF = ffn.down_DF[:, order]
     diagnostics = {"massive_neurons": float(stats.massive_F.sum())}
-    router_RD = plan.router_RD
+    router_RD = None
     if not fit.layout.is_static:
-        norms_TR = _expert_norms(activations, down_DF, fit.layout)
-        if router_RD is None:
-            router_RD = _scaled(fit.router(inputs_TD, norms_TR, stats.weight_T), inputs_TD).to(fit.dtype)
-        keep_TR = choose_experts(inputs_TD, router_RD, fit.layout)
-        activations.mask(keep_TR, fit.layout.expert_width(ffn.num_neurons))
-        diagnostics |= _router_diagnostics(norms_TR, keep_TR, stats, fit.layout)
+        router_RD, found = _route(activations, inputs_TD, down_DF, stats, fit, router_RD=plan.router_RD)
+        diagnostics |= found
     refit_DF = None
     if fit.refit:
         result = refit(activations, stats.outputs_TD, down_DF, stats.weight_T, seed=seed)
@@ -72,14 +68,26 @@ def fit_layer(
             "error_without_refit": result.error_before,
             "error_with_refit": result.error_after,
         }
-    plan = LayerPlan(
-        ffn.layer,
-        labels_F,
-        None if router_RD is None else router_RD.cpu(),
-        None if refit_DF is None else refit_DF.cpu(),
-        diagnostics,
-    )
-    return plan, _outputs(activations, down_DF)
+    router_RD, refit_DF = (None if tensor is None else tensor.cpu() for tensor in (router_RD, refit_DF))
+    return LayerPlan(ffn.layer, labels_F, router_RD, refit_DF, diagnostics), _outputs(activations, down_DF)
+
+
+def _route(
+    activations: Activations,
+    inputs_TD: Tensor,
+    down_DF: Tensor,
+    stats: ActivationStats,
+    fit: LayerFit,
+    *,
+    router_RD: Tensor | None,
+) -> tuple[Tensor, dict[str, float]]:
+    """Fit a router, unless there is one, and mask the activations by its choices; returns it and what it is worth."""
+    norms_TR = _expert_norms(activations, down_DF, fit.layout)
+    if router_RD is None:
+        router_RD = _scaled(fit.router(inputs_TD, norms_TR, stats.weight_T), inputs_TD).to(fit.dtype)
+    keep_TR = choose_experts(inputs_TD, router_RD, fit.layout)
+    activations.mask(keep_TR, down_DF.shape[1] // fit.layout.num_experts)
+    return router_RD, _router_diagnostics(norms_TR, keep_TR, stats, fit.layout)
 
 
 def replay_layer(ffn: FFNWeights, inputs_TD: Tensor, plan: LayerPlan, layout: Layout) -> Tensor:

@@ -150,10 +150,11 @@ def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Wor
     stream = HiddenStream(dense, blocks.ids_BC, options.device)
     for layer in range(dense.num_layers):
         inputs_TD = stream.attend(layer)
-        weights = dense.ffn(layer)
-        for name, weight in zip(dense.family.ffn_names(layer), weights, strict=True):
-            check_fits(name, weight.to(prepared.dtype))
-        gate_FD, up_FD, down_DF = (weight.to(options.device, torch.float32) for weight in weights)
+        # As they will be written: what is fitted must fit the checkpoint, not the dense model's wider numbers.
+        rounded = [weight.to(prepared.dtype) for weight in dense.ffn(layer)]
+        for name, weight in zip(dense.family.ffn_names(layer), rounded, strict=True):
+            check_fits(name, weight)
+        gate_FD, up_FD, down_DF = (weight.to(options.device, torch.float32) for weight in rounded)
         ffn = FFNWeights(layer, gate_FD, up_FD, down_DF, dense.config.hidden_act)
         plan = workspace.load_layer(layer)
         if plan is None:
