@@ -436,7 +436,9 @@ def test_a_dry_run_refuses_what_the_split_would_refuse(dense: Path, capfd: pytes
 def test_an_interrupt_gives_130_and_can_be_resumed(dense: Path, text: list[str], tmp_path: Path) -> None:
     """A real SIGINT to a real process, in the middle of its work."""
     slow = (
-        "import time; from moeify import workspace; from moeify.cli import main\n"
+        # A background job of a shell without job control, as in CI, inherits that SIGINT is ignored.
+        "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from moeify import workspace; from moeify.cli import main\n"
         "really_sync = workspace._sync\n"
         "workspace._sync = lambda path: (time.sleep(0.3), really_sync(path))\n"
         "main()"

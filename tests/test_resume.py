@@ -1,7 +1,7 @@
 """A split that is killed at any moment goes on with the same command, to the folder that an uninterrupted one gives.
 
 pytest tests/test_resume.py -s            # also prints what each kill hit
-pytest tests/test_resume.py -s -m slow    # twenty kills while a model of 60 MB is converted
+pytest tests/test_resume.py -s -m stress  # twenty kills while a model of 60 MB is converted
 """
 
 import contextlib
@@ -230,7 +230,7 @@ def test_four_kills_at_random_moments(kill: Callable[..., list[str]]) -> None:
     kill(4, shard_bytes=30_000, pause=0.05, seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.stress
 def test_twenty_kills_of_a_larger_model(kill: Callable[..., list[str]]) -> None:
     """No pauses: what takes time is the work itself, the writing of shards among it."""
     size = {"hidden_size": 256, "intermediate_size": 4096, "vocab_size": 4096}
