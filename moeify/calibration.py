@@ -72,10 +72,6 @@ class HiddenStream:
         self._hidden_BCD = embedding[ids_BC].to(self._device, dtype)
         self._arguments = _layer_arguments(checkpoint.skeleton, self._hidden_BCD[:1])
 
-    @property
-    def num_tokens(self) -> int:
-        return self._num_blocks * self._context
-
     @torch.no_grad()
     def attend(self, layer: int) -> Tensor:
         """Run the attention half of a layer and return its FFN inputs_TD; `advance` must follow."""

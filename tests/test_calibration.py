@@ -53,7 +53,6 @@ def test_inputs_of_every_ffn_are_the_stock_models(case: str, make_dense: MakeDen
     folder = make_dense(family, num_hidden_layers=3, **overrides)
     ids_BC = ids(4, 48)
     stream = HiddenStream(open_dense(str(folder)), ids_BC)
-    assert stream.num_tokens == 4 * 48
     for layer, (inputs_TD, outputs_TD) in enumerate(stock_ffn(folder, ids_BC)):
         found = stream.attend(layer)
         assert found.dtype == torch.float32
