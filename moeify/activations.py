@@ -10,40 +10,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.activations import ACT2FN
 
-from moeify.calibration import CHUNK_TOKENS
+from moeify.ffn import CHUNK_TOKENS, FFNWeights
 
 # Hidden activations stay in memory up to this size and are recomputed for every pass beyond it.
 KEEP_BYTES = 2 << 30
-# Tokens in a neuron's profile. SmolLM2-135M: 2,048 cost 3 % more layer error, 8,192 gained nothing.
-PROFILE_TOKENS = 4096
+# Contributions are kept for at least so many tokens, and for as many as fit into so many bytes.
+SAMPLE_TOKENS = 4096
+SAMPLE_BYTES = 128 << 20
 # An output this many times the median norm is a massive activation (https://arxiv.org/abs/2402.17762) ...
 MASSIVE_NORM = 20.0
 # ... and a neuron that makes up this share of one must never be routed away.
 MASSIVE_SHARE = 0.3
 # A token counts fully in energies and least squares up to this many median norms, and no further beyond.
 CLIP_NORM = 5.0
-
-
-@dataclass(frozen=True)
-class FFNWeights:
-    """One dense gated FFN, y = W_down (act(W_gate x) * (W_up x)), in the dtype and on the device of the arithmetic."""
-
-    layer: int
-    gate_FD: Tensor
-    up_FD: Tensor
-    down_DF: Tensor
-    activation: str
-
-    @property
-    def num_neurons(self) -> int:
-        return self.gate_FD.shape[0]
-
-    def hidden(self, inputs_TD: Tensor) -> Tensor:
-        """hidden_TF, what down_proj is applied to."""
-        gated_TF: Tensor = ACT2FN[self.activation](inputs_TD @ self.gate_FD.T)
-        return gated_TF.mul_(inputs_TD @ self.up_FD.T)
 
 
 class Activations:
@@ -53,7 +33,7 @@ class Activations:
         self._ffn = ffn
         self._inputs_TD = inputs_TD
         self._order_F: Tensor | None = None
-        self._keep_TR: Tensor | None = None
+        self._weights_TR: Tensor | None = None
         self._width = 0
         self._kept: list[Tensor] | None = None
         num_bytes = inputs_TD.shape[0] * ffn.num_neurons * inputs_TD.element_size()
@@ -75,9 +55,9 @@ class Activations:
         if self._kept is not None:
             self._kept = [self._reordered(hidden_TF) for hidden_TF in self._kept]
 
-    def mask(self, keep_TR: Tensor, width: int) -> None:
-        """Silence, for each token, the routed experts it does not use: the last R blocks of `width` columns."""
-        self._keep_TR, self._width = keep_TR, width
+    def mask(self, weights_TR: Tensor, width: int) -> None:
+        """Weight each token's routed experts, zero for those it does not use: the last R blocks of `width` columns."""
+        self._weights_TR, self._width = weights_TR, width
         if self._kept is not None:
             for hidden_TF, rows in zip(self._kept, self._rows(), strict=True):
                 self._masked(hidden_TF, rows)
@@ -89,55 +69,77 @@ class Activations:
         return hidden_TF if self._order_F is None else hidden_TF.index_select(1, self._order_F)
 
     def _masked(self, hidden_TF: Tensor, rows: slice) -> Tensor:
-        if self._keep_TR is not None:
-            keep_TR = self._keep_TR[rows].to(hidden_TF.dtype)
-            num_routed = keep_TR.shape[1]
+        if self._weights_TR is not None:
+            weights_TR = self._weights_TR[rows].to(hidden_TF.dtype)
+            num_routed = weights_TR.shape[1]
             routed = hidden_TF[:, -num_routed * self._width :].unflatten(1, (num_routed, self._width))
-            routed.mul_(keep_TR[:, :, None])
+            routed.mul_(weights_TR[:, :, None])
         return hidden_TF
 
 
 @dataclass(frozen=True)
 class ActivationStats:
-    """What the partition methods look at.
+    """What the methods look at.
 
     Args:
         weight_T: min(1, CLIP_NORM * median norm / norm) of each token's dense output.
         energy_F: mean over tokens of the squared contribution, tokens weighted by weight_T.
         massive_F: True for neurons that make up massive activations.
-        contribution_FN: weighted contributions to a sample of tokens.
         outputs_TD: the dense FFN's outputs.
+        inputs_ND: what the FFN sees on a sample of tokens.
+        contribution_NF: what each neuron adds on them, weight * h_j * ||W_down[:, j]||, with the sign of h_j.
+        gradient_ND: gradient of the language modelling loss by the FFN's output on them, if it was asked for.
     """
 
     weight_T: Tensor
     energy_F: Tensor
     massive_F: Tensor
-    contribution_FN: Tensor
     outputs_TD: Tensor
+    inputs_ND: Tensor
+    contribution_NF: Tensor
+    gradient_ND: Tensor | None = None
 
 
-def measure(ffn: FFNWeights, activations: Activations, *, seed: int) -> ActivationStats:
+def measure(
+    ffn: FFNWeights,
+    inputs_TD: Tensor,
+    activations: Activations,
+    *,
+    seed: int,
+    gradient_GD: Tensor | None = None,
+) -> ActivationStats:
     """Collect the statistics of one layer in two passes over its activations.
 
     Massive activations come from a few tokens and one or two neurons. Left alone they dominate every mean; left out,
     the converted model loses them and breaks: static pruning with refit on SmolLM2-135M gave perplexity 85.7, not 39.7.
+
+    Args:
+        ffn: the dense FFN.
+        inputs_TD: what it sees.
+        activations: of these inputs, all neurons in order.
+        seed: of the sample.
+        gradient_GD: gradients for the first G tokens, which then are the sample.
     """
     outputs_TD = torch.cat([hidden_TF @ ffn.down_DF.T for _, hidden_TF in activations.chunks()])
     norm_T = outputs_TD.norm(dim=1)
     median = norm_T.median()
     weight_T = (CLIP_NORM * median / norm_T.clamp(min=torch.finfo(norm_T.dtype).tiny)).clamp(max=1)
     num_tokens = outputs_TD.shape[0]
-    generator = torch.Generator().manual_seed(seed)
-    sample_N = torch.randperm(num_tokens, generator=generator)[:PROFILE_TOKENS].sort().values.to(norm_T.device)
+    if gradient_GD is None:
+        generator = torch.Generator().manual_seed(seed)
+        sample_N = torch.randperm(num_tokens, generator=generator)[: sample_size(ffn.num_neurons)].sort().values
+    else:
+        sample_N = torch.arange(gradient_GD.shape[0])
+    sample_N = sample_N.to(norm_T.device)
     column_norm_F = ffn.down_DF.norm(dim=0)
     energy_F = torch.zeros_like(column_norm_F)
     massive_F = torch.zeros_like(column_norm_F, dtype=torch.bool)
-    profiles = []
+    contributions = []
     for rows, hidden_TF in activations.chunks():
         energy_F += weight_T[rows].square() @ hidden_TF.square()
         inside = (sample_N >= rows.start) & (sample_N < rows.stop)
         local_N = sample_N[inside] - rows.start
-        profiles.append(hidden_TF[local_N].abs_().mul_(weight_T[rows][local_N, None]))
+        contributions.append(hidden_TF[local_N].mul_(weight_T[rows][local_N, None]))
         massive_T = (norm_T[rows] > MASSIVE_NORM * median).nonzero().squeeze(1)
         share = (hidden_TF[massive_T] * column_norm_F).abs() / norm_T[rows][massive_T, None]
         massive_F |= (share > MASSIVE_SHARE).any(dim=0)
@@ -145,6 +147,13 @@ def measure(ffn: FFNWeights, activations: Activations, *, seed: int) -> Activati
         weight_T=weight_T,
         energy_F=energy_F * column_norm_F.square() / num_tokens,
         massive_F=massive_F,
-        contribution_FN=torch.cat(profiles).mul_(column_norm_F).T,
         outputs_TD=outputs_TD,
+        inputs_ND=inputs_TD[sample_N],
+        contribution_NF=torch.cat(contributions).mul_(column_norm_F),
+        gradient_ND=gradient_GD,
     )
+
+
+def sample_size(num_neurons: int) -> int:
+    """Tokens whose contributions are kept."""
+    return max(SAMPLE_TOKENS, SAMPLE_BYTES // (4 * num_neurons))

@@ -8,17 +8,17 @@ Legend: B blocks of C tokens, T = B * C tokens, D hidden size.
         stream.advance(converted_ffn(inputs_TD))  # the next layer is calibrated on what this one really gives
 """
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from moeify.checkpoint import DenseCheckpoint
-
-# Tokens that go through attention, or through an FFN, at once: enough to keep the matrix units busy.
-CHUNK_TOKENS = 4096
+from moeify.ffn import CHUNK_TOKENS
 
 
 class _Recorder(nn.Module):
@@ -88,6 +88,51 @@ class HiddenStream:
     def advance(self, outputs_TD: Tensor) -> None:
         """Add the FFN's output to the residual stream."""
         self._hidden_BCD += outputs_TD.view_as(self._hidden_BCD)
+
+    @torch.no_grad()
+    def pass_through(self, layer: int, ffn: Callable[[Tensor], Tensor]) -> Tensor:
+        """Take the stream through one whole layer, attention and this FFN; returns the residual_TD after it."""
+        self.advance(ffn(self.attend(layer)))
+        return self.residual()
+
+    def residual(self) -> Tensor:
+        """residual_TD, the stream as it is now."""
+        return self._hidden_BCD.flatten(0, 1)
+
+    def fork(self, residual_TD: Tensor) -> "HiddenStream":
+        """Another stream at the same place of the model: whole blocks, with this residual."""
+        forked = copy.copy(self)
+        forked._hidden_BCD = residual_TD.reshape(-1, self._context, residual_TD.shape[-1]).clone()
+        forked._num_blocks = len(forked._hidden_BCD)
+        return forked
+
+    @torch.no_grad()
+    def losses(self, ids_BC: Tensor) -> Tensor:
+        """After the last layer: negative log-likelihood in nats of every token but the first of each block, float32.
+
+        Args:
+            ids_BC: the ids of the last B of this stream's blocks.
+
+        Returns:
+            losses_BL with L = C - 1.
+        """
+        rows = [
+            cross_entropy(logits_CV[:-1], ids_C[1:].to(logits_CV.device), reduction="none").cpu()
+            for logits_CV, ids_C in zip(self.logits(len(ids_BC)), ids_BC, strict=True)
+        ]
+        return torch.stack(rows)
+
+    @torch.no_grad()
+    def logits(self, num_blocks: int) -> Iterator[Tensor]:
+        """After the last layer: logits_CV of the last blocks, one at a time."""
+        name = "model.embed_tokens.weight" if self._checkpoint.ties_embeddings else "lm_head.weight"
+        tensors = self._checkpoint.get([name, "model.norm.weight"])
+        head_VD = tensors[name].to(self._device, self._dtype)
+        model: Any = self._checkpoint.skeleton.model
+        norm = copy.deepcopy(model.norm)
+        norm.load_state_dict({"weight": tensors["model.norm.weight"].to(self._device, self._dtype)}, assign=True)
+        for hidden_CD in self._hidden_BCD[-num_blocks:]:
+            yield norm(hidden_CD) @ head_VD.T
 
     def _load(self, layer: int) -> Any:
         """One decoder layer with weights, its FFN replaced by a capture."""

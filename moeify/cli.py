@@ -6,8 +6,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from moeify.errors import CheckError, MoeifyError
-from moeify.options import DType, SplitOptions
+from moeify.errors import CheckError, MoeifyError, UsageError
+from moeify.options import DType, Fusion, RefitTo, SplitOptions, Style
 from moeify.version import __version__
 
 app = typer.Typer(
@@ -81,6 +81,14 @@ def _renderer(as_json: bool, quiet: bool, verbose: bool, *, loads_models: bool =
     return Renderer(as_json=as_json, quiet=quiet)
 
 
+def _layers(text: str) -> tuple[int, ...]:
+    """Layer numbers from a comma-separated list."""
+    try:
+        return tuple(sorted({int(number) for number in text.split(",") if number.strip()}))
+    except ValueError as error:
+        raise UsageError(f"--dense-layers {text} is no list of layers", "write --dense-layers 0,1,29") from error
+
+
 def _version(show: bool) -> None:
     if show:
         typer.echo(f"moeify {__version__}")
@@ -130,7 +138,20 @@ def split_command(
     static: Annotated[bool, typer.Option("--static", help="Prune instead: a smaller dense model.")] = False,
     partition: Annotated[str, typer.Option(help="How neurons are grouped: moeify ls partitions.")] = DEFAULTS.partition,
     router: Annotated[str, typer.Option(help="How experts are chosen: moeify ls routers.")] = DEFAULTS.router,
+    dense_layers: Annotated[
+        str, typer.Option(help="Layers whose FFN stays whole, such as 0,1,29.", show_default=False)
+    ] = "",
+    gate: Annotated[
+        Style, typer.Option(help="Weights of the chosen experts: hard (all one), softmax, or soft (all experts).")
+    ] = DEFAULTS.gate,
+    temperature: Annotated[float, typer.Option(help="Of the softmax.")] = DEFAULTS.temperature,
+    fusion: Annotated[
+        Fusion, typer.Option(help="Weights add up to the number of chosen experts (sum) or to one (mean).")
+    ] = DEFAULTS.fusion,
     refit: Annotated[bool, typer.Option(help="Fit down_proj in closed form.")] = DEFAULTS.refit,
+    refit_to: Annotated[
+        RefitTo, typer.Option(help="What the refit restores: the FFN's output or the dense residual stream.")
+    ] = DEFAULTS.refit_to,
     target: Annotated[str, typer.Option(help="MoE architecture to write: moeify ls targets.")] = DEFAULTS.target,
     calibration: Annotated[
         list[str],
@@ -162,9 +183,14 @@ def split_command(
         shared=shared,
         active=active,
         static=static,
+        dense_layers=_layers(dense_layers),
         partition=partition,
         router=router,
+        gate=gate,
+        temperature=temperature,
+        fusion=fusion,
         refit=refit,
+        refit_to=refit_to,
         target=target,
         calibration=tuple(calibration),
         tokens=tokens,

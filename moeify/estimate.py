@@ -34,7 +34,8 @@ def count_parameters(writer: MoEWriter) -> tuple[int, int]:
     layout, config = writer.layout, writer.dense.config
     width = layout.expert_width(config.intermediate_size)
     idle = 0 if layout.is_static else layout.num_routed - layout.num_routed_active
-    unused = idle * 3 * width * config.hidden_size * config.num_hidden_layers
+    cut = config.num_hidden_layers - len(layout.dense_layers)
+    unused = idle * 3 * width * config.hidden_size * cut
     # A tied embedding is the head's matrix too; an untied one is only looked up.
     embedding = shapes[EMBEDDING].numel() if HEAD in shapes else 0
     return total, total - unused - embedding

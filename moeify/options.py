@@ -11,6 +11,9 @@ Item = TypeVar("Item")
 Track = Callable[[Iterable[Item], str, int], Iterable[Item]]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+Style = Literal["hard", "softmax", "soft"]
+Fusion = Literal["sum", "mean"]
+RefitTo = Literal["ffn", "stream"]
 
 
 def untracked(items: Iterable[Any], label: str, total: int) -> Iterable[Any]:  # noqa: ARG001
@@ -27,8 +30,15 @@ class SplitOptions:
         shared: slices that are always on; None lets the layout choose.
         active: slices that run for a token, shared ones included; None means three quarters.
         static: keep the active slices and drop the rest, as an ordinary smaller dense model: the control.
+        dense_layers: layers whose FFN stays whole.
         partition, router: names of plug-ins.
-        refit: fit down_proj in closed form to what the dense FFN gave.
+        gate: `hard` gives every chosen expert weight one, `softmax` weights them by their scores, `soft` runs all of
+            them, weighted.
+        temperature: scores are divided by it before a softmax.
+        fusion: the chosen experts' weights add up to their number (`sum`) or to one (`mean`).
+        refit: fit down_proj in closed form.
+        refit_to: what the refit aims for: what the dense FFN gives on the same input (`ffn`), or whatever brings the
+            residual stream back to the dense model's (`stream`).
         target: a MoE architecture or `auto`.
         calibration: text sources; each gives an equal share of the tokens.
         tokens: calibration tokens.
@@ -43,9 +53,14 @@ class SplitOptions:
     shared: int | None = None
     active: int | None = None
     static: bool = False
-    partition: str = "energy"
+    dense_layers: tuple[int, ...] = ()
+    partition: str = "routed"
     router: str = "ridge"
+    gate: Style = "hard"
+    temperature: float = 1.0
+    fusion: Fusion = "sum"
     refit: bool = True
+    refit_to: RefitTo = "ffn"
     target: str = "auto"
     calibration: tuple[str, ...] = ("builtin",)
     tokens: int = 16384
@@ -62,6 +77,10 @@ class SplitOptions:
         # Every layer adds its number, and scikit-learn's generators take 32 bits.
         if not 0 <= self.seed < 1 << 31:
             raise UsageError(f"seed {self.seed} is out of range", "--seed takes 0 to 2,147,483,647")
+        if not self.temperature > 0:
+            raise UsageError(f"temperature {self.temperature} is out of range", "--temperature takes more than zero")
+        if self.static and self.dense_layers:
+            raise UsageError("--static prunes every layer alike", "leave --dense-layers out")
         if self.static and self.shared is not None:
             raise UsageError("--static keeps every active slice always on", "leave --shared out")
         if self.static and self.target != "auto":

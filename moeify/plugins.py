@@ -13,8 +13,8 @@ def names(package: ModuleType) -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
 
 
-def load(package: ModuleType, name: str, attribute: str) -> Any:
-    """Import one plug-in and return its public attribute.
+def load(package: ModuleType, name: str, attribute: str, *default: Any) -> Any:
+    """Import one plug-in and return its public attribute, or the default if one is given and the file has none.
 
     Raises:
         UsageError: there is no such file.
@@ -24,4 +24,4 @@ def load(package: ModuleType, name: str, attribute: str) -> Any:
     kind = package.__name__.rsplit(".", maxsplit=1)[-1]
     if name not in known:
         raise UsageError(f"no {kind} named {name!r}", f"one of: {', '.join(known)}")
-    return getattr(importlib.import_module(f"{package.__name__}.{name}"), attribute)
+    return getattr(importlib.import_module(f"{package.__name__}.{name}"), attribute, *default)

@@ -1,6 +1,6 @@
 """What is settled before a calibration token is read: model, target, layout, numbers. Also what `--dry-run` shows."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,12 @@ from moeify import partition, routers, targets
 from moeify.checkpoint import DenseCheckpoint, open_dense
 from moeify.errors import InputError, UsageError
 from moeify.estimate import Estimate, count_parameters, estimate
+from moeify.ffn import FFNWeights
+from moeify.gate import Gate
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import Layout, SplitPlan, load_plan, resolve_layout
 from moeify.targets import Target
-from moeify.writer import MoEWriter
+from moeify.writer import MoEWriter, check_fits
 
 DEFAULT_CONTEXT = 512
 # Fewer tokens leave the refit and the routers undetermined in every model moeify knows.
@@ -37,11 +39,23 @@ class Prepared:
 
     @property
     def writer(self) -> MoEWriter:
-        return MoEWriter(self.dense, self.target, self.layout, self.dtype)
+        return MoEWriter(self.dense, self.target, self.layout, self.dtype, self.gate)
+
+    @property
+    def gate(self) -> Gate:
+        return Gate.of(asdict(self.options))
 
     @property
     def needs_text(self) -> bool:
         return self.saved_plan is None or self.options.refit
+
+    def ffn(self, layer: int) -> FFNWeights:
+        """The dense FFN as it will be written: what is fitted must fit the checkpoint, not wider numbers."""
+        rounded = [weight.to(self.dtype) for weight in self.dense.ffn(layer)]
+        for name, weight in zip(self.dense.family.ffn_names(layer), rounded, strict=True):
+            check_fits(name, weight)
+        gate_FD, up_FD, down_DF = (weight.to(self.options.device, torch.float32) for weight in rounded)
+        return FFNWeights(layer, gate_FD, up_FD, down_DF, self.dense.config.hidden_act)
 
 
 def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked) -> Prepared:
@@ -55,7 +69,11 @@ def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked) ->
     saved = load_plan(Path(options.plan)) if options.plan else None
     if saved is not None:
         options = replace(
-            options, experts=saved.layout.num_experts, shared=saved.layout.num_shared, active=saved.layout.num_active
+            options,
+            experts=saved.layout.num_experts,
+            shared=saved.layout.num_shared,
+            active=saved.layout.num_active,
+            dense_layers=saved.layout.dense_layers,
         )
     partition.find(options.partition)
     routers.find(options.router)
@@ -173,18 +191,20 @@ def _check_plan(plan: SplitPlan, dense: DenseCheckpoint) -> None:
 
 def _choose_target(dense: DenseCheckpoint, options: SplitOptions) -> tuple[Layout, Target, str]:
     def resolve(holds_shared: bool) -> Layout:
-        return resolve_layout(options.experts, options.shared, options.active, holds_shared=holds_shared)
+        experts, dense_layers = options.experts, tuple(sorted(options.dense_layers))
+        active = experts if options.gate == "soft" else options.active
+        return resolve_layout(experts, options.shared, active, holds_shared=holds_shared, dense_layers=dense_layers)
 
     if options.static:
         active = resolve(True).num_active
         layout = Layout(options.experts, active, active)
         return layout, targets.static_target(dense.family), "static pruning keeps the dense architecture"
     if options.target == "auto":
-        target, layout, reason = targets.choose(dense.traits, dense.config, resolve)
+        target, layout, reason = targets.choose(dense.traits, dense.config, resolve, options.gate)
         return layout, target, reason
     target = targets.find(options.target)
     layout = resolve(target.holds_shared)
-    reason = targets.refusal(target, dense.traits, dense.config, layout)
+    reason = targets.refusal(target, dense.traits, dense.config, layout, options.gate)
     if reason:
         raise InputError(
             f"{options.target} cannot hold this model: {reason}", "`moeify inspect` lists targets that can"

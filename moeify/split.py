@@ -14,19 +14,17 @@ import transformers
 from torch import Tensor
 
 from moeify import partition, routers
-from moeify.activations import FFNWeights
 from moeify.calibration import HiddenStream
 from moeify.card import model_card
 from moeify.errors import InputError, UsageError
 from moeify.estimate import count_parameters
-from moeify.layer import LayerFit, fit_layer, replay_layer
+from moeify.layer import LayerFit, converted, fit_layer
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import LayerPlan, Layout, SplitPlan, load_plan
 from moeify.prepare import Prepared, prepare
 from moeify.text import TokenBlocks, calibration_blocks, sample_from_model
 from moeify.version import __version__
 from moeify.workspace import LAST_FILE, RECORD_FILE, Workspace, check_replaceable
-from moeify.writer import check_fits
 
 
 @dataclass(frozen=True)
@@ -143,25 +141,25 @@ def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Wor
         layout=prepared.layout,
         partition=partition.find(options.partition),
         router=routers.find(options.router),
+        gate=prepared.gate,
         refit=options.refit,
         dtype=prepared.dtype,
         seed=options.seed,
     )
     stream = HiddenStream(dense, blocks.ids_BC, options.device)
+    undisturbed = HiddenStream(dense, blocks.ids_BC, options.device) if options.refit_to == "stream" else None
     for layer in range(dense.num_layers):
         inputs_TD = stream.attend(layer)
-        # As they will be written: what is fitted must fit the checkpoint, not the dense model's wider numbers.
-        rounded = [weight.to(prepared.dtype) for weight in dense.ffn(layer)]
-        for name, weight in zip(dense.family.ffn_names(layer), rounded, strict=True):
-            check_fits(name, weight)
-        gate_FD, up_FD, down_DF = (weight.to(options.device, torch.float32) for weight in rounded)
-        ffn = FFNWeights(layer, gate_FD, up_FD, down_DF, dense.config.hidden_act)
+        ffn = prepared.ffn(layer)
+        wanted_TD = None if undisturbed is None else undisturbed.pass_through(layer, ffn) - stream.residual()
         plan = workspace.load_layer(layer)
         if plan is None:
-            plan, outputs_TD = fit_layer(ffn, inputs_TD, fit, saved.layers[layer] if saved else None)
+            again = saved.layers[layer] if saved else None
+            fitted, outputs_TD = fit_layer(ffn, inputs_TD, fit, again, wanted_TD=wanted_TD)
+            plan = fitted.plan
             workspace.save_layer(plan)
         else:
-            outputs_TD = replay_layer(ffn, inputs_TD, plan, prepared.layout)
+            outputs_TD = converted(ffn, plan, fit)(inputs_TD)
         stream.advance(outputs_TD)
         yield plan
 

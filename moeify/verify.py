@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 from moeify import targets
 from moeify.checkpoint import DenseCheckpoint, find_shards, load_config, locate, open_dense
 from moeify.errors import InputError
+from moeify.gate import Gate
 from moeify.options import Track, untracked
-from moeify.plan import SHARED, Layout, SplitPlan, load_plan
+from moeify.plan import SHARED, LayerPlan, Layout, SplitPlan, load_plan
 from moeify.targets import Target
 from moeify.text import evaluation_tokens
 from moeify.writer import MoEWriter
@@ -51,7 +52,8 @@ class VerifyReport:
         moe, dense: what was compared.
         checks: in the order they were made.
         max_logit_difference: fp32, all experts on.
-        max_gate_deviation: largest distance of an expert's folded weight from one, with the real router.
+        max_gate_deviation: largest distance of an expert's folded weight from one, with the real router; zero for gates
+            that are not hard.
     """
 
     moe: str
@@ -90,7 +92,8 @@ def verify(moe: str, dense: str, *, tolerance: float = TOLERANCE, track: Track[A
     target = targets.find(plan.target)
     model, keys = _load_all_on(path, plan.layout)
     ids = _tokens(source)
-    deviation = _gate_deviation(path, ids, target, plan.layout)
+    hard = Gate.of(plan.options).style == "hard"
+    deviation = _gate_deviation(path, ids, target, plan) if hard else 0.0
     checks = [keys, *_place_checks(model, source, plan, target), *_stored_checks(path, source, plan, target)]
     _restore_dense(model, source, plan, target)
     difference = _logit_difference(model, source, ids, load_config(path).dtype)
@@ -101,10 +104,10 @@ def verify(moe: str, dense: str, *, tolerance: float = TOLERANCE, track: Track[A
             f"<= {tolerance:.0e}",
             difference <= tolerance,
         ),
-        Check(
-            "expert weights are one", f"max |w - 1| {deviation:.1e}", f"<= {GATE_LIMIT:.1e}", deviation <= GATE_LIMIT
-        ),
     ]
+    if hard:
+        found = f"max |w - 1| {deviation:.1e}"
+        checks += [Check("expert weights are one", found, f"<= {GATE_LIMIT:.1e}", deviation <= GATE_LIMIT)]
     return VerifyReport(moe, dense, tuple(checks), difference, deviation)
 
 
@@ -132,7 +135,7 @@ def _place_checks(model: Any, source: DenseCheckpoint, plan: SplitPlan, target: 
     """Gate and up rows must be the dense rows, bit for bit, each in exactly one place."""
     placed, equal, total = 0, 0, 0
     stored = load_config(Path(model.name_or_path)).dtype
-    for layer in plan.layers:
+    for layer in _cut_layers(plan):
         gate_FD, up_FD, _ = source.ffn(layer.layer)
         gate_FD, up_FD = (weight.to(stored).float() for weight in (gate_FD, up_FD))
         total += gate_FD.shape[0]
@@ -145,6 +148,10 @@ def _place_checks(model: Any, source: DenseCheckpoint, plan: SplitPlan, target: 
         Check("every neuron has one place", f"{placed:,}", f"{total:,}", placed == total),
         Check("gate and up rows are the dense ones", f"{equal:,} equal", f"{total:,}", equal == total),
     ]
+
+
+def _cut_layers(plan: SplitPlan) -> list[LayerPlan]:
+    return [layer for layer in plan.layers if layer.layer not in plan.layout.dense_layers]
 
 
 def _modules(model: Any, layer: int, target: Target) -> dict[str, Tensor]:
@@ -178,7 +185,7 @@ def _rows(parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 def _restore_dense(model: Any, source: DenseCheckpoint, plan: SplitPlan, target: Target) -> None:
     """Dense down columns with the fold for all experts on, and routers of zero; in memory only."""
     everything = Layout(plan.layout.num_experts, plan.layout.num_shared, plan.layout.num_experts)
-    for layer in plan.layers:
+    for layer in _cut_layers(plan):
         down_DF = source.ffn(layer.layer)[2].to(load_config(Path(model.name_or_path)).dtype).float()
         parts = _modules(model, layer.layer, target)
         parts["router"].zero_()
@@ -202,12 +209,12 @@ def _logit_difference(model: Any, source: DenseCheckpoint, ids: Tensor, stored: 
 def _stored_checks(path: Path, source: DenseCheckpoint, plan: SplitPlan, target: Target) -> list[Check]:
     """What the plan decides must be on disk bit for bit; what a refit computed must at least be finite."""
     config = load_config(path)
-    writer = MoEWriter(source, target, plan.layout, config.dtype)
+    writer = MoEWriter(source, target, plan.layout, config.dtype, Gate.of(plan.options))
     shards, total = find_shards(path), 0
     wrong: list[str] = []
     for decided in plan.layers:
         layer = decided
-        if plan.options["refit"]:
+        if plan.options["refit"] and layer.layer not in plan.layout.dense_layers:
             _, _, down_DF = source.ffn(layer.layer)
             layer = replace(layer, down_DF=torch.full_like(down_DF, torch.nan, dtype=config.dtype))
         for name, expected in writer.layer(layer).items():
@@ -228,11 +235,11 @@ def _stored_checks(path: Path, source: DenseCheckpoint, plan: SplitPlan, target:
 
 
 @torch.no_grad()
-def _gate_deviation(path: Path, ids: Tensor, target: Target, layout: Layout) -> float:
+def _gate_deviation(path: Path, ids: Tensor, target: Target, plan: SplitPlan) -> float:
     """Largest |weight * fold - 1| that the experts of the unchanged model receive."""
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, ignore_mismatched_sizes=True).eval()
     model.set_experts_implementation("eager")
-    fold = target.routed_fold(layout)
+    fold = target.routed_fold(plan.layout)
     largest = 0.0
 
     def look(_: Any, arguments: tuple[Any, ...]) -> None:
@@ -242,7 +249,8 @@ def _gate_deviation(path: Path, ids: Tensor, target: Target, layout: Layout) -> 
         # Not max(), which drops NaN.
         largest = largest if deviation <= largest else deviation
 
-    for block in model.model.layers:
+    for layer in _cut_layers(plan):
+        block = model.model.layers[layer.layer]
         block.get_submodule(target.modules.experts).register_forward_pre_hook(look)
     model(ids)
     return largest

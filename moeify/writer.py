@@ -15,6 +15,7 @@ from transformers import AutoConfig, GenerationConfig
 
 from moeify.checkpoint import INDEX_FILE, TOKENIZER_FILES, DenseCheckpoint
 from moeify.errors import InputError
+from moeify.gate import UNIT, Gate
 from moeify.options import Track
 from moeify.plan import SHARED, LayerPlan, Layout
 from moeify.targets import ROUTER_SCALE, SplitFFN, Target
@@ -34,12 +35,14 @@ class MoEWriter:
         target: what the names are.
         layout: how FFNs are cut.
         dtype: of every weight written.
+        gate: what the routed experts' outputs are multiplied with.
     """
 
     dense: DenseCheckpoint
     target: Target
     layout: Layout
     dtype: torch.dtype
+    gate: Gate = UNIT
 
     def config(self) -> Any:
         """The target's transformers config."""
@@ -73,13 +76,15 @@ class MoEWriter:
         tensors = {name: empty(*self.dense.shapes[name]) for name in self._unchanged()}
         if self.target.untie and self.dense.ties_embeddings:
             tensors[HEAD] = empty(*self.dense.shapes[EMBEDDING])
-        for layer in range(self.dense.num_layers):
+        for layer in self._cut_layers():
             tensors |= self.target.ffn_tensors(f"model.layers.{layer}", ffn)
         return tensors | {name: empty(*shape) for name, shape in self._extra().items()}
 
     def layer(self, plan: LayerPlan) -> dict[str, Tensor]:
-        """Values of one MoE layer: dense rows in expert order, folds applied, router scaled."""
+        """Values of one layer's FFN: dense rows in expert order, folds applied, router scaled."""
         gate_FD, up_FD, down_DF = (weight.to(self.dtype) for weight in self.dense.ffn(plan.layer))
+        if plan.layer in self.layout.dense_layers:
+            return dict(zip(self.dense.family.ffn_names(plan.layer), (gate_FD, up_FD, down_DF), strict=True))
         if plan.down_DF is not None:
             down_DF = plan.down_DF
         shared = plan.neurons(SHARED)
@@ -93,13 +98,20 @@ class MoEWriter:
             down_Ds=down_DF[:, shared] * self.target.shared_fold,
             gate_RfD=gate_FD[routed].unflatten(0, split),
             up_RfD=up_FD[routed].unflatten(0, split),
-            down_RDf=down_DF[:, routed].unflatten(1, split).transpose(0, 1) * self.target.routed_fold(self.layout),
-            router_RD=router_RD * ROUTER_SCALE,
+            down_RDf=down_DF[:, routed].unflatten(1, split).transpose(0, 1) * self._routed_fold(),
+            router_RD=router_RD * (ROUTER_SCALE if self.gate.style == "hard" else 1 / self.gate.temperature),
         )
         return self.target.ffn_tensors(f"model.layers.{plan.layer}", ffn)
 
+    def _routed_fold(self) -> float:
+        fold = self.target.routed_fold(self.layout)
+        return fold if self.gate.fusion == "sum" or self.layout.is_static else fold / self.layout.num_routed_active
+
+    def _cut_layers(self) -> list[int]:
+        return [layer for layer in range(self.dense.num_layers) if layer not in self.layout.dense_layers]
+
     def _unchanged(self) -> list[str]:
-        ffn = {name for layer in range(self.dense.num_layers) for name in self.dense.family.ffn_names(layer)}
+        ffn = {name for layer in self._cut_layers() for name in self.dense.family.ffn_names(layer)}
         return [name for name in self.dense.shapes if name not in ffn]
 
     def write(self, workspace: Workspace, layer_plan: Callable[[int], LayerPlan], track: Track[Any]) -> None:

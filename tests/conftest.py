@@ -13,8 +13,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeify import families
-from moeify.activations import FFNWeights
 from moeify.builtin import BuiltinRecipe, builtin_documents, train_tokenizer
+from moeify.ffn import FFNWeights
 
 MakeDense = Callable[..., Path]
 

@@ -8,7 +8,8 @@ from conftest import toy_ffn
 from torch.nn.functional import gelu, silu
 
 from moeify import activations as module
-from moeify.activations import CLIP_NORM, Activations, FFNWeights, measure
+from moeify.activations import CLIP_NORM, Activations, measure
+from moeify.ffn import FFNWeights
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from moeify import activations as activations_module
 from moeify import partition, routers
-from moeify.activations import Activations, FFNWeights
+from moeify.activations import Activations
+from moeify.ffn import FFNWeights
 from moeify.layer import LayerFit, active_neurons, choose_experts, fit_layer, replay_layer
 from moeify.plan import SHARED, LayerPlan, Layout
 from moeify.targets import ROUTER_LIMIT

@@ -6,7 +6,8 @@ from conftest import toy_ffn
 from torch import Tensor
 
 from moeify import activations as module
-from moeify.activations import Activations, FFNWeights
+from moeify.activations import Activations
+from moeify.ffn import FFNWeights
 from moeify.refit import HELD_OUT_SHARE, STRENGTHS, Refit, refit
 
 

@@ -331,8 +331,8 @@ def test_the_routed_model_computes_what_the_plan_decided(
     model: str, target: str, dense: Callable[[str], Path], convert: Convert, tokenizer: Any
 ) -> None:
     """moeify's own arithmetic, layer by layer in dense order, against the stock model with its real routers."""
-    from moeify.activations import FFNWeights
     from moeify.calibration import HiddenStream
+    from moeify.ffn import FFNWeights
     from moeify.layer import replay_layer
 
     out = convert(model, target, refit=False)

@@ -9,7 +9,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from moeify import plugins
-from moeify.activations import ActivationStats, FFNWeights
+from moeify.activations import ActivationStats
+from moeify.ffn import FFNWeights
 from moeify.plan import Layout
 
 

@@ -23,6 +23,11 @@ def label(num_neurons: int, routed: Tensor, clusters: Tensor) -> Tensor:
     return labels_F
 
 
+def label_in_turn(num_neurons: int, routed: Tensor, layout: Layout) -> Tensor:
+    """labels_F where it does not matter who goes where: nothing is routed, or all goes to one expert."""
+    return label(num_neurons, routed, torch.arange(len(routed)) % max(1, layout.num_routed))
+
+
 def split_off_shared(stats: ActivationStats, layout: Layout) -> Tensor:
     """Indices of the neurons that are left to be routed, by falling energy, so that storage order decides nothing."""
     num_neurons = stats.energy_F.numel()
@@ -30,6 +35,17 @@ def split_off_shared(stats: ActivationStats, layout: Layout) -> Tensor:
     is_routed_F[shared_by_energy(stats, layout.num_shared * layout.expert_width(num_neurons))] = False
     routed = is_routed_F.nonzero().squeeze(1)
     return routed[stats.energy_F[routed].argsort(descending=True, stable=True)]
+
+
+def balanced_assignment(cost_NR: Tensor) -> Tensor:
+    """int64 cluster of each point, equally many points each, at the least total cost; R divides N."""
+    import ot
+
+    num_points, num_clusters = cost_NR.shape
+    # Unit masses keep the transport plan integral, so that no point is split between clusters.
+    supply, demand = np.ones(num_points), np.full(num_clusters, num_points / num_clusters)
+    transport = ot.emd(supply, demand, np.ascontiguousarray(cost_NR.double().cpu().numpy()), numItermax=10_000_000)
+    return torch.from_numpy(transport.argmax(axis=1))
 
 
 def balanced_kmeans(features_NP: Tensor, num_clusters: int, *, seed: int) -> Tensor:
@@ -43,21 +59,16 @@ def balanced_kmeans(features_NP: Tensor, num_clusters: int, *, seed: int) -> Ten
     Returns:
         int64 cluster of each point.
     """
-    import ot
     from sklearn.cluster import kmeans_plusplus
 
     if num_clusters == 0:
         return torch.empty(0, dtype=torch.int64)
     points = features_NP.float().cpu()
-    num_points = points.shape[0]
-    # Unit masses keep the transport plan integral, so that no point is split between clusters.
-    supply, demand = np.ones(num_points), np.full(num_clusters, num_points / num_clusters)
     centroids = torch.from_numpy(kmeans_plusplus(points.numpy(), num_clusters, random_state=seed)[0])
-    labels = torch.full((num_points,), -1)
+    labels = torch.full((points.shape[0],), -1)
     for _ in range(MAX_ROUNDS):
         cost = points.square().sum(1, keepdim=True) - 2 * points @ centroids.T + centroids.square().sum(1)
-        transport = ot.emd(supply, demand, np.ascontiguousarray(cost.double().numpy()), numItermax=10_000_000)
-        previous, labels = labels, torch.from_numpy(transport.argmax(axis=1))
+        previous, labels = labels, balanced_assignment(cost)
         if torch.equal(previous, labels):
             break
         centroids = torch.stack([points[labels == cluster].mean(0) for cluster in range(num_clusters)])

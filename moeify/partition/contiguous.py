@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from moeify.activations import ActivationStats, FFNWeights
+from moeify.activations import ActivationStats
+from moeify.ffn import FFNWeights
 from moeify.plan import SHARED, Layout
 
 

@@ -17,44 +17,19 @@ experts, 16k calibration tokens, refit (2 cores of an Intel Xeon, 2026-11-22):
 | Wikipedia only, 50 %  | 0.2449   | 0.2481    | 0.2410 |
 """
 
-import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from moeify.activations import ActivationStats, FFNWeights
-from moeify.partition._balanced import balanced_kmeans, label, split_off_shared
+from moeify.activations import ActivationStats
+from moeify.ffn import FFNWeights
+from moeify.partition._balanced import balanced_kmeans, label, label_in_turn, split_off_shared
+from moeify.partition._features import profile_and_gate
 from moeify.plan import Layout
-
-# Principal components kept of a profile; 32, 64 and 128 gave the same layer error within noise.
-PROFILE_COMPONENTS = 64
-# Size of the gate rows beside the profiles; of 0.3, 0.5, 1, 2, 3 and 4, two was best or equal for both texts above.
-GATE_SCALE = 2.0
 
 
 def partition(ffn: FFNWeights, stats: ActivationStats, layout: Layout, *, seed: int) -> Tensor:
     """labels_F; see the package for the contract."""
-    from sklearn.utils.extmath import randomized_range_finder
-
     routed = split_off_shared(stats, layout)
     if layout.num_routed <= 1 or layout.is_static:
-        return label(ffn.num_neurons, routed, torch.arange(len(routed)) % max(1, layout.num_routed))
-    profile_NT = _centred(stats.contribution_FN[routed])
-    components = min(PROFILE_COMPONENTS, *profile_NT.shape)
-    # k-means does not care for the rotation of its space, so a basis will do where PCA would cost a further SVD.
-    basis_TP = randomized_range_finder(profile_NT.T.cpu().numpy(), size=components, n_iter=2, random_state=seed)
-    profile_NP = profile_NT @ torch.from_numpy(basis_TP).to(profile_NT)
-    gate_ND = _centred(ffn.gate_FD[routed])
-    features = torch.cat([_unit(profile_NP), GATE_SCALE * _unit(gate_ND)], dim=1)
+        return label_in_turn(ffn.num_neurons, routed, layout)
+    features = profile_and_gate(ffn, stats, routed, seed=seed)
     return label(ffn.num_neurons, routed, balanced_kmeans(features, layout.num_routed, seed=seed))
-
-
-def _centred(rows: Tensor) -> Tensor:
-    """Rows of unit length, less their mean."""
-    rows = normalize(rows, dim=1)
-    return rows - rows.mean(dim=0)
-
-
-def _unit(rows: Tensor) -> Tensor:
-    """Scaled to a mean squared row length of one."""
-    length = rows.square().sum(dim=1).mean().sqrt()
-    return rows / length.clamp(min=torch.finfo(rows.dtype).tiny)

@@ -1,23 +1,76 @@
-"""How a token's experts are chosen, one method a file: `fit(inputs_TD, norms_TR, weight_T) -> router_RD`.
+"""How a token's experts are chosen, one method a file: `fit(task) -> Router`.
 
-A router is linear and has no intercept, which is what every native target computes. `norms_TR` holds the norm of what
-each routed expert would add to each token's output; a good router ranks experts by it.
+A good router ranks the experts by what leaving them out would cost. Linear ones without an intercept are what every
+native target computes; a method whose router is not linear says `LINEAR = False`: `moeify compare` measures it, no
+target can hold it.
+
+Legend: T tokens, N sampled tokens, D hidden size, F neurons, R routed experts.
 """
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from moeify import plugins
+from moeify.activations import ActivationStats
+from moeify.ffn import FFNWeights
+from moeify.plan import Layout
+
+
+@dataclass(frozen=True)
+class RoutingTask:
+    """What a router is fitted to, for one layer.
+
+    Args:
+        ffn: the dense FFN.
+        labels_F: the partition.
+        layout: how many experts a token gets.
+        stats: of the dense FFN.
+        inputs_TD: what the router will see.
+        norms_TR: norm of what each routed expert would add to each token's output, times the token's weight.
+        seed: of whatever is random.
+    """
+
+    ffn: FFNWeights
+    labels_F: Tensor
+    layout: Layout
+    stats: ActivationStats
+    inputs_TD: Tensor
+    norms_TR: Tensor
+    seed: int
 
 
 class Router(Protocol):
-    def __call__(self, inputs_TD: Tensor, norms_TR: Tensor, weight_T: Tensor) -> Tensor: ...
+    """A fitted router."""
+
+    def __call__(self, inputs_TD: Tensor) -> Tensor:
+        """scores_TR: higher is chosen first."""
+        ...
 
 
-def find(name: str) -> Router:
-    method: Router = plugins.load(_package(), name, "fit")
+@dataclass(frozen=True)
+class LinearRouter:
+    """Scores are products with one row an expert."""
+
+    rows_RD: Tensor
+
+    def __call__(self, inputs_TD: Tensor) -> Tensor:
+        return inputs_TD @ self.rows_RD.to(inputs_TD).T
+
+
+class Fit(Protocol):
+    def __call__(self, task: RoutingTask) -> Router: ...
+
+
+def find(name: str) -> Fit:
+    method: Fit = plugins.load(_package(), name, "fit")
     return method
+
+
+def is_linear(name: str) -> bool:
+    """False if no native target can hold what this method fits."""
+    return bool(plugins.load(_package(), name, "LINEAR", True))
 
 
 def names() -> list[str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from moeify import plugins
 from moeify.errors import InputError
 from moeify.families import Family, Traits
+from moeify.options import Style
 from moeify.plan import Layout
 
 ROUTER_SCALE = 2.0**-10
@@ -58,6 +59,9 @@ class Target:
         architecture: class name in config.json.
         holds_shared: has experts that are always on.
         engines: what else has the architecture in its sources; only transformers is tested here.
+        engines_with_dense: those that also take models whose FFNs are not all experts; none means that transformers
+            does not either.
+        gates: what the weights of its experts can be.
         refuse: why a dense model with these traits does not fit, or "" if it is held exactly.
         config: config values that differ from the dense model's, given its config, its traits, the layout and the
             expert width.
@@ -78,6 +82,8 @@ class Target:
     routed_fold: Callable[[Layout], float]
     ffn_tensors: Callable[[str, SplitFFN], dict[str, Tensor]]
     modules: Modules
+    engines_with_dense: tuple[str, ...] = ()
+    gates: tuple[Style, ...] = ("hard",)
     shared_fold: float = 1.0
     extra_tensors: Callable[[str, Any, Traits], Mapping[str, tuple[int, ...]]] = lambda prefix, config, traits: {}
     untie: bool = False
@@ -130,10 +136,14 @@ def find(name: str) -> Target:
     return target
 
 
-def refusal(target: Target, traits: Traits, config: Any, layout: Layout) -> str:
-    """Why `target` cannot hold the model exactly under this layout, or ""."""
+def refusal(target: Target, traits: Traits, config: Any, layout: Layout, gate: Style = "hard") -> str:
+    """Why `target` cannot hold the model exactly under this layout and gate, or ""."""
     if traits.ffn_bias:
         return "no native target has biases inside its experts"
+    if gate not in target.gates:
+        return f"its experts' weights cannot be {gate}"
+    if layout.dense_layers and not target.engines_with_dense:
+        return "has no dense layers"
     if layout.num_shared and not target.holds_shared:
         return "has no shared experts (use --shared 0)"
     if layout.num_routed_active == 0:
@@ -141,13 +151,16 @@ def refusal(target: Target, traits: Traits, config: Any, layout: Layout) -> str:
     return target.refuse(traits, config, layout)
 
 
-def choose(traits: Traits, config: Any, resolve: Callable[[bool], Layout]) -> tuple[Target, Layout, str]:
+def choose(
+    traits: Traits, config: Any, resolve: Callable[[bool], Layout], gate: Style = "hard"
+) -> tuple[Target, Layout, str]:
     """The best target that holds the model exactly, its layout, and why it was taken.
 
     Args:
         traits: what must be held.
         config: the dense config.
         resolve: gives the layout for a target with (True) or without (False) shared experts.
+        gate: what the experts' weights must be.
 
     Raises:
         InputError: none holds it; the message gives each target's reason.
@@ -156,10 +169,11 @@ def choose(traits: Traits, config: Any, resolve: Callable[[bool], Layout]) -> tu
     targets = [find(name) for name in names()]
     for target in sorted(targets, key=lambda target: not target.holds_shared):
         layout = resolve(target.holds_shared)
-        reason = refusal(target, traits, config, layout)
+        reason = refusal(target, traits, config, layout, gate)
         if not reason:
+            engines = target.engines_with_dense if layout.dense_layers else target.engines
             why = f"holds the model exactly, {'with' if layout.num_shared else 'without'} shared experts; known to " + (
-                ", ".join(("transformers", *target.engines))
+                ", ".join(("transformers", *engines))
             )
             passed = f" ({'; '.join(reasons)})" if reasons else ""
             return target, layout, why + passed

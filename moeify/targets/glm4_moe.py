@@ -25,7 +25,8 @@ def refuse(traits: Traits, config: Any, layout: Layout) -> str:
         return "vLLM and llama.cpp need at least one shared expert in it"
     if layout.num_routed < 2:
         return "its group scores need two or more routed experts"
-    return ""
+    first = tuple(range(len(layout.dense_layers)))
+    return "its dense layers can only be the first ones" if layout.dense_layers != first else ""
 
 
 def config(dense: Any, traits: Traits, layout: Layout, width: int) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def config(dense: Any, traits: Traits, layout: Layout, width: int) -> dict[str, 
         "num_experts_per_tok": layout.num_routed_active,
         "n_group": 1,
         "topk_group": 1,
-        "first_k_dense_replace": 0,
+        "first_k_dense_replace": len(layout.dense_layers),
         "norm_topk_prob": False,
         "routed_scaling_factor": 2.0,
         "num_nextn_predict_layers": 0,
@@ -65,6 +66,7 @@ TARGET = Target(
     architecture="Glm4MoeForCausalLM",
     holds_shared=True,
     engines=("vLLM", "SGLang"),
+    engines_with_dense=("vLLM", "SGLang"),
     refuse=refuse,
     config=config,
     routed_fold=lambda layout: 1.0,

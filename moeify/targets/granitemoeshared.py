@@ -59,6 +59,7 @@ TARGET = Target(
     architecture="GraniteMoeSharedForCausalLM",
     holds_shared=True,
     engines=("vLLM", "SGLang", "llama.cpp"),
+    gates=("hard", "softmax", "soft"),
     refuse=refuse,
     config=config,
     routed_fold=lambda layout: layout.num_routed_active,

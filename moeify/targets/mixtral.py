@@ -44,6 +44,7 @@ TARGET = Target(
     architecture="MixtralForCausalLM",
     holds_shared=False,
     engines=("vLLM", "SGLang", "llama.cpp"),
+    gates=("hard", "softmax", "soft"),
     refuse=refuse,
     config=config,
     routed_fold=lambda layout: layout.num_routed_active,

@@ -41,7 +41,7 @@ def config(dense: Any, traits: Traits, layout: Layout, width: int) -> dict[str, 
         "num_experts_per_tok": layout.num_routed_active,
         "norm_topk_prob": False,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        "mlp_only_layers": list(layout.dense_layers),
     }
 
 
@@ -68,6 +68,8 @@ TARGET = Target(
     architecture="Qwen2MoeForCausalLM",
     holds_shared=True,
     engines=("vLLM", "SGLang", "llama.cpp"),
+    engines_with_dense=("vLLM", "SGLang"),
+    gates=("hard", "soft"),
     refuse=refuse,
     config=config,
     routed_fold=lambda layout: layout.num_routed,

@@ -34,7 +34,7 @@ def config(dense: Any, traits: Traits, layout: Layout, width: int) -> dict[str, 
         # llama.cpp always normalises the weights of this architecture.
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
-        "mlp_only_layers": [],
+        "mlp_only_layers": list(layout.dense_layers),
     }
 
 
@@ -47,6 +47,8 @@ TARGET = Target(
     architecture="Qwen3MoeForCausalLM",
     holds_shared=False,
     engines=("vLLM", "SGLang", "llama.cpp"),
+    engines_with_dense=("vLLM", "SGLang"),
+    gates=("hard", "softmax", "soft"),
     refuse=refuse,
     config=config,
     routed_fold=lambda layout: layout.num_routed_active,

@@ -1,0 +1,53 @@
+"""What the chosen experts' outputs are multiplied with, and how they are put together.
+
+Legend: T tokens, R routed experts, K of them chosen for a token.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeify.options import Fusion, Style
+from moeify.plan import Layout
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Weights of the routed experts.
+
+    Args:
+        style: `hard` gives each chosen expert the same weight; `softmax` weights the chosen ones by their scores;
+            `soft` is a softmax over all experts, in a layout with every expert active.
+        temperature: scores are divided by it before a softmax; they lie within +-ROUTER_LIMIT.
+        fusion: weights add up to the number of chosen experts (`sum`) or to one (`mean`).
+    """
+
+    style: Style = "hard"
+    temperature: float = 1.0
+    fusion: Fusion = "sum"
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Gate":
+        """The gate that options, or those of a saved plan, ask for."""
+        return cls(options.get("gate", "hard"), options.get("temperature", 1.0), options.get("fusion", "sum"))
+
+    def weights(self, scores_TR: Tensor, layout: Layout) -> Tensor:
+        """weights_TR, zero for experts that are not chosen; in the dtype of the scores."""
+        keep_TR = choose_experts(scores_TR, layout)
+        total = layout.num_routed_active if self.fusion == "sum" else 1.0
+        if self.style == "hard":
+            return keep_TR.to(scores_TR.dtype) * (total / layout.num_routed_active)
+        masked_TR = torch.where(keep_TR, scores_TR / self.temperature, -torch.inf)
+        return masked_TR.softmax(dim=1) * total
+
+
+UNIT = Gate()
+
+
+def choose_experts(scores_TR: Tensor, layout: Layout) -> Tensor:
+    """keep_TR, True for the K routed experts that score highest for a token."""
+    chosen = scores_TR.topk(layout.num_routed_active, dim=1).indices
+    return torch.zeros_like(scores_TR, dtype=torch.bool).scatter_(1, chosen, value=True)
