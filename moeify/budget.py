@@ -2,77 +2,41 @@
 
 One pass through the dense model. In every layer each candidate is fitted on the dense hidden states, then a few blocks
 of check text go on through the dense rest of the model once for each candidate, and their output distribution is
-compared with the dense model's. Losses are of one changed layer at a time; `joint_loss` is for what they do together.
+compared with the dense model's. Losses are of one changed layer at a time; `OutputCheck.joint` is for what they do
+together. Finished layers are kept, so that a run that was stopped goes on.
 
 Legend: T tokens, D hidden size, B check blocks of C tokens, V vocabulary.
 """
 
+import json
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import kl_div, nll_loss
 
-from moeify import partition, routers
 from moeify.calibration import HiddenStream
-from moeify.layer import ConvertedFFN, LayerFit, converted, fit_layer
+from moeify.layer import converted, fit_layer
 from moeify.plan import LayerPlan, Layout
 from moeify.prepare import Prepared
 
 
 @dataclass(frozen=True)
-class ScoredLayer:
-    """One layer's candidates.
+class OutputChange:
+    """What a changed model does on the check text.
 
     Args:
-        layer: index.
-        losses: mean KL(dense || changed) of a check token in nats, for each layout.
-        plans: what was fitted, for each layout.
+        divergence: mean KL(dense || changed) of a token's output distribution, nats.
+        log_perplexity: mean negative log-likelihood of a token, nats.
     """
 
-    layer: int
-    losses: tuple[float, ...]
-    plans: tuple[LayerPlan, ...]
-
-
-def layer_fit(prepared: Prepared, layout: Layout) -> LayerFit:
-    """How to decide a layer under these options."""
-    options = prepared.options
-    return LayerFit(
-        layout=layout,
-        partition=partition.find(options.partition),
-        router=routers.find(options.router),
-        gate=prepared.gate,
-        refit=options.refit,
-        dtype=prepared.dtype,
-        seed=options.seed,
-    )
-
-
-def score(
-    prepared: Prepared, ids_BC: Tensor, num_check_blocks: int, layouts: Sequence[Layout]
-) -> Iterator[ScoredLayer]:
-    """Fit and score every layout in every layer.
-
-    Args:
-        prepared: the model and the methods.
-        ids_BC: calibration blocks, and after them the check blocks.
-        num_check_blocks: how many of them only check.
-        layouts: the candidates beside leaving the layer dense.
-    """
-    dense = prepared.dense
-    checks = OutputCheck(prepared, ids_BC[-num_check_blocks:])
-    stream = HiddenStream(dense, ids_BC, prepared.options.device)
-    num_fit = (len(ids_BC) - num_check_blocks) * ids_BC.shape[1]
-    for layer in range(dense.num_layers):
-        ffn = prepared.ffn(layer)
-        inputs_TD = stream.attend(layer)
-        residual_TD = stream.residual()[num_fit:]
-        fitted = [fit_layer(ffn, inputs_TD[:num_fit], layer_fit(prepared, layout))[0] for layout in layouts]
-        changed_TD = torch.cat([residual_TD + found(inputs_TD[num_fit:]) for found in fitted])
-        losses = checks.losses(stream.fork(changed_TD), layer + 1)
-        yield ScoredLayer(layer, tuple(losses), tuple(found.plan for found in fitted))
-        stream.advance(ffn(inputs_TD))
+    divergence: float
+    log_perplexity: float
 
 
 class OutputCheck:
@@ -84,31 +48,105 @@ class OutputCheck:
         for layer in range(prepared.dense.num_layers):
             self._dense.pass_through(layer, prepared.ffn(layer))
 
-    def losses(self, stream: HiddenStream, first_layer: int) -> list[float]:
-        """Mean KL(dense || changed) in nats for each of the variants in `stream`, dense from `first_layer` on."""
+    @property
+    def num_tokens(self) -> int:
+        return self._ids_BC.numel()
+
+    def finish(self, stream: HiddenStream, first_layer: int) -> list[OutputChange]:
+        """Take one or several variants of the check blocks, through the dense rest of the model."""
         for layer in range(first_layer, self._prepared.dense.num_layers):
             stream.pass_through(layer, self._prepared.ffn(layer))
         return self._compare(stream)
 
-    def joint_loss(self, plans: Sequence[LayerPlan | None], layouts: Sequence[Layout | None]) -> float:
-        """The same for one whole choice; None leaves a layer dense."""
+    def joint(self, layout: Layout, plans: Sequence[LayerPlan | None]) -> OutputChange:
+        """All layers changed together; None leaves one dense."""
         stream = HiddenStream(self._prepared.dense, self._ids_BC, self._prepared.options.device)
-        for layer, (plan, layout) in enumerate(zip(plans, layouts, strict=True)):
+        for layer, plan in enumerate(plans):
             ffn = self._prepared.ffn(layer)
-            if plan is None or layout is None:
-                stream.pass_through(layer, ffn)
-            else:
-                found: ConvertedFFN = converted(ffn, plan, layer_fit(self._prepared, layout))
-                stream.pass_through(layer, found)
+            stream.pass_through(layer, ffn if plan is None else converted(ffn, plan, self._prepared.fit(layout)))
         return self._compare(stream)[0]
 
-    def _compare(self, stream: HiddenStream) -> list[float]:
+    def dense(self) -> OutputChange:
+        """The dense model itself: no divergence, and its perplexity."""
+        return self._compare(self._dense)[0]
+
+    def _compare(self, stream: HiddenStream) -> list[OutputChange]:
         num_blocks = len(self._ids_BC)
         num_variants = len(stream.residual()) // self._ids_BC.numel()
-        dense_logits = [logits_CV.log_softmax(dim=1) for logits_CV in self._dense.logits(num_blocks)]
-        losses = torch.zeros(num_variants)
-        for i, logits_CV in enumerate(stream.logits(num_variants * num_blocks)):
-            expected_CV = dense_logits[i % num_blocks]
-            divergence = (expected_CV.exp() * (expected_CV - logits_CV.log_softmax(dim=1))).sum(dim=1).mean()
-            losses[i // num_blocks] += float(divergence) / num_blocks
-        return losses.tolist()
+        sums = torch.zeros(num_variants, 2)
+        for block, logits_CV in enumerate(self._dense.logits(range(num_blocks))):
+            expected_CV = logits_CV.log_softmax(dim=1)
+            next_C = self._ids_BC[block, 1:].to(expected_CV.device)
+            for variant, changed_CV in enumerate(stream.logits(range(block, num_variants * num_blocks, num_blocks))):
+                found_CV = changed_CV.log_softmax(dim=1)
+                divergence = kl_div(found_CV, expected_CV, reduction="batchmean", log_target=True)
+                sums[variant] += torch.stack([divergence, nll_loss(found_CV[:-1], next_C)]).cpu() / num_blocks
+        return [OutputChange(*row) for row in sums.tolist()]
+
+
+@dataclass(frozen=True)
+class ScoredLayer:
+    """One layer's candidates beside the dense FFN.
+
+    Args:
+        layer: index.
+        changes: what each layout does to the output if only this layer is changed.
+        file: keeps what was fitted.
+    """
+
+    layer: int
+    changes: tuple[OutputChange, ...]
+    file: Path
+
+    def plan(self, i: int) -> LayerPlan:
+        """What was fitted for the i-th layout."""
+        with safe_open(self.file, framework="pt") as reader:
+            names = set(reader.keys())
+            labels_F = reader.get_tensor(f"{i}.labels")
+            router_RD, down_DF = (
+                reader.get_tensor(f"{i}.{name}") if f"{i}.{name}" in names else None for name in ("router", "down")
+            )
+        return LayerPlan(self.layer, labels_F, router_RD, down_DF)
+
+
+def score(
+    prepared: Prepared, ids_BC: Tensor, check: OutputCheck, layouts: Sequence[Layout], folder: Path
+) -> Iterator[ScoredLayer]:
+    """Fit and score every layout in every layer.
+
+    Args:
+        prepared: the model and the methods.
+        ids_BC: calibration blocks, and after them those of the check.
+        check: compares outputs.
+        layouts: the candidates beside leaving the layer dense.
+        folder: keeps finished layers; it must belong to this very job.
+    """
+    stream = HiddenStream(prepared.dense, ids_BC, prepared.options.device)
+    num_fit = ids_BC.numel() - check.num_tokens
+    for layer in range(prepared.dense.num_layers):
+        ffn, inputs_TD = prepared.ffn(layer), stream.attend(layer)
+        file = folder / f"layer-{layer:05d}.safetensors"
+        if not file.is_file():
+            residual_TD = stream.residual()[num_fit:]
+            fitted = [fit_layer(ffn, inputs_TD[:num_fit], prepared.fit(layout))[0] for layout in layouts]
+            changed_TD = torch.cat([residual_TD + candidate(inputs_TD[num_fit:]) for candidate in fitted])
+            _save(file, [found.plan for found in fitted], check.finish(stream.fork(changed_TD), layer + 1))
+        yield _load(file, layer)
+        stream.advance(ffn(inputs_TD))
+
+
+def _save(file: Path, plans: Sequence[LayerPlan], changes: Sequence[OutputChange]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for i, plan in enumerate(plans):
+        parts = {"labels": plan.labels_F, "router": plan.router_RD, "down": plan.down_DF}
+        tensors |= {f"{i}.{name}": part.contiguous() for name, part in parts.items() if part is not None}
+    temporary = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.partial")
+    rows = [[change.divergence, change.log_perplexity] for change in changes]
+    save_file(tensors, temporary, metadata={"changes": json.dumps(rows)})
+    temporary.replace(file)
+
+
+def _load(file: Path, layer: int) -> ScoredLayer:
+    with safe_open(file, framework="pt") as reader:
+        rows = json.loads(reader.metadata()["changes"])
+    return ScoredLayer(layer, tuple(OutputChange(*row) for row in rows), file)

@@ -9,7 +9,7 @@ Legend: B blocks of C tokens, T = B * C tokens, D hidden size.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -118,21 +118,21 @@ class HiddenStream:
         """
         rows = [
             cross_entropy(logits_CV[:-1], ids_C[1:].to(logits_CV.device), reduction="none").cpu()
-            for logits_CV, ids_C in zip(self.logits(len(ids_BC)), ids_BC, strict=True)
+            for logits_CV, ids_C in zip(self.logits(range(self._num_blocks)[-len(ids_BC) :]), ids_BC, strict=True)
         ]
         return torch.stack(rows)
 
     @torch.no_grad()
-    def logits(self, num_blocks: int) -> Iterator[Tensor]:
-        """After the last layer: logits_CV of the last blocks, one at a time."""
+    def logits(self, blocks: Iterable[int]) -> Iterator[Tensor]:
+        """After the last layer: logits_CV of these blocks, one at a time."""
         name = "model.embed_tokens.weight" if self._checkpoint.ties_embeddings else "lm_head.weight"
         tensors = self._checkpoint.get([name, "model.norm.weight"])
         head_VD = tensors[name].to(self._device, self._dtype)
         model: Any = self._checkpoint.skeleton.model
         norm = copy.deepcopy(model.norm)
         norm.load_state_dict({"weight": tensors["model.norm.weight"].to(self._device, self._dtype)}, assign=True)
-        for hidden_CD in self._hidden_BCD[-num_blocks:]:
-            yield norm(hidden_CD) @ head_VD.T
+        for block in blocks:
+            yield norm(self._hidden_BCD[block]) @ head_VD.T
 
     def _load(self, layer: int) -> Any:
         """One decoder layer with weights, its FFN replaced by a capture."""

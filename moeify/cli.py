@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 DEFAULTS = SplitOptions()
-KINDS = "families targets partitions routers recipes"
+KINDS = "families targets partitions routers strategies recipes"
 
 Model = Annotated[str, typer.Argument(help="Folder, .gguf file, hub id or `builtin`.", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")]
@@ -32,6 +32,16 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier
 Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, cuda:1.")]
 Seed = Annotated[int, typer.Option(help="Of sampling, clustering and projections.")]
 Dtype = Annotated[DType, typer.Option(help="Of the weights; auto keeps the checkpoint's.")]
+Calibration = Annotated[
+    list[str],
+    typer.Option(
+        help="Text, jsonl or parquet file, folder, hub data set, builtin, or self (text the model samples); "
+        "repeat it for a mixture."
+    ),
+]
+RefitToOption = Annotated[
+    RefitTo, typer.Option(help="What the refit restores: the FFN's output or the dense residual stream.")
+]
 Context = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(help="Tokens in a block of text; 512, or as many as the model takes.", show_default=False),
@@ -138,6 +148,10 @@ def split_command(
     static: Annotated[bool, typer.Option("--static", help="Prune instead: a smaller dense model.")] = False,
     partition: Annotated[str, typer.Option(help="How neurons are grouped: moeify ls partitions.")] = DEFAULTS.partition,
     router: Annotated[str, typer.Option(help="How experts are chosen: moeify ls routers.")] = DEFAULTS.router,
+    budget: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Share of all FFN parameters active per token, spent where it counts.", show_default=False),
+    ] = None,
     dense_layers: Annotated[
         str, typer.Option(help="Layers whose FFN stays whole, such as 0,1,29.", show_default=False)
     ] = "",
@@ -149,17 +163,9 @@ def split_command(
         Fusion, typer.Option(help="Weights add up to the number of chosen experts (sum) or to one (mean).")
     ] = DEFAULTS.fusion,
     refit: Annotated[bool, typer.Option(help="Fit down_proj in closed form.")] = DEFAULTS.refit,
-    refit_to: Annotated[
-        RefitTo, typer.Option(help="What the refit restores: the FFN's output or the dense residual stream.")
-    ] = DEFAULTS.refit_to,
+    refit_to: RefitToOption = DEFAULTS.refit_to,
     target: Annotated[str, typer.Option(help="MoE architecture to write: moeify ls targets.")] = DEFAULTS.target,
-    calibration: Annotated[
-        list[str],
-        typer.Option(
-            help="Text, jsonl or parquet file, folder, hub data set, builtin, or self (text the model samples); "
-            "repeat it for a mixture."
-        ),
-    ] = list(DEFAULTS.calibration),  # noqa: B006
+    calibration: Calibration = list(DEFAULTS.calibration),  # noqa: B006
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = DEFAULTS.tokens,
     context: Context = None,
     seed: Seed = DEFAULTS.seed,
@@ -171,6 +177,7 @@ def split_command(
     ] = None,
     out: Out = None,
     overwrite: Overwrite = False,
+    report: Annotated[bool, typer.Option("--report", help="Show what was measured in every layer.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan and estimates, write nothing.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -183,6 +190,7 @@ def split_command(
         shared=shared,
         active=active,
         static=static,
+        budget=budget,
         dense_layers=_layers(dense_layers),
         partition=partition,
         router=router,
@@ -202,7 +210,7 @@ def split_command(
     )
     renderer = _renderer(json, quiet, verbose)
     from moeify.prepare import preview
-    from moeify.render import preview_table, split_table
+    from moeify.render import layers_table, preview_table, split_table
     from moeify.split import split
 
     if dry_run:
@@ -212,7 +220,119 @@ def split_command(
     where = out or Path(f"{Path(model).name}-{'static' if static else 'moe'}")
     result = split(model, where, options, overwrite=overwrite, track=renderer.track)
     step = f"moeify {'eval ' + model + ' ' + str(where) if static else f'verify {where} --dense {model}'}"
-    renderer.result("split", result, split_table(result), next_step=step)
+    tables = (split_table(result), *((layers_table(result.plan),) if report else ()))
+    renderer.result("split", result, *tables, next_step=step)
+
+
+@app.command("search")
+def search_command(
+    model: Model,
+    budget: Annotated[float, typer.Option(help="Share of all FFN parameters active per token.")] = 0.75,
+    experts: Annotated[int, typer.Option(help="Equal slices of each FFN that is cut.")] = 32,
+    strategy: Annotated[str, typer.Option(help="How layers are chosen: moeify ls strategies.")] = "greedy",
+    trials: Annotated[int, typer.Option(help="Whole choices that a strategy may measure.")] = 32,
+    partition: Annotated[str, typer.Option(help="moeify ls partitions.")] = DEFAULTS.partition,
+    router: Annotated[str, typer.Option(help="moeify ls routers.")] = DEFAULTS.router,
+    calibration: Calibration = list(DEFAULTS.calibration),  # noqa: B006
+    tokens: Annotated[int, typer.Option(help="Calibration tokens; a search uses 8,192 of them.")] = DEFAULTS.tokens,
+    context: Context = None,
+    seed: Seed = DEFAULTS.seed,
+    dtype: Dtype = DEFAULTS.dtype,
+    device: Device = DEFAULTS.device,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", help="FILE.json; the frontier is drawn beside it as FILE.svg.", show_default=False),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Choose under a budget which layers stay dense and how the others are cut; resumes where it was stopped."""
+    options = SplitOptions(
+        experts=experts,
+        partition=partition,
+        router=router,
+        calibration=tuple(calibration),
+        tokens=tokens,
+        context=context,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+    )
+    renderer = _renderer(json, quiet, verbose)
+    from moeify.frontier import check_drawable, write_frontier
+    from moeify.render import search_tables
+    from moeify.search import search
+
+    if out is not None:
+        check_drawable(out)
+    result = search(
+        model, budget, options, strategy=strategy, trials=trials, track=renderer.track, announce=renderer.announce
+    )
+    if out is not None:
+        write_frontier(result, out)
+    layout = result.found.layout
+    step = f"moeify split {model} --experts {layout.num_experts} --active {layout.num_active}"
+    step += f" --dense-layers {','.join(map(str, layout.dense_layers))}" if layout.dense_layers else ""
+    renderer.result("search", result, *search_tables(result), next_step=step)
+
+
+@app.command("compare")
+def compare_command(
+    model: Model,
+    experts: Annotated[int, typer.Option(help="Equal slices of each FFN.")] = DEFAULTS.experts,
+    budget: Annotated[list[float], typer.Option(help="Share of the FFN active per token; repeat it.")] = [0.75],  # noqa: B006
+    data: Annotated[list[str], typer.Option(help="Evaluation text; repeat it.")] = ["builtin-heldout"],  # noqa: B006
+    data_tokens: Annotated[int, typer.Option(help="At most so many tokens of each text.")] = 10_240,
+    method: Annotated[
+        list[str], typer.Option(help="Only these rows, and static + refit; repeat it.", show_default=False)
+    ] = [],  # noqa: B006
+    searched: Annotated[
+        list[Path], typer.Option(help="Results of `moeify search -o FILE.json` as further rows.", show_default=False)
+    ] = [],  # noqa: B006
+    refit_to: RefitToOption = DEFAULTS.refit_to,
+    calibration: Calibration = list(DEFAULTS.calibration),  # noqa: B006
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = DEFAULTS.tokens,
+    context: Context = None,
+    seed: Seed = DEFAULTS.seed,
+    device: Device = DEFAULTS.device,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", "-o", help="FILE.json; a run that was stopped goes on from it.", show_default=False),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Measure methods side by side in one run: dense, oracle, static pruning, published methods, ours."""
+    options = SplitOptions(
+        experts=experts,
+        refit_to=refit_to,
+        calibration=tuple(calibration),
+        tokens=tokens,
+        context=context,
+        seed=seed,
+        device=device,
+    )
+    renderer = _renderer(json, quiet, verbose)
+    from moeify.compare import compare
+    from moeify.frontier import searched_rows
+    from moeify.render import compare_table
+
+    result = compare(
+        model,
+        budget,
+        data,
+        options,
+        tokens=data_tokens,
+        only=method,
+        further=searched_rows(searched),
+        out=out,
+        track=renderer.track,
+    )
+    renderer.result("compare", result, compare_table(result))
 
 
 @app.command("verify")
@@ -310,7 +430,7 @@ def list_command(
     verbose: Verbose = False,
     debug: Debug = False,  # noqa: ARG001
 ) -> None:
-    """List families, targets, partitions, routers or recipes."""
+    """List families, targets, partitions, routers, strategies or recipes."""
     renderer = _renderer(json, quiet, verbose, loads_models=False)
     from moeify.listing import entries
     from moeify.render import list_table

@@ -1,25 +1,48 @@
 """Methods side by side: every one on the same calibration tokens, the same evaluation text, in one run.
 
-Nothing is written as a checkpoint: calibration and evaluation blocks walk through the model together, each layer is
-fitted on the former and applied to both. What no native checkpoint can hold (a neuron oracle, an MLP router) can be
-compared all the same.
+Losses of finished methods are kept, so that a run that was stopped goes on.
 
-Legend: T tokens, D hidden size, B blocks of C tokens, L = C - 1 losses a block.
+Legend: T tokens, B blocks of C tokens, L = C - 1 losses a block.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from moeify.ffn import FFNWeights
+from moeify.controls import NeuronOracle, fit_bias_compensated
+from moeify.errors import InputError, UsageError
+from moeify.options import SplitOptions, Track, untracked
+from moeify.prepare import Prepared, calibration_text, prepare
+from moeify.text import evaluation_tokens
+from moeify.trial import Control, Trial, Trials
+from moeify.version import __version__
 
-# Fitted to the calibration inputs of a layer, it gives the FFN that takes the dense one's place.
-Conversion = Callable[[FFNWeights, Tensor], Callable[[Tensor], Tensor]]
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+DENSE = "dense"
 REFERENCE = "static + refit"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table: a split's options, or a control that no split can write.
+
+    Args:
+        options: of the split, beside budget and calibration.
+        control: `oracle` or `bias`, instead of a split.
+        num_shared: given the number of active experts; None leaves it to the layout.
+    """
+
+    options: Mapping[str, Any]
+    control: str = ""
+    num_shared: Callable[[int], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -28,18 +51,17 @@ class Row:
 
     Args:
         method: its name.
-        active_share: share of the FFN parameters that a token uses.
-        perplexity: over all evaluation tokens.
-        low, high: bootstrap confidence interval of it, over blocks.
-        ratio, ratio_low, ratio_high: perplexity over that of static pruning with refit at the same budget, with the
-            interval of the ratio (the same blocks are drawn for both).
+        budget: share of the FFN parameters that a token uses; one for the dense model.
+        perplexity, low, high: over all evaluation tokens, with its confidence interval (bootstrap over blocks).
+        ratio, ratio_low, ratio_high: to static pruning with refit at the same budget; the same blocks are drawn for
+            both.
         gap_closed: share of the distance in log-perplexity from static + refit to dense.
         texts: perplexity on each text.
-        diagnostics: means over layers of what the fit measured.
+        diagnostics: means over the cut layers of what the fits measured.
     """
 
     method: str
-    active_share: float
+    budget: float
     perplexity: float
     low: float
     high: float
@@ -58,26 +80,197 @@ class Comparison:
     model: str
     rows: tuple[Row, ...]
     calibration: Mapping[str, Any]
-    data: Mapping[str, int]
-    context: int
+    evaluation: Mapping[str, Any]
 
 
-def methods(experts: int) -> dict[str, dict[str, Any]]:
-    """What `moeify compare` runs at each budget, as options of a split; published methods with their own parts only.
+def methods(experts: int) -> dict[str, Method]:
+    """What is compared, by name; published methods with their own parts only.
 
-    Peers get hard unit weights, without which they collapse untrained, and no refit. LLaMA-MoE trains its router, so
-    here it has the centroids of its experts' gate rows. CMoE shares half of the active experts, as in its paper.
+    Peers get hard unit weights, without which they collapse untrained, and no refit. Where they train a router, theirs
+    is fitted to the calibration tokens (MoEfication's MLP) or has the experts' centroids for rows (LLaMA-MoE). CMoE
+    shares half of the active experts, LLaMA-MoE v2 one.
     """
-    peer: dict[str, Any] = {"refit": False}
+
+    def half(active: int) -> int:
+        return active // 2
+
     return {
-        "static": {"static": True, "refit": False},
-        REFERENCE: {"static": True},
-        "random": {"partition": "random", "router": "centroid", "shared": "half", **peer},
-        "LLaMA-MoE": {"partition": "random", "router": "centroid", "shared": 0, **peer},
-        "LLaMA-MoE v2": {"partition": "gradient", "router": "centroid", "shared": 1, **peer},
-        "MoEfication": {"partition": "kmeans", "router": "mlp", "shared": 0, **peer},
-        "CMoE": {"partition": "marker", "router": "representative", "shared": "half", **peer},
-        "random, our router and refit": {"partition": "random"},
-        "energy clusters, our router and refit": {"partition": "energy"},
-        **{f"moeify, {count} experts": {"experts": count} for count in sorted({experts, 8, 32, 128})},
+        "neuron oracle": Method({}, control="oracle"),
+        "static": Method({"static": True, "refit": False}),
+        REFERENCE: Method({"static": True}),
+        "static + bias (FLAP)": Method({}, control="bias"),
+        "random": Method({"partition": "random", "router": "centroid", "refit": False}, num_shared=half),
+        "LLaMA-MoE": Method({"partition": "random", "router": "centroid", "refit": False}, num_shared=lambda _: 0),
+        "LLaMA-MoE v2": Method({"partition": "gradient", "router": "centroid", "refit": False}, num_shared=lambda _: 1),
+        "MoEfication": Method({"partition": "kmeans", "router": "mlp", "refit": False}, num_shared=lambda _: 0),
+        "CMoE": Method({"partition": "marker", "router": "representative", "refit": False}, num_shared=half),
+        "energy clusters + refit": Method({"partition": "energy"}, num_shared=half),
+        **{f"moeify, {count} experts": Method({"experts": count}) for count in sorted({experts, 8, 32, 128})},
     }
+
+
+def compare(
+    model: str,
+    budgets: Sequence[float],
+    data: Sequence[str],
+    options: SplitOptions | None = None,
+    *,
+    tokens: int = 10_240,
+    only: Sequence[str] = (),
+    further: Mapping[str, Mapping[str, Any]] | None = None,
+    out: Path | None = None,
+    track: Track[Any] = untracked,
+) -> Comparison:
+    """Measure the methods at each budget.
+
+    Args:
+        model: the dense model.
+        budgets: shares of the FFN parameters that a token uses.
+        data: evaluation texts.
+        options: calibration, number of experts, device; methods replace what is theirs.
+        tokens: at most so many tokens of each text, in whole blocks.
+        only: names of methods; all if there are none. The reference is always there.
+        further: more splits, name -> options, each with its own budget.
+        out: a JSON file that keeps the result, and the losses of finished methods while it is not complete.
+        track: wraps the loop over methods.
+
+    Raises:
+        UsageError: an unknown method, or no budget.
+        InputError: a model or text that cannot be used.
+    """
+    options = options or SplitOptions()
+    known = methods(options.experts)
+    unknown = [name for name in only if name not in known]
+    if unknown:
+        raise UsageError(f"no method named {unknown[0]!r}", f"one of: {', '.join(known)}")
+    if not budgets or not all(0 < budget < 1 for budget in budgets):
+        raise UsageError(f"budgets {list(budgets)} are out of range", "--budget takes more than 0 and less than 1")
+    # Experts of any width: no kernel limits what is only measured.
+    base = {**asdict(options), "dtype": "float32"}
+    prepared = prepare(model, SplitOptions(**base), track)
+    blocks = calibration_text(prepared)
+    texts = {source: _blocks(prepared, source, tokens) for source in data}
+    trials = Trials(prepared, blocks.ids_BC, torch.cat(list(texts.values())))
+    kept = _Kept(out, prepared.dense.fingerprint(), [blocks.ids_BC, *texts.values()])
+    runs: list[tuple[str, float]] = []
+    wanted = [(name, budget) for budget in budgets for name in known if not only or name in {*only, REFERENCE}]
+    for name, budget in track([(DENSE, 1.0), *wanted], "comparing methods", 1 + len(wanted)):
+        method = known.get(name, Method({}, control=DENSE))
+        runs.append((name, budget))
+        if method.control:
+            kept.measure(runs[-1], method.control, partial(trials.control, CONTROLS[method.control](budget)))
+            continue
+        variant = prepare(model, SplitOptions(**_at(budget, base, method)), writable=False)
+        kept.measure(runs[-1], asdict(variant.options), partial(trials.split, variant))
+    for name, changes in (further or {}).items():
+        variant = prepare(model, SplitOptions(**{**base, **changes}), writable=False)
+        runs.append((name, variant.layout.model_share(variant.dense.num_layers)))
+        kept.measure(runs[-1], asdict(variant.options), partial(trials.split, variant))
+    comparison = Comparison(
+        prepared.dense.name,
+        tuple(_rows(runs, kept, budgets, {name: len(ids_BC) for name, ids_BC in texts.items()})),
+        asdict(blocks.provenance),
+        {"tokens": {name: ids_BC.numel() for name, ids_BC in texts.items()}, "context": prepared.options.context},
+    )
+    if out is not None:
+        out.write_text(json.dumps({"schema": "moeify.compare/1", **asdict(comparison)}, indent=1) + "\n")
+    return comparison
+
+
+CONTROLS: dict[str, Callable[[float], Control]] = {
+    DENSE: lambda _: lambda ffn, _inputs_TD: ffn,
+    "oracle": lambda budget: lambda ffn, _inputs_TD: NeuronOracle(ffn, budget),
+    "bias": lambda budget: lambda ffn, inputs_TD: fit_bias_compensated(ffn, inputs_TD, budget),
+}
+
+
+def _at(budget: float, base: Mapping[str, Any], method: Method) -> dict[str, Any]:
+    """The method's split options at a budget."""
+    options = {**base, "shared": None, "active": None, **method.options}
+    options["active"] = max(1, round(budget * options["experts"]))
+    if method.num_shared:
+        options["shared"] = method.num_shared(options["active"])
+    return options
+
+
+def _blocks(prepared: Prepared, source: str, tokens: int) -> Tensor:
+    """The first whole blocks of a text."""
+    context = prepared.options.context
+    assert context is not None
+    ids_T = evaluation_tokens(source, prepared.dense.tokenizer(), num_tokens=tokens).ids_T
+    if len(ids_T) < context:
+        raise InputError(f"{source} has {len(ids_T)} tokens, less than a block of {context}", "name a longer text")
+    return ids_T[: len(ids_T) // context * context].view(-1, context)
+
+
+class _Kept:
+    """Mean losses of blocks for finished runs, in memory and beside the result file."""
+
+    def __init__(self, out: Path | None, fingerprint: Any, ids: Sequence[Tensor]) -> None:
+        self._file = out.with_name(f"{out.name}.partial") if out else None
+        digest = hashlib.sha256(json.dumps([fingerprint, __version__], sort_keys=True).encode())
+        for ids_BC in ids:
+            digest.update(ids_BC.numpy().astype("<i8").tobytes())
+        self._key = digest.hexdigest()
+        stored = json.loads(self._file.read_text()) if self._file and self._file.is_file() else {}
+        self._runs: dict[str, Any] = stored.get(self._key, {})
+
+    def measure(self, run: tuple[str, float], how: Any, measure: Callable[[], Trial]) -> None:
+        """Run what has not been run in this very way."""
+        how = json.loads(json.dumps(how))
+        if self._runs.get(_label(run), {}).get("how") == how:
+            return
+        trial = measure()
+        losses = trial.losses_BL.double().mean(dim=1).tolist()
+        self._runs[_label(run)] = {"how": how, "losses": losses, "diagnostics": dict(trial.diagnostics)}
+        if self._file is not None:
+            temporary = self._file.with_name(f"{self._file.name}.new")
+            temporary.write_text(json.dumps({self._key: self._runs}))
+            temporary.replace(self._file)
+
+    def losses(self, run: tuple[str, float]) -> Tensor:
+        """loss_B, float64."""
+        return torch.tensor(self._runs[_label(run)]["losses"], dtype=torch.float64)
+
+    def diagnostics(self, run: tuple[str, float]) -> Mapping[str, float]:
+        found: Mapping[str, float] = self._runs[_label(run)]["diagnostics"]
+        return found
+
+
+def _label(run: tuple[str, float]) -> str:
+    return f"{run[0]} @ {run[1]:.4f}"
+
+
+def _rows(
+    runs: Sequence[tuple[str, float]], kept: _Kept, budgets: Sequence[float], texts: Mapping[str, int]
+) -> Iterator[Row]:
+    """The table, in the order of the runs."""
+    dense_B = kept.losses((DENSE, 1.0))
+    draws = torch.randint(len(dense_B), (RESAMPLES, len(dense_B)), generator=torch.Generator().manual_seed(0))
+    for run in runs:
+        # A searched budget comes out near the one that was asked for.
+        static_B = kept.losses((REFERENCE, min(budgets, key=lambda asked: abs(asked - run[1]))))
+        found_B = kept.losses(run)
+        low, high = _interval(found_B[draws].mean(dim=1))
+        ratio_low, ratio_high = _interval((found_B - static_B)[draws].mean(dim=1))
+        parts = found_B.split(list(texts.values()))
+        yield Row(
+            method=run[0],
+            budget=run[1],
+            perplexity=float(found_B.mean().exp()),
+            low=low,
+            high=high,
+            ratio=float((found_B - static_B).mean().exp()),
+            ratio_low=ratio_low,
+            ratio_high=ratio_high,
+            gap_closed=float((static_B.mean() - found_B.mean()) / (static_B.mean() - dense_B.mean())),
+            texts={name: float(part.mean().exp()) for name, part in zip(texts, parts, strict=True)},
+            diagnostics=kept.diagnostics(run),
+        )
+
+
+def _interval(logs: Tensor) -> tuple[float, float]:
+    """The middle CONFIDENCE of resampled logarithms, as factors."""
+    edge = (1 - CONFIDENCE) / 2
+    low, high = logs.quantile(torch.tensor([edge, 1 - edge], dtype=logs.dtype)).exp().tolist()
+    return low, high

@@ -46,7 +46,7 @@ def estimate(prepared: "Prepared") -> Estimate:
     dense, writer = prepared.dense, prepared.writer
     config, tokens = dense.config, prepared.options.tokens if prepared.needs_text else 0
     hidden, neurons = config.hidden_size, config.intermediate_size
-    rate = _matmul_rate(prepared.options.device)
+    rate = matmul_rate(prepared.options.device)
     largest_layer = 4 * sum(
         torch.Size(shape).numel() for name, shape in dense.shapes.items() if name.startswith("model.layers.0.")
     )
@@ -74,7 +74,7 @@ def forward_flops(dense: DenseCheckpoint, tokens: int) -> float:
     return 2.0 * weights * tokens
 
 
-def _matmul_rate(device: str, size: int = 1024, repeats: int = 5) -> float:
+def matmul_rate(device: str, size: int = 1024, repeats: int = 5) -> float:
     matrix = torch.randn(size, size, device=device)
     (matrix @ matrix).sum().item()
     best = float("inf")

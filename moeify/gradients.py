@@ -23,7 +23,7 @@ def output_gradients(dense: DenseCheckpoint, ids_BC: Tensor, device: str) -> lis
 
     Args:
         dense: the model.
-        ids_BC: the first blocks of the calibration text.
+        ids_BC: the calibration text; its first blocks are used, up to GRADIENT_TOKENS.
         device: where the arithmetic runs.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32, trust_remote_code=False)
@@ -39,7 +39,7 @@ def output_gradients(dense: DenseCheckpoint, ids_BC: Tensor, device: str) -> lis
     for number, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_hook(keep(number))
     found: list[list[Tensor]] = [[] for _ in model.model.layers]
-    for ids_C in ids_BC.to(device):
+    for ids_C in ids_BC[: max(1, GRADIENT_TOKENS // ids_BC.shape[1])].to(device):
         with torch.enable_grad():
             embedded_1CD = model.get_input_embeddings()(ids_C[None]).requires_grad_()
             logits_1CV = model(inputs_embeds=embedded_1CD, use_cache=False).logits

@@ -3,6 +3,8 @@
 Legend: T tokens, D hidden size, F neurons, R routed experts, f neurons of one expert, K routed experts a token uses.
 """
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -102,15 +104,11 @@ def fit_layer(
     activations.reorder(order)
     down_DF = ffn.down_DF[:, order]
     diagnostics = _static_diagnostics(stats, fit.layout)
-    router: Router | None = None if plan.router_RD is None else LinearRouter(plan.router_RD)
+    router: Router | None = None
     if not fit.layout.is_static:
-        norms_TR = _expert_norms(activations, ffn.down_DF[:, order], fit.layout) * stats.weight_T[:, None]
-        if router is None:
-            task = RoutingTask(ffn, labels_F, fit.layout, stats, inputs_TD, norms_TR, seed)
-            router = _exportable(fit.router(task), inputs_TD, fit.dtype)
-        scores_TR = router(inputs_TD)
-        diagnostics |= _router_diagnostics(norms_TR, choose_experts(scores_TR, fit.layout), fit.layout)
-        activations.mask(fit.gate.weights(scores_TR, fit.layout), fit.layout.expert_width(ffn.num_neurons))
+        router, found = _route(ffn, plan, activations, stats, inputs_TD=inputs_TD, fit=fit)
+        diagnostics |= found
+        diagnostics |= _oracle_gain(diagnostics)
     refit_DF = None
     if fit.refit:
         wanted_TD = stats.outputs_TD if wanted_TD is None else wanted_TD
@@ -127,6 +125,30 @@ def fit_layer(
         plan = replace(plan, router_RD=router.rows_RD.cpu())
     plan = replace(plan, down_DF=None if refit_DF is None else refit_DF.cpu(), diagnostics=diagnostics)
     return ConvertedFFN(ffn, plan, fit.layout, fit.gate, router), _outputs(activations, down_DF)
+
+
+def _route(
+    ffn: FFNWeights,
+    plan: LayerPlan,
+    activations: Activations,
+    stats: ActivationStats,
+    *,
+    inputs_TD: Tensor,
+    fit: LayerFit,
+) -> tuple[Router, dict[str, float]]:
+    """Fit a router, unless the plan has one, and weight the activations by its choices; returns what they are worth."""
+    order = active_neurons(plan, fit.layout).to(inputs_TD.device)
+    norms_TR = _expert_norms(activations, ffn.down_DF[:, order], fit.layout) * stats.weight_T[:, None]
+    if plan.router_RD is not None:
+        router: Router = LinearRouter(plan.router_RD)
+    else:
+        task = RoutingTask(ffn, plan.labels_F, fit.layout, stats, inputs_TD, norms_TR, fit.seed + ffn.layer)
+        router = _exportable(fit.router(task), inputs_TD, fit.dtype)
+    scores_TR = router(inputs_TD)
+    shared_energy = stats.energy_F[plan.neurons(SHARED).to(stats.energy_F.device)].sum()
+    found = _router_diagnostics(norms_TR, choose_experts(scores_TR, fit.layout), shared_energy, fit.layout)
+    activations.mask(fit.gate.weights(scores_TR, fit.layout), fit.layout.expert_width(ffn.num_neurons))
+    return router, found
 
 
 def active_neurons(plan: LayerPlan, layout: Layout) -> Tensor:
@@ -166,22 +188,41 @@ def _static_diagnostics(stats: ActivationStats, layout: Layout) -> dict[str, flo
     """Massive neurons, and the share of contribution energy that the best static choice of the same size keeps."""
     energy_F = stats.energy_F.sort(descending=True).values
     count = layout.num_active * layout.expert_width(energy_F.numel())
-    total = float(energy_F.sum())
-    kept = float(energy_F[:count].sum()) / total if total else 1.0
-    return {"massive_neurons": float(stats.massive_F.sum()), "energy_kept_static": kept}
-
-
-def _router_diagnostics(norms_TR: Tensor, keep_TR: Tensor, layout: Layout) -> dict[str, float]:
-    """Output energy the router keeps relative to an oracle that knows the norms, and how evenly it loads experts."""
-    energy_TR = norms_TR.square()
-    oracle_TR = choose_experts(norms_TR, layout)
-    load_R = keep_TR.float().mean(dim=0)
-    best = float((energy_TR * oracle_TR).sum())
     return {
-        "router_energy_of_oracle": float((energy_TR * keep_TR).sum()) / best if best else 1.0,
+        "massive_neurons": float(stats.massive_F.sum()),
+        "energy_kept_static": _share(energy_F[:count].sum(), energy_F.sum()),
+    }
+
+
+def _router_diagnostics(norms_TR: Tensor, keep_TR: Tensor, shared_energy: Tensor, layout: Layout) -> dict[str, float]:
+    """Energy that the router's choices keep, that of an oracle which knows the norms, and the load of the experts."""
+    energy_TR = norms_TR.square()
+    chosen = (energy_TR * keep_TR).sum() / len(energy_TR)
+    best = (energy_TR * choose_experts(norms_TR, layout)).sum() / len(energy_TR)
+    total = shared_energy + energy_TR.sum() / len(energy_TR)
+    load_R = keep_TR.float().mean(dim=0)
+    probability_R = load_R / load_R.sum()
+    entropy = -(probability_R * probability_R.clamp(min=torch.finfo(torch.float32).tiny).log()).sum()
+    return {
+        "energy_kept": _share(shared_energy + chosen, total),
+        "energy_kept_oracle": _share(shared_energy + best, total),
+        "router_energy_of_oracle": _share(chosen, best),
         "smallest_expert_load": float(load_R.min()),
         "largest_expert_load": float(load_R.max()),
+        # One if every expert gets as many tokens as any other.
+        "load_entropy": float(entropy) / math.log(len(load_R)) if len(load_R) > 1 else 1.0,
     }
+
+
+def _oracle_gain(found: Mapping[str, float]) -> dict[str, float]:
+    """Share of the oracle's gain over static pruning that the router reaches; negative if it is worse than static."""
+    static, best = found["energy_kept_static"], found["energy_kept_oracle"]
+    return {"oracle_gain_reached": (found["energy_kept"] - static) / (best - static)} if best > static else {}
+
+
+def _share(part: Tensor, whole: Tensor) -> float:
+    """One of a silent FFN, which loses nothing."""
+    return float(part / whole) if whole > 0 else 1.0
 
 
 def _outputs(activations: Activations, down_DF: Tensor) -> Tensor:

@@ -7,7 +7,13 @@ import yaml
 
 from moeify.errors import UsageError
 
-PLUGINS = {"families": "families", "targets": "targets", "partitions": "partition", "routers": "routers"}
+PLUGINS = {
+    "families": "families",
+    "targets": "targets",
+    "partitions": "partition",
+    "routers": "routers",
+    "strategies": "strategies",
+}
 
 
 def entries(kind: str) -> list[tuple[str, str]]:

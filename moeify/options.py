@@ -31,6 +31,8 @@ class SplitOptions:
         active: slices that run for a token, shared ones included; None means three quarters.
         static: keep the active slices and drop the rest, as an ordinary smaller dense model: the control.
         dense_layers: layers whose FFN stays whole.
+        budget: share of all FFN parameters that may be active per token; shared, active and dense layers follow from
+            it by a greedy search.
         partition, router: names of plug-ins.
         gate: `hard` gives every chosen expert weight one, `softmax` weights them by their scores, `soft` runs all of
             them, weighted.
@@ -54,6 +56,7 @@ class SplitOptions:
     active: int | None = None
     static: bool = False
     dense_layers: tuple[int, ...] = ()
+    budget: float | None = None
     partition: str = "routed"
     router: str = "ridge"
     gate: Style = "hard"

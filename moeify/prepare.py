@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from torch import Tensor
 
 from moeify import partition, routers, targets
 from moeify.checkpoint import DenseCheckpoint, open_dense
@@ -12,9 +14,11 @@ from moeify.errors import InputError, UsageError
 from moeify.estimate import Estimate, count_parameters, estimate
 from moeify.ffn import FFNWeights
 from moeify.gate import Gate
+from moeify.layer import LayerFit
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import Layout, SplitPlan, load_plan, resolve_layout
 from moeify.targets import Target
+from moeify.text import TokenBlocks, calibration_blocks, sample_from_model
 from moeify.writer import MoEWriter, check_fits
 
 DEFAULT_CONTEXT = 512
@@ -49,6 +53,19 @@ class Prepared:
     def needs_text(self) -> bool:
         return self.saved_plan is None or self.options.refit
 
+    def fit(self, layout: Layout | None = None) -> LayerFit:
+        """How to decide a layer; in another layout than the one that was settled, if one is given."""
+        options = self.options
+        return LayerFit(
+            layout=layout or self.layout,
+            partition=partition.find(options.partition),
+            router=routers.find(options.router),
+            gate=self.gate,
+            refit=options.refit,
+            dtype=self.dtype,
+            seed=options.seed,
+        )
+
     def ffn(self, layer: int) -> FFNWeights:
         """The dense FFN as it will be written: what is fitted must fit the checkpoint, not wider numbers."""
         rounded = [weight.to(self.dtype) for weight in self.dense.ffn(layer)]
@@ -58,8 +75,14 @@ class Prepared:
         return FFNWeights(layer, gate_FD, up_FD, down_DF, self.dense.config.hidden_act)
 
 
-def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked) -> Prepared:
+def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked, *, writable: bool = True) -> Prepared:
     """Open the model and settle target, layout and dtype; reads headers only.
+
+    Args:
+        model: a folder, a .gguf file, a hub id or `builtin`.
+        options: how to cut.
+        track: shows the progress of making the embedded model.
+        writable: refuse what no checkpoint could hold.
 
     Raises:
         InputError: the model cannot be split, or not in this way.
@@ -77,6 +100,12 @@ def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked) ->
         )
     partition.find(options.partition)
     routers.find(options.router)
+    if writable and not routers.is_linear(options.router):
+        linear = ", ".join(name for name in routers.names() if routers.is_linear(name))
+        raise UsageError(
+            f"no native target can hold a {options.router} router",
+            f"--router {linear} can be written; `moeify compare` measures all of them",
+        )
     layout, target, reason = _choose_target(dense, options)
     _check_device(options.device)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -103,6 +132,32 @@ def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked) ->
     return Prepared(dense, options, layout, target, reason, saved, dtype)
 
 
+def calibration_text(prepared: Prepared) -> TokenBlocks:
+    """The calibration tokens, checked against the model's vocabulary."""
+    options, dense = prepared.options, prepared.dense
+
+    def sample(num_tokens: int, context: int, seed: int) -> Tensor:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32)
+        return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=context, seed=seed)
+
+    assert options.context is not None
+    blocks = calibration_blocks(
+        options.calibration,
+        dense.tokenizer(),
+        num_tokens=options.tokens,
+        context=options.context,
+        seed=options.seed,
+        sample=sample,
+    )
+    largest = int(blocks.ids_BC.max())
+    if largest >= dense.config.vocab_size:
+        raise InputError(
+            f"the tokenizer gives token id {largest}, the model has {dense.config.vocab_size} tokens",
+            "tokenizer and weights are not of the same model",
+        )
+    return blocks
+
+
 @dataclass(frozen=True)
 class Preview:
     """What a split would do and cost; what `--dry-run` shows."""
@@ -127,7 +182,10 @@ def preview(model: str, options: SplitOptions | None = None, *, track: Track[Any
     Raises:
         InputError: the model cannot be split in this way.
     """
-    prepared = prepare(model, options or SplitOptions(), track)
+    options = options or SplitOptions()
+    if options.budget is not None:
+        raise UsageError("a budget is settled by scoring layers", "moeify search shows what it would choose")
+    prepared = prepare(model, options, track)
     return Preview(
         model,
         prepared.dense.family.model_type,

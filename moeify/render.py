@@ -16,10 +16,13 @@ from rich.table import Table
 from moeify.errors import MoeifyError
 
 if TYPE_CHECKING:
+    from moeify.compare import Comparison
     from moeify.evaluate import EvalResult
     from moeify.inspect import Inspection
+    from moeify.plan import SplitPlan
     from moeify.prepare import Preview
     from moeify.recipe import RunResult
+    from moeify.search import SearchResult
     from moeify.split import SplitResult
     from moeify.verify import VerifyReport
 
@@ -27,6 +30,21 @@ if TYPE_CHECKING:
 PATIENCE_S = 2.0
 # Without a terminal it prints a line this often instead.
 LOG_EVERY_S = 20.0
+
+
+# What `split --report` shows of a layer.
+LAYER_COLUMNS = {
+    "energy_kept": "energy kept",
+    "energy_kept_static": "static",
+    "energy_kept_oracle": "oracle",
+    "oracle_gain_reached": "oracle gain reached",
+    "error_without_refit": "error, no refit",
+    "error_with_refit": "error, refit",
+    "refit_strength": "refit strength",
+    "smallest_expert_load": "least load",
+    "largest_expert_load": "most load",
+    "load_entropy": "load entropy",
+}
 
 
 class Renderer:
@@ -67,6 +85,11 @@ class Renderer:
             if time.monotonic() - last > LOG_EVERY_S:
                 last = time.monotonic()
                 self._err.print(f"{label}: {done}/{total}", markup=False, highlight=False, soft_wrap=True)
+
+    def announce(self, seconds: float) -> None:
+        """Say on stderr what a command is going to take."""
+        if not self._quiet:
+            self._err.print(f"this will take about {duration(seconds)}", highlight=False)
 
     def error(self, error: BaseException) -> None:
         """`error: ...` and, if there is one, `hint: ...`."""
@@ -153,12 +176,80 @@ def split_table(result: "SplitResult") -> Table:
     return key_value_table("moeify split", rows)
 
 
+def layers_table(plan: "SplitPlan") -> Table:
+    """What was measured in every layer."""
+    table = Table(title="layers", title_justify="left")
+    for column in ("layer", *LAYER_COLUMNS.values()):
+        table.add_column(column, justify="right")
+    for layer in plan.layers:
+        values = [layer.diagnostics.get(name) for name in LAYER_COLUMNS]
+        empty = "dense" if layer.layer in plan.layout.dense_layers else ""
+        table.add_row(str(layer.layer), *(empty if value is None else f"{value:.3f}" for value in values))
+    return table
+
+
+def search_tables(found: "SearchResult") -> tuple[Table, ...]:
+    """The choice beside uniform, then the frontier."""
+    tables = []
+    for title, points in (("moeify search", (found.found, found.uniform)), ("frontier", found.frontier)):
+        table = Table(title=title, title_justify="left")
+        table.add_column("strategy")
+        for column in ("share", "active/experts", "dense layers", "KL, summed", "KL, together", "perplexity", "ratio"):
+            table.add_column(column, justify="right", overflow="fold")
+        for point in points:
+            layout = point.layout
+            table.add_row(
+                point.strategy,
+                f"{point.share:.1%}",
+                f"{layout.num_active}/{layout.num_experts}",
+                _ranges(layout.dense_layers),
+                f"{point.predicted:.4f}",
+                f"{point.divergence:.4f}",
+                f"{point.perplexity:,.2f}",
+                f"{point.perplexity / found.dense_perplexity:.3f}",
+            )
+        tables.append(table)
+    return tuple(table for table in tables if table.row_count)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """0-3, 7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts) or "none"
+
+
+def compare_table(comparison: "Comparison") -> Table:
+    """One row a method and budget."""
+    table = Table(title=f"moeify compare {comparison.model}", title_justify="left")
+    table.add_column("method", overflow="fold")
+    for column in ("active", "perplexity (95 %)", "/ static + refit (95 %)", "gap closed"):
+        table.add_column(column, justify="right")
+    for text in comparison.evaluation["tokens"]:
+        table.add_column(Path(text).stem, justify="right")
+    for row in comparison.rows:
+        table.add_row(
+            row.method,
+            f"{row.budget:.1%}",
+            f"{row.perplexity:,.2f} ({row.low:,.1f}-{row.high:,.1f})",
+            f"{row.ratio:.3f} ({row.ratio_low:.3f}-{row.ratio_high:.3f})",
+            f"{row.gap_closed:.0%}",
+            *(f"{value:,.1f}" for value in row.texts.values()),
+        )
+    return table
+
+
 def layout_words(layout: Any) -> str:
     if layout.is_static:
         return f"{layout.num_active} of {layout.num_experts} slices kept, the rest dropped"
     return (
         f"{layout.num_experts} slices: {layout.num_shared} shared + {layout.num_routed_active} of "
         f"{layout.num_routed} routed = {layout.active_share:.0%} of the FFN active"
+        + (f"; layers {_ranges(layout.dense_layers)} stay dense" if layout.dense_layers else "")
     )
 
 

@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
 
-from moeify import partition, routers
+from moeify import partition
 from moeify.calibration import HiddenStream
 from moeify.card import model_card
-from moeify.errors import InputError, UsageError
+from moeify.errors import UsageError
 from moeify.estimate import count_parameters
-from moeify.layer import LayerFit, converted, fit_layer
+from moeify.gradients import output_gradients
+from moeify.layer import converted, fit_layer
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import LayerPlan, Layout, SplitPlan, load_plan
-from moeify.prepare import Prepared, prepare
-from moeify.text import TokenBlocks, calibration_blocks, sample_from_model
+from moeify.prepare import Prepared, calibration_text, prepare
+from moeify.search import under_budget
+from moeify.text import TokenBlocks
 from moeify.version import __version__
 from moeify.workspace import LAST_FILE, RECORD_FILE, Workspace, check_replaceable
 
@@ -69,7 +70,10 @@ def split(
         InputError: the model, the text or the place is not usable; `out` is untouched.
     """
     out = Path(out)
-    prepared = prepare(model, options or SplitOptions(), track)
+    options = options or SplitOptions()
+    if options.budget is not None:
+        options = under_budget(model, options, track)
+    prepared = prepare(model, options, track)
     if out.resolve() == prepared.dense.path.resolve():
         raise UsageError(f"{out} is the dense model itself", "choose another -o")
     check_replaceable(out, overwrite=overwrite)
@@ -103,32 +107,6 @@ def _write(
     workspace.write_text(LAST_FILE, model_card(plan, writer.config().architectures[0], (parameters, active)))
 
 
-def calibration_text(prepared: Prepared) -> TokenBlocks:
-    """The calibration tokens, checked against the model's vocabulary."""
-    options, dense = prepared.options, prepared.dense
-
-    def sample(num_tokens: int, context: int, seed: int) -> Tensor:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32)
-        return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=context, seed=seed)
-
-    assert options.context is not None
-    blocks = calibration_blocks(
-        options.calibration,
-        dense.tokenizer(),
-        num_tokens=options.tokens,
-        context=options.context,
-        seed=options.seed,
-        sample=sample,
-    )
-    largest = int(blocks.ids_BC.max())
-    if largest >= dense.config.vocab_size:
-        raise InputError(
-            f"the tokenizer gives token id {largest}, the model has {dense.config.vocab_size} tokens",
-            "tokenizer and weights are not of the same model",
-        )
-    return blocks
-
-
 def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Workspace) -> Iterator[LayerPlan]:
     """Yield a plan for each layer in order; layers finished earlier are replayed, not fitted again."""
     saved = prepared.saved_plan
@@ -137,15 +115,10 @@ def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Wor
         yield from saved.layers
         return
     options, dense = prepared.options, prepared.dense
-    fit = LayerFit(
-        layout=prepared.layout,
-        partition=partition.find(options.partition),
-        router=routers.find(options.router),
-        gate=prepared.gate,
-        refit=options.refit,
-        dtype=prepared.dtype,
-        seed=options.seed,
-    )
+    fit = prepared.fit()
+    gradients = None
+    if saved is None and partition.needs_gradients(options.partition):
+        gradients = output_gradients(dense, blocks.ids_BC, options.device)
     stream = HiddenStream(dense, blocks.ids_BC, options.device)
     undisturbed = HiddenStream(dense, blocks.ids_BC, options.device) if options.refit_to == "stream" else None
     for layer in range(dense.num_layers):
@@ -155,7 +128,8 @@ def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Wor
         plan = workspace.load_layer(layer)
         if plan is None:
             again = saved.layers[layer] if saved else None
-            fitted, outputs_TD = fit_layer(ffn, inputs_TD, fit, again, wanted_TD=wanted_TD)
+            gradient_GD = gradients[layer] if gradients else None
+            fitted, outputs_TD = fit_layer(ffn, inputs_TD, fit, again, gradient_GD=gradient_GD, wanted_TD=wanted_TD)
             plan = fitted.plan
             workspace.save_layer(plan)
         else:

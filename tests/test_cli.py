@@ -18,7 +18,7 @@ import typer
 import yaml
 from conftest import MakeDense
 
-from moeify import families, listing, partition, routers, targets
+from moeify import families, listing, partition, routers, strategies, targets
 from moeify.cli import KINDS, app, run_command
 from moeify.errors import CheckError, InputError, UsageError
 from moeify.options import SplitOptions
@@ -343,6 +343,7 @@ def test_json_of_ls(kind: str, as_json: Call) -> None:
         "targets": targets.names,
         "partitions": partition.names,
         "routers": routers.names,
+        "strategies": strategies.names,
     }
     recipes = [path.stem for folder in listing.recipe_folders() for path in folder.glob("*.yaml")]
     assert set(found["entries"]) == set(names[kind]() if kind in names else recipes)

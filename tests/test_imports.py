@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 
 import moeify
-from moeify import families, partition, plugins, routers, targets
+from moeify import families, partition, plugins, routers, strategies, targets
 from moeify.errors import UsageError
 
 PACKAGE = Path(moeify.__file__).parent
@@ -24,6 +24,7 @@ ATTRIBUTES: list[tuple[ModuleType, str]] = [
     (targets, "TARGET"),
     (partition, "partition"),
     (routers, "fit"),
+    (strategies, "choose"),
 ]
 PLUGINS = [(package, name, attribute) for package, attribute in ATTRIBUTES for name in plugins.names(package)]
 # What a layer may not know of: the pipeline, the command line and everything that shows results.
@@ -88,7 +89,7 @@ def test_imports_have_no_cycle() -> None:
     list(TopologicalSorter(graph).static_order())
 
 
-@pytest.mark.parametrize("folder", ["families", "targets", "partition", "routers"])
+@pytest.mark.parametrize("folder", ["families", "targets", "partition", "routers", "strategies"])
 def test_plugins_do_not_know_the_pipeline(folder: str) -> None:
     for name, path in FILES.items():
         if name.startswith(f"moeify.{folder}"):
@@ -121,7 +122,7 @@ def test_nothing_but_the_command_line_and_the_renderer_knows_them() -> None:
 
 def test_importing_moeify_and_its_command_line_imports_no_torch() -> None:
     code = (
-        "import sys, moeify, moeify.cli, moeify.listing, moeify.options;"
+        "import sys, moeify, moeify.cli, moeify.listing, moeify.options, moeify.strategies.greedy;"
         "print([n for n in ('torch', 'transformers', 'sklearn', 'ot', 'datasets', 'rich') if n in sys.modules])"
     )
     assert run(code) == "[]"

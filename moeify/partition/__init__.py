@@ -23,6 +23,11 @@ def find(name: str) -> Partition:
     return method
 
 
+def needs_gradients(name: str) -> bool:
+    """True if the method looks at stats.gradient_ND."""
+    return bool(plugins.load(_package(), name, "GRADIENT", False))
+
+
 def names() -> list[str]:
     return plugins.names(_package())
 
