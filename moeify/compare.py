@@ -94,16 +94,18 @@ def methods(experts: int) -> dict[str, Method]:
     def half(active: int) -> int:
         return active // 2
 
+    # The refit's options do not concern them, so that they need not be measured again when those change.
+    peer = {"refit": False, "refit_to": "ffn"}
     return {
         "neuron oracle": Method({}, control="oracle"),
-        "static": Method({"static": True, "refit": False}),
+        "static": Method({"static": True, **peer}),
         REFERENCE: Method({"static": True}),
         "static + bias (FLAP)": Method({}, control="bias"),
-        "random": Method({"partition": "random", "router": "centroid", "refit": False}, num_shared=half),
-        "LLaMA-MoE": Method({"partition": "random", "router": "centroid", "refit": False}, num_shared=lambda _: 0),
-        "LLaMA-MoE v2": Method({"partition": "gradient", "router": "centroid", "refit": False}, num_shared=lambda _: 1),
-        "MoEfication": Method({"partition": "kmeans", "router": "mlp", "refit": False}, num_shared=lambda _: 0),
-        "CMoE": Method({"partition": "marker", "router": "representative", "refit": False}, num_shared=half),
+        "random": Method({"partition": "random", "router": "ridge", **peer}, num_shared=half),
+        "LLaMA-MoE": Method({"partition": "random", "router": "centroid", **peer}, num_shared=lambda _: 0),
+        "LLaMA-MoE v2": Method({"partition": "gradient", "router": "centroid", **peer}, num_shared=lambda _: 1),
+        "MoEfication": Method({"partition": "kmeans", "router": "mlp", **peer}, num_shared=lambda _: 0),
+        "CMoE": Method({"partition": "marker", "router": "representative", **peer}, num_shared=half),
         "energy clusters + refit": Method({"partition": "energy"}, num_shared=half),
         **{f"moeify, {count} experts": Method({"experts": count}) for count in sorted({experts, 8, 32, 128})},
     }
@@ -130,7 +132,7 @@ def compare(
         options: calibration, number of experts, device; methods replace what is theirs.
         tokens: at most so many tokens of each text, in whole blocks.
         only: names of methods; all if there are none. The reference is always there.
-        further: more splits, name -> options, each with its own budget.
+        further: more splits, name -> options, each with its own budget and a static control that cuts the same layers.
         out: a JSON file that keeps the result, and the losses of finished methods while it is not complete.
         track: wraps the loop over methods.
 
@@ -162,7 +164,7 @@ def compare(
             continue
         variant = prepare(model, SplitOptions(**_at(budget, base, method)), writable=False)
         kept.measure(runs[-1], asdict(variant.options), partial(trials.split, variant))
-    for name, changes in (further or {}).items():
+    for name, changes in _with_static(further or {}):
         variant = prepare(model, SplitOptions(**{**base, **changes}), writable=False)
         runs.append((name, variant.layout.model_share(variant.dense.num_layers)))
         kept.measure(runs[-1], asdict(variant.options), partial(trials.split, variant))
@@ -191,6 +193,13 @@ def _at(budget: float, base: Mapping[str, Any], method: Method) -> dict[str, Any
     if method.num_shared:
         options["shared"] = method.num_shared(options["active"])
     return options
+
+
+def _with_static(further: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Each further split, and static pruning with refit in the very layers that it cuts."""
+    for name, changes in further.items():
+        yield name, changes
+        yield f"{REFERENCE}, layers of {name}", {**changes, "static": True, "shared": None}
 
 
 def _blocks(prepared: Prepared, source: str, tokens: int) -> Tensor:

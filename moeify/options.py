@@ -82,8 +82,6 @@ class SplitOptions:
             raise UsageError(f"seed {self.seed} is out of range", "--seed takes 0 to 2,147,483,647")
         if not self.temperature > 0:
             raise UsageError(f"temperature {self.temperature} is out of range", "--temperature takes more than zero")
-        if self.static and self.dense_layers:
-            raise UsageError("--static prunes every layer alike", "leave --dense-layers out")
         if self.static and self.shared is not None:
             raise UsageError("--static keeps every active slice always on", "leave --shared out")
         if self.static and self.target != "auto":

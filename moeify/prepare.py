@@ -106,6 +106,11 @@ def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked, *,
             f"no native target can hold a {options.router} router",
             f"--router {linear} can be written; `moeify compare` measures all of them",
         )
+    if writable and options.static and options.dense_layers:
+        raise UsageError(
+            "the dense architecture has FFNs of one width, so --static prunes every layer alike",
+            "leave --dense-layers out; `moeify compare` measures it",
+        )
     layout, target, reason = _choose_target(dense, options)
     _check_device(options.device)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
@@ -255,7 +260,7 @@ def _choose_target(dense: DenseCheckpoint, options: SplitOptions) -> tuple[Layou
 
     if options.static:
         active = resolve(True).num_active
-        layout = Layout(options.experts, active, active)
+        layout = Layout(options.experts, active, active, tuple(sorted(options.dense_layers)))
         return layout, targets.static_target(dense.family), "static pruning keeps the dense architecture"
     if options.target == "auto":
         target, layout, reason = targets.choose(dense.traits, dense.config, resolve, options.gate)

@@ -33,12 +33,12 @@ from moeify.strategies import Choice, Problem
 from moeify.version import __version__
 
 # Shares of a cut FFN that are active, as candidates.
-SHARES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
+SHARES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
 # The frontier is drawn at these budgets, and at the one that was asked for.
 FRONTIER = (0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
 # Ranking layers takes fewer tokens than fitting them for good.
 FIT_TOKENS = 8192
-CHECK_TOKENS = 2048
+CHECK_TOKENS = 1024
 # Time of fitting one candidate over that of the dense FFNs on the same tokens.
 FIT_FACTOR = 2.0
 

@@ -1,4 +1,4 @@
-"""The default: neurons that contribute most are shared, the rest is clustered by when, and how much, they contribute.
+"""Neurons that contribute most are shared, the rest is clustered by when, and how much, they contribute.
 
 A neuron's contribution-energy profile is the vector of its contributions to sampled tokens, scaled to unit length, less
 the mean profile. Unlike the binary activation markers of CMoE (https://arxiv.org/abs/2502.04416) it keeps the sizes,

@@ -6,7 +6,19 @@ What a partition is good for shows only under its router. So the two are fitted 
 2. move the neurons to where they keep the most energy under these choices. A neuron in expert e keeps its contributions
    to the tokens that get e, a shared one keeps all of them; with equal capacities this is a transport problem.
 
-Measured: TODO
+Measured: relative error of the FFN output on three other corpora, geometric mean of six layers of SmolLM2-135M, 32
+experts, 16k calibration tokens of four corpora, refit (2 cores of an Intel Xeon, 2026-11-22):
+
+| active, shared    | static | energy | routed | routed, oracle router |
+|---|---|---|---|---|
+| 24, 16 of them    | 0.0964 | 0.0835 | 0.0729 | 0.0531 |
+| 16, 8 of them     | 0.2196 | 0.1861 | 0.1707 | 0.1344 |
+
+A random start costs 2 % more than one from `energy`. Most of what is left is the router's: even a linear router of
+single neurons keeps less energy than an oracle of 32 experts. Aiming at what leaving a neuron out costs after the refit
+gained 1 %, descending on the kept energy itself 3 %, for several times the time.
+
+Legend: N sampled tokens, D hidden size, F neurons, R routed experts, E = 1 + R places for a neuron.
 """
 
 import numpy as np
