@@ -17,36 +17,44 @@ from typing import TYPE_CHECKING, Any
 from moeify.version import __version__
 
 if TYPE_CHECKING:
+    from moeify.compare import Comparison, compare
     from moeify.errors import CheckError, InputError, MoeifyError, UsageError
     from moeify.evaluate import EvalResult, evaluate, load
     from moeify.options import SplitOptions
     from moeify.plan import SplitPlan, load_plan
+    from moeify.search import SearchResult, search
     from moeify.split import SplitResult, split
     from moeify.verify import VerifyReport, verify
 
 __all__ = [
     "CheckError",
+    "Comparison",
     "EvalResult",
     "InputError",
     "MoeifyError",
+    "SearchResult",
     "SplitOptions",
     "SplitPlan",
     "SplitResult",
     "UsageError",
     "VerifyReport",
     "__version__",
+    "compare",
     "evaluate",
     "load",
     "load_plan",
+    "search",
     "split",
     "verify",
 ]
 
 _HOMES = {
+    "compare": ("Comparison", "compare"),
     "errors": ("CheckError", "InputError", "MoeifyError", "UsageError"),
     "evaluate": ("EvalResult", "evaluate", "load"),
     "options": ("SplitOptions",),
     "plan": ("SplitPlan", "load_plan"),
+    "search": ("SearchResult", "search"),
     "split": ("SplitResult", "split"),
     "verify": ("VerifyReport", "verify"),
 }

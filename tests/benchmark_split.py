@@ -1,6 +1,6 @@
 """Wall time of a split over that of one dense forward pass on the same calibration tokens, and where it goes.
 
-    python tests/benchmark_split.py MODEL TEXT [REPEATS]
+    python tests/benchmark_split.py MODEL TEXT [REPEATS [EXPERTS]]
 
 Both in one process, in turn, float32, files warm; the forward pass is stock transformers' with its LM head, in batches
 of 2,048 tokens. The split is everything `moeify.split` does: text, calibration, fit, write, sync.
@@ -20,8 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moeify.options import SplitOptions
-from moeify.prepare import prepare
-from moeify.split import calibration_text, split
+from moeify.prepare import calibration_text, prepare
+from moeify.split import split
 
 STEPS = {
     "attention and streams": "attend",
@@ -71,7 +71,7 @@ def shares(profile: cProfile.Profile) -> dict[str, float]:
 if __name__ == "__main__":
     path, text = sys.argv[1:3]
     repeats = int(sys.argv[3]) if len(sys.argv) > 3 else 3
-    asked = SplitOptions(calibration=(text,))
+    asked = SplitOptions(experts=int(sys.argv[4]) if len(sys.argv) > 4 else 8, calibration=(text,))
     prepared = prepare(path, asked)
     ids = calibration_text(prepared).ids_BC
     dense = AutoModelForCausalLM.from_pretrained(prepared.dense.path, dtype=torch.float32).eval()
