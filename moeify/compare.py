@@ -94,6 +94,10 @@ def methods(experts: int) -> dict[str, Method]:
     def half(active: int) -> int:
         return active // 2
 
+    def one(active: int) -> int:
+        # Of a single active expert nothing would be routed.
+        return min(1, active - 1)
+
     return {
         "neuron oracle": Method({}, control="oracle"),
         "static": Method({"static": True, "refit": False}),
@@ -101,7 +105,7 @@ def methods(experts: int) -> dict[str, Method]:
         "static + bias (FLAP)": Method({}, control="bias"),
         "random": Method({"partition": "random", "router": "centroid", "refit": False}, num_shared=half),
         "LLaMA-MoE": Method({"partition": "random", "router": "centroid", "refit": False}, num_shared=lambda _: 0),
-        "LLaMA-MoE v2": Method({"partition": "gradient", "router": "centroid", "refit": False}, num_shared=lambda _: 1),
+        "LLaMA-MoE v2": Method({"partition": "gradient", "router": "centroid", "refit": False}, num_shared=one),
         "MoEfication": Method({"partition": "kmeans", "router": "mlp", "refit": False}, num_shared=lambda _: 0),
         "CMoE": Method({"partition": "marker", "router": "representative", "refit": False}, num_shared=half),
         "energy clusters + refit": Method({"partition": "energy"}, num_shared=half),
@@ -145,9 +149,14 @@ def compare(
         raise UsageError(f"no method named {unknown[0]!r}", f"one of: {', '.join(known)}")
     if not budgets or not all(0 < budget < 1 for budget in budgets):
         raise UsageError(f"budgets {list(budgets)} are out of range", "--budget takes more than 0 and less than 1")
-    # Experts of any width: no kernel limits what is only measured.
     base = {**asdict(options), "dtype": "float32"}
-    prepared = prepare(model, SplitOptions(**base), track)
+    # Experts of any width: no kernel limits what is only measured.
+    prepared = prepare(model, SplitOptions(**base), track, writable=False)
+
+    def divides(method: Method) -> bool:
+        return int(prepared.dense.config.intermediate_size) % int(method.options.get("experts", 1)) == 0
+
+    known = {name: method for name, method in known.items() if name in only or divides(method)}
     blocks = calibration_text(prepared)
     texts = {source: _blocks(prepared, source, tokens) for source in data}
     trials = Trials(prepared, blocks.ids_BC, torch.cat(list(texts.values())))
