@@ -275,7 +275,7 @@ def search_command(
     layout = result.found.layout
     step = f"moeify split {model} --experts {layout.num_experts} --active {layout.num_active}"
     step += f" --dense-layers {','.join(map(str, layout.dense_layers))}" if layout.dense_layers else ""
-    renderer.result("search", result, *search_tables(result), next_step=step)
+    renderer.result("search", {**vars(result), "options": result.options}, *search_tables(result), next_step=step)
 
 
 @app.command("compare")
