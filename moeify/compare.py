@@ -217,6 +217,8 @@ class _Kept:
 
     def __init__(self, out: Path | None, fingerprint: Any, ids: Sequence[Tensor]) -> None:
         self._file = out.with_name(f"{out.name}.partial") if out else None
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(json.dumps([fingerprint, __version__], sort_keys=True).encode())
         for ids_BC in ids:
             digest.update(ids_BC.numpy().astype("<i8").tobytes())

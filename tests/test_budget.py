@@ -32,11 +32,11 @@ class Bench:
     ids_BC: Tensor
 
     @property
-    def check_BC(self) -> Tensor:
+    def checked(self) -> Tensor:
         return self.ids_BC[-CHECK:]
 
     def check(self) -> OutputCheck:
-        return OutputCheck(self.prepared, self.check_BC)
+        return OutputCheck(self.prepared, self.checked)
 
     def score(self, folder: Path) -> Iterator[ScoredLayer]:
         folder.mkdir(exist_ok=True)
@@ -93,7 +93,7 @@ def assert_close(found: OutputChange, expected: OutputChange, tolerance: float =
 def test_the_dense_model_diverges_from_itself_by_nothing(bench: Bench) -> None:
     check = bench.check()
     assert check.num_tokens == CHECK * CONTEXT
-    found, expected = check.dense(), by_hand(stock(bench), stock(bench), bench.check_BC)
+    found, expected = check.dense(), by_hand(stock(bench), stock(bench), bench.checked)
     assert found.divergence == pytest.approx(0, abs=1e-7)
     assert_close(found, expected)
     assert_close(check.joint(LAYOUTS[0], [None] * LAYERS), expected)
@@ -105,7 +105,7 @@ def test_a_change_is_what_stock_logits_say(bench: Bench, scored: list[ScoredLaye
         model = stock(bench)
         fitted = converted(bench.prepared.ffn(layer), scored[layer].plan(i), bench.prepared.fit(LAYOUTS[i]))
         model.model.layers[layer].mlp = Replaced(fitted)
-        expected = by_hand(model, stock(bench), bench.check_BC)
+        expected = by_hand(model, stock(bench), bench.checked)
         assert expected.divergence > 1e-3
         assert_close(scored[layer].changes[i], expected, 1e-3)
     model = stock(bench)
@@ -114,7 +114,7 @@ def test_a_change_is_what_stock_logits_say(bench: Bench, scored: list[ScoredLaye
         model.model.layers[layer].mlp = Replaced(fitted)
     plans = [scored[layer].plan(1) if layer in (0, 2) else None for layer in range(LAYERS)]
     layout = replace(LAYOUTS[1], dense_layers=(1, 3))
-    assert_close(bench.check().joint(layout, plans), by_hand(model, stock(bench), bench.check_BC), 1e-3)
+    assert_close(bench.check().joint(layout, plans), by_hand(model, stock(bench), bench.checked), 1e-3)
 
 
 @pytest.mark.parametrize("i", range(len(LAYOUTS)))
@@ -134,7 +134,7 @@ def test_more_active_experts_change_less(scored: list[ScoredLayer]) -> None:
 
 def test_several_variants_are_finished_as_one_by_one(bench: Bench) -> None:
     check = bench.check()
-    stream = HiddenStream(bench.prepared.dense, bench.check_BC)
+    stream = HiddenStream(bench.prepared.dense, bench.checked)
     residual_TD = stream.pass_through(0, bench.prepared.ffn(0)).clone()
     noise_TD = torch.randn(residual_TD.shape, generator=torch.Generator().manual_seed(0))
     variants = [residual_TD, residual_TD + 0.1 * noise_TD, residual_TD - 0.3 * noise_TD]

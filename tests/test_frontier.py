@@ -1,4 +1,4 @@
-"""A search on disk: the same every time, read back as it was, and refused before the work if it could not be written."""
+"""A search on disk: the same every time, read back as it was, refused before the work if it could not be written."""
 
 import importlib.util
 import json
@@ -107,7 +107,7 @@ def test_a_wrong_suffix_is_found_before_the_search(
 def test_without_matplotlib_a_drawing_is_refused_before_the_search(
     tmp_path: Path, no_search: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(frontier, "find_spec", lambda name: None)
+    monkeypatch.setattr(frontier, "find_spec", lambda _: None)
     assert run_command(["search", "some/model", "-o", str(tmp_path / "found.json")]) == 2
     assert 'pip install "moeify[search]"' in capfd.readouterr().err
     # Without a drawing nothing needs it.

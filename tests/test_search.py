@@ -221,9 +221,7 @@ def test_a_budget_out_of_range(find: Find, budget: float) -> None:
         find(budget)
 
 
-def test_a_budget_that_no_candidate_meets_is_refused_before_any_work(
-    find: Find, no_fitting: None, plant: Plant
-) -> None:
+def test_a_budget_that_no_candidate_meets_is_refused_first(find: Find, no_fitting: None, plant: Plant) -> None:
     with pytest.raises(UsageError, match=r"keeps 0\.25 of the FFN active, the budget is 0\.2"):
         find(0.2, plant(0, 1.25))
 

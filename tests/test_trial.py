@@ -107,7 +107,8 @@ def test_a_split_loses_what_its_checkpoint_loses(bench: Bench, options: dict[str
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-3)
     # Not only the mean: the split moves single tokens much further than rounding does.
     moved = (stock_losses(bench.model, bench.evaluation_BC) - expected_BL).abs().mean()
-    assert (found.losses_BL - expected_BL).abs().mean() < 0.01 < 0.1 < moved
+    assert (found.losses_BL - expected_BL).abs().mean() < 0.01
+    assert moved > 0.1
     # The diagnostics are means of those in the plan.
     plan = [layer.diagnostics for layer in written.plan.layers if layer.diagnostics]
     assert set(found.diagnostics) == {name for layer in plan for name in layer}
