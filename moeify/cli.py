@@ -228,7 +228,7 @@ def split_command(
 def search_command(
     model: Model,
     budget: Annotated[float, typer.Option(help="Share of all FFN parameters active per token.")] = 0.75,
-    experts: Annotated[int, typer.Option(help="Equal slices of each FFN that is cut.")] = 32,
+    experts: Annotated[int, typer.Option(help="Equal slices of each FFN that is cut.")] = DEFAULTS.experts,
     strategy: Annotated[str, typer.Option(help="How layers are chosen: moeify ls strategies.")] = "greedy",
     trials: Annotated[int, typer.Option(help="Whole choices that a strategy may measure.")] = 32,
     partition: Annotated[str, typer.Option(help="moeify ls partitions.")] = DEFAULTS.partition,
@@ -274,8 +274,10 @@ def search_command(
         write_frontier(result, out)
     layout = result.found.layout
     step = f"moeify split {model} --experts {layout.num_experts} --active {layout.num_active}"
+    step += f" --shared {layout.num_shared} --partition {partition} --router {router} --tokens {tokens}"
     step += f" --dense-layers {','.join(map(str, layout.dense_layers))}" if layout.dense_layers else ""
-    renderer.result("search", result, *search_tables(result), next_step=step)
+    step += "".join(f" --calibration {source}" for source in calibration)
+    renderer.result("search", {**vars(result), "options": result.options}, *search_tables(result), next_step=step)
 
 
 @app.command("compare")

@@ -94,6 +94,10 @@ def methods(experts: int) -> dict[str, Method]:
     def half(active: int) -> int:
         return active // 2
 
+    def one(active: int) -> int:
+        # Of a single active expert nothing would be routed.
+        return min(1, active - 1)
+
     # The refit's options do not concern them, so that they need not be measured again when those change.
     peer = {"refit": False, "refit_to": "ffn"}
     return {
@@ -103,7 +107,7 @@ def methods(experts: int) -> dict[str, Method]:
         "static + bias (FLAP)": Method({}, control="bias"),
         "random": Method({"partition": "random", "router": "ridge", **peer}, num_shared=half),
         "LLaMA-MoE": Method({"partition": "random", "router": "centroid", **peer}, num_shared=lambda _: 0),
-        "LLaMA-MoE v2": Method({"partition": "gradient", "router": "centroid", **peer}, num_shared=lambda _: 1),
+        "LLaMA-MoE v2": Method({"partition": "gradient", "router": "centroid", **peer}, num_shared=one),
         "MoEfication": Method({"partition": "kmeans", "router": "mlp", **peer}, num_shared=lambda _: 0),
         "CMoE": Method({"partition": "marker", "router": "representative", **peer}, num_shared=half),
         "energy clusters + refit": Method({"partition": "energy"}, num_shared=half),
@@ -133,7 +137,7 @@ def compare(
         tokens: at most so many tokens of each text, in whole blocks.
         only: names of methods; all if there are none. The reference is always there.
         further: more splits, name -> options, each with its own budget and a static control that cuts the same layers.
-        out: a JSON file that keeps the result, and the losses of finished methods while it is not complete.
+        out: a JSON file for the result; the losses of finished methods are kept beside it for this and further runs.
         track: wraps the loop over methods.
 
     Raises:
@@ -147,15 +151,29 @@ def compare(
         raise UsageError(f"no method named {unknown[0]!r}", f"one of: {', '.join(known)}")
     if not budgets or not all(0 < budget < 1 for budget in budgets):
         raise UsageError(f"budgets {list(budgets)} are out of range", "--budget takes more than 0 and less than 1")
-    # Experts of any width: no kernel limits what is only measured.
+    if not data:
+        raise UsageError("no text to evaluate on", "name one with --data")
+    if missed := [budget for budget in budgets if not (budget * options.experts).is_integer()]:
+        works = ", ".join(f"{count / options.experts:g}" for count in range(1, options.experts))
+        raise UsageError(
+            f"a budget of {missed[0]:g} is no whole number of {options.experts} experts", f"one of: {works}"
+        )
     base = {**asdict(options), "dtype": "float32"}
-    prepared = prepare(model, SplitOptions(**base), track)
+    # Experts of any width: no kernel limits what is only measured.
+    prepared = prepare(model, SplitOptions(**base), track, writable=False)
+
     blocks = calibration_text(prepared)
     texts = {source: _blocks(prepared, source, tokens) for source in data}
     trials = Trials(prepared, blocks.ids_BC, torch.cat(list(texts.values())))
     kept = _Kept(out, prepared.dense.fingerprint(), [blocks.ids_BC, *texts.values()])
     runs: list[tuple[str, float]] = []
-    wanted = [(name, budget) for budget in budgets for name in known if not only or name in {*only, REFERENCE}]
+    num_neurons = int(prepared.dense.config.intermediate_size)
+    wanted = [
+        (name, budget)
+        for budget in budgets
+        for name, method in known.items()
+        if (name in {*only, REFERENCE} if only else _exists(method, budget, num_neurons))
+    ]
     for name, budget in track([(DENSE, 1.0), *wanted], "comparing methods", 1 + len(wanted)):
         method = known.get(name, Method({}, control=DENSE))
         runs.append((name, budget))
@@ -195,6 +213,12 @@ def _at(budget: float, base: Mapping[str, Any], method: Method) -> dict[str, Any
     return options
 
 
+def _exists(method: Method, budget: float, num_neurons: int) -> bool:
+    """False if its number of experts does not cut these FFNs, or cannot meet the budget."""
+    experts = int(method.options.get("experts", 1))
+    return num_neurons % experts == 0 and (experts == 1 or (budget * experts).is_integer())
+
+
 def _with_static(further: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Each further split, and static pruning with refit in the very layers that it cuts."""
     for name, changes in further.items():
@@ -217,6 +241,8 @@ class _Kept:
 
     def __init__(self, out: Path | None, fingerprint: Any, ids: Sequence[Tensor]) -> None:
         self._file = out.with_name(f"{out.name}.partial") if out else None
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256(json.dumps([fingerprint, __version__], sort_keys=True).encode())
         for ids_BC in ids:
             digest.update(ids_BC.numpy().astype("<i8").tobytes())
@@ -272,7 +298,9 @@ def _rows(
             ratio=float((found_B - static_B).mean().exp()),
             ratio_low=ratio_low,
             ratio_high=ratio_high,
-            gap_closed=float((static_B.mean() - found_B.mean()) / (static_B.mean() - dense_B.mean())),
+            gap_closed=float((static_B.mean() - found_B.mean()) / gap)
+            if (gap := static_B.mean() - dense_B.mean())
+            else 0.0,
             texts={name: float(part.mean().exp()) for name, part in zip(texts, parts, strict=True)},
             diagnostics=kept.diagnostics(run),
         )

@@ -42,7 +42,9 @@ def write_frontier(result: SearchResult, file: Path) -> None:
     axes.set_ylabel("perplexity on the check text")
     axes.set_title(f"{Path(result.model).name}: {result.found.layout.num_experts} experts")
     axes.legend()
-    figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
+    # Names inside the drawing would otherwise be random.
+    with mpl.rc_context({"svg.hashsalt": SCHEMA}):
+        figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
     pyplot.close(figure)
 
 
@@ -61,10 +63,10 @@ def searched_rows(files: Sequence[Path]) -> Mapping[str, Mapping[str, Any]]:
         try:
             found = json.loads(file.read_text())
             options = dict(found["options"])
-            name = f"moeify, {options['experts']} experts, searched for {found['budget']:.0%}"
+            name = f"moeify, {options['experts']} experts, searched ({file.stem})"
             rows[name] = {**options, "dense_layers": tuple(options["dense_layers"])}
             schema = found["schema"]
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is not the result of a search: {error}", "moeify search -o FILE.json") from error
         if schema != SCHEMA:
             raise InputError(f"{file} has schema {schema!r}, expected {SCHEMA!r}", "moeify search -o FILE.json")

@@ -111,7 +111,10 @@ def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked, *,
             "the dense architecture has FFNs of one width, so --static prunes every layer alike",
             "leave --dense-layers out; `moeify compare` measures it",
         )
-    layout, target, reason = _choose_target(dense, options)
+    layout, target, reason = _choose_target(dense, options, writable=writable)
+    absent = [layer for layer in layout.dense_layers if not 0 <= layer < dense.num_layers]
+    if absent:
+        raise InputError(f"{model} has layers 0 to {dense.num_layers - 1}, there is no layer {absent[0]}")
     _check_device(options.device)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     if saved is not None:
@@ -122,7 +125,7 @@ def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked, *,
             for layer in saved.layers
         )
         saved = replace(saved, layers=tuple(layers))
-    _check_width(layout, dense.config.intermediate_size, dtype)
+    _check_width(layout, dense.config.intermediate_size, dtype, writable=writable)
     limit = int(dense.config.max_position_embeddings)
     context = options.context or min(DEFAULT_CONTEXT, limit)
     if not 16 <= context <= limit:
@@ -212,13 +215,13 @@ def expert_counts(num_neurons: int, dtype: torch.dtype) -> tuple[int, ...]:
     return tuple(n for n in range(2, MAX_EXPERTS + 1) if num_neurons % (n * multiple) == 0)
 
 
-def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype) -> None:
+def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype, *, writable: bool) -> None:
     works = ", ".join(map(str, expert_counts(num_neurons, dtype)))
     hint = f"--experts {works} work for this model" if works else "no number of experts works for this model"
     if num_neurons % layout.num_experts:
         raise InputError(f"{num_neurons} neurons do not divide into {layout.num_experts} experts", hint)
     width, multiple = layout.expert_width(num_neurons), ROW_BYTES // dtype.itemsize
-    if width % multiple and not layout.is_static:
+    if writable and width % multiple and not layout.is_static:
         raise InputError(
             f"experts of {width} neurons cannot run in {str(dtype).removeprefix('torch.')}: the grouped matrix product "
             f"of stock transformers takes multiples of {multiple}",
@@ -252,7 +255,7 @@ def _check_plan(plan: SplitPlan, dense: DenseCheckpoint) -> None:
             )
 
 
-def _choose_target(dense: DenseCheckpoint, options: SplitOptions) -> tuple[Layout, Target, str]:
+def _choose_target(dense: DenseCheckpoint, options: SplitOptions, *, writable: bool) -> tuple[Layout, Target, str]:
     def resolve(holds_shared: bool) -> Layout:
         experts, dense_layers = options.experts, tuple(sorted(options.dense_layers))
         active = experts if options.gate == "soft" else options.active
@@ -263,7 +266,12 @@ def _choose_target(dense: DenseCheckpoint, options: SplitOptions) -> tuple[Layou
         layout = Layout(options.experts, active, active, tuple(sorted(options.dense_layers)))
         return layout, targets.static_target(dense.family), "static pruning keeps the dense architecture"
     if options.target == "auto":
-        target, layout, reason = targets.choose(dense.traits, dense.config, resolve, options.gate)
+        try:
+            target, layout, reason = targets.choose(dense.traits, dense.config, resolve, options.gate)
+        except InputError:
+            if writable:
+                raise
+            return resolve(True), targets.static_target(dense.family), "only measured: no target holds it"
         return layout, target, reason
     target = targets.find(options.target)
     layout = resolve(target.holds_shared)

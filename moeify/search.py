@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from moeify import strategies
+from moeify import strategies, targets
 from moeify.budget import OutputChange, OutputCheck, ScoredLayer, score
 from moeify.cache import cache_dir
 from moeify.errors import InputError, UsageError
 from moeify.estimate import count_parameters, forward_flops, matmul_rate
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import Layout, resolve_layout
-from moeify.prepare import Prepared, calibration_text, prepare
-from moeify.strategies import Choice, Problem
+from moeify.prepare import MIN_TOKENS, Prepared, calibration_text, prepare
+from moeify.strategies import TOLERANCE, Choice, Problem
 from moeify.version import __version__
 
 # Shares of a cut FFN that are active, as candidates.
@@ -131,9 +131,15 @@ def search(
     choose = strategies.find(strategy)
     prepared = _prepared(model, options or SplitOptions(), track)
     layouts = _layouts(prepared)
+    _affordable(layouts, budget)
     blocks = calibration_text(prepared)
     assert prepared.options.context is not None
     num_check = max(1, CHECK_TOKENS // prepared.options.context)
+    if len(blocks.ids_BC) <= num_check:
+        raise InputError(
+            f"{blocks.ids_BC.numel():,} tokens in blocks of {prepared.options.context:,} leave none to fit to",
+            "take a smaller --context",
+        )
     folder = _folder(prepared, layouts, blocks.provenance.sha256)
     announce(_estimate(prepared, len(layouts), folder))
     check = OutputCheck(prepared, blocks.ids_BC[-num_check:])
@@ -178,12 +184,7 @@ class _Table:
 
     def best(self, budget: float, choose: strategies.Strategy, name: str, trials: int) -> Point:
         """The layout and the layers that a strategy likes best."""
-        affordable = [i for i, layout in enumerate(self._layouts) if layout.active_share <= budget + 1e-9]
-        if not affordable:
-            raise UsageError(
-                f"the smallest candidate keeps {self.cheapest:.3g} of the FFN active, the budget is {budget:.3g}",
-                "raise --budget or take more --experts",
-            )
+        affordable = _affordable(self._layouts, budget)
         choices = {i: choose(self._problem(i, budget, max(1, trials // len(affordable)))) for i in affordable}
         points = [self._point(name, i, choice, measured=trials > 1) for i, choice in choices.items()]
         best = min(points, key=lambda point: point.divergence if trials > 1 else point.predicted)
@@ -227,10 +228,14 @@ def _prepared(model: str, options: SplitOptions, track: Track[Any]) -> Prepared:
         raise UsageError("a budget chooses the layers itself", "leave --plan, --static and --dense-layers out")
     if options.active is not None or options.shared is not None:
         raise UsageError("a budget chooses how many experts are active", "leave --active and --shared out")
+    if options.gate == "soft":
+        raise UsageError("a soft gate runs every expert, which no budget allows", "--gate takes hard or softmax")
+    if options.tokens < MIN_TOKENS:
+        raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
     tokens = min(options.tokens, FIT_TOKENS) + CHECK_TOKENS
     options = replace(options, budget=None)
-    # One dense layer stands for any number of them: the target must hold dense layers.
-    return prepare(model, replace(options, tokens=tokens, dense_layers=(0,)), track)
+    # One dense layer stands for any number of them: the target must hold dense layers, and not only the first ones.
+    return prepare(model, replace(options, tokens=tokens, dense_layers=(1,)), track)
 
 
 def _layouts(prepared: Prepared) -> list[Layout]:
@@ -239,10 +244,32 @@ def _layouts(prepared: Prepared) -> list[Layout]:
     actives = sorted({round(share * experts) for share in SHARES} - {0, experts})
     holds_shared = prepared.target.holds_shared
     layouts = [resolve_layout(experts, None, active, holds_shared=holds_shared) for active in actives]
-    layouts = [layout for layout in layouts if layout.num_routed_active and layout.num_routed > 1]
+    layouts = [layout for layout in layouts if layout.num_routed > 1 and _is_held(prepared, layout)]
     if not layouts:
         raise InputError(f"{experts} experts leave no choice", "--experts takes 4 or more")
     return layouts
+
+
+def _is_held(prepared: Prepared, layout: Layout) -> bool:
+    """The target takes it also with dense layers."""
+    layout, dense = replace(layout, dense_layers=prepared.layout.dense_layers), prepared.dense
+    return not targets.refusal(prepared.target, dense.traits, dense.config, layout, prepared.options.gate)
+
+
+def _affordable(layouts: Sequence[Layout], budget: float) -> list[int]:
+    """Indices of the layouts that meet the budget in every layer.
+
+    Raises:
+        UsageError: there is none.
+    """
+    found = [i for i, layout in enumerate(layouts) if layout.active_share <= budget + TOLERANCE]
+    if not found:
+        cheapest = min(layout.active_share for layout in layouts)
+        raise UsageError(
+            f"the smallest candidate keeps {cheapest:.3g} of the FFN active, the budget is {budget:.3g}",
+            "raise --budget or take more --experts",
+        )
+    return found
 
 
 def _limits(table: _Table, budget: float) -> list[float]:

@@ -72,6 +72,7 @@ def split(
     out = Path(out)
     options = options or SplitOptions()
     if options.budget is not None:
+        check_replaceable(out, overwrite=overwrite)
         options = under_budget(model, options, track)
     prepared = prepare(model, options, track)
     if out.resolve() == prepared.dense.path.resolve():

@@ -64,7 +64,9 @@ class Trials:
         if options.refit_to == "stream":
             undisturbed = HiddenStream(prepared.dense, self._ids_BC[: -len(self._evaluation_BC)], options.device)
         if partition.needs_gradients(options.partition) and not self._gradients:
-            self._gradients = output_gradients(prepared.dense, self._ids_BC, options.device)
+            self._gradients = output_gradients(
+                prepared.dense, self._ids_BC[: -len(self._evaluation_BC)], options.device
+            )
         found: list[Mapping[str, float]] = []
         for layer in range(prepared.dense.num_layers):
             ffn, inputs_TD = prepared.ffn(layer), stream.attend(layer)
