@@ -155,9 +155,7 @@ def compare(
         raise UsageError("no text to evaluate on", "name one with --data")
     if missed := [budget for budget in budgets if not (budget * options.experts).is_integer()]:
         works = ", ".join(f"{count / options.experts:g}" for count in range(1, options.experts))
-        raise UsageError(
-            f"a budget of {missed[0]:g} is no whole number of {options.experts} experts", f"one of: {works}"
-        )
+        raise UsageError(f"{missed[0]:g} of {options.experts} experts is no whole number", f"--budget takes {works}")
     base = {**asdict(options), "dtype": "float32"}
     # Experts of any width: no kernel limits what is only measured.
     prepared = prepare(model, SplitOptions(**base), track, writable=False)
@@ -286,6 +284,7 @@ def _rows(
         # A searched budget comes out near the one that was asked for.
         static_B = kept.losses((REFERENCE, min(budgets, key=lambda asked: abs(asked - run[1]))))
         found_B = kept.losses(run)
+        gap = float(static_B.mean() - dense_B.mean())
         low, high = _interval(found_B[draws].mean(dim=1))
         ratio_low, ratio_high = _interval((found_B - static_B)[draws].mean(dim=1))
         parts = found_B.split(list(texts.values()))
@@ -298,9 +297,7 @@ def _rows(
             ratio=float((found_B - static_B).mean().exp()),
             ratio_low=ratio_low,
             ratio_high=ratio_high,
-            gap_closed=float((static_B.mean() - found_B.mean()) / gap)
-            if (gap := static_B.mean() - dense_B.mean())
-            else 0.0,
+            gap_closed=float(static_B.mean() - found_B.mean()) / gap if gap else 0.0,
             texts={name: float(part.mean().exp()) for name, part in zip(texts, parts, strict=True)},
             diagnostics=kept.diagnostics(run),
         )

@@ -227,16 +227,18 @@ def compare_table(comparison: "Comparison") -> Table:
     """One row a method and budget."""
     table = Table(title=f"moeify compare {comparison.model}", title_justify="left")
     table.add_column("method", overflow="fold")
-    for column in ("active", "perplexity (95 %)", "/ static + refit (95 %)", "gap closed"):
-        table.add_column(column, justify="right")
+    for column in ("active", "perplexity", "95 %", "/ static + refit", "95 %", "gap closed"):
+        table.add_column(column, justify="right", overflow="fold")
     for text in comparison.evaluation["tokens"]:
-        table.add_column(Path(text).stem, justify="right")
+        table.add_column(Path(text).stem, justify="right", overflow="fold")
     for row in comparison.rows:
         table.add_row(
             row.method,
             f"{row.budget:.1%}",
-            f"{row.perplexity:,.2f} ({row.low:,.1f}-{row.high:,.1f})",
-            f"{row.ratio:.3f} ({row.ratio_low:.3f}-{row.ratio_high:.3f})",
+            f"{row.perplexity:,.2f}",
+            f"{row.low:,.1f} {row.high:,.1f}",
+            f"{row.ratio:.3f}",
+            f"{row.ratio_low:.3f} {row.ratio_high:.3f}",
             f"{row.gap_closed:.0%}",
             *(f"{value:,.1f}" for value in row.texts.values()),
         )

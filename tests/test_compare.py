@@ -207,7 +207,8 @@ def test_several_budgets_have_a_reference_each(run: Run) -> None:
 def test_further_rows(run: Run) -> None:
     further = {"mine": {"active": 4, "shared": 1, "dense_layers": (1,)}, "its like": {"active": 6}}
     found = by_name(run(only=["moeify, 8 experts"], further=further))
-    assert list(found) == [DENSE, REFERENCE, "moeify, 8 experts", "mine", "its like"]
+    controls = [f"{REFERENCE}, layers of mine", f"{REFERENCE}, layers of its like"]
+    assert list(found) == [DENSE, REFERENCE, "moeify, 8 experts", "mine", controls[0], "its like", controls[1]]
     assert found["mine"].budget == found["its like"].budget == 0.75
     assert found["its like"].perplexity == pytest.approx(found["moeify, 8 experts"].perplexity, rel=1e-6)
     assert found["mine"].perplexity != found["its like"].perplexity
