@@ -26,7 +26,7 @@ from moeify.targets import ROUTER_SCALE
 from moeify.version import __version__
 
 # The package binds the name to the function.
-split_module = importlib.import_module("moeify.split")
+prepare_module = importlib.import_module("moeify.prepare")
 
 LAYERS, HIDDEN, NEURONS, CONTEXT = 3, 32, 128, 64
 SIZES: dict[str, Any] = {
@@ -124,8 +124,8 @@ def test_a_saved_plan_gives_the_same_checkpoint(
     """From the folder or the file; with the same text also the refit columns come out the same."""
     first = run(**options)
     rest = {key: value for key, value in options.items() if key == "target"}
-    monkeypatch.setattr(split_module.partition, "find", lambda _: None)
-    monkeypatch.setattr(split_module.routers, "find", lambda _: None)
+    monkeypatch.setattr(prepare_module.partition, "find", lambda _: None)
+    monkeypatch.setattr(prepare_module.routers, "find", lambda _: None)
     for plan in (first.out, first.out / "split_plan.safetensors"):
         again = run(**rest, plan=str(plan))
         found, expected = tree(again.out), tree(first.out)
@@ -299,7 +299,7 @@ def test_tokens_are_cut_to_whole_blocks(run: Run) -> None:
 
 def test_the_plan_holds_what_was_decided(dense: Path, plain: SplitResult) -> None:
     plan = load_plan(plain.out)
-    assert plan.layout == plain.layout == Layout(8, 4, 6)
+    assert plan.layout == plain.layout == Layout(8, 2, 6)
     assert (plan.source, plan.family, plan.target, plan.version) == (str(dense), "llama", plain.target, __version__)
     assert plan.options == json.loads(json.dumps(dict(plain.plan.options)))
     assert [layer.layer for layer in plan.layers] == list(range(LAYERS))
@@ -325,9 +325,9 @@ def test_the_record_says_how_to_make_it_again(dense: Path, plain: SplitResult, c
         "transformers": importlib.import_module("transformers").__version__,
     }
     # Nothing is left open: not what was chosen, not what a default was at the time.
-    options = SplitOptions(**{**job["options"], "calibration": tuple(job["options"]["calibration"])})
+    options = SplitOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["options"].items()})
     assert options == SplitOptions(
-        shared=4,
+        shared=2,
         active=6,
         target="granitemoeshared",
         calibration=(str(calibration_file),),
@@ -345,7 +345,7 @@ def test_the_card_says_what_it_is_and_how_to_make_it_again(
     assert f"base_model: {dense}" in card
     assert "`GraniteMoeSharedForCausalLM`" in card
     assert f"{plain.num_parameters:,} parameters, {plain.num_active_parameters:,} of them used for a token" in card
-    assert "4 are always on, 2 of the other 4 are chosen for each token" in card
+    assert "2 are always on, 4 of the other 6 are chosen for each token" in card
     assert plain.plan.calibration["sha256"] in card
     line = next(line for line in card.splitlines() if line.startswith("moeify split"))
     arguments = line.replace("-o OUT", f"-o {plain.out.with_name('again')} --quiet").split()[1:]
