@@ -360,6 +360,8 @@ def test_the_card_says_what_it_is_and_how_to_make_it_again(
         {"refit": False, "dtype": "bfloat16", "partition": "kmeans", "experts": 4},
         {"target": "mixtral", "context": 48},
         {"calibration": ("builtin", "self"), "tokens": 2048},
+        {"gate": "softmax", "temperature": 0.5, "fusion": "mean"},
+        {"target": "qwen2_moe", "dense_layers": (2, 0), "refit_to": "stream"},
     ],
 )
 def test_the_command_on_the_card_makes_the_same_folder(run: Run, options: dict[str, Any]) -> None:
