@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moeify import writer
+from moeify import routers, writer
 from moeify.checkpoint import DenseCheckpoint, open_dense
+from moeify.errors import UsageError
 from moeify.options import SplitOptions
 from moeify.plan import SHARED, Layout, load_plan
-from moeify.prepare import preview
+from moeify.prepare import calibration_text, prepare, preview
 from moeify.split import SplitResult, split
 from moeify.targets import ROUTER_SCALE
 from moeify.version import __version__
@@ -465,3 +466,68 @@ def test_more_active_experts_bring_the_result_closer_to_the_dense_model(dense: P
     expected = logits(dense)
     errors = [float((logits(run(active=active, shared=2).out) - expected).square().mean()) for active in (3, 5, 7)]
     assert errors == sorted(errors, reverse=True)
+
+
+def stream_error(dense: Path, result: SplitResult, calibration_file: Path) -> float:
+    """Mean squared distance of the residual stream before the last norm on the calibration tokens."""
+    options = SplitOptions(calibration=(str(calibration_file),), tokens=1024)
+    ids_BC = calibration_text(prepare(str(dense), options)).ids_BC
+    seen = []
+    for folder in (dense, result.out):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        with torch.no_grad():
+            model(ids_BC)
+    return float((seen[0] - seen[1]).square().mean())
+
+
+def test_a_refit_to_the_stream_brings_it_nearer_to_the_dense_one(
+    dense: Path, run: Run, calibration_file: Path
+) -> None:
+    errors = {
+        name: stream_error(dense, run(active=4, **options), calibration_file)
+        for name, options in {
+            "stream": {"refit_to": "stream"},
+            "ffn": {"refit_to": "ffn"},
+            "none": {"refit": False},
+        }.items()
+    }
+    assert errors["stream"] < 0.95 * errors["ffn"] < errors["none"]
+
+
+@pytest.mark.parametrize("options", [{"refit_to": "stream"}, {"gate": "softmax"}, {"partition": "gradient"}])
+def test_a_split_that_was_stopped_after_a_layer_gives_the_same_bits(
+    run: Run, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is replayed is what the layers after it were fitted to."""
+    expected = tree(run(**options).out)
+    split_module = importlib.import_module("moeify.split")
+    fitted: list[int] = []
+    stops = [KeyboardInterrupt]
+    really_fit = split_module.fit_layer
+
+    def fit_or_stop(ffn: Any, *arguments: Any, **named: Any) -> Any:
+        if ffn.layer == LAYERS - 1 and stops:
+            raise stops.pop()
+        fitted.append(ffn.layer)
+        return really_fit(ffn, *arguments, **named)
+
+    monkeypatch.setattr(split_module, "fit_layer", fit_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(out=tmp_path / "out", **options)
+    assert tree(run(out=tmp_path / "out", **options).out) == expected
+    assert fitted == list(range(LAYERS))
+
+
+@pytest.mark.parametrize("router", [name for name in routers.names() if not routers.is_linear(name)])
+def test_a_router_that_no_target_holds_is_refused_but_can_be_measured(
+    router: str, dense: Path, run: Run, tmp_path: Path, calibration_file: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"no native target can hold a {router} router") as caught:
+        run(out=tmp_path / "out", router=router)
+    assert "moeify compare" in caught.value.hint
+    written = caught.value.hint.removeprefix("--router ").split(" can be")[0].split(", ")
+    assert written == [name for name in routers.names() if routers.is_linear(name)]
+    assert not list(tmp_path.iterdir())
+    options = SplitOptions(router=router, calibration=(str(calibration_file),), tokens=1024)
+    assert prepare(str(dense), options, writable=False).fit().router is routers.find(router)
