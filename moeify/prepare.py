@@ -211,7 +211,8 @@ def expert_counts(num_neurons: int, dtype: torch.dtype) -> tuple[int, ...]:
 def _check_dense_layers(layout: Layout, num_layers: int) -> None:
     missing = [layer for layer in layout.dense_layers if not 0 <= layer < num_layers]
     if missing:
-        raise InputError(f"there is no layer {missing[0]} to leave dense", f"--dense-layers takes 0 to {num_layers - 1}")
+        hint = f"--dense-layers takes 0 to {num_layers - 1}"
+        raise InputError(f"there is no layer {missing[0]} to leave dense", hint)
     if len(layout.dense_layers) == num_layers:
         raise InputError("every layer is to stay dense, nothing is cut", "leave a layer out of --dense-layers")
 

@@ -345,7 +345,9 @@ def test_energies_follow_their_definitions() -> None:
     assert gain > 0
     assert found["oracle_gain_reached"] == pytest.approx((found["energy_kept"] - found["energy_kept_static"]) / gain)
     load_R = chosen(inputs_TD, plan, layout).double().mean(0) / 2
-    assert found["load_entropy"] == pytest.approx(float(-(load_R * load_R.log()).sum() / torch.tensor(5.0).log()), rel=1e-4)
+    assert found["load_entropy"] == pytest.approx(
+        float(-(load_R * load_R.log()).sum() / torch.tensor(5.0).log()), rel=1e-4
+    )
 
 
 def test_load_entropy_is_zero_if_one_expert_gets_every_token() -> None:

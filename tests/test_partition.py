@@ -265,7 +265,9 @@ def test_routed_keeps_more_under_its_router_than_where_it_starts(layout: Layout)
 def test_routed_keeps_everything_of_planted_experts() -> None:
     ffn, stats, _ = planted()
     layout = Layout(8, 2, 3)
-    found = [kept_energy(partition.find(name)(ffn, stats, layout, seed=0), stats, layout) for name in ("energy", "routed")]
+    found = [
+        kept_energy(partition.find(name)(ffn, stats, layout, seed=0), stats, layout) for name in ("energy", "routed")
+    ]
     assert found[1] >= found[0] - 1e-6
     assert found[1] > 0.999
 

@@ -481,9 +481,7 @@ def stream_error(dense: Path, result: SplitResult, calibration_file: Path) -> fl
     return float((seen[0] - seen[1]).square().mean())
 
 
-def test_a_refit_to_the_stream_brings_it_nearer_to_the_dense_one(
-    dense: Path, run: Run, calibration_file: Path
-) -> None:
+def test_a_refit_to_the_stream_brings_it_nearer_to_the_dense_one(dense: Path, run: Run, calibration_file: Path) -> None:
     errors = {
         name: stream_error(dense, run(active=4, **options), calibration_file)
         for name, options in {

@@ -389,7 +389,9 @@ GATES: list[dict[str, Any]] = [
     {"gate": "soft", "temperature": 2.0},
     {"gate": "soft", "fusion": "mean"},
 ]
-GATED = [(m, t, gate) for m, t in FITTING for gate in GATES if "bf16" not in m and gate["gate"] in targets.find(t).gates]
+GATED = [
+    (m, t, gate) for m, t in FITTING for gate in GATES if "bf16" not in m and gate["gate"] in targets.find(t).gates
+]
 
 
 @pytest.mark.parametrize(("model", "target", "gate"), GATED)
