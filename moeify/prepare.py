@@ -260,7 +260,7 @@ def _check_plan(plan: SplitPlan, dense: DenseCheckpoint) -> None:
 def _choose_target(dense: DenseCheckpoint, options: SplitOptions) -> tuple[Layout, Target, str]:
     def resolve(holds_shared: bool) -> Layout:
         experts, dense_layers = options.experts, tuple(sorted(set(options.dense_layers)))
-        active = experts if options.gate == "soft" else options.active
+        active = experts if options.gate == "soft" and not options.static else options.active
         return resolve_layout(experts, options.shared, active, holds_shared=holds_shared, dense_layers=dense_layers)
 
     if options.static:

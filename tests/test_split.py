@@ -161,6 +161,11 @@ def test_static_with_all_slices_is_the_dense_model(dense: Path, run: Run) -> Non
     assert result.num_parameters == open_dense(str(dense)).num_parameters
 
 
+def test_static_prunes_whatever_the_gate(run: Run) -> None:
+    """A recipe's control has the gate of the split it is compared with."""
+    assert run(static=True, gate="soft").layout == Layout(8, 6, 6)
+
+
 def test_static_with_all_slices_is_close_to_the_dense_model_after_a_refit(dense: Path, run: Run) -> None:
     assert torch.allclose(logits(run(static=True, active=8).out), logits(dense), atol=1e-3)
 
