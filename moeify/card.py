@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+from moeify.options import SplitOptions
 from moeify.plan import SplitPlan
 
+DEFAULTS = SplitOptions()
 CARD = """---
 base_model: {source}
 library_name: transformers
@@ -13,7 +15,7 @@ tags: [{tags}]
 
 # {name}
 
-{source} ({family}) with every feed-forward layer cut into {experts} equal slices by moeify {version}: {cut}.
+{source} ({family}) with {which} cut into {experts} equal slices by moeify {version}: {cut}.
 Nothing was trained. {parameters:,} parameters, {active:,} of them used for a token.
 
 ```python
@@ -52,6 +54,9 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int]) 
             f"{layout.num_shared} are always on, {layout.num_routed_active} of the other {layout.num_routed} "
             "are chosen for each token"
         )
+    which = "every feed-forward layer"
+    if layout.dense_layers:
+        which += f" but {', '.join(map(str, layout.dense_layers))}"
     rows = {
         "dense model": f"{plan.source} (`{plan.family}`)",
         "written as": f"`{architecture}`",
@@ -69,6 +74,7 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int]) 
         source=plan.source,
         family=plan.family,
         tags="moeify, pruned" if layout.is_static else "moeify, mixture-of-experts",
+        which=which,
         name=f"{Path(plan.source).name} {'pruned' if layout.is_static else 'as a mixture of experts'}",
         experts=layout.num_experts,
         version=plan.version,
@@ -88,6 +94,11 @@ def _flags(plan: SplitPlan) -> str:
     flags += [f"--active {options['active']}", f"--partition {options['partition']}", f"--router {options['router']}"]
     flags += [f"--calibration {source}" for source in options["calibration"]]
     flags += [f"--tokens {options['tokens']}", f"--context {options['context']}", f"--seed {options['seed']}"]
+    if plan.layout.dense_layers:
+        flags.append(f"--dense-layers {','.join(map(str, plan.layout.dense_layers))}")
+    for name in ("gate", "temperature", "fusion", "refit_to"):
+        if name in options and options[name] != getattr(DEFAULTS, name):
+            flags.append(f"--{name.replace('_', '-')} {options[name]}")
     flags += [] if options["refit"] else ["--no-refit"]
     flags += [] if options["dtype"] == "auto" else [f"--dtype {options['dtype']}"]
     flags += [] if options["plan"] is None else [f"--plan {options['plan']}"]

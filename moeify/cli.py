@@ -139,7 +139,7 @@ def split_command(
     experts: Annotated[int, typer.Option(help="Equal slices of each FFN.")] = DEFAULTS.experts,
     shared: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(help="Slices that are always on; about half of the active ones.", show_default=False),
+        typer.Option(help="Slices that are always on; a quarter of the active ones.", show_default=False),
     ] = None,
     active: Annotated[
         Optional[int],  # noqa: UP045

@@ -112,9 +112,6 @@ def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked, *,
             "leave --dense-layers out; `moeify compare` measures it",
         )
     layout, target, reason = _choose_target(dense, options, writable=writable)
-    absent = [layer for layer in layout.dense_layers if not 0 <= layer < dense.num_layers]
-    if absent:
-        raise InputError(f"{model} has layers 0 to {dense.num_layers - 1}, there is no layer {absent[0]}")
     _check_device(options.device)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     if saved is not None:
@@ -125,6 +122,7 @@ def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked, *,
             for layer in saved.layers
         )
         saved = replace(saved, layers=tuple(layers))
+    _check_dense_layers(layout, dense.num_layers)
     _check_width(layout, dense.config.intermediate_size, dtype, writable=writable)
     limit = int(dense.config.max_position_embeddings)
     context = options.context or min(DEFAULT_CONTEXT, limit)
@@ -134,7 +132,7 @@ def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked, *,
         )
     if options.tokens < MIN_TOKENS:
         raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
-    options = replace(options, context=context, active=layout.num_active)
+    options = replace(options, context=context, active=layout.num_active, dense_layers=layout.dense_layers)
     if not options.static:
         options = replace(options, shared=layout.num_shared, target=target.model_type)
     return Prepared(dense, options, layout, target, reason, saved, dtype)
@@ -215,6 +213,15 @@ def expert_counts(num_neurons: int, dtype: torch.dtype) -> tuple[int, ...]:
     return tuple(n for n in range(2, MAX_EXPERTS + 1) if num_neurons % (n * multiple) == 0)
 
 
+def _check_dense_layers(layout: Layout, num_layers: int) -> None:
+    missing = [layer for layer in layout.dense_layers if not 0 <= layer < num_layers]
+    if missing:
+        hint = f"--dense-layers takes 0 to {num_layers - 1}"
+        raise InputError(f"there is no layer {missing[0]} to leave dense", hint)
+    if len(layout.dense_layers) == num_layers:
+        raise InputError("every layer is to stay dense, nothing is cut", "leave a layer out of --dense-layers")
+
+
 def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype, *, writable: bool) -> None:
     works = ", ".join(map(str, expert_counts(num_neurons, dtype)))
     hint = f"--experts {works} work for this model" if works else "no number of experts works for this model"
@@ -240,13 +247,13 @@ def _check_device(device: str) -> None:
 
 def _check_plan(plan: SplitPlan, dense: DenseCheckpoint) -> None:
     """Raise InputError unless the plan is of a model of this shape."""
-    first = plan.layers[0]
     pairs = [
         ("layers", len(plan.layers), dense.num_layers),
-        ("neurons a layer", first.labels_F.numel(), int(dense.config.intermediate_size)),
+        ("neurons a layer", plan.layers[0].labels_F.numel(), int(dense.config.intermediate_size)),
     ]
-    if first.router_RD is not None:
-        pairs.append(("hidden size", first.router_RD.shape[1], int(dense.config.hidden_size)))
+    router_RD = next((layer.router_RD for layer in plan.layers if layer.router_RD is not None), None)
+    if router_RD is not None:
+        pairs.append(("hidden size", router_RD.shape[1], int(dense.config.hidden_size)))
     for what, found, expected in pairs:
         if found != expected:
             raise InputError(
@@ -257,8 +264,8 @@ def _check_plan(plan: SplitPlan, dense: DenseCheckpoint) -> None:
 
 def _choose_target(dense: DenseCheckpoint, options: SplitOptions, *, writable: bool) -> tuple[Layout, Target, str]:
     def resolve(holds_shared: bool) -> Layout:
-        experts, dense_layers = options.experts, tuple(sorted(options.dense_layers))
-        active = experts if options.gate == "soft" else options.active
+        experts, dense_layers = options.experts, tuple(sorted(set(options.dense_layers)))
+        active = experts if options.gate == "soft" and not options.static else options.active
         return resolve_layout(experts, options.shared, active, holds_shared=holds_shared, dense_layers=dense_layers)
 
     if options.static:

@@ -30,6 +30,7 @@ from moeify.verify import TOLERANCE, VerifyReport, verify
 from moeify.version import __version__
 
 MAIN = "moe"
+NOT_STATIC = ("budget", "dense_layers", "gate", "temperature", "fusion")
 DENSE = "dense"
 
 
@@ -176,7 +177,10 @@ def control_options(recipe: Recipe, name: str, control: Mapping[str, Any]) -> Sp
         raise UsageError(f"a control cannot be called {name!r}", "it becomes a folder of that name")
     base = {key: value for key, value in asdict(recipe.split).items() if key not in ("shared", "target", "plan")}
     if control.get("static"):
-        base["active"] = recipe.split.active
+        budget = recipe.split.budget
+        base["active"] = recipe.split.active if budget is None else max(1, round(budget * recipe.split.experts))
+        # A pruned model has FFNs of one width and nothing to weight.
+        base = {key: value for key, value in base.items() if key not in NOT_STATIC}
 
     class Wrapper(Strict):
         controls: SplitOptions

@@ -78,31 +78,65 @@ def test_the_limit_decides_what_is_kept() -> None:
 
 def test_measure_follows_its_definitions() -> None:
     ffn, inputs_TD = toy_ffn()
-    stats = measure(ffn, Activations(ffn, inputs_TD), seed=0)
+    stats = measure(ffn, inputs_TD, Activations(ffn, inputs_TD), seed=0)
     hidden_TF = ffn.hidden(inputs_TD).double()
     outputs_TD = hidden_TF @ ffn.down_DF.T.double()
     norm_T = outputs_TD.norm(dim=1)
     weight_T = (CLIP_NORM * norm_T.median() / norm_T).clamp(max=1)
-    contribution_TF = hidden_TF.abs() * ffn.down_DF.double().norm(dim=0)
+    contribution_TF = hidden_TF * ffn.down_DF.double().norm(dim=0)
     weighted_TF = contribution_TF * weight_T[:, None]
     torch.testing.assert_close(stats.outputs_TD.double(), outputs_TD, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stats.weight_T.double(), weight_T, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stats.energy_F.double(), weighted_TF.square().mean(0), rtol=1e-4, atol=1e-6)
-    # All 600 tokens are fewer than a profile takes, and they stay in order.
-    torch.testing.assert_close(stats.contribution_FN.double(), weighted_TF.T, rtol=1e-4, atol=1e-5)
+    # All 600 tokens are fewer than a sample takes, and they stay in order; a contribution keeps its sign.
+    torch.testing.assert_close(stats.contribution_NF.double(), weighted_TF, rtol=1e-4, atol=1e-5)
+    assert bool((stats.contribution_NF < 0).any())
+    assert torch.equal(stats.inputs_ND, inputs_TD)
+    assert stats.gradient_ND is None
     assert not stats.massive_F.any()
 
 
-def test_profiles_are_of_a_seeded_sample_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contributions_are_of_a_seeded_sample_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     ffn, inputs_TD = toy_ffn()
-    everything = measure(ffn, Activations(ffn, inputs_TD), seed=0).contribution_FN
-    monkeypatch.setattr(module, "PROFILE_TOKENS", 50)
-    first, again, other = (measure(ffn, Activations(ffn, inputs_TD), seed=s).contribution_FN for s in (3, 3, 4))
-    assert first.shape == (24, 50)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    columns = {tuple(column.tolist()) for column in everything.T}
-    assert all(tuple(column.tolist()) in columns for column in first.T)
+    everything = measure(ffn, inputs_TD, Activations(ffn, inputs_TD), seed=0).contribution_NF
+    monkeypatch.setattr(module, "sample_size", lambda _: 50)
+    first, again, other = (measure(ffn, inputs_TD, Activations(ffn, inputs_TD), seed=s) for s in (3, 3, 4))
+    assert first.contribution_NF.shape == (50, 24)
+    assert torch.equal(first.contribution_NF, again.contribution_NF)
+    assert not torch.equal(first.contribution_NF, other.contribution_NF)
+    for stats in (first, other):
+        # Inputs and contributions are of the same tokens.
+        rows = [int((inputs_TD == row).all(dim=1).nonzero()) for row in stats.inputs_ND]
+        assert rows == sorted(set(rows))
+        torch.testing.assert_close(stats.contribution_NF, everything[rows])
+
+
+def test_a_sample_has_a_least_size_and_grows_while_it_is_small() -> None:
+    assert module.sample_size(100_000) == module.SAMPLE_TOKENS
+    assert module.sample_size(100) * 100 * 4 <= module.SAMPLE_BYTES < (module.sample_size(100) + 1) * 100 * 4
+
+
+def test_with_gradients_the_sample_is_their_tokens() -> None:
+    ffn, inputs_TD = toy_ffn()
+    gradient_GD = torch.randn(200, 8, generator=torch.Generator().manual_seed(0))
+    stats = measure(ffn, inputs_TD, Activations(ffn, inputs_TD), seed=0, gradient_GD=gradient_GD)
+    assert stats.gradient_ND is not None
+    assert torch.equal(stats.gradient_ND, gradient_GD)
+    assert torch.equal(stats.inputs_ND, inputs_TD[:200])
+    everything = measure(ffn, inputs_TD, Activations(ffn, inputs_TD), seed=0)
+    torch.testing.assert_close(stats.contribution_NF, everything.contribution_NF[:200])
+    # What is measured on all tokens does not depend on the sample.
+    assert torch.equal(stats.energy_F, everything.energy_F)
+
+
+def test_a_mask_may_hold_weights() -> None:
+    ffn, inputs_TD = toy_ffn()
+    weights_TR = torch.rand(600, 3, generator=torch.Generator().manual_seed(0))
+    for keep_bytes in (0, 1 << 20):
+        activations = Activations(ffn, inputs_TD, keep_bytes)
+        activations.mask(weights_TR, 8)
+        expected = ffn.hidden(inputs_TD).unflatten(1, (3, 8)) * weights_TR[:, :, None]
+        torch.testing.assert_close(torch.cat(chunks_of(activations)), expected.flatten(1))
 
 
 def planted_massive() -> tuple[FFNWeights, torch.Tensor]:
@@ -119,7 +153,7 @@ def planted_massive() -> tuple[FFNWeights, torch.Tensor]:
 @pytest.mark.parametrize("keep_bytes", [0, 1 << 20])
 def test_massive_neurons_are_found_and_their_tokens_clipped(keep_bytes: int) -> None:
     ffn, inputs_TD = planted_massive()
-    stats = measure(ffn, Activations(ffn, inputs_TD, keep_bytes), seed=0)
+    stats = measure(ffn, inputs_TD, Activations(ffn, inputs_TD, keep_bytes), seed=0)
     assert stats.massive_F.nonzero().flatten().tolist() == [17]
     norm_T = stats.outputs_TD.norm(dim=1)
     massive = [0, 256, 511]
@@ -136,6 +170,6 @@ def test_one_of_many_small_shares_is_not_massive() -> None:
     inputs_TD[7] *= 30
     ffn.down_DF.abs_()
     flat = replace(ffn, gate_FD=ffn.gate_FD[:1].expand(24, 8), up_FD=ffn.up_FD[:1].expand(24, 8))
-    stats = measure(flat, Activations(flat, inputs_TD), seed=0)
+    stats = measure(flat, inputs_TD, Activations(flat, inputs_TD), seed=0)
     assert stats.outputs_TD.norm(dim=1)[7] > 20 * stats.outputs_TD.norm(dim=1).median()
     assert not stats.massive_F.any()

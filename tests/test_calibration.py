@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeDense
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from moeify import calibration, families
 from moeify.calibration import HiddenStream
 from moeify.checkpoint import open_dense
+from moeify.ffn import FFNWeights
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -99,3 +101,37 @@ def test_only_one_layer_is_in_memory(make_dense: MakeDense) -> None:
     assert {p.device.type for p in checkpoint.skeleton.parameters()} == {"meta"}
     assert type(checkpoint.skeleton.model.norm).__name__ == "LlamaRMSNorm"
     assert [type(layer).__name__ for layer in checkpoint.skeleton.model.layers] == ["LlamaDecoderLayer"] * 2
+
+
+def test_a_fork_goes_on_by_itself(make_dense: MakeDense) -> None:
+    checkpoint, ids_BC = open_dense(str(make_dense("llama"))), ids(4, 32)
+    stream = HiddenStream(checkpoint, ids_BC)
+    stream.advance(stream.attend(0))
+    residual_TD = stream.residual().clone()
+    # Two copies of the whole batch, the second of them moved.
+    forked = stream.fork(torch.cat([residual_TD, residual_TD + 1]))
+    both_TD = forked.attend(1)
+    forked.advance(torch.ones_like(both_TD))
+    assert torch.equal(stream.residual(), residual_TD)
+    torch.testing.assert_close(both_TD[:128], stream.attend(1))
+    assert not torch.allclose(both_TD[128:], both_TD[:128], atol=0.01)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_dense_ffns_give_the_stock_models_logits_and_losses(tied: bool, make_dense: MakeDense) -> None:
+    folder, ids_BC = make_dense("llama", num_hidden_layers=3, tie_word_embeddings=tied), ids(3, 32)
+    checkpoint = open_dense(str(folder))
+    stream = HiddenStream(checkpoint, ids_BC)
+    for layer in range(3):
+        ffn = FFNWeights(layer, *checkpoint.ffn(layer), checkpoint.config.hidden_act)
+        residual_TD = stream.pass_through(layer, ffn)
+        assert torch.equal(residual_TD, stream.residual())
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids_BC).logits
+    torch.testing.assert_close(torch.stack(list(stream.logits(range(3)))), expected, rtol=1e-4, atol=1e-4)
+    losses_BL = torch.stack(
+        [cross_entropy(l_CV[:-1], i_C[1:], reduction="none") for l_CV, i_C in zip(expected, ids_BC, strict=True)]
+    )
+    torch.testing.assert_close(stream.losses(ids_BC), losses_BL, rtol=1e-4, atol=1e-4)
+    # Ids of fewer blocks are those of the last ones.
+    torch.testing.assert_close(stream.losses(ids_BC[1:]), losses_BL[1:], rtol=1e-4, atol=1e-4)

@@ -24,7 +24,7 @@ from moeify.errors import CheckError, InputError, UsageError
 from moeify.options import SplitOptions
 from moeify.version import __version__
 
-COMMANDS = ["inspect", "split", "verify", "eval", "run", "ls"]
+COMMANDS = ["inspect", "split", "search", "compare", "verify", "eval", "run", "ls"]
 HEAVY = ["torch", "transformers", "numpy", "sklearn", "datasets", "safetensors"]
 
 Call = Callable[..., dict[str, Any]]
@@ -130,9 +130,11 @@ def test_every_option_of_a_split_is_on_the_command_line_with_its_default() -> No
     defaults = SplitOptions()
     for field in dataclasses.fields(SplitOptions):
         found = options[field.name].default
+        # On the command line layers are one word.
+        found = () if field.name == "dense_layers" and found == "" else found
         expected = getattr(defaults, field.name)
         assert (tuple(found) if isinstance(found, list) else found) == expected, field.name
-    rest = {"model", "out", "overwrite", "dry_run", "json", "quiet", "verbose", "debug"}
+    rest = {"model", "out", "overwrite", "report", "dry_run", "json", "quiet", "verbose", "debug"}
     assert set(options) - {field.name for field in dataclasses.fields(SplitOptions)} == rest
 
 
@@ -144,7 +146,13 @@ def test_options_reach_the_split(dense: Path, monkeypatch: pytest.MonkeyPatch) -
         "active": 2,
         "partition": "kmeans",
         "router": "other",
+        "budget": 0.8,
+        "dense_layers": (0, 3, 11),
+        "gate": "softmax",
+        "temperature": 0.5,
+        "fusion": "mean",
         "refit": False,
+        "refit_to": "stream",
         "target": "mixtral",
         "calibration": ("a", "b"),
         "tokens": 2048,
@@ -165,7 +173,8 @@ def test_options_reach_the_split(dense: Path, monkeypatch: pytest.MonkeyPatch) -
     flags = ["--no-refit", "--overwrite", "--calibration", "a", "--calibration", "b", "-o", "there"]
     for name, value in values.items():
         if name not in ("refit", "calibration"):
-            flags += [f"--{name}", str(value)]
+            word = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flags += [f"--{name.replace('_', '-')}", word]
     assert run_command(["split", "some/model", *flags]) == 3
     assert run_command(["split", "some/model", "--static"]) == 3
     assert run_command(["split", "some/model/"]) == 3
@@ -180,11 +189,14 @@ def test_options_reach_the_split(dense: Path, monkeypatch: pytest.MonkeyPatch) -
     "option", ["out", "device", "dtype", "seed", "json", "quiet", "verbose", "overwrite", "debug", "context"]
 )
 def test_a_shared_option_has_one_spelling_and_one_meaning(option: str) -> None:
-    found = [
-        (options[option].opts, options[option].help) for options in command_options().values() if option in options
-    ]
+    found = {name: options[option] for name, options in command_options().items() if option in options}
     assert found
-    assert all(entry == found[0] for entry in found)
+    assert len({tuple(entry.opts) for entry in found.values()}) == 1
+    # What is written is a folder of checkpoints; where it is one file, the help says so.
+    files = {name for name in found if option == "out" and name in ("search", "compare")}
+    assert all(found[name].help.startswith("FILE.json; ") for name in files)
+    helps = {entry.help for name, entry in found.items() if name not in files}
+    assert len(helps) == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -304,7 +316,8 @@ def test_json_of_split_inspect_and_verify(dense: Path, text: list[str], tmp_path
     done = as_json("split", str(dense), *text, "-o", str(out))
     assert done["schema"] == "moeify.split/1"
     assert done["out"] == str(out)
-    assert done["layout"] == planned["layout"] == {"num_experts": 8, "num_shared": 4, "num_active": 6}
+    assert done["layout"] == planned["layout"]
+    assert done["layout"] == {"num_experts": 8, "num_shared": 2, "num_active": 6, "dense_layers": []}
     assert done["num_active_parameters"] == planned["num_active_parameters"] < done["num_parameters"]
     assert [layer["layer"] for layer in done["plan"]["layers"]] == [0, 1]
     report = as_json("verify", str(out), "--dense", str(dense))
@@ -426,7 +439,7 @@ def test_a_dry_run_writes_nothing(
     assert list(tmp_path.iterdir()) == []
     assert {path: path.stat().st_mtime_ns for path in dense.iterdir()} == before
     out, _ = capfd.readouterr()
-    assert "4 shared + 2 of 4 routed" in out
+    assert "2 shared + 4 of 6 routed" in out
 
 
 def test_a_dry_run_refuses_what_the_split_would_refuse(dense: Path, capfd: pytest.CaptureFixture[str]) -> None:

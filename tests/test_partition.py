@@ -1,5 +1,6 @@
 """Every partition: exact sizes, one label a neuron, the same for the same seed; and what single methods promise."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,14 @@ from torch import Tensor
 from moeify import partition
 from moeify.activations import Activations, ActivationStats, measure
 from moeify.ffn import FFNWeights
-from moeify.partition import gradient, mixture
+from moeify.gate import choose_experts
+from moeify.partition import gradient, mixture, routed
 from moeify.partition._balanced import balanced_assignment, balanced_kmeans
 from moeify.plan import SHARED, LayerPlan, Layout
+from moeify.regression import cholesky, rank
 
 # These look at what a neuron does, not at where it is stored.
-BY_CONTENT = ("coactivation", "energy", "gradient", "kmeans", "marker", "mixture", "pattern")
+BY_CONTENT = ("coactivation", "energy", "gradient", "kmeans", "marker", "mixture", "pattern", "routed")
 # Of these, the ones that take shared neurons by energy.
 BY_ENERGY = ("coactivation", "energy", "kmeans", "mixture", "pattern")
 LAYOUTS = [(8, 4, 6), (8, 0, 6), (4, 3, 4), (2, 0, 1), (24, 8, 12), (8, 6, 6), (6, 1, 3)]
@@ -106,7 +109,7 @@ def test_shared_neurons_are_those_of_most_energy(name: str) -> None:
     assert shared_of(labels_F) == set(stats.energy_F.argsort(descending=True)[:9].tolist())
 
 
-@pytest.mark.parametrize("name", BY_ENERGY)
+@pytest.mark.parametrize("name", [*BY_ENERGY, "routed"])
 def test_massive_neurons_are_always_shared(name: str) -> None:
     ffn, stats = toy()
     weakest = stats.energy_F.argsort()[:3]
@@ -184,8 +187,8 @@ def test_marker_shares_the_neurons_that_are_most_often_among_the_top_ten() -> No
     assert rate_F[is_shared_F].min() >= rate_F[~is_shared_F].max()
     assert shared_of(labels_F) != set(stats.energy_F.argsort(descending=True)[:9].tolist())
     # The first centroids are markers of the most frequent routed neurons, which therefore stay apart.
-    routed = torch.where(is_shared_F, -1.0, rate_F).argsort(descending=True, stable=True)[:5]
-    assert labels_F[routed].unique().numel() == 5
+    frequent = torch.where(is_shared_F, -1.0, rate_F).argsort(descending=True, stable=True)[:5]
+    assert labels_F[frequent].unique().numel() == 5
 
 
 def test_pattern_sees_who_is_kept_but_not_by_how_much() -> None:
@@ -232,6 +235,77 @@ def test_mixture_tells_clusters_by_their_spread() -> None:
     share = float((clusters[narrow] == clusters[narrow].mode().values).float().mean())
     assert share > 0.95
     assert float((start[narrow] == start[narrow].mode().values).float().mean()) < 0.9
+
+
+def kept_energy(labels_F: Tensor, stats: ActivationStats, layout: Layout) -> float:
+    """Share of the contribution energy that is left when a ridge router chooses."""
+    energy_NF = stats.contribution_NF.square()
+    norms_NR = routed.expert_norms(energy_NF, labels_F, layout)
+    scores_NR = stats.inputs_ND @ rank(cholesky(stats.inputs_ND), stats.inputs_ND, norms_NR).T
+    chosen = (norms_NR.square() * choose_experts(scores_NR, layout)).sum()
+    return float((chosen + energy_NF[:, labels_F == SHARED].sum()) / energy_NF.sum())
+
+
+@pytest.mark.parametrize("layout", [Layout(8, 2, 4), Layout(8, 0, 3), Layout(6, 1, 3), Layout(4, 1, 2)], ids=str)
+def test_routed_keeps_more_under_its_router_than_where_it_starts(layout: Layout) -> None:
+    gains = []
+    for seed in range(8):
+        ffn, stats = toy(seed)
+        kept = [
+            kept_energy(partition.find(name)(ffn, stats, layout, seed=0), stats, layout)
+            for name in ("energy", "routed", "random")
+        ]
+        # Its last round need not be its best one.
+        assert kept[1] >= kept[0] - 5e-3
+        assert kept[1] > kept[2]
+        gains.append(kept[1] - kept[0])
+    assert sum(gains) / len(gains) > 0.002
+
+
+def test_routed_keeps_everything_of_planted_experts() -> None:
+    ffn, stats, _ = planted()
+    layout = Layout(8, 2, 3)
+    found = [
+        kept_energy(partition.find(name)(ffn, stats, layout, seed=0), stats, layout) for name in ("energy", "routed")
+    ]
+    assert found[1] >= found[0] - 1e-6
+    assert found[1] > 0.999
+
+
+def test_routed_is_energy_where_nothing_is_chosen() -> None:
+    ffn, stats = toy()
+    for layout in (Layout(8, 7, 8), Layout(8, 6, 6)):
+        labels_F = [partition.find(name)(ffn, stats, layout, seed=0) for name in ("energy", "routed")]
+        assert torch.equal(*labels_F)
+
+
+def test_assign_keeps_the_most_that_full_experts_can() -> None:
+    """Against every assignment there is of eight neurons to a shared part of four and two experts of two."""
+    layout = Layout(4, 2, 3)
+    kept_FE = torch.rand(8, 3, generator=torch.Generator().manual_seed(0))
+    best = 0.0
+    for shared in itertools.combinations(range(8), 4):
+        rest = [neuron for neuron in range(8) if neuron not in shared]
+        for first in itertools.combinations(rest, 2):
+            columns = [0 if i in shared else 1 if i in first else 2 for i in range(8)]
+            best = max(best, float(kept_FE[torch.arange(8), torch.tensor(columns)].sum()))
+    labels_F = routed.assign(kept_FE, layout)
+    LayerPlan(0, labels_F, None).check(layout)
+    assert float(kept_FE[torch.arange(8), labels_F.long() - SHARED].sum()) == pytest.approx(best)
+
+
+def test_assign_without_shared_experts_and_with_huge_or_no_values() -> None:
+    layout = Layout(4, 0, 2)
+    for kept_FE in (torch.zeros(8, 5), torch.full((8, 5), 1e30), torch.rand(8, 5) * 1e-30):
+        LayerPlan(0, routed.assign(kept_FE, layout), None).check(layout)
+
+
+def test_expert_norms_add_squares() -> None:
+    energy_NF = torch.rand(5, 8, generator=torch.Generator().manual_seed(0))
+    labels_F = torch.tensor([-1, 0, 1, 1, 0, -1, 1, 0], dtype=torch.int16)
+    norms_NR = routed.expert_norms(energy_NF, labels_F, Layout(8, 2, 4))[:, :2]
+    expected = torch.stack([energy_NF[:, [1, 4, 7]].sum(1), energy_NF[:, [2, 3, 6]].sum(1)], dim=1).sqrt()
+    torch.testing.assert_close(norms_NR, expected)
 
 
 def inertia(points: Tensor, labels: Tensor) -> float:

@@ -97,19 +97,19 @@ def test_expert_width_and_its_hint() -> None:
 @pytest.mark.parametrize(
     ("experts", "shared", "active", "holds_shared", "expected"),
     [
-        (8, None, None, True, (8, 4, 6)),
+        (8, None, None, True, (8, 2, 6)),
         (8, None, None, False, (8, 0, 6)),
         (2, None, None, True, (2, 0, 1)),
         (3, None, None, True, (3, 1, 2)),
-        (4, None, None, True, (4, 2, 3)),
-        (5, None, None, True, (5, 2, 3)),
-        (16, None, None, True, (16, 8, 12)),
-        (32, None, None, True, (32, 16, 24)),
-        (128, None, None, True, (128, 64, 96)),
-        (12, None, None, True, (12, 5, 9)),
-        (8, None, 4, True, (8, 2, 4)),
+        (4, None, None, True, (4, 1, 3)),
+        (5, None, None, True, (5, 1, 3)),
+        (16, None, None, True, (16, 3, 12)),
+        (32, None, None, True, (32, 6, 24)),
+        (128, None, None, True, (128, 24, 96)),
+        (12, None, None, True, (12, 3, 9)),
+        (8, None, 4, True, (8, 1, 4)),
         (8, None, 1, True, (8, 0, 1)),
-        (8, None, 8, True, (8, 4, 8)),
+        (8, None, 8, True, (8, 2, 8)),
         (8, 1, None, True, (8, 1, 6)),
         (8, 0, None, True, (8, 0, 6)),
         (8, 2, 4, True, (8, 2, 4)),
@@ -124,13 +124,64 @@ def test_what_is_open_is_filled_in(
 
 
 @pytest.mark.parametrize("experts", range(2, 130))
-def test_defaults_route_a_power_of_two_of_at_most_half_the_active_experts(experts: int) -> None:
+def test_defaults_share_a_quarter_of_the_active_experts_rounded_up(experts: int) -> None:
     layout = resolve_layout(experts, None, None, holds_shared=True)
-    routed = layout.num_routed_active
-    assert routed & (routed - 1) == 0
-    assert routed >= 1
     assert layout.num_active == max(1, experts * 3 // 4)
-    assert routed == 1 or 2 * routed <= layout.num_active < 4 * routed
+    assert layout.num_routed_active >= 1
+    if layout.num_active > 1:
+        assert 4 * (layout.num_shared - 1) < layout.num_active <= 4 * layout.num_shared
+    else:
+        assert layout.num_shared == 0
+
+
+def test_dense_layers_count_in_full() -> None:
+    layout = Layout(8, 2, 6, (0, 3))
+    assert layout.active_share == 0.75
+    assert layout.model_share(4) == 0.5 + 0.5 * 0.75
+    assert Layout(8, 2, 6).model_share(4) == 0.75
+    assert resolve_layout(8, None, None, holds_shared=True, dense_layers=(0, 3)) == layout
+
+
+def with_dense_layers() -> SplitPlan:
+    """Three layers, the first and the last of them whole."""
+    plan = make_plan(Layout(4, 2, 3, (0, 2)), num_layers=3)
+    first, last = (LayerPlan(i, torch.full((8,), SHARED, dtype=torch.int16), None) for i in (0, 2))
+    return replace(plan, layers=(first, plan.layers[1], last))
+
+
+def test_a_plan_with_dense_layers_comes_back(tmp_path: Path) -> None:
+    plan = with_dense_layers()
+    plan.save(tmp_path / PLAN_FILE)
+    found = load_plan(tmp_path)
+    assert found.layout == plan.layout
+    assert found.layout.dense_layers == (0, 2)
+    assert [layer.router_RD is None for layer in found.layers] == [True, False, True]
+    assert all(torch.equal(a.labels_F, b.labels_F) for a, b in zip(plan.layers, found.layers, strict=True))
+
+
+def test_a_plan_from_before_there_were_dense_layers_is_read(tmp_path: Path) -> None:
+    make_plan().save(tmp_path / "plan")
+    header = header_of(tmp_path / "plan")
+    del header["layout"]["dense_layers"]
+    rewrite(tmp_path / "plan", load_file(tmp_path / "plan"), header)
+    assert load_plan(tmp_path / "plan").layout == Layout(4, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layers.0.labels": torch.tensor([-1] * 7 + [0], dtype=torch.int16)}, "layer 0 of the plan is dense, but"),
+        ({"layers.2.router": torch.zeros(2, 6)}, "layer 2 of the plan has 2 router rows, expected 0"),
+        ({"layers.1.labels": torch.full((8,), SHARED, dtype=torch.int16)}, "layer 1 of the plan has neuron counts"),
+    ],
+)
+def test_a_dense_layer_that_is_cut_or_a_cut_one_that_is_dense_is_refused(
+    changed: dict[str, torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    with_dense_layers().save(tmp_path / "plan")
+    rewrite(tmp_path / "plan", load_file(tmp_path / "plan") | changed, header_of(tmp_path / "plan"))
+    with pytest.raises(InputError, match=message):
+        load_plan(tmp_path / "plan")
 
 
 def test_a_plan_comes_back_from_its_file_and_from_its_folder(tmp_path: Path) -> None:
@@ -307,4 +358,4 @@ def test_a_plan_with_damaged_tensors_is_refused(damage: str, tmp_path: Path) -> 
 
 def test_layouts_are_stored_by_name(tmp_path: Path) -> None:
     make_plan().save(tmp_path / "plan")
-    assert header_of(tmp_path / "plan")["layout"] == asdict(Layout(4, 2, 3))
+    assert header_of(tmp_path / "plan")["layout"] == json.loads(json.dumps(asdict(Layout(4, 2, 3))))

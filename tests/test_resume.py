@@ -347,6 +347,25 @@ def test_a_kill_while_a_former_result_is_replaced(
     assert not wrong
 
 
+def test_kills_with_dense_layers_and_a_refit_to_the_stream(
+    convert: Callable[..., list[str]], server: Server, tmp_path: Path
+) -> None:
+    """Moments drawn with a seed; a layer that stays dense is replayed like the others."""
+    folder = tmp_path / "work"
+    out = folder / "out"
+    arguments = convert(out, "--dense-layers", "0,2", "--refit-to", "stream")
+    folder.mkdir()
+    code, total, _ = server.run(arguments, folder)
+    assert code == 0
+    reference = tree(out)
+    for number in sorted(random.Random(1).sample(range(5, total - 5), 6)):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        assert server.run(arguments, folder, number)[0] == -signal.SIGKILL
+        assert server.run(arguments, folder)[0] == 0, number
+        assert tree(out) == reference, number
+
+
 def test_two_kills_of_the_same_run(convert: Callable[..., list[str]], server: Server, tmp_path: Path) -> None:
     """Of the run that goes on, too: pairs of moments, drawn with a seed."""
     folder = tmp_path / "work"

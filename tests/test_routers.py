@@ -8,7 +8,7 @@ import torch
 from conftest import toy_ffn
 from torch import Tensor
 
-from moeify import routers
+from moeify import regression, routers
 from moeify.activations import Activations, measure
 from moeify.plan import Layout
 from moeify.routers import LinearRouter, RoutingTask, gaussian, membership, representative, ridge
@@ -138,7 +138,7 @@ def test_ridge_is_the_closed_form() -> None:
     x, y = task.inputs_TD.double(), task.norms_TR.double()
     y = y - y.mean(dim=1, keepdim=True)
     gram = x.T @ x
-    damped = gram + ridge.PENALTY * gram.trace() / HIDDEN * torch.eye(HIDDEN, dtype=torch.float64)
+    damped = gram + regression.PENALTY * gram.trace() / HIDDEN * torch.eye(HIDDEN, dtype=torch.float64)
     expected = torch.linalg.solve(damped, x.T @ y).T
     torch.testing.assert_close(ridge.fit(task).rows_RD.double(), expected, rtol=1e-4, atol=1e-4)
 

@@ -16,17 +16,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moeify import writer
+from moeify import routers, writer
 from moeify.checkpoint import DenseCheckpoint, open_dense
+from moeify.errors import UsageError
 from moeify.options import SplitOptions
 from moeify.plan import SHARED, Layout, load_plan
-from moeify.prepare import preview
+from moeify.prepare import calibration_text, prepare, preview
 from moeify.split import SplitResult, split
 from moeify.targets import ROUTER_SCALE
 from moeify.version import __version__
 
 # The package binds the name to the function.
-split_module = importlib.import_module("moeify.split")
+prepare_module = importlib.import_module("moeify.prepare")
 
 LAYERS, HIDDEN, NEURONS, CONTEXT = 3, 32, 128, 64
 SIZES: dict[str, Any] = {
@@ -124,8 +125,8 @@ def test_a_saved_plan_gives_the_same_checkpoint(
     """From the folder or the file; with the same text also the refit columns come out the same."""
     first = run(**options)
     rest = {key: value for key, value in options.items() if key == "target"}
-    monkeypatch.setattr(split_module.partition, "find", lambda _: None)
-    monkeypatch.setattr(split_module.routers, "find", lambda _: None)
+    monkeypatch.setattr(prepare_module.partition, "find", lambda _: None)
+    monkeypatch.setattr(prepare_module.routers, "find", lambda _: None)
     for plan in (first.out, first.out / "split_plan.safetensors"):
         again = run(**rest, plan=str(plan))
         found, expected = tree(again.out), tree(first.out)
@@ -158,6 +159,11 @@ def test_static_with_all_slices_is_the_dense_model(dense: Path, run: Run) -> Non
     assert result.target == "llama"
     assert torch.equal(logits(result.out), logits(dense))
     assert result.num_parameters == open_dense(str(dense)).num_parameters
+
+
+def test_static_prunes_whatever_the_gate(run: Run) -> None:
+    """A recipe's control has the gate of the split it is compared with."""
+    assert run(static=True, gate="soft").layout == Layout(8, 6, 6)
 
 
 def test_static_with_all_slices_is_close_to_the_dense_model_after_a_refit(dense: Path, run: Run) -> None:
@@ -299,7 +305,7 @@ def test_tokens_are_cut_to_whole_blocks(run: Run) -> None:
 
 def test_the_plan_holds_what_was_decided(dense: Path, plain: SplitResult) -> None:
     plan = load_plan(plain.out)
-    assert plan.layout == plain.layout == Layout(8, 4, 6)
+    assert plan.layout == plain.layout == Layout(8, 2, 6)
     assert (plan.source, plan.family, plan.target, plan.version) == (str(dense), "llama", plain.target, __version__)
     assert plan.options == json.loads(json.dumps(dict(plain.plan.options)))
     assert [layer.layer for layer in plan.layers] == list(range(LAYERS))
@@ -325,9 +331,9 @@ def test_the_record_says_how_to_make_it_again(dense: Path, plain: SplitResult, c
         "transformers": importlib.import_module("transformers").__version__,
     }
     # Nothing is left open: not what was chosen, not what a default was at the time.
-    options = SplitOptions(**{**job["options"], "calibration": tuple(job["options"]["calibration"])})
+    options = SplitOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["options"].items()})
     assert options == SplitOptions(
-        shared=4,
+        shared=2,
         active=6,
         target="granitemoeshared",
         calibration=(str(calibration_file),),
@@ -345,7 +351,7 @@ def test_the_card_says_what_it_is_and_how_to_make_it_again(
     assert f"base_model: {dense}" in card
     assert "`GraniteMoeSharedForCausalLM`" in card
     assert f"{plain.num_parameters:,} parameters, {plain.num_active_parameters:,} of them used for a token" in card
-    assert "4 are always on, 2 of the other 4 are chosen for each token" in card
+    assert "2 are always on, 4 of the other 6 are chosen for each token" in card
     assert plain.plan.calibration["sha256"] in card
     line = next(line for line in card.splitlines() if line.startswith("moeify split"))
     arguments = line.replace("-o OUT", f"-o {plain.out.with_name('again')} --quiet").split()[1:]
@@ -360,6 +366,8 @@ def test_the_card_says_what_it_is_and_how_to_make_it_again(
         {"refit": False, "dtype": "bfloat16", "partition": "kmeans", "experts": 4},
         {"target": "mixtral", "context": 48},
         {"calibration": ("builtin", "self"), "tokens": 2048},
+        {"gate": "softmax", "temperature": 0.5, "fusion": "mean"},
+        {"target": "qwen2_moe", "dense_layers": (2, 0), "refit_to": "stream"},
     ],
 )
 def test_the_command_on_the_card_makes_the_same_folder(run: Run, options: dict[str, Any]) -> None:
@@ -463,3 +471,66 @@ def test_more_active_experts_bring_the_result_closer_to_the_dense_model(dense: P
     expected = logits(dense)
     errors = [float((logits(run(active=active, shared=2).out) - expected).square().mean()) for active in (3, 5, 7)]
     assert errors == sorted(errors, reverse=True)
+
+
+def stream_error(dense: Path, result: SplitResult, calibration_file: Path) -> float:
+    """Mean squared distance of the residual stream before the last norm on the calibration tokens."""
+    options = SplitOptions(calibration=(str(calibration_file),), tokens=1024)
+    ids_BC = calibration_text(prepare(str(dense), options)).ids_BC
+    seen = []
+    for folder in (dense, result.out):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        with torch.no_grad():
+            model(ids_BC)
+    return float((seen[0] - seen[1]).square().mean())
+
+
+def test_a_refit_to_the_stream_brings_it_nearer_to_the_dense_one(dense: Path, run: Run, calibration_file: Path) -> None:
+    errors = {
+        name: stream_error(dense, run(active=4, **options), calibration_file)
+        for name, options in {
+            "stream": {"refit_to": "stream"},
+            "ffn": {"refit_to": "ffn"},
+            "none": {"refit": False},
+        }.items()
+    }
+    assert errors["stream"] < 0.95 * errors["ffn"] < errors["none"]
+
+
+@pytest.mark.parametrize("options", [{"refit_to": "stream"}, {"gate": "softmax"}, {"partition": "gradient"}])
+def test_a_split_that_was_stopped_after_a_layer_gives_the_same_bits(
+    run: Run, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is replayed is what the layers after it were fitted to."""
+    expected = tree(run(**options).out)
+    split_module = importlib.import_module("moeify.split")
+    fitted: list[int] = []
+    stops = [KeyboardInterrupt]
+    really_fit = split_module.fit_layer
+
+    def fit_or_stop(ffn: Any, *arguments: Any, **named: Any) -> Any:
+        if ffn.layer == LAYERS - 1 and stops:
+            raise stops.pop()
+        fitted.append(ffn.layer)
+        return really_fit(ffn, *arguments, **named)
+
+    monkeypatch.setattr(split_module, "fit_layer", fit_or_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(out=tmp_path / "out", **options)
+    assert tree(run(out=tmp_path / "out", **options).out) == expected
+    assert fitted == list(range(LAYERS))
+
+
+@pytest.mark.parametrize("router", [name for name in routers.names() if not routers.is_linear(name)])
+def test_a_router_that_no_target_holds_is_refused_but_can_be_measured(
+    router: str, dense: Path, run: Run, tmp_path: Path, calibration_file: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"no native target can hold a {router} router") as caught:
+        run(out=tmp_path / "out", router=router)
+    assert "moeify compare" in caught.value.hint
+    written = caught.value.hint.removeprefix("--router ").split(" can be")[0].split(", ")
+    assert written == [name for name in routers.names() if routers.is_linear(name)]
+    assert not list(tmp_path.iterdir())
+    options = SplitOptions(router=router, calibration=(str(calibration_file),), tokens=1024)
+    assert prepare(str(dense), options, writable=False).fit().router is routers.find(router)

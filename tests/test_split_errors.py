@@ -113,7 +113,7 @@ def test_overwrite_keeps_the_old_result_until_the_new_one_is_complete(
             "shards": (writer.MoEWriter, "layer"),
             "commit": (workspace.Workspace, "commit"),
         }[stage]
-        patch.setattr(*place, lambda *_: 1 / 0)
+        patch.setattr(*place, lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             run(out, overwrite=True)
     assert tree(out) == before

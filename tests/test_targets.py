@@ -11,15 +11,22 @@ import pytest
 import torch
 from conftest import MakeDense
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeify import families, targets
+from moeify.calibration import HiddenStream
 from moeify.checkpoint import open_dense
 from moeify.errors import InputError
 from moeify.evaluate import load
+from moeify.ffn import FFNWeights
+from moeify.gate import Gate
+from moeify.layer import ConvertedFFN
 from moeify.options import SplitOptions
 from moeify.plan import Layout, load_plan, resolve_layout
-from moeify.split import split
+from moeify.prepare import preview
+from moeify.routers import LinearRouter
+from moeify.split import SplitResult, split
 from moeify.verify import GATE_LIMIT, VerifyReport, verify
 
 Convert = Callable[..., Path]
@@ -68,9 +75,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_qk_norm": False,
         "head_dim": 8,
         "moe_intermediate_size": 8,
-        "n_shared_experts": 4,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
+        "n_shared_experts": 2,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 4,
         "n_group": 1,
         "topk_group": 1,
         "first_k_dense_replace": 0,
@@ -87,9 +94,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 1.0,
         "logits_scaling": 1.0,
         "intermediate_size": 8,
-        "shared_intermediate_size": 32,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 16,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 4,
         "tie_word_embeddings": True,
     },
     "mixtral": {
@@ -108,9 +115,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "qkv_bias": True,
         "use_sliding_window": False,
         "moe_intermediate_size": 8,
-        "shared_expert_intermediate_size": 32,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
+        "shared_expert_intermediate_size": 16,
+        "num_experts": 6,
+        "num_experts_per_tok": 4,
         "norm_topk_prob": False,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
@@ -167,6 +174,11 @@ def stored(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
                 part = reader.get_slice(name)
                 found[name] = (tuple(part.get_shape()), part.get_dtype())
     return found
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor in the weight files of a folder."""
+    return {name: t for file in folder.glob("model*.safetensors") for name, t in load_file(file).items()}
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -326,26 +338,36 @@ def test_a_checkpoint_runs_in_its_own_dtype_or_is_refused(
         assert load(str(tmp_path / "out"))(torch.arange(8)[None]).logits.isfinite().all()
 
 
+def walk(out: Path, dense: Path, ids_BC: torch.Tensor) -> tuple[HiddenStream, torch.Tensor]:
+    """moeify's own arithmetic, layer by layer in dense order; the stream at its end and what the last FFN saw."""
+    plan, source = load_plan(out), open_dense(str(dense))
+    stream = HiddenStream(source, ids_BC)
+    inputs_TD = torch.empty(0)
+    for layer in plan.layers:
+        inputs_TD = stream.attend(layer.layer)
+        ffn = FFNWeights(layer.layer, *(weight.float() for weight in source.ffn(layer.layer)), source.config.hidden_act)
+        router = None if layer.router_RD is None else LinearRouter(layer.router_RD)
+        stream.advance(ConvertedFFN(ffn, layer, plan.layout, Gate.of(plan.options), router)(inputs_TD))
+    return stream, inputs_TD
+
+
+@torch.no_grad()
+def logits(folder: Path, ids_BC: torch.Tensor) -> torch.Tensor:
+    found: torch.Tensor = load(str(folder))(ids_BC).logits
+    return found
+
+
+def some_ids(dense: Path) -> torch.Tensor:
+    return torch.arange(2 * 48).view(2, 48) * 7 % open_dense(str(dense)).config.vocab_size
+
+
 @pytest.mark.parametrize(("model", "target"), [(m, t) for m, t in FITTING if m in ("llama", "mistral-window", "qwen3")])
 def test_the_routed_model_computes_what_the_plan_decided(
-    model: str, target: str, dense: Callable[[str], Path], convert: Convert, tokenizer: Any
+    model: str, target: str, dense: Callable[[str], Path], convert: Convert
 ) -> None:
-    """moeify's own arithmetic, layer by layer in dense order, against the stock model with its real routers."""
-    from moeify.calibration import HiddenStream
-    from moeify.ffn import FFNWeights
-    from moeify.layer import replay_layer
-
-    out = convert(model, target, refit=False)
-    plan = load_plan(out)
-    source = open_dense(str(dense(model)))
-    ids_BC = torch.arange(2 * 48).view(2, 48) * 7 % source.config.vocab_size
-    stream = HiddenStream(source, ids_BC)
-    inputs = []
-    for layer in plan.layers:
-        inputs.append(stream.attend(layer.layer))
-        ffn = FFNWeights(layer.layer, *source.ffn(layer.layer), source.config.hidden_act)
-        stream.advance(replay_layer(ffn, inputs[-1], layer, plan.layout))
-
+    """moeify's own arithmetic against the stock model with its real routers."""
+    out, ids_BC = convert(model, target, refit=False), some_ids(dense(model))
+    _, inputs_TD = walk(out, dense(model), ids_BC)
     seen: list[torch.Tensor] = []
     stock, plain = load(str(out)), load(str(dense(model)))
     for network in (stock, plain):
@@ -356,8 +378,176 @@ def test_the_routed_model_computes_what_the_plan_decided(
             network(ids_BC)
     # Experts' weights are within 2^-8 of one, the arithmetic is not the same: nearly equal, and far from the dense one.
     scale = seen[0].abs().mean()
-    assert (seen[0] - inputs[-1]).abs().mean() < 0.01 * scale
-    assert (seen[1] - inputs[-1]).abs().mean() > 0.05 * scale
+    assert (seen[0] - inputs_TD).abs().mean() < 0.01 * scale
+    assert (seen[1] - inputs_TD).abs().mean() > 0.05 * scale
+
+
+GATES: list[dict[str, Any]] = [
+    {"gate": "hard", "fusion": "mean"},
+    {"gate": "softmax"},
+    {"gate": "softmax", "temperature": 0.5, "fusion": "mean"},
+    {"gate": "soft", "temperature": 2.0},
+    {"gate": "soft", "fusion": "mean"},
+]
+GATED = [
+    (m, t, gate) for m, t in FITTING for gate in GATES if "bf16" not in m and gate["gate"] in targets.find(t).gates
+]
+
+
+@pytest.mark.parametrize(("model", "target", "gate"), GATED)
+def test_the_stock_model_gives_the_logits_of_the_gate(
+    model: str, target: str, gate: dict[str, Any], dense: Callable[[str], Path], convert: Convert
+) -> None:
+    """Folds and router rows included; what a refit adds is in no plan."""
+    out, ids_BC = convert(model, target, refit=False, **gate), some_ids(dense(model))
+    stream, _ = walk(out, dense(model), ids_BC)
+    expected = torch.stack(list(stream.logits(range(2))))
+    found = logits(out, ids_BC)
+    if gate["gate"] == "hard":
+        # Stock weights are within 2^-8 of one.
+        assert (found - expected).abs().mean() < 0.01 * expected.abs().mean()
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert (found - logits(dense(model), ids_BC)).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize(("model", "target", "gate"), [case for case in GATED if case[0] in ("llama", "qwen3")])
+def test_verify_passes_whatever_the_gate(
+    model: str, target: str, gate: dict[str, Any], dense: Callable[[str], Path], convert: Convert
+) -> None:
+    report = verify(str(convert(model, target, **gate)), str(dense(model)))
+    # With a mean the weights are not one, and the fold is not that of the architecture.
+    assert report.passed, failed(report)
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen2", "qwen3"])
+def test_a_gate_that_a_target_does_not_hold_is_refused(
+    model: str, dense: Callable[[str], Path], tmp_path: Path
+) -> None:
+    fitting = [targets.find(target) for m, target in FITTING if m == model]
+    refused = [(t.model_type, gate) for t in fitting for gate in ("hard", "softmax", "soft") if gate not in t.gates]
+    assert ("glm4_moe", "softmax") in refused
+    for target, gate in refused:
+        with pytest.raises(InputError, match=f"{target} cannot hold.*weights cannot be {gate}"):
+            split(str(dense(model)), tmp_path / "out", SplitOptions(target=target, gate=gate))
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_takes_a_target_that_holds_the_gate(dense: Callable[[str], Path]) -> None:
+    assert preview(str(dense("qwen3"))).target == "glm4_moe"
+    found = preview(str(dense("qwen3")), SplitOptions(gate="softmax"))
+    assert found.target == "qwen3_moe"
+    assert "glm4_moe: its experts' weights cannot be softmax" in found.target_reason
+    with pytest.raises(InputError, match="qwen2_moe: its experts' weights cannot be softmax"):
+        preview(str(dense("qwen2")), SplitOptions(gate="softmax"))
+
+
+def test_a_soft_gate_has_every_expert_active(dense: Callable[[str], Path]) -> None:
+    found = preview(str(dense("llama")), SplitOptions(gate="soft"))
+    assert (found.layout.num_active, found.options.active) == (8, 8)
+    assert found.num_active_parameters == found.num_parameters
+
+
+HOLDING_DENSE = [("llama", "qwen2_moe"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe")]
+FOUR_LAYERS = {"num_hidden_layers": 4}
+
+
+def dense_layers_split(
+    dense: Path, out: Path, calibration_file: Path, target: str, layers: tuple[int, ...], **options: Any
+) -> SplitResult:
+    text = {"tokens": 1024, "calibration": (str(calibration_file),)}
+    return split(str(dense), out, SplitOptions(target=target, dense_layers=layers, **text, **options))
+
+
+@pytest.mark.parametrize(
+    ("model", "target", "layers"),
+    [
+        *((model, target, (0, 2)) for model, target in HOLDING_DENSE),
+        ("qwen2", "qwen2_moe", (3,)),
+        ("qwen3", "glm4_moe", (0,)),
+        ("llama", "glm4_moe", (0, 1)),
+    ],
+)
+def test_dense_layers_stay_as_they_are(
+    model: str, target: str, layers: tuple[int, ...], make_dense: MakeDense, calibration_file: Path, tmp_path: Path
+) -> None:
+    dense, out = make_dense(model, **FOUR_LAYERS), tmp_path / "out"
+    result = dense_layers_split(dense, out, calibration_file, target, layers)
+    plain = tmp_path / "plain"
+    dense_layers_split(dense, plain, calibration_file, target, layers, refit=False)
+    assert load_plan(out).layout.dense_layers == layers
+    written, before = tensors_of(out), tensors_of(dense)
+    for layer in range(4):
+        names = open_dense(str(dense)).family.ffn_names(layer)
+        same = [name in written and torch.equal(written[name], before[name]) for name in names]
+        assert same == [layer in layers] * 3
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(loaded[1][kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    report = verify(str(out), str(dense))
+    assert report.passed, failed(report)
+    # Stock transformers has experts where they were written and nowhere else.
+    assert [hasattr(block.mlp, "experts") for block in loaded[0].model.layers] == [i not in layers for i in range(4)]
+    routed = sum(t.numel() for name, t in written.items() if ".experts." in name)
+    layout = result.layout
+    embedding = 0 if loaded[0].config.tie_word_embeddings else written["model.embed_tokens.weight"].numel()
+    total = sum(t.numel() for t in written.values())
+    assert result.num_parameters == total
+    idle = routed * (layout.num_routed - layout.num_routed_active) // layout.num_routed
+    assert result.num_active_parameters == total - idle - embedding
+    # And it computes what was decided.
+    ids_BC = some_ids(dense)
+    expected = torch.stack(list(walk(plain, dense, ids_BC)[0].logits(range(2))))
+    assert (logits(plain, ids_BC) - expected).abs().mean() < 0.01 * expected.abs().mean()
+
+
+@pytest.mark.parametrize(
+    ("target", "layers", "reason"),
+    [
+        ("granitemoeshared", (0,), "has no dense layers"),
+        ("mixtral", (0,), "has no dense layers"),
+        ("glm4_moe", (1,), "its dense layers can only be the first ones"),
+        ("glm4_moe", (0, 2), "its dense layers can only be the first ones"),
+        ("qwen2_moe", (0, 4), "there is no layer 4 to leave dense"),
+        ("qwen2_moe", (-1,), "there is no layer -1 to leave dense"),
+        ("qwen2_moe", (0, 1, 2, 3), "every layer is to stay dense"),
+    ],
+)
+def test_dense_layers_that_are_not_held_are_refused(
+    target: str, layers: tuple[int, ...], reason: str, make_dense: MakeDense, calibration_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=reason):
+        dense_layers_split(make_dense("llama", **FOUR_LAYERS), tmp_path / "out", calibration_file, target, layers)
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_takes_a_target_with_dense_layers_and_names_its_engines(make_dense: MakeDense) -> None:
+    found = preview(str(make_dense("llama", **FOUR_LAYERS)), SplitOptions(dense_layers=(2, 0, 2)))
+    assert found.target == "qwen2_moe"
+    assert found.layout.dense_layers == found.options.dense_layers == (0, 2)
+    assert "known to transformers, vLLM, SGLang (granitemoeshared: has no dense layers" in found.target_reason
+
+
+@pytest.mark.parametrize("refit", [True, False])
+def test_a_plan_with_dense_layers_is_used_again(
+    refit: bool, make_dense: MakeDense, calibration_file: Path, tmp_path: Path
+) -> None:
+    dense = make_dense("qwen2", **FOUR_LAYERS)
+    dense_layers_split(dense, tmp_path / "first", calibration_file, "qwen2_moe", (0, 2), refit=refit)
+    again = {"plan": str(tmp_path / "first"), "refit": refit}
+    dense_layers_split(dense, tmp_path / "again", calibration_file, "qwen2_moe", (), **again)
+    assert load_plan(tmp_path / "again").layout.dense_layers == (0, 2)
+    first, second = tensors_of(tmp_path / "first"), tensors_of(tmp_path / "again")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_plan_of_another_model_is_seen_though_its_first_layer_is_dense(
+    make_dense: MakeDense, calibration_file: Path, tmp_path: Path
+) -> None:
+    dense_layers_split(make_dense("qwen2"), tmp_path / "first", calibration_file, "qwen2_moe", (0,))
+    wider = make_dense("qwen2", hidden_size=48)
+    with pytest.raises(InputError, match="the plan is of another model: hidden size 32"):
+        dense_layers_split(wider, tmp_path / "out", calibration_file, "qwen2_moe", (), plan=str(tmp_path / "first"))
 
 
 def settle(dense: Path, shared: int | None = None) -> tuple[str, str]:
