@@ -341,7 +341,8 @@ def test_the_command_prints_one_object(
     assert found["schema"] == "moeify.compare/1"
     assert found == json.loads((tmp_path / "found.json").read_text())
     names = [row["method"] for row in found["rows"]]
-    assert names == [DENSE, "static", REFERENCE, "moeify, 8 experts, searched for 60%"]
+    searched = "moeify, 8 experts, searched (searched)"
+    assert names == [DENSE, "static", REFERENCE, searched, f"{REFERENCE}, layers of {searched}"]
     assert found["evaluation"]["tokens"] == {texts[0]: 512}
     assert run_command(command) == 0
     out, err = capfd.readouterr()
