@@ -129,9 +129,6 @@ BROKEN: dict[str, Callable[[Path], Any]] = {
     "number": lambda file: file.write_text("3"),
     "something else": lambda file: file.write_text('{"schema": "moeify.search/1"}'),
     "options of no split": lambda file: file.write_text('{"schema": "moeify.search/1", "budget": 1, "options": 7}'),
-    "budget of no number": lambda file: file.write_text(
-        '{"schema": "moeify.search/1", "budget": "much", "options": {"experts": 8, "dense_layers": []}}'
-    ),
 }
 
 
