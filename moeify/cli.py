@@ -321,7 +321,7 @@ def compare_command(
     renderer = _renderer(json, quiet, verbose)
     from moeify.compare import compare
     from moeify.frontier import searched_rows
-    from moeify.render import compare_table
+    from moeify.render import compare_tables
 
     result = compare(
         model,
@@ -334,7 +334,7 @@ def compare_command(
         out=out,
         track=renderer.track,
     )
-    renderer.result("compare", result, compare_table(result))
+    renderer.result("compare", result, *compare_tables(result))
 
 
 @app.command("verify")

@@ -8,7 +8,7 @@ Legend: T tokens, B blocks of C tokens, L = C - 1 losses a block.
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,44 +146,25 @@ def compare(
     """
     options = options or SplitOptions()
     known = methods(options.experts)
-    unknown = [name for name in only if name not in known]
-    if unknown:
-        raise UsageError(f"no method named {unknown[0]!r}", f"one of: {', '.join(known)}")
-    if not budgets or not all(0 < budget < 1 for budget in budgets):
-        raise UsageError(f"budgets {list(budgets)} are out of range", "--budget takes more than 0 and less than 1")
-    if not data:
-        raise UsageError("no text to evaluate on", "name one with --data")
-    if missed := [budget for budget in budgets if not (budget * options.experts).is_integer()]:
-        works = ", ".join(f"{count / options.experts:g}" for count in range(1, options.experts))
-        raise UsageError(f"{missed[0]:g} of {options.experts} experts is no whole number", f"--budget takes {works}")
-    base = {**asdict(options), "dtype": "float32"}
+    _check(options, budgets, data, [name for name in only if name not in known], list(known))
     # Experts of any width: no kernel limits what is only measured.
-    prepared = prepare(model, SplitOptions(**base), track, writable=False)
-
+    base = replace(options, dtype="float32")
+    prepared = prepare(model, base, track, writable=False)
     blocks = calibration_text(prepared)
     texts = {source: _blocks(prepared, source, tokens) for source in data}
     trials = Trials(prepared, blocks.ids_BC, torch.cat(list(texts.values())))
-    kept = _Kept(out, prepared.dense.fingerprint(), [blocks.ids_BC, *texts.values()])
-    runs: list[tuple[str, float]] = []
     num_neurons = int(prepared.dense.config.intermediate_size)
     wanted = [
-        (name, budget)
+        (name, budget, method)
         for budget in budgets
         for name, method in known.items()
         if (name in {*only, REFERENCE} if only else _exists(method, budget, num_neurons))
     ]
-    for name, budget in track([(DENSE, 1.0), *wanted], "comparing methods", 1 + len(wanted)):
-        method = known.get(name, Method({}, control=DENSE))
-        runs.append((name, budget))
-        if method.control:
-            kept.measure(runs[-1], method.control, partial(trials.control, CONTROLS[method.control](budget)))
-            continue
-        variant = prepare(model, SplitOptions(**_at(budget, base, method)), writable=False)
-        kept.measure(runs[-1], asdict(variant.options), partial(trials.split, variant))
-    for name, changes in _with_static(further or {}):
-        variant = prepare(model, SplitOptions(**{**base, **changes}), writable=False)
-        runs.append((name, variant.layout.model_share(variant.dense.num_layers)))
-        kept.measure(runs[-1], asdict(variant.options), partial(trials.split, variant))
+    runs = [_run(model, trials, base, asked) for asked in [(DENSE, 1.0, Method({}, control=DENSE)), *wanted]]
+    runs += [_further(model, trials, base, *row) for row in _with_static(further or {})]
+    kept = _Kept(out, prepared.dense.fingerprint(), [blocks.ids_BC, *texts.values()])
+    for run in track(runs, "comparing methods", len(runs)):
+        kept.measure(run)
     comparison = Comparison(
         prepared.dense.name,
         tuple(_rows(runs, kept, budgets, {name: len(ids_BC) for name, ids_BC in texts.items()})),
@@ -195,20 +176,63 @@ def compare(
     return comparison
 
 
+def _check(
+    options: SplitOptions, budgets: Sequence[float], data: Sequence[str], unknown: Sequence[str], known: Sequence[str]
+) -> None:
+    """Raise UsageError before anything is read."""
+    if unknown:
+        raise UsageError(f"no method named {unknown[0]!r}", f"one of: {', '.join(known)}")
+    if not budgets or not all(0 < budget < 1 for budget in budgets):
+        raise UsageError(f"budgets {list(budgets)} are out of range", "--budget takes more than 0 and less than 1")
+    if not data:
+        raise UsageError("no text to evaluate on", "name one with --data")
+    if missed := [budget for budget in budgets if not (budget * options.experts).is_integer()]:
+        works = ", ".join(f"{count / options.experts:g}" for count in range(1, options.experts))
+        raise UsageError(f"{missed[0]:g} of {options.experts} experts is no whole number", f"--budget takes {works}")
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One row to be: what it is called, all that its losses depend on beside the tokens, and how to get them."""
+
+    name: str
+    budget: float
+    how: Any
+    measure: Callable[[], Trial]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} @ {self.budget:.4f}"
+
+
+def _run(model: str, trials: Trials, base: SplitOptions, asked: tuple[str, float, Method]) -> _Run:
+    """A method at a budget."""
+    name, budget, method = asked
+    if method.control:
+        return _Run(name, budget, method.control, partial(trials.control, CONTROLS[method.control](budget)))
+    variant = prepare(model, _at(budget, base, method), writable=False)
+    return _Run(name, budget, asdict(variant.options), partial(trials.split, variant))
+
+
+def _at(budget: float, base: SplitOptions, method: Method) -> SplitOptions:
+    """The method's split options at a budget."""
+    active = max(1, round(budget * int(method.options.get("experts", base.experts))))
+    shared = method.num_shared(active) if method.num_shared else None
+    return replace(base, **{**method.options, "active": active, "shared": shared})
+
+
+def _further(model: str, trials: Trials, base: SplitOptions, name: str, changes: Mapping[str, Any]) -> _Run:
+    """A split with a budget of its own."""
+    variant = prepare(model, replace(base, **changes), writable=False)
+    share = variant.layout.model_share(variant.dense.num_layers)
+    return _Run(name, share, asdict(variant.options), partial(trials.split, variant))
+
+
 CONTROLS: dict[str, Callable[[float], Control]] = {
     DENSE: lambda _: lambda ffn, _inputs_TD: ffn,
     "oracle": lambda budget: lambda ffn, _inputs_TD: NeuronOracle(ffn, budget),
     "bias": lambda budget: lambda ffn, inputs_TD: fit_bias_compensated(ffn, inputs_TD, budget),
 }
-
-
-def _at(budget: float, base: Mapping[str, Any], method: Method) -> dict[str, Any]:
-    """The method's split options at a budget."""
-    options = {**base, "shared": None, "active": None, **method.options}
-    options["active"] = max(1, round(budget * options["experts"]))
-    if method.num_shared:
-        options["shared"] = method.num_shared(options["active"])
-    return options
 
 
 def _exists(method: Method, budget: float, num_neurons: int) -> bool:
@@ -248,49 +272,44 @@ class _Kept:
         stored = json.loads(self._file.read_text()) if self._file and self._file.is_file() else {}
         self._runs: dict[str, Any] = stored.get(self._key, {})
 
-    def measure(self, run: tuple[str, float], how: Any, measure: Callable[[], Trial]) -> None:
-        """Run what has not been run in this very way."""
-        how = json.loads(json.dumps(how))
-        if self._runs.get(_label(run), {}).get("how") == how:
+    def measure(self, run: _Run) -> None:
+        """Measure what has not been measured in this very way."""
+        how = json.loads(json.dumps(run.how))
+        if self._runs.get(run.label, {}).get("how") == how:
             return
-        trial = measure()
+        trial = run.measure()
         losses = trial.losses_BL.double().mean(dim=1).tolist()
-        self._runs[_label(run)] = {"how": how, "losses": losses, "diagnostics": dict(trial.diagnostics)}
+        self._runs[run.label] = {"how": how, "losses": losses, "diagnostics": dict(trial.diagnostics)}
         if self._file is not None:
             temporary = self._file.with_name(f"{self._file.name}.new")
             temporary.write_text(json.dumps({self._key: self._runs}))
             temporary.replace(self._file)
 
-    def losses(self, run: tuple[str, float]) -> Tensor:
+    def losses(self, label: str) -> Tensor:
         """loss_B, float64."""
-        return torch.tensor(self._runs[_label(run)]["losses"], dtype=torch.float64)
+        return torch.tensor(self._runs[label]["losses"], dtype=torch.float64)
 
-    def diagnostics(self, run: tuple[str, float]) -> Mapping[str, float]:
-        found: Mapping[str, float] = self._runs[_label(run)]["diagnostics"]
+    def diagnostics(self, label: str) -> Mapping[str, float]:
+        found: Mapping[str, float] = self._runs[label]["diagnostics"]
         return found
 
 
-def _label(run: tuple[str, float]) -> str:
-    return f"{run[0]} @ {run[1]:.4f}"
-
-
-def _rows(
-    runs: Sequence[tuple[str, float]], kept: _Kept, budgets: Sequence[float], texts: Mapping[str, int]
-) -> Iterator[Row]:
+def _rows(runs: Sequence[_Run], kept: _Kept, budgets: Sequence[float], texts: Mapping[str, int]) -> Iterator[Row]:
     """The table, in the order of the runs."""
-    dense_B = kept.losses((DENSE, 1.0))
+    dense_B = kept.losses(runs[0].label)
+    references = {run.budget: kept.losses(run.label) for run in runs if run.name == REFERENCE}
     draws = torch.randint(len(dense_B), (RESAMPLES, len(dense_B)), generator=torch.Generator().manual_seed(0))
     for run in runs:
         # A searched budget comes out near the one that was asked for.
-        static_B = kept.losses((REFERENCE, min(budgets, key=lambda asked: abs(asked - run[1]))))
-        found_B = kept.losses(run)
+        static_B = references[min(budgets, key=lambda asked: abs(asked - run.budget))]
+        found_B = kept.losses(run.label)
         gap = float(static_B.mean() - dense_B.mean())
         low, high = _interval(found_B[draws].mean(dim=1))
         ratio_low, ratio_high = _interval((found_B - static_B)[draws].mean(dim=1))
         parts = found_B.split(list(texts.values()))
         yield Row(
-            method=run[0],
-            budget=run[1],
+            method=run.name,
+            budget=run.budget,
             perplexity=float(found_B.mean().exp()),
             low=low,
             high=high,
@@ -299,7 +318,7 @@ def _rows(
             ratio_high=ratio_high,
             gap_closed=float(static_B.mean() - found_B.mean()) / gap if gap else 0.0,
             texts={name: float(part.mean().exp()) for name, part in zip(texts, parts, strict=True)},
-            diagnostics=kept.diagnostics(run),
+            diagnostics=kept.diagnostics(run.label),
         )
 
 

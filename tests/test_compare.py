@@ -20,7 +20,7 @@ from moeify.compare import DENSE, REFERENCE, Comparison, Method, Row, _at, metho
 from moeify.errors import InputError, UsageError
 from moeify.options import SplitOptions
 from moeify.prepare import prepare
-from moeify.render import compare_table
+from moeify.render import compare_tables
 from moeify.split import split
 from moeify.text import evaluation_tokens
 from moeify.trial import Trials
@@ -285,11 +285,11 @@ def test_a_text_shorter_than_a_block(run: Run, tmp_path: Path, measured: list[st
 def test_every_method_suits_every_family(make_dense: MakeDense, family: str, budget: float) -> None:
     """Also where no target could hold it, and experts as narrow as a neuron."""
     model = str(make_dense(family, intermediate_size=128))
-    base = {name: getattr(SplitOptions(), name) for name in SplitOptions.__dataclass_fields__} | {"dtype": "float32"}
+    base = SplitOptions(dtype="float32")
     for name, method in methods(8).items():
         if method.control:
             continue
-        layout = prepare(model, SplitOptions(**_at(budget, base, method)), writable=False).layout
+        layout = prepare(model, _at(budget, base, method), writable=False).layout
         assert layout.is_static == (name in ("static", REFERENCE)), name
         assert layout.active_share == pytest.approx(budget, abs=0.5 / 8 + 1e-9), name
 
@@ -312,11 +312,11 @@ def test_methods_are_named_after_their_experts() -> None:
 
 
 def test_the_table_has_every_row(whole: tuple[Comparison, Path]) -> None:
-    table = compare_table(whole[0])
-    assert table.row_count == len(whole[0].rows)
-    cells = [list(column.cells) for column in table.columns]
-    assert cells[0] == [row.method for row in whole[0].rows]
-    assert [str(column.header) for column in table.columns][-2:] == ["one", "two"]
+    tables = compare_tables(whole[0])
+    for table in tables:
+        assert table.row_count == len(whole[0].rows)
+        assert list(table.columns[0].cells) == [row.method for row in whole[0].rows]
+    assert [str(column.header) for column in tables[1].columns][-2:] == ["one", "two"]
 
 
 def test_the_command_prints_one_object(
