@@ -19,6 +19,9 @@ from moeify.refit import refit
 from moeify.routers import Fit, LinearRouter, Router, RoutingTask
 from moeify.targets import ROUTER_LIMIT
 
+# Of the energy; a share of less than this says nothing.
+SMALLEST_GAIN = 0.001
+
 
 @dataclass(frozen=True)
 class LayerFit:
@@ -215,9 +218,14 @@ def _router_diagnostics(norms_TR: Tensor, keep_TR: Tensor, shared_energy: Tensor
 
 
 def _oracle_gain(found: Mapping[str, float]) -> dict[str, float]:
-    """Share of the oracle's gain over static pruning that the router reaches; negative if it is worse than static."""
+    """Share of the oracle's gain over static pruning that the router reaches, where there is one to reach.
+
+    Negative if the router is worse than static pruning.
+    """
     static, best = found["energy_kept_static"], found["energy_kept_oracle"]
-    return {"oracle_gain_reached": (found["energy_kept"] - static) / (best - static)} if best > static else {}
+    if best - static < SMALLEST_GAIN:
+        return {}
+    return {"oracle_gain_reached": (found["energy_kept"] - static) / (best - static)}
 
 
 def _share(part: Tensor, whole: Tensor) -> float:

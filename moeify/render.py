@@ -254,7 +254,7 @@ def layout_words(layout: Any) -> str:
     return (
         f"{layout.num_experts} slices: {layout.num_shared} shared + {layout.num_routed_active} of "
         f"{layout.num_routed} routed = {layout.active_share:.0%} of the FFN active"
-        + (f"; layers {_ranges(layout.dense_layers)} stay dense" if layout.dense_layers else "")
+        + (f"; dense layers: {_ranges(layout.dense_layers)}" if layout.dense_layers else "")
     )
 
 
