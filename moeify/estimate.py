@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from moeify.activations import KEEP_BYTES
+from moeify.activations import KEEP_BYTES, sample_size
 from moeify.checkpoint import DenseCheckpoint
 from moeify.writer import EMBEDDING, HEAD, SHARD_BYTES, MoEWriter
 
@@ -57,12 +57,15 @@ def estimate(prepared: "Prepared") -> Estimate:
     primal, dual = 4 * 4 * active * active, 4 * tokens * (3 * tokens + active)
     grams = (dual if tokens < active else primal) if prepared.options.refit else 0
     activations = min(4 * tokens * neurons, KEEP_BYTES)
-    streams = 4 * 4 * tokens * hidden
+    # Contributions of the sample, their squares, and a copy while they are taken.
+    sample = 3 * 4 * min(tokens, sample_size(neurons)) * neurons
+    streams = 4 * 4 * tokens * hidden * (2 if prepared.options.refit_to == "stream" else 1)
     written = sum(t.numel() * t.element_size() for t in writer.shapes().values())
     writing = 2 * min(SHARD_BYTES, written) + 2 * largest_layer
     return Estimate(
         duration_s=TIME_FACTOR * forward_flops(dense, tokens) / rate,
-        peak_memory_bytes=_process_bytes() + max(2 * largest_layer + grams + 2 * activations + streams, writing),
+        peak_memory_bytes=_process_bytes()
+        + max(2 * largest_layer + max(grams, sample) + 2 * activations + streams, writing),
         checkpoint_bytes=written,
         matmul_flops_per_second=rate,
     )
