@@ -51,7 +51,7 @@ class VerifyReport:
     Args:
         moe, dense: what was compared.
         checks: in the order they were made.
-        max_logit_difference: fp32, all experts on.
+        max_logit_difference: all experts on, in float32 unless rounding alone exceeds the tolerance, then in float64.
         max_gate_deviation: largest distance of an expert's folded weight from one, with the real router; zero for gates
             that are not hard.
     """
@@ -96,7 +96,7 @@ def verify(moe: str, dense: str, *, tolerance: float = TOLERANCE, track: Track[A
     deviation = _gate_deviation(path, ids, target, plan) if hard else 0.0
     checks = [keys, *_place_checks(model, source, plan, target), *_stored_checks(path, source, plan, target)]
     _restore_dense(model, source, plan, target)
-    difference = _logit_difference(model, source, ids, load_config(path).dtype)
+    difference = _logit_difference(model, source, ids, load_config(path).dtype, tolerance)
     checks += [
         Check(
             "logits equal dense, all experts on",
@@ -196,14 +196,22 @@ def _restore_dense(model: Any, source: DenseCheckpoint, plan: SplitPlan, target:
 
 
 @torch.no_grad()
-def _logit_difference(model: Any, source: DenseCheckpoint, ids: Tensor, stored: torch.dtype) -> float:
+def _logit_difference(model: Any, source: DenseCheckpoint, ids: Tensor, stored: torch.dtype, tolerance: float) -> float:
+    """Largest difference in float32 or, if that is beyond the tolerance, in float64, which tells errors from rounding.
+
+    Experts add up in another order than the dense FFN: through 30 layers of SmolLM2-135M that alone makes up to 1e-4 in
+    logits up to 27, where float64 finds 0.3e-4.
+    """
     # The loop over experts adds in a fixed order and in full precision.
     model.set_experts_implementation("eager")
     dense: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
     # A checkpoint in another dtype than the dense model is compared with the dense model rounded like it.
     for parameter in dense.parameters():
         parameter.copy_(parameter.to(stored))
-    return float((model(ids).logits - dense(ids).logits).abs().max())
+    difference = float((model(ids).logits - dense(ids).logits).abs().max())
+    if difference <= tolerance:
+        return difference
+    return float((model.double()(ids).logits - dense.double()(ids).logits).abs().max())
 
 
 def _stored_checks(path: Path, source: DenseCheckpoint, plan: SplitPlan, target: Target) -> list[Check]:
