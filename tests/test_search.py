@@ -4,7 +4,7 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +151,8 @@ def test_the_frontier_is_sorted(find: Find) -> None:
     found = find(0.65)
     shares = [point.share for point in found.frontier]
     assert shares == sorted(shares, reverse=True)
-    assert len(found.frontier) == len({*FRONTIER, 0.65})
+    # Two budgets may lead to the same choice, which then is there once.
+    assert 1 < len(found.frontier) == len(set(found.frontier)) <= len({*FRONTIER, 0.65})
     assert {point.strategy for point in found.frontier} == {"greedy"}
     predicted = [point.predicted for point in found.frontier]
     assert predicted == sorted(predicted)
@@ -314,7 +315,7 @@ def test_the_command_prints_one_object(
     assert found["schema"] == "moeify.search/1"
     assert found["found"]["strategy"] == "greedy"
     assert found["found"]["share"] <= 0.7 + 1e-9
-    assert len(found["frontier"]) == len({*FRONTIER, 0.7})
+    assert 1 < len(found["frontier"]) <= len({*FRONTIER, 0.7})
     # The same schema, so the same keys.
     assert found == json.loads((tmp_path / "found.json").read_text())
 
@@ -399,4 +400,4 @@ def test_the_options_of_a_search_reach_it(monkeypatch: pytest.MonkeyPatch) -> No
     assert run_command(command) == 3
     assert seen == [("some/model", 0.6, SplitOptions(calibration=("a",), **values), "tpe", 5)]
     assert run_command(["search", "some/model"]) == 3
-    assert seen[1][2] == SplitOptions(**{**asdict(SplitOptions()), "experts": 32})
+    assert seen[1][2] == SplitOptions()
