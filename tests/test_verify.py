@@ -1,5 +1,6 @@
 """`verify` passes on what `split` wrote and names the check that fails on everything that can go wrong afterwards."""
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -243,10 +244,28 @@ def test_narrow_experts_are_verified(dense: str, calibration_file: Path, tmp_pat
     assert caught.value.hint == "--experts 2, 4, 8, 16 work for this model"
 
 
-def test_a_tolerance_decides(dense: str, made: dict[tuple[str, bool], Path]) -> None:
-    report = verify(str(made["mixtral", True]), dense, tolerance=1e-18)
+def test_a_tolerance_decides(dense: str, made: dict[tuple[str, bool], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is off by 1e-4 in every logit, in float64 as in float32."""
+    module = importlib.import_module("moeify.verify")
+    restore = module._restore_dense
+
+    def off(model: Any, *arguments: Any) -> None:
+        restore(model, *arguments)
+        with torch.no_grad():
+            model.model.norm.weight.mul_(1 + 1e-4)
+
+    monkeypatch.setattr(module, "_restore_dense", off)
+    moe = str(made["mixtral", True])
+    report = verify(moe, dense, tolerance=1e-9)
     assert failed(report) == {LOGITS}
-    assert "<= 1e-18" in next(check for check in report.checks if check.name == LOGITS).expected
+    assert "<= 1e-09" in next(check for check in report.checks if check.name == LOGITS).expected
+    assert 0 < report.max_logit_difference < 0.01
+    assert verify(moe, dense, tolerance=0.01).passed
+
+
+def test_rounding_is_told_from_errors(dense: str, made: dict[tuple[str, bool], Path]) -> None:
+    """Experts add up in another order than the dense FFN, which float32 shows and float64 does not."""
+    assert verify(str(made["mixtral", True]), dense, tolerance=1e-12).passed
 
 
 def test_a_checkpoint_in_another_dtype_passes(dense: str, calibration_file: Path, tmp_path: Path) -> None:
