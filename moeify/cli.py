@@ -1,8 +1,10 @@
 """The command line: parse, call, render. No logic, and nothing heavy is imported before a command runs."""
 
+import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, NoReturn, Optional
 
 import typer
 
@@ -50,34 +52,52 @@ Context = Annotated[
 
 def main() -> None:
     """Entry point: runs the command and turns every outcome into an exit code."""
-    sys.exit(run_command(sys.argv[1:]))
+    interrupts: list[object] = []
+
+    def interrupt(*signal_and_frame: object) -> NoReturn:
+        interrupts.append(signal_and_frame)
+        raise KeyboardInterrupt
+
+    # A parent that has the signal ignored, as shells do for background jobs, keeps it so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    sys.exit(run_command(sys.argv[1:], interrupted=lambda: bool(interrupts)))
 
 
-def run_command(arguments: list[str]) -> int:
-    """Run one command line and return its exit code: 0, 1 bug, 2 usage, 3 input, 4 check failed, 130 interrupted."""
-    from moeify.render import Renderer, traceback_of
+def run_command(arguments: list[str], *, interrupted: Callable[[], bool] = lambda: False) -> int:
+    """Run one command line and return its exit code: 0, 1 bug, 2 usage, 3 input, 4 check failed, 130 interrupted.
 
+    Args:
+        arguments: what stands behind the program's name.
+        interrupted: whether Ctrl-C was pressed. Compiled code that is interrupted may replace KeyboardInterrupt by an
+            error of its own.
+    """
     try:
         code = app(args=arguments, standalone_mode=False)
-    except MoeifyError as error:
-        if "--debug" in arguments:
-            traceback_of(error)
-        Renderer().error(error)
-        return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except typer.Exit as error:
         return int(error.exit_code)
     except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):
-            # The option parser's own errors print themselves with the usage line.
-            error.show()
-            return 2
-        if "--debug" in arguments:
-            traceback_of(error)
-        Renderer().error(RuntimeError(f"{type(error).__name__}: {error} (a bug in moeify; --debug shows where)"))
-        return 1
+        return 130 if interrupted() else _report(error, debug="--debug" in arguments)
     return code if isinstance(code, int) else 0
+
+
+def _report(error: Exception, *, debug: bool) -> int:
+    """Show an error and return its exit code."""
+    from moeify.render import Renderer, traceback_of
+
+    if hasattr(error, "show") and hasattr(error, "exit_code"):
+        # The option parser's own errors print themselves with the usage line.
+        error.show()
+        return 2
+    if debug:
+        traceback_of(error)
+    if isinstance(error, MoeifyError):
+        Renderer().error(error)
+        return error.exit_code
+    Renderer().error(RuntimeError(f"{type(error).__name__}: {error} (a bug in moeify; --debug shows where)"))
+    return 1
 
 
 def _renderer(as_json: bool, quiet: bool, verbose: bool, *, loads_models: bool = True) -> Any:

@@ -13,7 +13,6 @@ import torch
 import transformers
 
 from moeify import partition
-from moeify.calibration import HiddenStream
 from moeify.card import model_card
 from moeify.errors import UsageError
 from moeify.estimate import count_parameters
@@ -25,6 +24,7 @@ from moeify.prepare import Prepared, calibration_text, prepare
 from moeify.search import under_budget
 from moeify.text import TokenBlocks
 from moeify.version import __version__
+from moeify.walk import CalibrationWalk
 from moeify.workspace import LAST_FILE, RECORD_FILE, Workspace, check_replaceable
 
 
@@ -115,27 +115,23 @@ def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Wor
         assert saved is not None
         yield from saved.layers
         return
-    options, dense = prepared.options, prepared.dense
-    fit = prepared.fit()
-    gradients = None
-    if saved is None and partition.needs_gradients(options.partition):
-        gradients = output_gradients(dense, blocks.ids_BC, options.device)
-    stream = HiddenStream(dense, blocks.ids_BC, options.device)
-    undisturbed = HiddenStream(dense, blocks.ids_BC, options.device) if options.refit_to == "stream" else None
-    for layer in range(dense.num_layers):
-        inputs_TD = stream.attend(layer)
-        ffn = prepared.ffn(layer)
-        wanted_TD = None if undisturbed is None else undisturbed.pass_through(layer, ffn) - stream.residual()
+    fit, gradients = prepared.fit(), []
+    if saved is None and partition.needs_gradients(prepared.options.partition):
+        gradients = output_gradients(prepared.dense, blocks.ids_BC, prepared.options.device)
+    walk = CalibrationWalk(prepared, blocks.ids_BC, gradients=gradients)
+    for layer in range(prepared.dense.num_layers):
+        stage = walk.enter(layer)
         plan = workspace.load_layer(layer)
         if plan is None:
             again = saved.layers[layer] if saved else None
-            gradient_GD = gradients[layer] if gradients else None
-            fitted, outputs_TD = fit_layer(ffn, inputs_TD, fit, again, gradient_GD=gradient_GD, wanted_TD=wanted_TD)
+            fitted, outputs_TD = fit_layer(
+                stage.ffn, stage.inputs_TD, fit, again, gradient_GD=stage.gradient_GD, wanted_TD=stage.wanted_TD
+            )
             plan = fitted.plan
             workspace.save_layer(plan)
         else:
-            outputs_TD = converted(ffn, plan, fit)(inputs_TD)
-        stream.advance(outputs_TD)
+            outputs_TD = converted(stage.ffn, plan, fit)(stage.inputs_TD)
+        walk.leave(outputs_TD)
         yield plan
 
 

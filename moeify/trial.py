@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from moeify import partition
-from moeify.calibration import HiddenStream
 from moeify.ffn import FFNWeights
 from moeify.gradients import output_gradients
 from moeify.layer import fit_layer
 from moeify.prepare import Prepared
+from moeify.walk import CalibrationWalk
 
 # Fitted to one layer's calibration inputs, it gives what takes the dense FFN's place.
 Control = Callable[[FFNWeights, Tensor], Callable[[Tensor], Tensor]]
@@ -44,47 +44,35 @@ class Trials:
     """
 
     def __init__(self, dense: Prepared, calibration_BC: Tensor, evaluation_BC: Tensor) -> None:
-        self._dense, self._evaluation_BC = dense, evaluation_BC
-        self._ids_BC = torch.cat([calibration_BC, evaluation_BC])
-        self._num_fit = calibration_BC.numel()
+        self._dense, self._calibration_BC, self._evaluation_BC = dense, calibration_BC, evaluation_BC
         self._gradients: list[Tensor] = []
 
     def control(self, control: Control) -> Trial:
         """Every FFN replaced by a control."""
-        stream = self._stream()
+        walk = CalibrationWalk(self._dense, self._calibration_BC, self._evaluation_BC)
         for layer in range(self._dense.dense.num_layers):
-            inputs_TD = stream.attend(layer)
-            stream.advance(control(self._dense.ffn(layer), inputs_TD[: self._num_fit])(inputs_TD))
-        return Trial(stream.losses(self._evaluation_BC))
+            stage = walk.enter(layer)
+            walk.leave(control(stage.ffn, stage.inputs_TD)(torch.cat([stage.inputs_TD, stage.riding_ED])))
+        return Trial(walk.stream.losses(self._evaluation_BC))
 
     def split(self, prepared: Prepared) -> Trial:
         """A split as it would be written."""
-        fit, options, num_fit = prepared.fit(), prepared.options, self._num_fit
-        stream, undisturbed = self._stream(), None
-        if options.refit_to == "stream":
-            undisturbed = HiddenStream(prepared.dense, self._ids_BC[: -len(self._evaluation_BC)], options.device)
-        if partition.needs_gradients(options.partition) and not self._gradients:
-            self._gradients = output_gradients(
-                prepared.dense, self._ids_BC[: -len(self._evaluation_BC)], options.device
-            )
+        fit, wants_gradients = prepared.fit(), partition.needs_gradients(prepared.options.partition)
+        if wants_gradients and not self._gradients:
+            self._gradients = output_gradients(prepared.dense, self._calibration_BC, prepared.options.device)
+        gradients = self._gradients if wants_gradients else []
+        walk = CalibrationWalk(prepared, self._calibration_BC, self._evaluation_BC, gradients=gradients)
         found: list[Mapping[str, float]] = []
         for layer in range(prepared.dense.num_layers):
-            ffn, inputs_TD = prepared.ffn(layer), stream.attend(layer)
+            stage = walk.enter(layer)
             converted, fitted_TD = fit_layer(
-                ffn,
-                inputs_TD[:num_fit],
-                fit,
-                gradient_GD=self._gradients[layer] if partition.needs_gradients(options.partition) else None,
-                wanted_TD=undisturbed.pass_through(layer, ffn) - stream.residual()[:num_fit] if undisturbed else None,
+                stage.ffn, stage.inputs_TD, fit, gradient_GD=stage.gradient_GD, wanted_TD=stage.wanted_TD
             )
-            stream.advance(torch.cat([fitted_TD, converted(inputs_TD[num_fit:])]))
+            walk.leave(fitted_TD, converted(stage.riding_ED))
             found.append(converted.plan.diagnostics)
         names = sorted({name for diagnostics in found for name in diagnostics})
         means = {name: _mean([diagnostics[name] for diagnostics in found if name in diagnostics]) for name in names}
-        return Trial(stream.losses(self._evaluation_BC), means)
-
-    def _stream(self) -> HiddenStream:
-        return HiddenStream(self._dense.dense, self._ids_BC, self._dense.options.device)
+        return Trial(walk.stream.losses(self._evaluation_BC), means)
 
 
 def _mean(values: list[float]) -> float:

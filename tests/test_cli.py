@@ -447,6 +447,23 @@ def test_a_dry_run_refuses_what_the_split_would_refuse(dense: Path, capfd: pytes
     assert "do not divide" in capfd.readouterr().err
 
 
+def test_an_interrupt_that_compiled_code_turns_into_another_error_gives_130(tmp_path: Path) -> None:
+    """torch and safetensors read under a signal that was raised meanwhile, and report what they were doing instead."""
+    disguised = (
+        "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from moeify import cli, listing\n"
+        "def entries(kind):\n"
+        "    try: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except KeyboardInterrupt: raise ValueError('could not determine the shape') from None\n"
+        "listing.entries = entries\n"
+        "cli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", disguised, "ls", "targets"], check=False, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 def test_an_interrupt_gives_130_and_can_be_resumed(dense: Path, text: list[str], tmp_path: Path) -> None:
     """A real SIGINT to a real process, in the middle of its work."""
     slow = (
