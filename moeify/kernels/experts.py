@@ -1,0 +1,163 @@
+"""The kernels as an implementation of transformers' experts interface, for every architecture that uses it.
+
+    register()
+    model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moeify")
+
+What the kernels do not support runs on transformers' own implementation, and one line in the log says why.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from functools import cache
+from types import MethodType
+from typing import Any
+
+import torch
+import transformers.activations
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn import functional
+from transformers.integrations import moe
+
+NAME = "moeify"
+# Rows of the weights are read 16 bytes at a time.
+ALIGNMENT_BYTES = 16
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Make `experts_implementation="moeify"` a valid choice; calling it again changes nothing."""
+    if NAME not in moe.ALL_EXPERTS_FUNCTIONS:
+        moe.ExpertsInterface.register(NAME, experts_forward)
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward pass of an experts module.
+
+    Args:
+        self: a module decorated with transformers' use_experts_implementation.
+        hidden_states: (T, D).
+        top_k_index: (T, K) expert ids, int64; ids past the last expert add nothing.
+        top_k_weights: (T, K).
+
+    Returns:
+        (T, D) in the dtype of hidden_states, or in autocast's where that is on.
+    """
+    if torch.is_autocast_enabled(hidden_states.device.type):
+        dtype = torch.get_autocast_dtype(hidden_states.device.type)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return _forward(self, hidden_states.to(dtype), top_k_index, top_k_weights, dtype)
+    return _forward(self, hidden_states, top_k_index, top_k_weights, None)
+
+
+def _forward(
+    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dtype: torch.dtype | None
+) -> Tensor:
+    reason = unsupported(self, hidden_states, dtype)
+    if reason is not None:
+        _say_once(f"{type(self).__name__}: {reason}")
+        return _transformers_forward(self)(hidden_states, top_k_index, top_k_weights)
+    from moeify.kernels.ops import moe_ffn
+
+    up, down = first_projection(self), self.down_proj
+    if dtype is not None:
+        up, down = up.to(dtype), down.to(dtype)
+    return moe_ffn(
+        hidden_states,
+        up,
+        down,
+        top_k_index,
+        top_k_weights,
+        activation=str(activation_name(self.act_fn)),
+        gated=self.has_gate,
+    )
+
+
+def unsupported(self: Any, hidden_states: Tensor, autocast: torch.dtype | None = None) -> str | None:
+    """Why the kernels cannot run this module on these inputs; None if they can.
+
+    Args:
+        self: an experts module.
+        hidden_states: its inputs.
+        autocast: what weights are converted to before use.
+    """
+    return _unsupported_module(self) or _unsupported_tensors(first_projection(self), hidden_states, autocast)
+
+
+def _unsupported_module(self: Any) -> str | None:
+    # Flags that an older transformers does not know describe what it does not do.
+    refused = {
+        "has_bias": "its experts have biases",
+        "is_transposed": "its weights are stored transposed",
+        "has_post_expert_norm": "it normalises what experts return",
+    }
+    for flag, reason in refused.items():
+        if getattr(self, flag, False):
+            return reason
+    if not getattr(self, "is_concatenated", True):
+        return "gate and up rows are interleaved"
+    if self.has_gate and type(self)._apply_gate is not moe._default_apply_gate:
+        return "it has a gating function of its own"
+    if activation_name(self.act_fn) is None:
+        return f"no kernel for the activation {getattr(self.act_fn, '__name__', type(self.act_fn).__name__)}"
+    return None
+
+
+def _unsupported_tensors(weights: Tensor, hidden_states: Tensor, autocast: torch.dtype | None) -> str | None:
+    interpreted, device = os.environ.get("TRITON_INTERPRET") == "1", hidden_states.device.type
+    dtype = autocast or weights.dtype
+    if device != "cuda" and not interpreted:
+        return f"the kernels need a CUDA device, this is {device}"
+    if isinstance(weights, DTensor):
+        return "its weights are distributed tensors"
+    if hidden_states.dtype != dtype:
+        return f"inputs are {hidden_states.dtype}, weights {weights.dtype}"
+    # The interpreter multiplies the bit patterns of bfloat16 numbers.
+    if dtype not in (torch.float16, torch.float32) and (dtype != torch.bfloat16 or (interpreted and device != "cuda")):
+        return f"no kernel for {dtype}"
+    aligned = ALIGNMENT_BYTES // dtype.itemsize
+    if not interpreted and (weights.shape[2] % aligned or weights.shape[1] // 2 % aligned):
+        return f"sizes {tuple(weights.shape[1:])} are no multiples of {aligned}"
+    return None
+
+
+def first_projection(self: Any) -> Tensor:
+    """(E, 2F, D) gate and up rows, or (E, F, D) up rows alone."""
+    weights: Tensor = self.gate_up_proj if self.has_gate else self.up_proj
+    return weights
+
+
+def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
+    """What the kernels call a module's activation; None if they have none for it."""
+    if function is functional.silu:
+        return "silu"
+    return _activation_types().get(type(function))
+
+
+@cache
+def _activation_types() -> dict[type, str]:
+    names = {
+        "silu": ("silu", "swish"),
+        "gelu": ("gelu",),
+        "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new"),
+        "relu": ("relu",),
+        "relu2": ("relu2",),
+    }
+    known = transformers.activations.ACT2FN
+    types: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
+    return types | {type(known[name]): ours for ours, theirs in names.items() for name in theirs}
+
+
+def _transformers_forward(self: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    # grouped_mm is what transformers takes by itself; it has no float64, which only the module's own loop computes.
+    if first_projection(self).dtype in (torch.bfloat16, torch.float16, torch.float32):
+        return MethodType(moe.grouped_mm_experts_forward, self)
+    forward: Any = type(self).forward
+    return MethodType(forward.__wrapped__, self)
+
+
+@cache
+def _say_once(reason: str) -> None:
+    logger.warning("moeify's kernels do not run: %s; transformers' own implementation does", reason)

@@ -1,0 +1,179 @@
+"""How the kernels are launched: tile sizes, warps and pipeline stages, from a checked-in table.
+
+Nothing is tuned while a model runs. `moeify tune` measures candidates once and keeps the winners in a file that is read
+here and goes before the table.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from moeify.cache import cache_dir
+
+# Tokens up to which a call without gradients takes the road of decode.py.
+DECODE_TOKENS = 64
+# Said to every kernel: the default of multiply and add in one rounding changes in triton 3.10.
+COMPILED = {"enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's tiles.
+
+    Args:
+        rows, cols, inner: of the tile that a program computes and of the block it reads at a time; powers of two.
+        warps: of a program.
+        stages: blocks in flight.
+        group: row tiles that walk over the columns together.
+        tma: whether weights come through the bulk copy engine, which only Hopper and later have.
+    """
+
+    rows: int
+    cols: int
+    inner: int
+    warps: int
+    stages: int
+    group: int = 8
+    tma: bool = False
+
+    def cols_for(self, width: int) -> int:
+        """Columns of a tile, where the whole matrix may be narrower."""
+        return max(min(self.cols, int(triton.next_power_of_2(width))), 16)
+
+    def row_programs(self, max_tiles: int) -> int:
+        return -(-max_tiles // self.group) * self.group
+
+    def options(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What every matrix product is launched with; the columns depend on the matrix."""
+        return {
+            "PRECISION": precision(dtype),
+            "ROWS": self.rows,
+            "INNER": self.inner,
+            "GROUP": self.group,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            **COMPILED,
+        }
+
+
+# Keys are kernel/rows. Compiled for sm_90 with triton 3.6 and 3.9 none of them spills a register or exceeds 227 KiB of
+# shared memory (tests/test_kernels_compile.py); how fast they are is for the benchmark to say.
+TABLE: Mapping[str, Launch] = {
+    "up/16": Launch(16, 64, 128, 4, 4),
+    "up/32": Launch(32, 64, 128, 4, 4),
+    "up/64": Launch(64, 128, 64, 8, 4),
+    "up/128": Launch(128, 128, 64, 8, 3),
+    "down/16": Launch(16, 64, 128, 4, 4),
+    "down/32": Launch(32, 64, 128, 4, 4),
+    "down/64": Launch(64, 128, 64, 4, 4),
+    "down/128": Launch(128, 256, 64, 8, 3),
+    "down_grad/64": Launch(64, 128, 64, 4, 4),
+    "down_grad/128": Launch(128, 256, 64, 8, 3),
+    "input_grad/64": Launch(64, 128, 64, 4, 4),
+    "input_grad/128": Launch(128, 256, 64, 8, 3),
+    "weight_grad/128": Launch(128, 256, 64, 8, 3),
+    "decode_up/16": Launch(16, 16, 256, 4, 4),
+    "decode_up/32": Launch(32, 16, 256, 4, 4),
+    "decode_up/64": Launch(64, 32, 128, 4, 3),
+    "decode_down/16": Launch(16, 16, 256, 4, 4),
+    "decode_down/32": Launch(32, 16, 256, 4, 4),
+    "decode_down/64": Launch(64, 32, 128, 4, 4),
+}
+
+_overrides: dict[str, Launch] = {}
+
+
+def launch_for(kernel: str, rows: int, dtype: torch.dtype, device: torch.device) -> Launch:
+    """The launch of a kernel.
+
+    Args:
+        kernel: up, down, down_grad, input_grad, weight_grad, decode_up or decode_down.
+        rows: of its tiles.
+        dtype: of the operands. Tiles of 4-byte elements are narrower, so that they fill the same shared memory.
+        device: whose tuned launches count.
+    """
+    key = f"{kernel}/{rows}"
+    launch = _overrides.get(key) or tuned(device).get(key) or TABLE[key]
+    if dtype.itemsize > 2:
+        launch = replace(launch, cols=min(launch.cols, 64), inner=max(launch.inner // 4, 16))
+    return launch
+
+
+def forward_rows(num_slots: int, num_experts: int) -> int:
+    """Rows of a tile, so that few of them are padding: from the mean number of rows of an expert."""
+    mean = num_slots / num_experts
+    return 16 if mean <= 12 else 32 if mean <= 24 else 64 if mean <= 72 else 128
+
+
+def backward_rows(num_slots: int, num_experts: int) -> int:
+    return 64 if num_slots / num_experts <= 72 else 128
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 products are computed: as torch's own, exactly unless TensorFloat-32 is allowed."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def weight_blocks(weights: Tensor, block: tuple[int, int]) -> Any:
+    """All experts' weights below each other, to be read in blocks by the bulk copy engine."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(weights.flatten(0, 1), list(block))
+
+
+@contextmanager
+def launching(launches: Mapping[str, Launch]) -> Iterator[None]:
+    """Inside the block these go before the tuned and the checked-in ones; for tuning and tests."""
+    before = dict(_overrides)
+    _overrides.update(launches)
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+def tuned_file(device: torch.device) -> Path:
+    """Where `moeify tune` keeps what it found for this kind of device and this triton."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{name} triton {triton.__version__}".lower())
+    return cache_dir() / "launch" / f"{slug}.json"
+
+
+@functools.cache
+def tuned(device: torch.device) -> Mapping[str, Launch]:
+    """What `moeify tune` kept; empty before it ran.
+
+    Raises:
+        ValueError: the file is not one of its own.
+    """
+    path = tuned_file(device)
+    if not path.is_file():
+        return {}
+    try:
+        launches = json.loads(path.read_text(encoding="utf-8"))["launches"]
+        return {key: Launch(**launch) for key, launch in launches.items() if key in TABLE}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no launches of moeify tune ({error}); delete it") from error
+
+
+def keep_tuned(device: torch.device, launches: Mapping[str, Launch]) -> Path:
+    """Write what was found for a device; what an earlier run found for other keys stays."""
+    path = tuned_file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = {**tuned(device), **launches}
+    partial = path.with_suffix(".partial")
+    found = {"schema": "moeify.launch/1", "launches": {key: asdict(launch) for key, launch in sorted(kept.items())}}
+    partial.write_text(json.dumps(found, indent=2), encoding="utf-8")
+    partial.replace(path)
+    tuned.cache_clear()
+    return path
