@@ -123,11 +123,23 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def weight_blocks(weights: Tensor, block: tuple[int, int]) -> Any:
-    """All experts' weights below each other, to be read in blocks by the bulk copy engine."""
+def weights_argument(weights: Tensor, block: tuple[int, int], *, bulk: bool) -> tuple[Any, bool]:
+    """How a kernel gets at all experts' weights.
+
+    Args:
+        weights: (E, rows, columns), contiguous.
+        block: rows and columns that are read at a time.
+        bulk: whether to read by the bulk copy engine.
+
+    Returns:
+        The kernel's argument, and whether that is a description for the copy engine: it only takes rows of whole 16
+        bytes.
+    """
+    if not bulk or weights.shape[2] * weights.itemsize % 16:
+        return weights, False
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(weights.flatten(0, 1), list(block))
+    return TensorDescriptor.from_tensor(weights.flatten(0, 1), list(block)), True
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moeify.kernels.launch import Launch, weight_blocks
+from moeify.kernels.launch import Launch, weights_argument
 from moeify.kernels.routing import Routing
 from moeify.kernels.tiles import load_block, load_transposed, rows_of, tile_of
 
@@ -43,11 +43,12 @@ def expert_matmul(
     out_SN = rows.new_empty(num_slots, num_cols)
     cols = launch.cols_for(num_cols)
     # The bulk copy takes a block across an expert's border; along the inner size that would add the next expert's rows.
-    tma = launch.tma and (transposed or inner % launch.inner == 0)
+    bulk = launch.tma and (transposed or inner % launch.inner == 0)
     block = (cols, launch.inner) if transposed else (launch.inner, cols)
+    argument, tma = weights_argument(weights, block, bulk=bulk)
     expert_matmul_kernel[(launch.row_programs(routing.max_tiles) * triton.cdiv(num_cols, cols),)](
         rows,
-        weight_blocks(weights, block) if tma else weights,
+        argument,
         routing.order_S,
         routing.offsets,
         routing.tile_expert,

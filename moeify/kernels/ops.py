@@ -181,15 +181,15 @@ def _backward(
         launch = launch_for("weight_grad", 128, dtype, device)
         by_expert: dict[str, Any] = {"routing": routing, "num_experts": num_experts, "num_ranks": num_ranks}
         by_expert["launch"] = launch
-        nothing = inputs_TD.new_empty(0)
-        inputs_grad = up_grad = down_w_grad = nothing
-        if wanted[2]:
-            down_w_grad = weight_grad(grad_TD, grad.hidden_SF, left_by_token=True, right_by_token=False, **by_expert)
-        if wanted[1]:
-            up_grad = weight_grad(grad.pre_SP, inputs_TD, left_by_token=False, right_by_token=True, **by_expert)
+        # Returned tensors must not share memory, not even the empty ones.
+        found = [inputs_TD.new_empty(0) for _ in range(3)]
         if wanted[0]:
-            inputs_grad = _inputs_grad(grad.pre_SP, up_EPD, experts_TK, routing)
-        return inputs_grad, up_grad, down_w_grad, grad.gates_S.view_as(weights_TK).to(weights_TK.dtype)
+            found[0] = _inputs_grad(grad.pre_SP, up_EPD, experts_TK, routing)
+        if wanted[1]:
+            found[1] = weight_grad(grad.pre_SP, inputs_TD, left_by_token=False, right_by_token=True, **by_expert)
+        if wanted[2]:
+            found[2] = weight_grad(grad_TD, grad.hidden_SF, left_by_token=True, right_by_token=False, **by_expert)
+        return found[0], found[1], found[2], grad.gates_S.view_as(weights_TK).to(weights_TK.dtype)
 
 
 def _inputs_grad(pre_grad_SP: Tensor, up_EPD: Tensor, experts_TK: Tensor, routing: Routing) -> Tensor:

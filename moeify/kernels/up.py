@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moeify.kernels.activation import activate
-from moeify.kernels.launch import Launch, weight_blocks
+from moeify.kernels.launch import Launch, weights_argument
 from moeify.kernels.routing import Routing
 from moeify.kernels.tiles import load_block, load_transposed, rows_of, tile_of
 
@@ -40,9 +40,10 @@ def up(
     width = up_EPD.shape[1] // (2 if gated else 1)
     hidden_SF = inputs_TD.new_empty(num_slots, width)
     cols = launch.cols_for(width)
+    weights, tma = weights_argument(up_EPD, (cols, launch.inner), bulk=launch.tma)
     up_kernel[(launch.row_programs(routing.max_tiles) * triton.cdiv(width, cols),)](
         inputs_TD,
-        weight_blocks(up_EPD, (cols, launch.inner)) if launch.tma else up_EPD,
+        weights,
         routing.order_S,
         routing.offsets,
         routing.tile_expert,
@@ -58,7 +59,7 @@ def up(
         ACTIVATION=activation,
         SAVE_PRE=pre_SP is not None,
         COLS=cols,
-        TMA=launch.tma,
+        TMA=tma,
         **launch.options(inputs_TD.dtype),
     )
     return hidden_SF
