@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeify.checkpoint import load_config, locate
 from moeify.errors import InputError
+from moeify.kernels import register
 from moeify.options import Track, untracked
 from moeify.text import TokenStream, evaluation_tokens
 
@@ -47,6 +48,8 @@ class EvalResult:
 def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: Any) -> Any:
     """Load a dense or converted checkpoint with stock transformers, ready for inference.
 
+    On a CUDA device its experts run on moeify's kernels, unless `experts_implementation` says otherwise.
+
     Args:
         model: a folder, a .gguf file, a hub id or `builtin`.
         dtype: `auto` keeps the checkpoint's.
@@ -59,7 +62,12 @@ def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: A
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False, **arguments)
     except (OSError, ValueError) as error:
         raise InputError(f"transformers cannot load {model}: {str(error).splitlines()[0]}") from error
-    return loaded.to(device).eval()
+    loaded = loaded.to(device).eval()
+    chosen = "experts_implementation" in arguments or not loaded._can_set_experts_implementation()
+    if loaded.device.type == "cuda" and not chosen:
+        register()
+        loaded.set_experts_implementation("moeify")
+    return loaded
 
 
 def evaluate(

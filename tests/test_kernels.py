@@ -1,7 +1,7 @@
 """The kernels against plain torch, in Triton's interpreter where there is no GPU.
 
-The interpreter computes exactly what the kernels say, in float32, one program after the other: small tiles make several of
-them out of small tensors.
+The interpreter computes exactly what the kernels say, in float32, one program after the other: small tiles make several
+of them out of small tensors.
 """
 
 from collections.abc import Callable, Iterator
@@ -78,6 +78,10 @@ def one_expert_takes_all(ids: Tensor) -> Tensor:
     return torch.full_like(ids, 2)[:, :1].expand_as(ids).clone()
 
 
+def all_are_elsewhere(ids: Tensor) -> Tensor:
+    return torch.full_like(ids, 5)
+
+
 def some_are_elsewhere(ids: Tensor) -> Tensor:
     return torch.where(torch.rand(ids.shape) < 0.4, 5, ids)
 
@@ -96,10 +100,8 @@ SHAPES = {
     "some experts elsewhere": dict(tokens=70, ranks=3, experts=5, dim=32, width=16, route_tokens=some_are_elsewhere),
     "one token, some elsewhere": dict(tokens=1, ranks=5, experts=5, dim=32, width=16, route_tokens=some_are_elsewhere),
     "few tokens, some elsewhere": dict(tokens=4, ranks=3, experts=5, dim=32, width=16, route_tokens=some_are_elsewhere),
-    "all elsewhere": dict(tokens=70, ranks=2, experts=4, dim=32, width=16, route_tokens=lambda i: torch.full_like(i, 4)),
-    "few tokens, all elsewhere": dict(
-        tokens=3, ranks=2, experts=4, dim=32, width=16, route_tokens=lambda i: torch.full_like(i, 4)
-    ),
+    "all elsewhere": dict(tokens=70, ranks=2, experts=5, dim=32, width=16, route_tokens=all_are_elsewhere),
+    "few tokens, all elsewhere": dict(tokens=3, ranks=2, experts=5, dim=32, width=16, route_tokens=all_are_elsewhere),
 }
 
 

@@ -1,0 +1,180 @@
+"""Finds the fastest launches for one shape on this device, and keeps them where launch.py looks.
+
+One kernel after the other is varied while the rest stays: the whole call is timed, so that a tile which helps its own
+kernel and harms the next does not win.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from moeify.kernels.launch import (
+    DECODE_TOKENS,
+    Launch,
+    backward_rows,
+    forward_rows,
+    launch_for,
+    launching,
+)
+from moeify.kernels.ops import moe_ffn
+
+Time = Callable[[Callable[[], Any]], float]
+# A candidate replaces a launch if it saves more than this share of the call: less is within the noise of a busy device.
+MIN_GAIN = 0.01
+DEFAULT_TOKENS = (1, 8, 32, 64, 128, 512, 2048, 8192)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The experts of one layer.
+
+    Args:
+        dim: hidden size D.
+        width: of an expert, F.
+        num_experts: E.
+        num_ranks: experts of a token, K.
+        activation: a name of reference.ACTIVATIONS.
+        gated: whether the experts have a gate projection.
+        dtype: of weights and inputs.
+    """
+
+    dim: int
+    width: int
+    num_experts: int
+    num_ranks: int
+    activation: str = "silu"
+    gated: bool = True
+    dtype: torch.dtype = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What became of one kernel.
+
+    Args:
+        key: of the launch table.
+        tokens: for which it was timed.
+        launch: the fastest.
+        before_us, after_us: the whole call with the launch it had and with this one, in microseconds.
+        tried, failed: candidates, and how many of them the device cannot run.
+    """
+
+    key: str
+    tokens: int
+    launch: Launch
+    before_us: float
+    after_us: float
+    tried: int
+    failed: int
+
+
+def keys_of(shape: Shape, tokens: int, *, backward: bool) -> list[str]:
+    """The launches that a call for so many tokens takes."""
+    slots = tokens * shape.num_ranks
+    if backward:
+        rows = backward_rows(slots, shape.num_experts)
+        return [f"down_grad/{rows}", f"input_grad/{rows}", "weight_grad/128"]
+    if tokens <= DECODE_TOKENS:
+        rows = max(triton.next_power_of_2(tokens), 16)
+        return [f"decode_up/{rows}", f"decode_down/{rows}"]
+    rows = forward_rows(slots, shape.num_experts)
+    return [f"up/{rows}", f"down/{rows}"]
+
+
+def candidates(key: str, launch: Launch) -> Iterator[Launch]:
+    """Launches near one: tiles, warps, stages, grouping, and the bulk copy engine. The height of a tile stays."""
+    decode = key.startswith("decode")
+    for cols in (16, 32, 64) if decode else (64, 128, 256):
+        for inner in (64, 128, 256) if decode else (32, 64, 128):
+            for warps in (2, 4, 8) if decode else (4, 8):
+                yield replace(launch, cols=cols, inner=inner, warps=warps)
+    for stages in (2, 3, 4, 5, 6):
+        yield replace(launch, stages=stages)
+    if decode:
+        return
+    for group in (1, 4, 16):
+        yield replace(launch, group=group)
+    if not key.startswith("weight_grad"):
+        for stages in (launch.stages, launch.stages + 1):
+            yield replace(launch, tma=True, stages=stages)
+
+
+def tune(
+    shape: Shape,
+    tokens: Sequence[int] = DEFAULT_TOKENS,
+    *,
+    device: torch.device,
+    backward: bool = True,
+    time: Time | None = None,
+) -> Iterator[Tuned]:
+    """Tune every kernel that calls for these numbers of tokens launch, and yield each as it is done.
+
+    What is found is not written: see launch.keep_tuned.
+
+    Args:
+        shape: of the experts.
+        tokens: numbers of tokens of a call, the most important last: where two share a launch, the later one decides.
+        device: a CUDA device.
+        backward: whether to tune the way back as well.
+        time: microseconds of a call; None means triton's own benchmark, which empties the L2 cache before each call.
+    """
+    time = time or _benchmark
+    found: dict[str, Launch] = {}
+    for number in tokens:
+        for back in (False, True) if backward and number > DECODE_TOKENS else (False,):
+            call = _call(shape, number, device, backward=back)
+            for key in keys_of(shape, number, backward=back):
+                kernel, rows = key.split("/")
+                with launching(found):
+                    # The table is in terms of 2-byte elements, whatever the shape's dtype.
+                    start = launch_for(kernel, int(rows), torch.bfloat16, device)
+                    tuned = _tune_one(key, number, start, call, time)
+                found[key] = tuned.launch
+                yield tuned
+
+
+def _tune_one(key: str, tokens: int, start: Launch, call: Callable[[], Any], time: Time) -> Tuned:
+    best, before = start, time(call)
+    fastest, tried, failed = before, 0, 0
+    for launch in dict.fromkeys(candidates(key, start)):
+        if launch == start:
+            continue
+        tried += 1
+        try:
+            with launching({key: launch}):
+                took = time(call)
+        except (triton.runtime.errors.OutOfResources, triton.CompilationError):
+            failed += 1
+            continue
+        if took < fastest and took < before * (1 - MIN_GAIN):
+            best, fastest = launch, took
+    return Tuned(key, tokens, best, before, fastest, tried, failed)
+
+
+def _call(shape: Shape, tokens: int, device: torch.device, *, backward: bool) -> Callable[[], Any]:
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*sizes: int) -> Tensor:
+        drawn = torch.randn(sizes, generator=generator, device=device, dtype=shape.dtype)
+        return drawn.mul_(sizes[-1] ** -0.5)
+
+    rows = shape.width * (2 if shape.gated else 1)
+    inputs = draw(tokens, shape.dim)
+    up, down = draw(shape.num_experts, rows, shape.dim), draw(shape.num_experts, shape.dim, shape.width)
+    scores = torch.rand(tokens, shape.num_experts, generator=generator, device=device)
+    weights, experts = scores.topk(shape.num_ranks)
+    options: Mapping[str, Any] = {"activation": shape.activation, "gated": shape.gated}
+    if not backward:
+        return lambda: moe_ffn(inputs, up, down, experts, weights, **options)
+    leaves = [tensor.requires_grad_() for tensor in (inputs, up, down, weights)]
+    out = moe_ffn(leaves[0], leaves[1], leaves[2], experts, leaves[3], **options)
+    flow = draw(tokens, shape.dim)
+    return lambda: torch.autograd.grad(out, leaves, flow, retain_graph=True)
+
+
+def _benchmark(call: Callable[[], Any]) -> float:
+    return 1000.0 * float(triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median"))

@@ -1,0 +1,83 @@
+"""The kernels compiled ahead of time for GPUs that need not be there: nothing spills, all fits, operands stream."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import cuda
+
+SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+Rows = list[dict[str, Any]]
+
+
+def compile_kernels(*arguments: str) -> Rows:
+    # The interpreter changes what @triton.jit returns, so a process of its own compiles.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("kernel_compiler.py")
+    command = [sys.executable, "-W", "error", str(script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module", params=["wide", "narrow", "bulk copies", "ungated"])
+def hopper(request: pytest.FixtureRequest) -> Rows:
+    """An expert of Llama-3-8B in 8, in 64, with weights through the copy engine, and without a gate."""
+    width = "224" if request.param == "narrow" else "1792"
+    extra = {"bulk copies": ["--tma"], "ungated": ["--ungated"]}.get(request.param, [])
+    return compile_kernels("--target", "90", "--width", width, *extra)
+
+
+def products(rows: Rows) -> Rows:
+    return [row for row in rows if "INNER" in row]
+
+
+def test_no_register_is_spilled(hopper: Rows) -> None:
+    assert [row for row in hopper if row["spill_bytes"]] == []
+
+
+def test_shared_memory_suffices(hopper: Rows) -> None:
+    assert [row for row in hopper if row["shared_bytes"] > SHARED_BYTES[90]] == []
+
+
+def test_tall_tiles_use_the_matrix_instructions_of_hopper(hopper: Rows) -> None:
+    tall = [row for row in products(hopper) if row["ROWS"] >= 64]
+    assert len(tall) >= 10
+    assert [row for row in tall if not row["wgmma"]] == []
+    assert [row for row in products(hopper) if not row["wgmma"] and not row["mma"]] == []
+
+
+def test_operands_stay_in_flight(hopper: Rows) -> None:
+    """Shared memory holds what the stages ask for: less means that the compiler gave up on streaming an operand.
+
+    Where rows are looked up inside the loop, one stage goes to the look-up; a loop of a few steps needs fewer stages.
+    """
+    for row in products(hopper):
+        weights = 2 if row.get("GATED") and "up" in row["kernel"] else 1
+        block = 2 * row["INNER"] * (row["ROWS"] + weights * row["COLS"])
+        assert row["shared_bytes"] >= (row["num_stages"] - 1) * block, row
+
+
+def test_weights_come_through_the_copy_engine_where_asked(hopper: Rows, request: pytest.FixtureRequest) -> None:
+    asked = "bulk copies" in request.node.name
+    tall = [row for row in hopper if row["kernel"] in ("up_kernel", "expert_matmul_kernel") and row["ROWS"] == 128]
+    assert {row["bulk_copies"] > 0 for row in tall} == {asked}
+
+
+@pytest.mark.parametrize(("target", "dtype"), [(80, "bfloat16"), (90, "float32"), (90, "float16"), (100, "bfloat16")])
+def test_other_devices_and_dtypes_compile(target: int, dtype: str) -> None:
+    options = ["--target", str(target), "--dtype", dtype, "--width", "448", "--tokens", "1", "33", "8192"]
+    rows = compile_kernels(*options)
+    assert {"decode_up_kernel", "up_kernel", "expert_matmul_kernel", "weight_grad_kernel"} < {r["kernel"] for r in rows}
+    assert max(row["shared_bytes"] for row in rows) <= SHARED_BYTES[target]
+
+
+@pytest.mark.skipif(cuda.is_available(), reason="the device itself is tested")
+def test_the_first_use_is_a_matter_of_seconds() -> None:
+    """The kernels of one road, compiled one after the other; a coarse limit against unrolled loops (16 s for one)."""
+    slowest = max(compile_kernels("--target", "90", "--tokens", "8192"), key=lambda row: row["seconds"])
+    assert slowest["seconds"] < 10, slowest
