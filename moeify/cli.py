@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -29,7 +29,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON objec
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no tables and no progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own warnings.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Out = Annotated[Optional[Path], typer.Option("--out", "-o", help="Where to write.", show_default=False)]  # noqa: UP045
+Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result once the new one is complete.")]
 Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, cuda:1.")]
 Seed = Annotated[int, typer.Option(help="Of sampling, clustering and projections.")]
@@ -45,7 +45,7 @@ RefitToOption = Annotated[
     RefitTo, typer.Option(help="What the refit restores: the FFN's output or the dense residual stream.")
 ]
 Context = Annotated[
-    Optional[int],  # noqa: UP045
+    int | None,
     typer.Option(help="Tokens in a block of text; 512, or as many as the model takes.", show_default=False),
 ]
 
@@ -158,18 +158,18 @@ def split_command(
     model: Model,
     experts: Annotated[int, typer.Option(help="Equal slices of each FFN.")] = DEFAULTS.experts,
     shared: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Slices that are always on; a quarter of the active ones.", show_default=False),
     ] = None,
     active: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Slices that run for a token, shared ones included; 3/4 of all.", show_default=False),
     ] = None,
     static: Annotated[bool, typer.Option("--static", help="Prune instead: a smaller dense model.")] = False,
     partition: Annotated[str, typer.Option(help="How neurons are grouped: moeify ls partitions.")] = DEFAULTS.partition,
     router: Annotated[str, typer.Option(help="How experts are chosen: moeify ls routers.")] = DEFAULTS.router,
     budget: Annotated[
-        Optional[float],  # noqa: UP045
+        float | None,
         typer.Option(help="Share of all FFN parameters active per token, spent where it counts.", show_default=False),
     ] = None,
     dense_layers: Annotated[
@@ -192,7 +192,7 @@ def split_command(
     dtype: Dtype = DEFAULTS.dtype,
     device: Device = DEFAULTS.device,
     plan: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Use the partition and routers of a saved plan again.", show_default=False),
     ] = None,
     out: Out = None,
@@ -260,7 +260,7 @@ def search_command(
     dtype: Dtype = DEFAULTS.dtype,
     device: Device = DEFAULTS.device,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--out", "-o", help="FILE.json; the frontier is drawn beside it as FILE.svg.", show_default=False),
     ] = None,
     json: Json = False,
@@ -320,7 +320,7 @@ def compare_command(
     seed: Seed = DEFAULTS.seed,
     device: Device = DEFAULTS.device,
     out: Annotated[
-        Optional[Path],  # noqa: UP045
+        Path | None,
         typer.Option("--out", "-o", help="FILE.json; a run that was stopped goes on from it.", show_default=False),
     ] = None,
     json: Json = False,
@@ -391,7 +391,7 @@ def eval_command(
     tokens: Annotated[int, typer.Option(help="At most so many tokens of each text.")] = 8192,
     context: Context = None,
     stride: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(help="Tokens the window moves by; half the context.", show_default=False),
     ] = None,
     dtype: Dtype = "auto",
