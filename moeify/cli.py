@@ -104,7 +104,7 @@ def inspect_command(
     """Say what a model is, how it can be split, which targets hold it, and what that takes."""
     renderer = _renderer(json, quiet, verbose)
     from moeify.inspect import inspect
-    from moeify.render import inspect_tables
+    from moeify.tables import inspect_tables
 
     found = inspect(model, experts=experts, track=renderer.track)
     step = f"moeify split {model} --experts {found.experts}"
@@ -170,8 +170,8 @@ def split_command(
     )
     renderer = _renderer(json, quiet, verbose)
     from moeify.prepare import preview
-    from moeify.render import layers_table, preview_table, split_table
     from moeify.split import split
+    from moeify.tables import layers_table, preview_table, split_table
 
     if dry_run:
         planned = preview(model, options, track=renderer.track)
@@ -219,8 +219,8 @@ def search_command(
     )
     renderer = _renderer(json, quiet, verbose)
     from moeify.frontier import check_drawable, write_frontier
-    from moeify.render import search_tables
     from moeify.search import search
+    from moeify.tables import search_tables
 
     if out is not None:
         check_drawable(out)
@@ -271,7 +271,7 @@ def compare_command(
     renderer = _renderer(json, quiet, verbose)
     from moeify.compare import compare
     from moeify.frontier import searched_rows
-    from moeify.render import compare_tables
+    from moeify.tables import compare_tables
 
     result = compare(
         model,
@@ -299,7 +299,7 @@ def verify_command(
 ) -> None:
     """Prove that a checkpoint is the dense model, cut: every key, every neuron, and with all experts on every logit."""
     renderer = _renderer(json, quiet, verbose)
-    from moeify.render import verify_table
+    from moeify.tables import verify_table
     from moeify.verify import verify
 
     report = verify(moe, dense, tolerance=tolerance, track=renderer.track)
@@ -331,7 +331,7 @@ def eval_command(
     """Measure perplexity and speed of one or several models on the same text."""
     renderer = _renderer(json, quiet, verbose)
     from moeify.evaluate import evaluate
-    from moeify.render import eval_table
+    from moeify.tables import eval_table
 
     results = evaluate(
         models,
@@ -359,7 +359,7 @@ def run_recipe_command(
     """Run a recipe: split, controls, verify, eval, gates. Finished stages are skipped."""
     renderer = _renderer(json, quiet, verbose)
     from moeify.recipe import find_recipe, load_recipe, run
-    from moeify.render import run_tables
+    from moeify.tables import run_tables
 
     overrides = [*set_, *([f"out={out}"] if out else [])]
     result = run(load_recipe(find_recipe(recipe), overrides), track=renderer.track)
@@ -380,7 +380,7 @@ def list_command(
     """List families, targets, partitions, routers, strategies or recipes."""
     renderer = _renderer(json, quiet, verbose, loads_models=False)
     from moeify.listing import entries
-    from moeify.render import list_table
+    from moeify.tables import list_table
 
     found = entries(kind)
     renderer.result("ls", {"kind": kind, "entries": dict(found)}, list_table(kind, found))

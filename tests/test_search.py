@@ -21,9 +21,9 @@ from moeify.errors import InputError, UsageError
 from moeify.options import SplitOptions, untracked
 from moeify.plan import load_plan
 from moeify.prepare import prepare, preview
-from moeify.render import LAYER_COLUMNS, layers_table, search_tables
 from moeify.search import FRONTIER, SHARES, SearchResult, search, under_budget
 from moeify.split import split
+from moeify.tables import LAYER_COLUMNS, layers_table, search_tables
 from moeify.verify import verify
 
 # The package binds some names of modules to functions.
