@@ -178,7 +178,7 @@ def split_command(
         renderer.result("preview", planned, preview_table(planned), next_step="the same without --dry-run")
         return
     where = out or Path(f"{Path(model).name}-{'static' if static else 'moe'}")
-    result = split(model, where, options, overwrite=overwrite, track=renderer.track)
+    result = split(model, where, options, overwrite=overwrite, track=renderer.track, announce=renderer.announce)
     step = f"moeify {'eval ' + model + ' ' + str(where) if static else f'verify {where} --dense {model}'}"
     tables = (split_table(result), *((layers_table(result.plan),) if report else ()))
     renderer.result("split", result, *tables, next_step=step)

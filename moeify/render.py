@@ -62,9 +62,9 @@ class Renderer:
                 self._err.print(f"{label}: {done}/{total}", markup=False, highlight=False, soft_wrap=True)
 
     def announce(self, seconds: float) -> None:
-        """Say on stderr what a command is going to take."""
+        """Say on stderr what a search is going to take."""
         if not self._quiet:
-            self._err.print(f"this will take about {duration(seconds)}", highlight=False)
+            self._err.print(f"the search will take about {duration(seconds)}", highlight=False)
 
     def error(self, error: BaseException) -> None:
         """`error: ...` and, if there is one, `hint: ...`."""
