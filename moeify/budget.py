@@ -101,12 +101,7 @@ class ScoredLayer:
     def plan(self, i: int) -> LayerPlan:
         """What was fitted for the i-th layout."""
         with safe_open(self.file, framework="pt") as reader:
-            names = set(reader.keys())
-            labels_F = reader.get_tensor(f"{i}.labels")
-            router_RD, down_DF = (
-                reader.get_tensor(f"{i}.{name}") if f"{i}.{name}" in names else None for name in ("router", "down")
-            )
-        return LayerPlan(self.layer, labels_F, router_RD, down_DF)
+            return LayerPlan.read(reader, self.layer, f"{i}.")
 
 
 def score(
@@ -138,8 +133,7 @@ def score(
 def _save(file: Path, plans: Sequence[LayerPlan], changes: Sequence[OutputChange]) -> None:
     tensors: dict[str, Tensor] = {}
     for i, plan in enumerate(plans):
-        parts = {"labels": plan.labels_F, "router": plan.router_RD, "down": plan.down_DF}
-        tensors |= {f"{i}.{name}": part.contiguous() for name, part in parts.items() if part is not None}
+        tensors |= plan.tensors(f"{i}.")
     temporary = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.partial")
     rows = [[change.divergence, change.log_perplexity] for change in changes]
     save_file(tensors, temporary, metadata={"changes": json.dumps(rows)})

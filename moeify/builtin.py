@@ -29,7 +29,7 @@ from moeify.errors import InputError
 from moeify.options import Track, untracked
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
 # A tenth of the topics' text, but never so little that a perplexity over it is noise.
@@ -168,20 +168,54 @@ def train_tokenizer(recipe: BuiltinRecipe, documents: list[str]) -> "PreTrainedT
     return tokenizer
 
 
+def model_config(
+    recipe: BuiltinRecipe, tokenizer: "PreTrainedTokenizerFast", model_type: str = "llama", **more: Any
+) -> "PretrainedConfig":
+    """The architecture of the recipe's sizes; `more` is what another family than llama says besides."""
+    from transformers import AutoConfig
+
+    values = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": recipe.hidden_size,
+        "intermediate_size": recipe.intermediate_size,
+        "num_hidden_layers": recipe.num_layers,
+        "num_attention_heads": recipe.num_heads,
+        "num_key_value_heads": recipe.num_kv_heads,
+        "max_position_embeddings": recipe.context,
+        "tie_word_embeddings": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "dtype": "float32",
+    }
+    config: PretrainedConfig = AutoConfig.for_model(model_type, **values, **more)
+    return config
+
+
 def train_model(
     recipe: BuiltinRecipe,
     tokenizer: "PreTrainedTokenizerFast",
     documents: list[str],
     track: Track[Any] = untracked,
-) -> "LlamaForCausalLM":
+    *,
+    config: "PretrainedConfig | None" = None,
+) -> "PreTrainedModel":
     """Train the model with AdamW and a cosine schedule; bit-identical for the same recipe and number of threads.
 
     The caller's random state and thread count stay as they are.
+
+    Args:
+        recipe: how long, and on what batches.
+        tokenizer: of the vocabulary of `config`.
+        documents: the text.
+        track: wraps the training steps to show progress.
+        config: another architecture than `model_config` gives.
     """
+    from transformers import AutoModelForCausalLM
+
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(recipe.seed)
         ids_N = _training_stream(tokenizer, documents)
-        model: Any = _initial_model(recipe, tokenizer).train()
+        model: Any = AutoModelForCausalLM.from_config(config or model_config(recipe, tokenizer)).train()
         batches = torch.Generator().manual_seed(recipe.seed)
         optimizer = torch.optim.AdamW(
             model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
@@ -197,7 +231,7 @@ def train_model(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-    trained: LlamaForCausalLM = model.eval()
+    trained: PreTrainedModel = model.eval()
     return trained
 
 
@@ -222,23 +256,3 @@ def _schedule(recipe: BuiltinRecipe, step: int) -> float:
         return (step + 1) / recipe.warmup_steps
     done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _initial_model(recipe: BuiltinRecipe, tokenizer: "PreTrainedTokenizerFast") -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=recipe.hidden_size,
-        intermediate_size=recipe.intermediate_size,
-        num_hidden_layers=recipe.num_layers,
-        num_attention_heads=recipe.num_heads,
-        num_key_value_heads=recipe.num_kv_heads,
-        max_position_embeddings=recipe.context,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        dtype="float32",
-    )
-    model: torch.nn.Module = LlamaForCausalLM(config)
-    return model.to(torch.float32)

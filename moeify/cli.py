@@ -4,13 +4,13 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Optional
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from moeify.errors import CheckError, MoeifyError, UsageError
-from moeify.options import DType, Fusion, RefitTo, SplitOptions, Style
-from moeify.version import __version__
+from moeify import cli_options as option
+from moeify.errors import CheckError, MoeifyError
+from moeify.options import SplitOptions
 
 app = typer.Typer(
     name="moeify",
@@ -22,32 +22,6 @@ app = typer.Typer(
 )
 
 DEFAULTS = SplitOptions()
-KINDS = "families targets partitions routers strategies recipes"
-
-Model = Annotated[str, typer.Argument(help="Folder, .gguf file, hub id or `builtin`.", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON object.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print no tables and no progress.")]
-Verbose = Annotated[bool, typer.Option("--verbose", help="Show the libraries' own warnings.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Out = Annotated[Optional[Path], typer.Option("--out", "-o", help="Where to write.", show_default=False)]  # noqa: UP045
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result once the new one is complete.")]
-Device = Annotated[str, typer.Option(help="Where the arithmetic runs: cpu, cuda, cuda:1.")]
-Seed = Annotated[int, typer.Option(help="Of sampling, clustering and projections.")]
-Dtype = Annotated[DType, typer.Option(help="Of the weights; auto keeps the checkpoint's.")]
-Calibration = Annotated[
-    list[str],
-    typer.Option(
-        help="Text, jsonl or parquet file, folder, hub data set, builtin, or self (text the model samples); "
-        "repeat it for a mixture."
-    ),
-]
-RefitToOption = Annotated[
-    RefitTo, typer.Option(help="What the refit restores: the FFN's output or the dense residual stream.")
-]
-Context = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(help="Tokens in a block of text; 512, or as many as the model takes.", show_default=False),
-]
 
 
 def main() -> None:
@@ -111,42 +85,26 @@ def _renderer(as_json: bool, quiet: bool, verbose: bool, *, loads_models: bool =
     return Renderer(as_json=as_json, quiet=quiet)
 
 
-def _layers(text: str) -> tuple[int, ...]:
-    """Layer numbers from a comma-separated list."""
-    try:
-        return tuple(sorted({int(number) for number in text.split(",") if number.strip()}))
-    except ValueError as error:
-        raise UsageError(f"--dense-layers {text} is no list of layers", "write --dense-layers 0,1,29") from error
-
-
-def _version(show: bool) -> None:
-    if show:
-        typer.echo(f"moeify {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
+    version: option.Version = False,
 ) -> None:
     """Turn a dense Hugging Face transformer into a mixture-of-experts checkpoint that stock software loads."""
 
 
 @app.command("inspect")
 def inspect_command(
-    model: Model,
+    model: option.Model,
     experts: Annotated[int, typer.Option(help="Experts the estimates are made for.")] = DEFAULTS.experts,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,  # noqa: ARG001
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+    verbose: option.Verbose = False,
+    debug: option.Debug = False,  # noqa: ARG001
 ) -> None:
     """Say what a model is, how it can be split, which targets hold it, and what that takes."""
     renderer = _renderer(json, quiet, verbose)
     from moeify.inspect import inspect
-    from moeify.render import inspect_tables
+    from moeify.tables import inspect_tables
 
     found = inspect(model, experts=experts, track=renderer.track)
     step = f"moeify split {model} --experts {found.experts}"
@@ -155,54 +113,36 @@ def inspect_command(
 
 @app.command("split")
 def split_command(
-    model: Model,
-    experts: Annotated[int, typer.Option(help="Equal slices of each FFN.")] = DEFAULTS.experts,
-    shared: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Slices that are always on; a quarter of the active ones.", show_default=False),
-    ] = None,
-    active: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Slices that run for a token, shared ones included; 3/4 of all.", show_default=False),
-    ] = None,
-    static: Annotated[bool, typer.Option("--static", help="Prune instead: a smaller dense model.")] = False,
-    partition: Annotated[str, typer.Option(help="How neurons are grouped: moeify ls partitions.")] = DEFAULTS.partition,
-    router: Annotated[str, typer.Option(help="How experts are chosen: moeify ls routers.")] = DEFAULTS.router,
-    budget: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(help="Share of all FFN parameters active per token, spent where it counts.", show_default=False),
-    ] = None,
-    dense_layers: Annotated[
-        str, typer.Option(help="Layers whose FFN stays whole, such as 0,1,29.", show_default=False)
-    ] = "",
-    gate: Annotated[
-        Style, typer.Option(help="Weights of the chosen experts: hard (all one), softmax, or soft (all experts).")
-    ] = DEFAULTS.gate,
-    temperature: Annotated[float, typer.Option(help="Of the softmax.")] = DEFAULTS.temperature,
-    fusion: Annotated[
-        Fusion, typer.Option(help="Weights add up to the number of chosen experts (sum) or to one (mean).")
-    ] = DEFAULTS.fusion,
-    refit: Annotated[bool, typer.Option(help="Fit down_proj in closed form.")] = DEFAULTS.refit,
-    refit_to: RefitToOption = DEFAULTS.refit_to,
-    target: Annotated[str, typer.Option(help="MoE architecture to write: moeify ls targets.")] = DEFAULTS.target,
-    calibration: Calibration = list(DEFAULTS.calibration),  # noqa: B006
-    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = DEFAULTS.tokens,
-    context: Context = None,
-    seed: Seed = DEFAULTS.seed,
-    dtype: Dtype = DEFAULTS.dtype,
-    device: Device = DEFAULTS.device,
-    plan: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="Use the partition and routers of a saved plan again.", show_default=False),
-    ] = None,
-    out: Out = None,
-    overwrite: Overwrite = False,
-    report: Annotated[bool, typer.Option("--report", help="Show what was measured in every layer.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan and estimates, write nothing.")] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,  # noqa: ARG001
+    model: option.Model,
+    experts: option.Experts = DEFAULTS.experts,
+    shared: option.Shared = None,
+    active: option.Active = None,
+    static: option.Static = False,
+    partition: option.Partition = DEFAULTS.partition,
+    router: option.Router = DEFAULTS.router,
+    budget: option.SplitBudget = None,
+    dense_layers: option.DenseLayers = "",
+    gate: option.Gate = DEFAULTS.gate,
+    temperature: option.Temperature = DEFAULTS.temperature,
+    fusion: option.Fusion = DEFAULTS.fusion,
+    refit: option.Refit = DEFAULTS.refit,
+    refit_to: option.RefitTo = DEFAULTS.refit_to,
+    target: option.Target = DEFAULTS.target,
+    calibration: option.Calibration = list(DEFAULTS.calibration),  # noqa: B006
+    tokens: option.Tokens = DEFAULTS.tokens,
+    context: option.Context = None,
+    seed: option.Seed = DEFAULTS.seed,
+    dtype: option.Dtype = DEFAULTS.dtype,
+    device: option.Device = DEFAULTS.device,
+    plan: option.Plan = None,
+    out: option.Out = None,
+    overwrite: option.Overwrite = False,
+    report: option.Report = False,
+    dry_run: option.DryRun = False,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+    verbose: option.Verbose = False,
+    debug: option.Debug = False,  # noqa: ARG001
 ) -> None:
     """Cut every FFN into experts and write a native mixture-of-experts checkpoint."""
     options = SplitOptions(
@@ -211,7 +151,7 @@ def split_command(
         active=active,
         static=static,
         budget=budget,
-        dense_layers=_layers(dense_layers),
+        dense_layers=option.layers(dense_layers),
         partition=partition,
         router=router,
         gate=gate,
@@ -230,15 +170,15 @@ def split_command(
     )
     renderer = _renderer(json, quiet, verbose)
     from moeify.prepare import preview
-    from moeify.render import layers_table, preview_table, split_table
     from moeify.split import split
+    from moeify.tables import layers_table, preview_table, split_table
 
     if dry_run:
         planned = preview(model, options, track=renderer.track)
         renderer.result("preview", planned, preview_table(planned), next_step="the same without --dry-run")
         return
     where = out or Path(f"{Path(model).name}-{'static' if static else 'moe'}")
-    result = split(model, where, options, overwrite=overwrite, track=renderer.track)
+    result = split(model, where, options, overwrite=overwrite, track=renderer.track, announce=renderer.announce)
     step = f"moeify {'eval ' + model + ' ' + str(where) if static else f'verify {where} --dense {model}'}"
     tables = (split_table(result), *((layers_table(result.plan),) if report else ()))
     renderer.result("split", result, *tables, next_step=step)
@@ -246,27 +186,24 @@ def split_command(
 
 @app.command("search")
 def search_command(
-    model: Model,
-    budget: Annotated[float, typer.Option(help="Share of all FFN parameters active per token.")] = 0.75,
-    experts: Annotated[int, typer.Option(help="Equal slices of each FFN that is cut.")] = DEFAULTS.experts,
-    strategy: Annotated[str, typer.Option(help="How layers are chosen: moeify ls strategies.")] = "greedy",
-    trials: Annotated[int, typer.Option(help="Whole choices that a strategy may measure.")] = 32,
-    partition: Annotated[str, typer.Option(help="moeify ls partitions.")] = DEFAULTS.partition,
-    router: Annotated[str, typer.Option(help="moeify ls routers.")] = DEFAULTS.router,
-    calibration: Calibration = list(DEFAULTS.calibration),  # noqa: B006
-    tokens: Annotated[int, typer.Option(help="Calibration tokens; a search uses 8,192 of them.")] = DEFAULTS.tokens,
-    context: Context = None,
-    seed: Seed = DEFAULTS.seed,
-    dtype: Dtype = DEFAULTS.dtype,
-    device: Device = DEFAULTS.device,
-    out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--out", "-o", help="FILE.json; the frontier is drawn beside it as FILE.svg.", show_default=False),
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,  # noqa: ARG001
+    model: option.Model,
+    budget: option.Budget = 0.75,
+    experts: option.Experts = DEFAULTS.experts,
+    strategy: option.Strategy = "greedy",
+    trials: option.Trials = 32,
+    partition: option.Partition = DEFAULTS.partition,
+    router: option.Router = DEFAULTS.router,
+    calibration: option.Calibration = list(DEFAULTS.calibration),  # noqa: B006
+    tokens: option.SearchTokens = DEFAULTS.tokens,
+    context: option.Context = None,
+    seed: option.Seed = DEFAULTS.seed,
+    dtype: option.Dtype = DEFAULTS.dtype,
+    device: option.Device = DEFAULTS.device,
+    out: option.SearchOut = None,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+    verbose: option.Verbose = False,
+    debug: option.Debug = False,  # noqa: ARG001
 ) -> None:
     """Choose under a budget which layers stay dense and how the others are cut; resumes where it was stopped."""
     options = SplitOptions(
@@ -282,8 +219,8 @@ def search_command(
     )
     renderer = _renderer(json, quiet, verbose)
     from moeify.frontier import check_drawable, write_frontier
-    from moeify.render import search_tables
     from moeify.search import search
+    from moeify.tables import search_tables
 
     if out is not None:
         check_drawable(out)
@@ -302,31 +239,24 @@ def search_command(
 
 @app.command("compare")
 def compare_command(
-    model: Model,
-    experts: Annotated[int, typer.Option(help="Equal slices of each FFN.")] = DEFAULTS.experts,
-    budget: Annotated[list[float], typer.Option(help="Share of the FFN active per token; repeat it.")] = [0.75],  # noqa: B006
-    data: Annotated[list[str], typer.Option(help="Evaluation text; repeat it.")] = ["builtin-heldout"],  # noqa: B006
-    data_tokens: Annotated[int, typer.Option(help="At most so many tokens of each text.")] = 10_240,
-    method: Annotated[
-        list[str], typer.Option(help="Only these rows, and static + refit; repeat it.", show_default=False)
-    ] = [],  # noqa: B006
-    searched: Annotated[
-        list[Path], typer.Option(help="Results of `moeify search -o FILE.json` as further rows.", show_default=False)
-    ] = [],  # noqa: B006
-    refit_to: RefitToOption = DEFAULTS.refit_to,
-    calibration: Calibration = list(DEFAULTS.calibration),  # noqa: B006
-    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = DEFAULTS.tokens,
-    context: Context = None,
-    seed: Seed = DEFAULTS.seed,
-    device: Device = DEFAULTS.device,
-    out: Annotated[
-        Optional[Path],  # noqa: UP045
-        typer.Option("--out", "-o", help="FILE.json; a run that was stopped goes on from it.", show_default=False),
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,  # noqa: ARG001
+    model: option.Model,
+    experts: option.Experts = DEFAULTS.experts,
+    budget: option.Budgets = [0.75],  # noqa: B006
+    data: option.Data = ["builtin-heldout"],  # noqa: B006
+    data_tokens: option.DataTokens = 10_240,
+    method: option.Methods = [],  # noqa: B006
+    searched: option.Searched = [],  # noqa: B006
+    refit_to: option.RefitTo = DEFAULTS.refit_to,
+    calibration: option.Calibration = list(DEFAULTS.calibration),  # noqa: B006
+    tokens: option.Tokens = DEFAULTS.tokens,
+    context: option.Context = None,
+    seed: option.Seed = DEFAULTS.seed,
+    device: option.Device = DEFAULTS.device,
+    out: option.CompareOut = None,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+    verbose: option.Verbose = False,
+    debug: option.Debug = False,  # noqa: ARG001
 ) -> None:
     """Measure methods side by side in one run: dense, oracle, static pruning, published methods, ours."""
     options = SplitOptions(
@@ -341,7 +271,7 @@ def compare_command(
     renderer = _renderer(json, quiet, verbose)
     from moeify.compare import compare
     from moeify.frontier import searched_rows
-    from moeify.render import compare_tables
+    from moeify.tables import compare_tables
 
     result = compare(
         model,
@@ -359,17 +289,17 @@ def compare_command(
 
 @app.command("verify")
 def verify_command(
-    moe: Annotated[str, typer.Argument(help="The converted checkpoint.", show_default=False)],
-    dense: Annotated[str, typer.Option(help="The model it came from.", show_default=False)],
-    tolerance: Annotated[float, typer.Option(help="Largest logit difference in float32, all experts on.")] = 1e-4,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,  # noqa: ARG001
+    moe: option.Moe,
+    dense: option.DenseModel,
+    tolerance: option.Tolerance = 1e-4,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+    verbose: option.Verbose = False,
+    debug: option.Debug = False,  # noqa: ARG001
 ) -> None:
     """Prove that a checkpoint is the dense model, cut: every key, every neuron, and with all experts on every logit."""
     renderer = _renderer(json, quiet, verbose)
-    from moeify.render import verify_table
+    from moeify.tables import verify_table
     from moeify.verify import verify
 
     report = verify(moe, dense, tolerance=tolerance, track=renderer.track)
@@ -386,25 +316,22 @@ def verify_command(
 
 @app.command("eval")
 def eval_command(
-    models: Annotated[list[str], typer.Argument(help="Checkpoints, the reference first.", show_default=False)],
-    data: Annotated[list[str], typer.Option(help="Text source; repeat it for several.")] = ["builtin-heldout"],  # noqa: B006
-    tokens: Annotated[int, typer.Option(help="At most so many tokens of each text.")] = 8192,
-    context: Context = None,
-    stride: Annotated[
-        Optional[int],  # noqa: UP045
-        typer.Option(help="Tokens the window moves by; half the context.", show_default=False),
-    ] = None,
-    dtype: Dtype = "auto",
-    device: Device = "cpu",
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,  # noqa: ARG001
+    models: option.Models,
+    data: option.Data = ["builtin-heldout"],  # noqa: B006
+    tokens: option.DataTokens = 8192,
+    context: option.Context = None,
+    stride: option.Stride = None,
+    dtype: option.Dtype = "auto",
+    device: option.Device = "cpu",
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+    verbose: option.Verbose = False,
+    debug: option.Debug = False,  # noqa: ARG001
 ) -> None:
     """Measure perplexity and speed of one or several models on the same text."""
     renderer = _renderer(json, quiet, verbose)
     from moeify.evaluate import evaluate
-    from moeify.render import eval_table
+    from moeify.tables import eval_table
 
     results = evaluate(
         models,
@@ -421,20 +348,18 @@ def eval_command(
 
 @app.command("run")
 def run_recipe_command(
-    recipe: Annotated[str, typer.Argument(help="YAML file or name (moeify ls recipes).", show_default=False)],
-    set_: Annotated[
-        list[str], typer.Option("--set", help="Override a key: split.experts=16; repeat it.", show_default=False)
-    ] = [],  # noqa: B006
-    out: Out = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,  # noqa: ARG001
+    recipe: option.Recipe,
+    set_: option.Overrides = [],  # noqa: B006
+    out: option.Out = None,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+    verbose: option.Verbose = False,
+    debug: option.Debug = False,  # noqa: ARG001
 ) -> None:
     """Run a recipe: split, controls, verify, eval, gates. Finished stages are skipped."""
     renderer = _renderer(json, quiet, verbose)
     from moeify.recipe import find_recipe, load_recipe, run
-    from moeify.render import run_tables
+    from moeify.tables import run_tables
 
     overrides = [*set_, *([f"out={out}"] if out else [])]
     result = run(load_recipe(find_recipe(recipe), overrides), track=renderer.track)
@@ -446,16 +371,16 @@ def run_recipe_command(
 
 @app.command("ls")
 def list_command(
-    kind: Annotated[str, typer.Argument(help=f"One of: {KINDS}.", show_default=False)],
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    debug: Debug = False,  # noqa: ARG001
+    kind: option.Kind,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+    verbose: option.Verbose = False,
+    debug: option.Debug = False,  # noqa: ARG001
 ) -> None:
     """List families, targets, partitions, routers, strategies or recipes."""
     renderer = _renderer(json, quiet, verbose, loads_models=False)
     from moeify.listing import entries
-    from moeify.render import list_table
+    from moeify.tables import list_table
 
     found = entries(kind)
     renderer.result("ls", {"kind": kind, "entries": dict(found)}, list_table(kind, found))

@@ -1,6 +1,6 @@
 """What a converted FFN is compared with and no checkpoint holds: the ceiling, and a published static control.
 
-Legend: T tokens, D hidden size, F neurons.
+Legend: T tokens, D hidden size, F neurons, n of them kept.
 """
 
 from dataclasses import dataclass
@@ -44,8 +44,8 @@ class BiasCompensated:
     bias_D: Tensor
 
     def __call__(self, inputs_TD: Tensor) -> Tensor:
-        down_DF = self.ffn.down_DF[:, self.kept].T
-        outputs = [self.ffn.hidden(chunk_TD)[:, self.kept] @ down_DF for chunk_TD in inputs_TD.split(CHUNK_TOKENS)]
+        down_nD = self.ffn.down_DF[:, self.kept].T
+        outputs = [self.ffn.hidden(chunk_TD)[:, self.kept] @ down_nD for chunk_TD in inputs_TD.split(CHUNK_TOKENS)]
         return torch.cat(outputs) + self.bias_D
 
 

@@ -109,7 +109,7 @@ def fit_layer(
     diagnostics = _static_diagnostics(stats, fit.layout)
     router: Router | None = None
     if not fit.layout.is_static:
-        router, found = _route(ffn, plan, activations, stats, inputs_TD=inputs_TD, fit=fit)
+        router, found = _route(ffn, plan, activations, stats, inputs_TD=inputs_TD, down_DF=down_DF, fit=fit)
         diagnostics |= found
         diagnostics |= _oracle_gain(diagnostics)
     refit_DF = None
@@ -137,11 +137,14 @@ def _route(
     stats: ActivationStats,
     *,
     inputs_TD: Tensor,
+    down_DF: Tensor,
     fit: LayerFit,
 ) -> tuple[Router, dict[str, float]]:
-    """Fit a router, unless the plan has one, and weight the activations by its choices; returns what they are worth."""
-    order = active_neurons(plan, fit.layout).to(inputs_TD.device)
-    norms_TR = _expert_norms(activations, ffn.down_DF[:, order], fit.layout) * stats.weight_T[:, None]
+    """Fit a router, unless the plan has one, and weight the activations by its choices; returns what they are worth.
+
+    Columns of down_DF are in the order of the activations.
+    """
+    norms_TR = _expert_norms(activations, down_DF, fit.layout) * stats.weight_T[:, None]
     if plan.router_RD is not None:
         router: Router = LinearRouter(plan.router_RD)
     else:

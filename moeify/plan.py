@@ -8,7 +8,7 @@ down_proj: those follow from the plan and the calibration text in closed form, s
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +155,24 @@ class LayerPlan:
         if self.router_RD is not None and not self.router_RD.isfinite().all():
             raise InputError(f"layer {self.layer} of the plan has a router with NaN or infinite values")
 
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """What a safetensors file holds of it, by name; diagnostics are left to the caller."""
+        parts = {"labels": self.labels_F, "router": self.router_RD, "down": self.down_DF}
+        return {f"{prefix}{name}": part.contiguous() for name, part in parts.items() if part is not None}
+
+    @classmethod
+    def read(cls, reader: Any, layer: int, prefix: str = "") -> "LayerPlan":
+        """The inverse of `tensors`, from an open safetensors file.
+
+        Raises:
+            SafetensorError: the file has no such labels.
+        """
+        names = set(reader.keys())
+        router_RD, down_DF = (
+            reader.get_tensor(prefix + name) if prefix + name in names else None for name in ("router", "down")
+        )
+        return cls(layer, reader.get_tensor(f"{prefix}labels"), router_RD, down_DF)
+
     def neurons(self, expert: int) -> Tensor:
         """Ascending dense indices of the neurons of one expert, or of the shared part."""
         return (self.labels_F == expert).nonzero().squeeze(1)
@@ -177,9 +195,7 @@ class SplitPlan:
         """Write labels, routers and provenance; refit columns are left out (see the module's first lines)."""
         tensors: dict[str, Tensor] = {}
         for layer in self.layers:
-            tensors[f"layers.{layer.layer}.labels"] = layer.labels_F
-            if layer.router_RD is not None:
-                tensors[f"layers.{layer.layer}.router"] = layer.router_RD.contiguous()
+            tensors |= replace(layer, down_DF=None).tensors(f"layers.{layer.layer}.")
         header = {
             "schema": PLAN_SCHEMA,
             "layout": asdict(self.layout),
@@ -211,14 +227,8 @@ def load_plan(path: Path) -> SplitPlan:
                     f"{file} has schema {header.get('schema')!r}, expected {PLAN_SCHEMA!r}",
                     f"every converted checkpoint holds a plan as {PLAN_FILE}",
                 )
-            keys = set(reader.keys())
             layers = tuple(
-                LayerPlan(
-                    layer=i,
-                    labels_F=reader.get_tensor(f"layers.{i}.labels"),
-                    router_RD=reader.get_tensor(f"layers.{i}.router") if f"layers.{i}.router" in keys else None,
-                    diagnostics=diagnostics,
-                )
+                replace(LayerPlan.read(reader, i, f"layers.{i}."), down_DF=None, diagnostics=diagnostics)
                 for i, diagnostics in enumerate(header["diagnostics"])
             )
         plan = SplitPlan(

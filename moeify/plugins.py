@@ -2,18 +2,18 @@
 
 import importlib
 import pkgutil
-from types import ModuleType
 from typing import Any
 
 from moeify.errors import UsageError
 
 
-def names(package: ModuleType) -> list[str]:
+def names(package: str) -> list[str]:
     """Sorted names of all plug-ins in a package such as `moeify.partition`; imports none of them."""
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith("_"))
+    folders = importlib.import_module(package).__path__
+    return sorted(m.name for m in pkgutil.iter_modules(folders) if not m.name.startswith("_"))
 
 
-def load(package: ModuleType, name: str, attribute: str, *default: Any) -> Any:
+def load(package: str, name: str, attribute: str, *default: Any) -> Any:
     """Import one plug-in and return its public attribute, or the default if one is given and the file has none.
 
     Raises:
@@ -21,7 +21,7 @@ def load(package: ModuleType, name: str, attribute: str, *default: Any) -> Any:
         AttributeError: the file does not define `attribute`; a broken plug-in fails loudly, by name.
     """
     known = names(package)
-    kind = package.__name__.rsplit(".", maxsplit=1)[-1]
+    kind = package.rsplit(".", maxsplit=1)[-1]
     if name not in known:
         raise UsageError(f"no {kind} named {name!r}", f"one of: {', '.join(known)}")
-    return getattr(importlib.import_module(f"{package.__name__}.{name}"), attribute, *default)
+    return getattr(importlib.import_module(f"{package}.{name}"), attribute, *default)

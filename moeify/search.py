@@ -166,10 +166,15 @@ def search(
     )
 
 
-def under_budget(model: str, options: SplitOptions, track: Track[Any] = untracked) -> SplitOptions:
+def under_budget(
+    model: str,
+    options: SplitOptions,
+    track: Track[Any] = untracked,
+    announce: Callable[[float], None] = lambda _: None,
+) -> SplitOptions:
     """The options with their budget turned into a layout and dense layers, by the greedy strategy."""
     assert options.budget is not None
-    found = search(model, options.budget, options, frontier=False, track=track)
+    found = search(model, options.budget, options, frontier=False, track=track, announce=announce)
     return replace(options, **found.options)
 
 

@@ -4,7 +4,7 @@ Legend: T tokens, D hidden size.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def split(
     *,
     overwrite: bool = False,
     track: Track[Any] = untracked,
+    announce: Callable[[float], None] = lambda _: None,
 ) -> SplitResult:
     """Convert a dense checkpoint into a native mixture-of-experts checkpoint.
 
@@ -65,6 +66,7 @@ def split(
         options: how to cut.
         overwrite: replace an earlier result at `out` once the new one is complete.
         track: wraps long loops to show progress.
+        announce: told the expected seconds of the search for layers, if the options have a budget.
 
     Raises:
         InputError: the model, the text or the place is not usable; `out` is untouched.
@@ -73,7 +75,7 @@ def split(
     options = options or SplitOptions()
     if options.budget is not None:
         check_replaceable(out, overwrite=overwrite)
-        options = under_budget(model, options, track)
+        options = under_budget(model, options, track, announce)
     prepared = prepare(model, options, track)
     if out.resolve() == prepared.dense.path.resolve():
         raise UsageError(f"{out} is the dense model itself", "choose another -o")

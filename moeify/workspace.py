@@ -15,6 +15,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,21 +123,16 @@ class Workspace:
             plan.save(temporary)
 
     def save_layer(self, plan: LayerPlan) -> None:
-        tensors = {"labels": plan.labels_F}
-        if plan.router_RD is not None:
-            tensors["router"] = plan.router_RD.contiguous()
-        if plan.down_DF is not None:
-            tensors["down"] = plan.down_DF.contiguous()
-        self.write_tensors(_layer_file(plan.layer), tensors, {"diagnostics": json.dumps(dict(plan.diagnostics))})
+        diagnostics = json.dumps(dict(plan.diagnostics))
+        self.write_tensors(_layer_file(plan.layer), plan.tensors(), {"diagnostics": diagnostics})
 
     def load_layer(self, layer: int) -> LayerPlan | None:
         """A layer finished by an earlier run, or None."""
         if not self.has(_layer_file(layer)):
             return None
         with safe_open(self.path / _layer_file(layer), framework="pt") as reader:
-            tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
             diagnostics = json.loads((reader.metadata() or {})["diagnostics"])
-        return LayerPlan(layer, tensors["labels"], tensors.get("router"), tensors.get("down"), diagnostics)
+            return replace(LayerPlan.read(reader, layer), diagnostics=diagnostics)
 
     def commit(self) -> None:
         """Drop the work files and give the folder its final name; a former OUT goes only after that."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeify import builtin
-from moeify.builtin import BuiltinRecipe, builtin_documents, builtin_model, train_tokenizer
+from moeify.builtin import BuiltinRecipe, builtin_documents, builtin_model, model_config, train_tokenizer
 from moeify.errors import InputError
 
 TINY = BuiltinRecipe(
@@ -119,6 +119,20 @@ def test_training_lowers_the_loss(tmp_path: Path) -> None:
     # ln 300 = 5.7 is chance.
     assert losses[0] == pytest.approx(5.7, abs=0.2)
     assert losses[1] < losses[0] - 0.5
+
+
+def test_another_architecture_is_trained_the_same_way() -> None:
+    documents = builtin_documents(heldout=False)
+    tokenizer = train_tokenizer(TINY, documents)
+    config = model_config(TINY, tokenizer, "qwen3", head_dim=8)
+    before, after = (
+        builtin.train_model(BuiltinRecipe(**{**vars(TINY), "steps": steps}), tokenizer, documents, config=config)
+        for steps in (0, 2)
+    )
+    assert (after.config.model_type, after.config.head_dim) == ("qwen3", 8)
+    assert after.config.vocab_size == len(tokenizer)
+    assert after.config.intermediate_size == TINY.intermediate_size
+    assert not any(map(torch.equal, before.parameters(), after.parameters()))
 
 
 def test_callers_random_state_and_threads_stay(tmp_path: Path) -> None:

@@ -19,12 +19,17 @@ import yaml
 from conftest import MakeDense
 
 from moeify import families, listing, partition, routers, strategies, targets
-from moeify.cli import KINDS, app, run_command
+from moeify.cli import app, run_command
+from moeify.cli_options import KINDS
 from moeify.errors import CheckError, InputError, UsageError
 from moeify.options import SplitOptions
 from moeify.version import __version__
 
 COMMANDS = ["inspect", "split", "search", "compare", "verify", "eval", "run", "ls"]
+SHARED_OPTIONS = [
+    *("out", "device", "dtype", "seed", "json", "quiet", "verbose", "overwrite", "debug"),
+    *("calibration", "context", "data", "partition", "router", "refit_to"),
+]
 HEAVY = ["torch", "transformers", "numpy", "sklearn", "datasets", "safetensors"]
 
 Call = Callable[..., dict[str, Any]]
@@ -185,9 +190,7 @@ def test_options_reach_the_split(dense: Path, monkeypatch: pytest.MonkeyPatch) -
     ]
 
 
-@pytest.mark.parametrize(
-    "option", ["out", "device", "dtype", "seed", "json", "quiet", "verbose", "overwrite", "debug", "context"]
-)
+@pytest.mark.parametrize("option", SHARED_OPTIONS)
 def test_a_shared_option_has_one_spelling_and_one_meaning(option: str) -> None:
     found = {name: options[option] for name, options in command_options().items() if option in options}
     assert found

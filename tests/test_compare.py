@@ -20,8 +20,8 @@ from moeify.compare import DENSE, REFERENCE, Comparison, Method, Row, _at, metho
 from moeify.errors import InputError, UsageError
 from moeify.options import SplitOptions
 from moeify.prepare import prepare
-from moeify.render import compare_tables
 from moeify.split import split
+from moeify.tables import compare_tables
 from moeify.text import evaluation_tokens
 from moeify.trial import Trials
 

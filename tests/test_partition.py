@@ -13,7 +13,7 @@ from moeify.activations import Activations, ActivationStats, measure
 from moeify.ffn import FFNWeights
 from moeify.gate import choose_experts
 from moeify.partition import gradient, mixture, routed
-from moeify.partition._balanced import balanced_assignment, balanced_kmeans
+from moeify.partition._balanced import balanced_kmeans, transport
 from moeify.plan import SHARED, LayerPlan, Layout
 from moeify.regression import cholesky, rank
 
@@ -231,7 +231,7 @@ def test_mixture_tells_clusters_by_their_spread() -> None:
     points[:100] *= 0.01
     narrow = points.norm(dim=1).argsort()[:100]
     start = balanced_kmeans(points, 2, seed=0)
-    clusters = balanced_assignment(mixture._surprise(points, start, 2))
+    clusters = transport(mixture._surprise(points, start, 2))
     share = float((clusters[narrow] == clusters[narrow].mode().values).float().mean())
     assert share > 0.95
     assert float((start[narrow] == start[narrow].mode().values).float().mean()) < 0.9

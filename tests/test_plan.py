@@ -217,6 +217,9 @@ def test_refit_columns_stay_out_of_the_file(tmp_path: Path) -> None:
         f"layers.{i}.{kind}" for i in (0, 1) for kind in ("labels", "router")
     ]
     assert load_plan(tmp_path / "plan").layers[0].down_DF is None
+    foreign = {**load_file(tmp_path / "plan"), "layers.0.down": torch.ones(6, 8)}
+    rewrite(tmp_path / "foreign", foreign, header_of(tmp_path / "plan"))
+    assert load_plan(tmp_path / "foreign").layers[0].down_DF is None
 
 
 def test_a_static_plan_has_no_routers(tmp_path: Path) -> None:

@@ -21,9 +21,9 @@ from moeify.errors import InputError, UsageError
 from moeify.options import SplitOptions, untracked
 from moeify.plan import load_plan
 from moeify.prepare import prepare, preview
-from moeify.render import LAYER_COLUMNS, layers_table, search_tables
 from moeify.search import FRONTIER, SHARES, SearchResult, search, under_budget
 from moeify.split import split
+from moeify.tables import LAYER_COLUMNS, layers_table, search_tables
 from moeify.verify import verify
 
 # The package binds some names of modules to functions.
@@ -324,7 +324,7 @@ def test_the_tables_of_the_command(dense: Path, flags: list[str], capfd: pytest.
     capfd.readouterr()
     assert run_command(["search", str(dense), *flags, "--budget", "0.7"]) == 0
     out, err = capfd.readouterr()
-    assert "this will take about" in err
+    assert "the search will take about" in err
     assert "uniform" in out
     assert "frontier" in out
     last = out.splitlines()[-1]
@@ -353,8 +353,9 @@ def test_a_split_reports_one_row_a_layer(
 ) -> None:
     command = ["split", str(dense), *flags, "--budget", "0.7"]
     assert run_command([*command, "-o", str(tmp_path / "plain")]) == 0
-    plain, _ = capfd.readouterr()
+    plain, err = capfd.readouterr()
     assert "oracle gain" not in plain
+    assert "the search will take about" in err
     assert run_command([*command, "--report", "-o", str(tmp_path / "out")]) == 0
     out, _ = capfd.readouterr()
     plan = load_plan(tmp_path / "out")

@@ -65,16 +65,10 @@ def find(model_type: str) -> Family:
     known = names()
     if model_type not in known:
         raise InputError(f"the family {model_type!r} is not supported", f"supported: {', '.join(known)}")
-    family = plugins.load(_package(), model_type, "FAMILY")
+    family = plugins.load(__name__, model_type, "FAMILY")
     assert isinstance(family, Family)
     return family
 
 
 def names() -> list[str]:
-    return plugins.names(_package())
-
-
-def _package() -> Any:
-    from moeify import families
-
-    return families
+    return plugins.names(__name__)

@@ -4,7 +4,7 @@ labels_F is int16: -1 (plan.SHARED) for a neuron that is always on, else its rou
 exactly F / num_experts neurons and the shared part num_shared times that. The same seed gives the same labels.
 """
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -19,20 +19,14 @@ class Partition(Protocol):
 
 
 def find(name: str) -> Partition:
-    method: Partition = plugins.load(_package(), name, "partition")
+    method: Partition = plugins.load(__name__, name, "partition")
     return method
 
 
 def needs_gradients(name: str) -> bool:
     """True if the method looks at stats.gradient_ND."""
-    return bool(plugins.load(_package(), name, "GRADIENT", False))
+    return bool(plugins.load(__name__, name, "GRADIENT", False))
 
 
 def names() -> list[str]:
-    return plugins.names(_package())
-
-
-def _package() -> Any:
-    from moeify import partition
-
-    return partition
+    return plugins.names(__name__)

@@ -1,5 +1,7 @@
 """Pieces that several partitions share: always-on neurons by energy, and k-means with clusters of equal size."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -37,15 +39,20 @@ def split_off_shared(stats: ActivationStats, layout: Layout) -> Tensor:
     return routed[stats.energy_F[routed].argsort(descending=True, stable=True)]
 
 
-def balanced_assignment(cost_NR: Tensor) -> Tensor:
-    """int64 cluster of each point, equally many points each, at the least total cost; R divides N."""
+def transport(cost_NR: Tensor, capacity_R: Sequence[int] | None = None) -> Tensor:
+    """int64 cluster of each point at the least total cost, every cluster full.
+
+    Args:
+        cost_NR: of putting a point into a cluster.
+        capacity_R: points in each cluster, N together; None is equally many, R divides N.
+    """
     import ot
 
     num_points, num_clusters = cost_NR.shape
+    demand = np.full(num_clusters, num_points / num_clusters) if capacity_R is None else np.array(capacity_R, float)
     # Unit masses keep the transport plan integral, so that no point is split between clusters.
-    supply, demand = np.ones(num_points), np.full(num_clusters, num_points / num_clusters)
-    transport = ot.emd(supply, demand, np.ascontiguousarray(cost_NR.double().cpu().numpy()), numItermax=10_000_000)
-    return torch.from_numpy(transport.argmax(axis=1))
+    cost = np.ascontiguousarray(cost_NR.double().cpu().numpy())
+    return torch.from_numpy(ot.emd(np.ones(num_points), demand, cost, numItermax=10_000_000).argmax(axis=1))
 
 
 def balanced_kmeans(features_NP: Tensor, num_clusters: int, *, seed: int) -> Tensor:
@@ -68,7 +75,7 @@ def balanced_kmeans(features_NP: Tensor, num_clusters: int, *, seed: int) -> Ten
     labels = torch.full((points.shape[0],), -1)
     for _ in range(MAX_ROUNDS):
         cost = points.square().sum(1, keepdim=True) - 2 * points @ centroids.T + centroids.square().sum(1)
-        previous, labels = labels, balanced_assignment(cost)
+        previous, labels = labels, transport(cost)
         if torch.equal(previous, labels):
             break
         centroids = torch.stack([points[labels == cluster].mean(0) for cluster in range(num_clusters)])

@@ -11,7 +11,7 @@ from torch import Tensor
 from moeify.activations import ActivationStats
 from moeify.ffn import FFNWeights
 from moeify.markers import distances, markers
-from moeify.partition._balanced import balanced_assignment, label, label_in_turn
+from moeify.partition._balanced import label, label_in_turn, transport
 from moeify.plan import Layout
 
 
@@ -23,4 +23,4 @@ def partition(ffn: FFNWeights, stats: ActivationStats, layout: Layout, *, seed: 
         return label_in_turn(ffn.num_neurons, routed, layout)
     marker_Nn = marker_NF[:, routed]
     distance_nR = distances(marker_Nn, marker_Nn[:, : layout.num_routed])
-    return label(ffn.num_neurons, routed, balanced_assignment(distance_nR))
+    return label(ffn.num_neurons, routed, transport(distance_nR))

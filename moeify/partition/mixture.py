@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moeify.activations import ActivationStats
 from moeify.ffn import FFNWeights
-from moeify.partition._balanced import balanced_assignment, balanced_kmeans, label, label_in_turn, split_off_shared
+from moeify.partition._balanced import balanced_kmeans, label, label_in_turn, split_off_shared, transport
 from moeify.partition._features import profile_and_gate
 from moeify.plan import Layout
 
@@ -27,7 +27,7 @@ def partition(ffn: FFNWeights, stats: ActivationStats, layout: Layout, *, seed: 
         return label_in_turn(ffn.num_neurons, routed, layout)
     features = profile_and_gate(ffn, stats, routed, seed=seed)
     start = balanced_kmeans(features, layout.num_routed, seed=seed)
-    return label(ffn.num_neurons, routed, balanced_assignment(_surprise(features, start, layout.num_routed)))
+    return label(ffn.num_neurons, routed, transport(_surprise(features, start, layout.num_routed)))
 
 
 def _surprise(features_nP: Tensor, start_n: Tensor, num_clusters: int) -> Tensor:

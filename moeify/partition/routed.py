@@ -21,7 +21,6 @@ router on the kept energy itself 3 %, for several times the time.
 Legend: N sampled tokens, D hidden size, F neurons, R routed experts, E = 1 + R places for a neuron.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -30,6 +29,7 @@ from moeify.activations import ActivationStats
 from moeify.ffn import FFNWeights
 from moeify.gate import choose_experts
 from moeify.partition import energy
+from moeify.partition._balanced import transport
 from moeify.plan import SHARED, Layout
 from moeify.regression import cholesky, rank
 
@@ -69,14 +69,8 @@ def assign(kept_FE: Tensor, layout: Layout) -> Tensor:
         kept_FE: what a neuron keeps in the shared part (column 0) and in each routed expert.
         layout: capacities.
     """
-    import ot
-
-    num_neurons = kept_FE.shape[0]
-    width = layout.expert_width(num_neurons)
-    cost_FE = -(kept_FE / kept_FE.abs().mean().clamp(min=torch.finfo(kept_FE.dtype).tiny)).double().cpu().numpy()
-    capacity = np.array([layout.num_shared * width] + [width] * layout.num_routed, dtype=float)
+    width = layout.expert_width(kept_FE.shape[0])
+    cost_FE = -kept_FE / kept_FE.abs().mean().clamp(min=torch.finfo(kept_FE.dtype).tiny)
+    capacity_E = [layout.num_shared * width] + [width] * layout.num_routed
     first = int(layout.num_shared == 0)
-    transport = ot.emd(
-        np.ones(num_neurons), capacity[first:], np.ascontiguousarray(cost_FE[:, first:]), numItermax=10_000_000
-    )
-    return torch.from_numpy(transport.argmax(axis=1) + first + SHARED).to(torch.int16)
+    return (transport(cost_FE[:, first:], capacity_E[first:]) + first + SHARED).to(torch.int16)

@@ -8,7 +8,7 @@ Legend: T tokens, N sampled tokens, D hidden size, F neurons, R routed experts.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -64,20 +64,14 @@ class Fit(Protocol):
 
 
 def find(name: str) -> Fit:
-    method: Fit = plugins.load(_package(), name, "fit")
+    method: Fit = plugins.load(__name__, name, "fit")
     return method
 
 
 def is_linear(name: str) -> bool:
     """False if no native target can hold what this method fits."""
-    return bool(plugins.load(_package(), name, "LINEAR", True))
+    return bool(plugins.load(__name__, name, "LINEAR", True))
 
 
 def names() -> list[str]:
-    return plugins.names(_package())
-
-
-def _package() -> Any:
-    from moeify import routers
-
-    return routers
+    return plugins.names(__name__)

@@ -9,7 +9,7 @@ Legend: L layers, C candidates.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -110,15 +110,9 @@ class Strategy(Protocol):
 
 
 def find(name: str) -> Strategy:
-    strategy: Strategy = plugins.load(_package(), name, "choose")
+    strategy: Strategy = plugins.load(__name__, name, "choose")
     return strategy
 
 
 def names() -> list[str]:
-    return plugins.names(_package())
-
-
-def _package() -> Any:
-    from moeify import strategies
-
-    return strategies
+    return plugins.names(__name__)

@@ -126,12 +126,12 @@ def has_default_head_dim(config: Any) -> bool:
 
 def names() -> list[str]:
     """All targets, the preferred ones first."""
-    known = plugins.names(_package())
+    known = plugins.names(__name__)
     return sorted(known, key=lambda name: (PREFERENCE.index(name) if name in PREFERENCE else len(PREFERENCE), name))
 
 
 def find(name: str) -> Target:
-    target = plugins.load(_package(), name, "TARGET")
+    target = plugins.load(__name__, name, "TARGET")
     assert isinstance(target, Target)
     return target
 
@@ -202,9 +202,3 @@ def static_target(family: Family) -> Target:
         ffn_tensors=ffn_tensors,
         modules=Modules(experts="", router=""),
     )
-
-
-def _package() -> Any:
-    from moeify import targets
-
-    return targets
