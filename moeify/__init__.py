@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moeify.plan import SplitPlan, load_plan
     from moeify.search import SearchResult, search
     from moeify.split import SplitResult, split
+    from moeify.tune import TuneResult, tune_model
     from moeify.verify import VerifyReport, verify
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "SplitOptions",
     "SplitPlan",
     "SplitResult",
+    "TuneResult",
     "UsageError",
     "VerifyReport",
     "__version__",
@@ -45,6 +47,7 @@ __all__ = [
     "load_plan",
     "search",
     "split",
+    "tune_model",
     "verify",
 ]
 
@@ -56,6 +59,7 @@ _HOMES = {
     "plan": ("SplitPlan", "load_plan"),
     "search": ("SearchResult", "search"),
     "split": ("SplitResult", "split"),
+    "tune": ("TuneResult", "tune_model"),
     "verify": ("VerifyReport", "verify"),
 }
 

@@ -346,6 +346,26 @@ def eval_command(
     renderer.result("eval", {"results": results}, eval_table(results))
 
 
+@app.command("tune")
+def tune_command(
+    model: option.Moe,
+    tokens: option.CallTokens = [1, 8, 32, 64, 128, 512, 2048, 8192],  # noqa: B006
+    device: option.Device = "cuda",
+    backward: option.Backward = True,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+    verbose: option.Verbose = False,
+    debug: option.Debug = False,  # noqa: ARG001
+) -> None:
+    """Find the fastest kernel launches for a model's experts on this GPU, and keep them."""
+    renderer = _renderer(json, quiet, verbose)
+    from moeify.tables import tune_table
+    from moeify.tune import tune_model
+
+    result = tune_model(model, tokens, device=device, backward=backward, track=renderer.track)
+    renderer.result("tune", result, tune_table(result))
+
+
 @app.command("run")
 def run_recipe_command(
     recipe: option.Recipe,

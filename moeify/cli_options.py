@@ -67,6 +67,10 @@ Context = Annotated[
 Data = Annotated[list[str], typer.Option(help="Evaluation text; repeat it.")]
 DataTokens = Annotated[int, typer.Option(help="At most so many tokens of each text.")]
 Stride = Annotated[int | None, typer.Option(help="Tokens the window moves by; half the context.", show_default=False)]
+CallTokens = Annotated[
+    list[int], typer.Option("--tokens", help="Tokens of a call, the most important last; repeat it.")
+]
+Backward = Annotated[bool, typer.Option(help="Tune the backward pass as well.")]
 
 # How FFNs are cut.
 Experts = Annotated[int, typer.Option(help="Equal slices of each FFN that is cut.")]

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from moeify.recipe import RunResult
     from moeify.search import SearchResult
     from moeify.split import SplitResult
+    from moeify.tune import TuneResult
     from moeify.verify import VerifyReport
 
 # What `split --report` shows of a layer.
@@ -247,6 +248,29 @@ def run_tables(run: "RunResult") -> tuple[Table, ...]:
         gates.add_row(gate.name, gate.found, gate.limit, "ok" if gate.passed else "FAILED")
     evals = (eval_table(run.evals),) if run.evals else ()
     return (*evals, gates) if run.gates else evals
+
+
+def tune_table(result: "TuneResult") -> Table:
+    """What tuning gained, a row for each kernel and number of tokens."""
+    shape = f"{result.num_ranks} of {result.num_experts} experts, {result.dim} x {result.width}"
+    table = Table(title=f"{shape} on {result.device}", title_justify="left")
+    table.add_column("kernel/rows")
+    for header in ("tokens", "before us", "after us", "ratio", "tile", "warps", "stages", "tried"):
+        table.add_column(header, justify="right")
+    for row in result.kernels:
+        found = row.launch
+        table.add_row(
+            row.key,
+            str(row.tokens),
+            f"{row.before_us:.1f}",
+            f"{row.after_us:.1f}",
+            f"{row.after_us / row.before_us:.2f}",
+            f"{found.rows}x{found.cols}x{found.inner}{' bulk' if found.tma else ''}",
+            str(found.warps),
+            str(found.stages),
+            f"{row.tried - row.failed}/{row.tried}",
+        )
+    return table
 
 
 def list_table(kind: str, entries: Sequence[tuple[str, str]]) -> Table:

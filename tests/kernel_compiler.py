@@ -145,6 +145,24 @@ def kernels(
     return list(compiler.found.values())
 
 
+def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The lines of a table: a row for each kernel and tile, the largest of those that differ in something else."""
+    columns = ("registers", "spill_bytes", "shared_bytes")
+    lines = ["| kernel | tile | warps | stages | registers | spilled bytes | shared KiB | matrix instructions |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        tile = "x".join(str(row[size]) for size in ("ROWS", "COLS", "INNER") if size in row)
+        kind = "wgmma" if row["wgmma"] else "mma" if row["mma"] else ""
+        key = (row["kernel"].removesuffix("_kernel"), tile, row["num_warps"] or 4, row["num_stages"] or "", kind)
+        groups.setdefault(key, []).append(row)
+    for (name, tile, warps, stages, kind), same in groups.items():
+        most = {column: max(row[column] for row in same) for column in columns}
+        numbers = f"{most['registers']} | {most['spill_bytes']} | {most['shared_bytes'] / 1024:.1f}"
+        lines.append(f"| {name} | {tile} | {warps} | {stages} | {numbers} | {kind} |")
+    return lines
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=int, default=90)
@@ -152,6 +170,7 @@ if __name__ == "__main__":
     parser.add_argument("--width", type=int, default=1792)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--markdown", action="store_true", help="a table and no JSON")
     parser.add_argument("--ungated", action="store_true")
     parser.add_argument("--tma", action="store_true")
     asked = parser.parse_args()
@@ -165,4 +184,4 @@ if __name__ == "__main__":
         gated=not asked.ungated,
         tma=asked.tma,
     )
-    sys.stdout.writelines(json.dumps(row) + "\n" for row in found)
+    sys.stdout.writelines(f"{line}\n" for line in (markdown(found) if asked.markdown else map(json.dumps, found)))

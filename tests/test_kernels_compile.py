@@ -8,20 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 from torch import cuda
+
+from moeify import kernels
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 Rows = list[dict[str, Any]]
 
 
-def compile_kernels(*arguments: str) -> Rows:
+def run_compiler(*arguments: str) -> list[str]:
     # The interpreter changes what @triton.jit returns, so a process of its own compiles.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script = Path(__file__).with_name("kernel_compiler.py")
     command = [sys.executable, "-W", "error", str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout.splitlines()
+
+
+def compile_kernels(*arguments: str) -> Rows:
+    return [json.loads(line) for line in run_compiler(*arguments)]
 
 
 @pytest.fixture(scope="module", params=["wide", "narrow", "bulk copies", "ungated"])
@@ -81,3 +88,9 @@ def test_the_first_use_is_a_matter_of_seconds() -> None:
     """The kernels of one road, compiled one after the other; a coarse limit against unrolled loops (16 s for one)."""
     slowest = max(compile_kernels("--target", "90", "--tokens", "8192"), key=lambda row: row["seconds"])
     assert slowest["seconds"] < 10, slowest
+
+
+@pytest.mark.skipif(triton.__version__ != "3.9.0", reason="the table is that of triton 3.9.0")
+def test_the_table_of_the_readme_is_what_compiles() -> None:
+    readme = Path(kernels.__file__).with_name("README.md").read_text()
+    assert readme.split("--markdown -->\n")[1].splitlines() == run_compiler("--markdown")

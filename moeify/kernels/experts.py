@@ -83,10 +83,11 @@ def unsupported(self: Any, hidden_states: Tensor, autocast: torch.dtype | None =
         hidden_states: its inputs.
         autocast: what weights are converted to before use.
     """
-    return _unsupported_module(self) or _unsupported_tensors(first_projection(self), hidden_states, autocast)
+    return unsupported_module(self) or _unsupported_tensors(first_projection(self), hidden_states, autocast)
 
 
-def _unsupported_module(self: Any) -> str | None:
+def unsupported_module(self: Any) -> str | None:
+    """Why the kernels cannot run an experts module, whatever its inputs; None if they can."""
     # Flags that an older transformers does not know describe what it does not do.
     refused = {
         "has_bias": "its experts have biases",
