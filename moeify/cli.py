@@ -1,5 +1,6 @@
 """The command line: parse, call, render. No logic, and nothing heavy is imported before a command runs."""
 
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from moeify import cli_options as option
-from moeify.errors import CheckError, MoeifyError
+from moeify.errors import CheckError, MoeifyError, UsageError
 from moeify.options import SplitOptions
 
 app = typer.Typer(
@@ -364,6 +365,47 @@ def tune_command(
 
     result = tune_model(model, tokens, device=device, backward=backward, track=renderer.track)
     renderer.result("tune", result, tune_table(result))
+
+
+@app.command("bench")
+def bench_command(
+    layer: option.Layer = False,
+    cases: option.Cases = "",
+    tokens: option.CaseTokens = "",
+    routings: option.Routings = "",
+    passes: option.Passes = "",
+    peers: option.Peers = "",
+    device: option.Device = "auto",
+    dtype: option.Dtype = "auto",
+    seconds_per_row: option.SecondsPerRow = 0.3,
+    limit_seconds: option.LimitSeconds = None,
+    out: option.Out = None,
+    overwrite: option.Overwrite = False,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+    verbose: option.Verbose = False,
+    debug: option.Debug = False,  # noqa: ARG001
+) -> None:
+    """Time a layer: the dense FFN, transformers' and others' MoE kernels and ours, beside the floor of this machine."""
+    if not layer:
+        raise UsageError("nothing to measure was named", "write moeify bench --layer")
+    renderer = _renderer(json, quiet, verbose)
+    from moeify.layer_bench import ask, layer_bench
+    from moeify.tables import layer_bench_tables
+
+    result = layer_bench(
+        ask(cases, tokens, routings, passes),
+        peers=[name for name in peers.split(",") if name],
+        device=device,
+        dtype=dtype,
+        seconds_per_row=seconds_per_row,
+        limit_seconds=limit_seconds,
+        out=out,
+        overwrite=overwrite,
+        command=shlex.join(["moeify", *sys.argv[1:]]),
+        track=renderer.track,
+    )
+    renderer.result("layer-bench", result, *layer_bench_tables(result))
 
 
 @app.command("run")

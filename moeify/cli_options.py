@@ -72,6 +72,19 @@ CallTokens = Annotated[
 ]
 Backward = Annotated[bool, typer.Option(help="Tune the backward pass as well.")]
 
+# Layer benchmarks; lists are separated by commas, an empty one stands for all there are.
+Layer = Annotated[bool, typer.Option("--layer", help="One layer on every implementation that is installed.")]
+Cases = Annotated[str, typer.Option(help="Shapes, such as llama3-8b-8/2 or 64x256-8/2+2.")]
+CaseTokens = Annotated[str, typer.Option("--tokens", help="Tokens of a call, such as 1,512.")]
+Routings = Annotated[str, typer.Option(help="How tokens choose experts: uniform, zipf.")]
+Passes = Annotated[str, typer.Option(help="forward, training (forward and backward).")]
+Peers = Annotated[str, typer.Option(help="Implementations, such as moeify,dense,grouped_mm.")]
+SecondsPerRow = Annotated[float, typer.Option(help="How long an implementation is timed on a case.")]
+LimitSeconds = Annotated[
+    float | None,
+    typer.Option(help="Begin no case after that; the most important ones come first.", show_default=False),
+]
+
 # How FFNs are cut.
 Experts = Annotated[int, typer.Option(help="Equal slices of each FFN that is cut.")]
 Shared = Annotated[

@@ -4,9 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from moeify.benchmark.results import LayerBench
     from moeify.compare import Comparison
     from moeify.evaluate import EvalResult
     from moeify.inspect import Inspection
@@ -238,6 +241,24 @@ def eval_table(results: "Sequence[EvalResult]") -> Table:
             f"{result.tokens_per_second:,.0f}",
         )
     return table
+
+
+def layer_bench_tables(result: "LayerBench") -> tuple[Table, ...]:
+    """For every pass and routing the peers side by side; last, where it was measured and what could not be."""
+    from moeify.benchmark import table as layer_table
+
+    tables = []
+    for grid in layer_table.grids(result):
+        table = Table(title=grid.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for column in grid.columns:
+            table.add_column(column, justify="left" if column == "case" else "right", overflow="fold")
+        for line in grid.lines:
+            table.add_row(*line)
+        tables.append(table)
+    where = Table(title="moeify bench --layer", title_justify="left", show_header=False)
+    for note in layer_table.notes(result):
+        where.add_row(escape(note))
+    return (*tables, where)
 
 
 def run_tables(run: "RunResult") -> tuple[Table, ...]:

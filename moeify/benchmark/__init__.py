@@ -1,0 +1,1 @@
+"""What benchmarks are made of: machine, ceilings and timers; for one layer its cases, peers, errors and tables."""
