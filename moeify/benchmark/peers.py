@@ -142,7 +142,11 @@ def _tune_liger(layer: Layer, forward: Forward) -> None:
     """Let it tune on as many tokens as a training step has, not on a single one."""
     up_EPD, down_EDF = layer.up_EPD, layer.down_EDF
     num_experts, hidden, _ = down_EDF.shape
-    inputs_TD = torch.randn(_LIGER_TOKENS, hidden, device=down_EDF.device).to(down_EDF.dtype).requires_grad_()
+    # A generator of its own: that of the device may be out of order after a graph that could not be captured.
+    generator = torch.Generator(down_EDF.device).manual_seed(0)
+    inputs_TD = torch.randn(
+        _LIGER_TOKENS, hidden, generator=generator, device=down_EDF.device, dtype=down_EDF.dtype, requires_grad=True
+    )
     weights_TK = inputs_TD.new_full((_LIGER_TOKENS, min(2, num_experts)), 0.5).requires_grad_()
     experts_TK = torch.arange(weights_TK.numel(), device=down_EDF.device).view_as(weights_TK) % num_experts
     batch = Batch(inputs_TD, experts_TK, experts_TK.int(), weights_TK, torch.ones_like(inputs_TD))
