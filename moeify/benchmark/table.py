@@ -35,7 +35,8 @@ def grids(result: LayerBench) -> list[Grid]:
     found = []
     for (pass_name, routing), cases in groups.items():
         title = f"{pass_name}, {routing} routing"
-        columns = ("case", "T", "hit", "floor", *peers, "/floor", "/dense", "ahead")
+        compared = ("/floor", "/dense", "ahead") if OURS in peers else ()
+        columns = ("case", "T", "hit", "floor", *peers, *compared)
         found.append(Grid(f"{title}, us", columns, tuple(_times(rows, peers) for rows in cases)))
         ours = [rows[OURS] for rows in cases if OURS in rows and rows[OURS].us is not None]
         if ours:
@@ -91,12 +92,12 @@ def markdown(result: LayerBench) -> str:
 
 def _times(rows: Mapping[str, Row], peers: Sequence[str]) -> tuple[str, ...]:
     """The floor and the experts that are hit are those of the experts, not of the dense FFN."""
-    ours = rows.get(OURS)
     known = next((row for row in rows.values() if row.experts_hit is not None), next(iter(rows.values())))
     head = (known.shape, str(known.tokens), _number(known.experts_hit), _number(known.floor_us))
     times = tuple(_time(rows[name]) if name in rows else "" for name in peers)
-    if ours is None:
-        return (*head, *times, "", "", "")
+    if OURS not in peers:
+        return (*head, *times)
+    ours = rows[OURS]
     ahead = "yes" if ours.beaten_by == () else MARK
     return (*head, *times, _number(ours.time_over_floor, 2), _number(ours.time_over_dense, 2), ahead)
 
