@@ -8,9 +8,7 @@ What the kernels do not support runs on transformers' own implementation, and on
 
 import logging
 import os
-from collections.abc import Callable
-from functools import cache
-from types import MethodType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,8 +21,28 @@ from transformers.integrations import moe
 NAME = "moeify"
 # Rows of the weights are read 16 bytes at a time.
 ALIGNMENT_BYTES = 16
+# What the kernels call each class that transformers takes for an activation.
+ACTIVATION_TYPES: Mapping[type, str] = {
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+    **{
+        type(transformers.activations.ACT2FN[theirs]): ours
+        for theirs, ours in {
+            "silu": "silu",
+            "swish": "silu",
+            "gelu": "gelu",
+            "gelu_pytorch_tanh": "gelu_tanh",
+            "gelu_new": "gelu_tanh",
+            "relu": "relu",
+            "relu2": "relu2",
+        }.items()
+    },
+}
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 logger = logging.getLogger(__name__)
+_said: set[str] = set()
 
 
 def register() -> None:
@@ -58,7 +76,7 @@ def _forward(
     reason = unsupported(self, hidden_states, dtype)
     if reason is not None:
         _say_once(f"{type(self).__name__}: {reason}")
-        return _transformers_forward(self)(hidden_states, top_k_index, top_k_weights)
+        return _transformers_forward(self)(self, hidden_states, top_k_index, top_k_weights)
     from moeify.kernels.ops import moe_ffn
 
     up, down = first_projection(self), self.down_proj
@@ -133,31 +151,22 @@ def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
     """What the kernels call a module's activation; None if they have none for it."""
     if function is functional.silu:
         return "silu"
-    return _activation_types().get(type(function))
+    return ACTIVATION_TYPES.get(type(function))
 
 
-@cache
-def _activation_types() -> dict[type, str]:
-    names = {
-        "silu": ("silu", "swish"),
-        "gelu": ("gelu",),
-        "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new"),
-        "relu": ("relu",),
-        "relu2": ("relu2",),
-    }
-    known = transformers.activations.ACT2FN
-    types: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
-    return types | {type(known[name]): ours for ours, theirs in names.items() for name in theirs}
-
-
-def _transformers_forward(self: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _transformers_forward(self: Any) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
     # grouped_mm is what transformers takes by itself; it has no float64, which only the module's own loop computes.
-    if first_projection(self).dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return MethodType(moe.grouped_mm_experts_forward, self)
+    if first_projection(self).dtype in DTYPES:
+        found: Callable[[Any, Tensor, Tensor, Tensor], Tensor] = moe.grouped_mm_experts_forward
+        return found
     forward: Any = type(self).forward
-    return MethodType(forward.__wrapped__, self)
+    return forward.__wrapped__  # type: ignore[no-any-return]
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _say_once(reason: str) -> None:
+    # torch.compile runs this while it traces: a line in the log is nothing that a graph could hold.
+    if reason in _said:
+        return
+    _said.add(reason)
     logger.warning("moeify's kernels do not run: %s; transformers' own implementation does", reason)
