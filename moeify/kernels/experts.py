@@ -63,25 +63,17 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Returns:
         (T, D) in the dtype of hidden_states, or in autocast's where that is on.
     """
-    if torch.is_autocast_enabled(hidden_states.device.type):
-        dtype = torch.get_autocast_dtype(hidden_states.device.type)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return _forward(self, hidden_states.to(dtype), top_k_index, top_k_weights, dtype)
-    return _forward(self, hidden_states, top_k_index, top_k_weights, None)
-
-
-def _forward(
-    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dtype: torch.dtype | None
-) -> Tensor:
-    reason = unsupported(self, hidden_states, dtype)
+    device = hidden_states.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    reason = unsupported(self, hidden_states, autocast)
     if reason is not None:
         _say_once(f"{type(self).__name__}: {reason}")
         return _transformers_forward(self)(self, hidden_states, top_k_index, top_k_weights)
     from moeify.kernels.ops import moe_ffn
 
     up, down = first_projection(self), self.down_proj
-    if dtype is not None:
-        up, down = up.to(dtype), down.to(dtype)
+    if autocast is not None:
+        hidden_states, up, down = hidden_states.to(autocast), up.to(autocast), down.to(autocast)
     return moe_ffn(
         hidden_states,
         up,
@@ -99,9 +91,10 @@ def unsupported(self: Any, hidden_states: Tensor, autocast: torch.dtype | None =
     Args:
         self: an experts module.
         hidden_states: its inputs.
-        autocast: what weights are converted to before use.
+        autocast: what inputs and weights are converted to before use.
     """
-    return _unsupported_module(self) or _unsupported_tensors(first_projection(self), hidden_states, autocast)
+    weights, width = first_projection(self), self.down_proj.shape[-1]
+    return _unsupported_module(self) or _unsupported_tensors(weights, width, hidden_states, autocast)
 
 
 def _unsupported_module(self: Any) -> str | None:
@@ -123,21 +116,25 @@ def _unsupported_module(self: Any) -> str | None:
     return None
 
 
-def _unsupported_tensors(weights: Tensor, hidden_states: Tensor, autocast: torch.dtype | None) -> str | None:
+def _unsupported_tensors(
+    weights: Tensor, width: int, hidden_states: Tensor, autocast: torch.dtype | None
+) -> str | None:
     interpreted, device = os.environ.get("TRITON_INTERPRET") == "1", hidden_states.device.type
     dtype = autocast or weights.dtype
     if device != "cuda" and not interpreted:
         return f"the kernels need a CUDA device, this is {device}"
     if isinstance(weights, DTensor):
         return "its weights are distributed tensors"
-    if hidden_states.dtype != dtype:
+    if autocast is None and hidden_states.dtype != dtype:
         return f"inputs are {hidden_states.dtype}, weights {weights.dtype}"
-    # The interpreter multiplies the bit patterns of bfloat16 numbers.
-    if dtype not in (torch.float16, torch.float32) and (dtype != torch.bfloat16 or (interpreted and device != "cuda")):
-        return f"no kernel for {dtype}"
+    # Autocast leaves float64 alone. The interpreter multiplies the bit patterns of bfloat16 numbers.
+    known = DTYPES if device == "cuda" else (torch.float16, torch.float32)
+    for needed in (weights.dtype, dtype):
+        if needed not in known:
+            return f"no kernel for {needed}"
     aligned = ALIGNMENT_BYTES // dtype.itemsize
-    if not interpreted and (weights.shape[2] % aligned or weights.shape[1] // 2 % aligned):
-        return f"sizes {tuple(weights.shape[1:])} are no multiples of {aligned}"
+    if not interpreted and (hidden_states.shape[-1] % aligned or width % aligned):
+        return f"a hidden size of {hidden_states.shape[-1]} and a width of {width} are no multiples of {aligned}"
     return None
 
 
