@@ -306,11 +306,13 @@ def test_experts_with_any_activation_run_on_the_kernels(activation: str, has_gat
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("gone", ["one rank", "one token", "all"])
-def test_experts_of_another_device_add_nothing(gone: str, roads: Counter[str]) -> None:
-    """Expert parallelism marks them with the id num_experts, whatever their weight."""
-    module, index_TK = experts_module(), routing()
-    away = {"one rank": (slice(2, 6), 0), "one token": (4,), "all": (slice(None),)}[gone]
+@pytest.mark.parametrize(
+    ("gone", "num_tokens"), [("one rank", 9), ("one token", 9), ("all", 9), ("one rank", 1), ("all", 1)]
+)
+def test_experts_of_another_device_add_nothing(gone: str, num_tokens: int, roads: Counter[str]) -> None:
+    """Expert parallelism marks them with the id num_experts, whatever their weight; a single token is a case apart."""
+    module, index_TK = experts_module(), routing(num_tokens)
+    away = {"one rank": (slice(0, 6), 0), "one token": (4,), "all": (slice(None),)}[gone]
     index_TK[away] = module.num_experts
     expected, found = (call(module, implementation, index_TK) for implementation in ("eager", "moeify"))
     assert roads == {"_sorted": 1, "decode": 1}
