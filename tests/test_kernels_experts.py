@@ -181,6 +181,16 @@ def test_autocast_to_bfloat16_is_left_to_transformers(
     assert "no kernel for torch.bfloat16" in said()[0]
 
 
+def test_autocast_leaves_float64_alone(roads: Counter[str], said: Callable[[], list[str]]) -> None:
+    module = experts_module().double()
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        expected, found = (call(module, way, routing(), torch.float64) for way in ("eager", "moeify"))
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert found["out"].dtype == torch.float64
+    assert not roads
+    assert len(said()) == 1
+
+
 def test_compiled_as_one_graph_for_every_length(roads: Counter[str]) -> None:
     model = tiny("Mixtral", num_hidden_layers=1)
     torch._dynamo.reset()
