@@ -10,6 +10,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+
+# Without a GPU the kernels run in triton's interpreter. Whether they do is read where they are defined, so it is said
+# before anything imports moeify.kernels, also to the processes that tests start. Compiling for a GPU needs it unset.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeify import families

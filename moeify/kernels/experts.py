@@ -8,9 +8,7 @@ What the kernels do not support runs on transformers' own implementation, and on
 
 import logging
 import os
-from collections.abc import Callable
-from functools import cache
-from types import MethodType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,8 +21,28 @@ from transformers.integrations import moe
 NAME = "moeify"
 # Rows of the weights are read 16 bytes at a time.
 ALIGNMENT_BYTES = 16
+# What the kernels call each class that transformers takes for an activation.
+ACTIVATION_TYPES: Mapping[type, str] = {
+    nn.SiLU: "silu",
+    nn.ReLU: "relu",
+    **{
+        type(transformers.activations.ACT2FN[theirs]): ours
+        for theirs, ours in {
+            "silu": "silu",
+            "swish": "silu",
+            "gelu": "gelu",
+            "gelu_pytorch_tanh": "gelu_tanh",
+            "gelu_new": "gelu_tanh",
+            "relu": "relu",
+            "relu2": "relu2",
+        }.items()
+    },
+}
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 logger = logging.getLogger(__name__)
+_said: set[str] = set()
 
 
 def register() -> None:
@@ -45,25 +63,17 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     Returns:
         (T, D) in the dtype of hidden_states, or in autocast's where that is on.
     """
-    if torch.is_autocast_enabled(hidden_states.device.type):
-        dtype = torch.get_autocast_dtype(hidden_states.device.type)
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            return _forward(self, hidden_states.to(dtype), top_k_index, top_k_weights, dtype)
-    return _forward(self, hidden_states, top_k_index, top_k_weights, None)
-
-
-def _forward(
-    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, dtype: torch.dtype | None
-) -> Tensor:
-    reason = unsupported(self, hidden_states, dtype)
+    device = hidden_states.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    reason = unsupported(self, hidden_states, autocast)
     if reason is not None:
         _say_once(f"{type(self).__name__}: {reason}")
-        return _transformers_forward(self)(hidden_states, top_k_index, top_k_weights)
+        return _transformers_forward(self)(self, hidden_states, top_k_index, top_k_weights)
     from moeify.kernels.ops import moe_ffn
 
     up, down = first_projection(self), self.down_proj
-    if dtype is not None:
-        up, down = up.to(dtype), down.to(dtype)
+    if autocast is not None:
+        hidden_states, up, down = hidden_states.to(autocast), up.to(autocast), down.to(autocast)
     return moe_ffn(
         hidden_states,
         up,
@@ -81,9 +91,10 @@ def unsupported(self: Any, hidden_states: Tensor, autocast: torch.dtype | None =
     Args:
         self: an experts module.
         hidden_states: its inputs.
-        autocast: what weights are converted to before use.
+        autocast: what inputs and weights are converted to before use.
     """
-    return unsupported_module(self) or _unsupported_tensors(first_projection(self), hidden_states, autocast)
+    weights, width = first_projection(self), self.down_proj.shape[-1]
+    return unsupported_module(self) or _unsupported_tensors(weights, width, hidden_states, autocast)
 
 
 def unsupported_module(self: Any) -> str | None:
@@ -106,21 +117,25 @@ def unsupported_module(self: Any) -> str | None:
     return None
 
 
-def _unsupported_tensors(weights: Tensor, hidden_states: Tensor, autocast: torch.dtype | None) -> str | None:
+def _unsupported_tensors(
+    weights: Tensor, width: int, hidden_states: Tensor, autocast: torch.dtype | None
+) -> str | None:
     interpreted, device = os.environ.get("TRITON_INTERPRET") == "1", hidden_states.device.type
     dtype = autocast or weights.dtype
     if device != "cuda" and not interpreted:
         return f"the kernels need a CUDA device, this is {device}"
     if isinstance(weights, DTensor):
         return "its weights are distributed tensors"
-    if hidden_states.dtype != dtype:
+    if autocast is None and hidden_states.dtype != dtype:
         return f"inputs are {hidden_states.dtype}, weights {weights.dtype}"
-    # The interpreter multiplies the bit patterns of bfloat16 numbers.
-    if dtype not in (torch.float16, torch.float32) and (dtype != torch.bfloat16 or (interpreted and device != "cuda")):
-        return f"no kernel for {dtype}"
+    # Autocast leaves float64 alone. The interpreter multiplies the bit patterns of bfloat16 numbers.
+    known = DTYPES if device == "cuda" else (torch.float16, torch.float32)
+    for needed in (weights.dtype, dtype):
+        if needed not in known:
+            return f"no kernel for {needed}"
     aligned = ALIGNMENT_BYTES // dtype.itemsize
-    if not interpreted and (weights.shape[2] % aligned or weights.shape[1] // 2 % aligned):
-        return f"sizes {tuple(weights.shape[1:])} are no multiples of {aligned}"
+    if not interpreted and (hidden_states.shape[-1] % aligned or width % aligned):
+        return f"a hidden size of {hidden_states.shape[-1]} and a width of {width} are no multiples of {aligned}"
     return None
 
 
@@ -134,31 +149,22 @@ def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
     """What the kernels call a module's activation; None if they have none for it."""
     if function is functional.silu:
         return "silu"
-    return _activation_types().get(type(function))
+    return ACTIVATION_TYPES.get(type(function))
 
 
-@cache
-def _activation_types() -> dict[type, str]:
-    names = {
-        "silu": ("silu", "swish"),
-        "gelu": ("gelu",),
-        "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new"),
-        "relu": ("relu",),
-        "relu2": ("relu2",),
-    }
-    known = transformers.activations.ACT2FN
-    types: dict[type, str] = {nn.SiLU: "silu", nn.ReLU: "relu"}
-    return types | {type(known[name]): ours for ours, theirs in names.items() for name in theirs}
-
-
-def _transformers_forward(self: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _transformers_forward(self: Any) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
     # grouped_mm is what transformers takes by itself; it has no float64, which only the module's own loop computes.
-    if first_projection(self).dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return MethodType(moe.grouped_mm_experts_forward, self)
+    if first_projection(self).dtype in DTYPES:
+        found: Callable[[Any, Tensor, Tensor, Tensor], Tensor] = moe.grouped_mm_experts_forward
+        return found
     forward: Any = type(self).forward
-    return MethodType(forward.__wrapped__, self)
+    return forward.__wrapped__  # type: ignore[no-any-return]
 
 
-@cache
+@torch.compiler.assume_constant_result
 def _say_once(reason: str) -> None:
+    # torch.compile runs this while it traces: a line in the log is nothing that a graph could hold.
+    if reason in _said:
+        return
+    _said.add(reason)
     logger.warning("moeify's kernels do not run: %s; transformers' own implementation does", reason)

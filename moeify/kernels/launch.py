@@ -120,7 +120,8 @@ def backward_rows(num_slots: int, num_experts: int) -> int:
 
 def precision(dtype: torch.dtype) -> str:
     """How float32 products are computed: as torch's own, exactly unless TensorFloat-32 is allowed."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    # Not allow_tf32: reading it raises once a program has set fp32_precision, which knows of both ways.
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def weights_argument(weights: Tensor, block: tuple[int, int], *, bulk: bool) -> tuple[Any, bool]:
