@@ -7,13 +7,16 @@ right, not the GPU. bfloat16 runs on a GPU alone, because the interpreter cannot
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_moe import assert_equal, step, text, tiny
+import transformers
+from tiny_moe import COMMON, assert_equal, step, text, tiny
 from torch import Tensor
 
+import moeify
 import moeify.kernels
 from moeify.kernels import launch, moe_ffn
 from moeify.kernels.reference import moe_ffn_reference
@@ -424,3 +427,18 @@ def test_backward_keeps_inputs_and_pre_activations_alone(device: str, dtype: tor
         grown = torch.cuda.memory_allocated() - allocated
         assert grown <= pre_activations + out_TD.numel() * dtype.itemsize + 2**22
     assert out_TD.requires_grad
+
+
+@pytest.mark.parametrize(("device", "taken"), [pytest.param("cuda", "moeify", marks=GPU), ("cpu", "grouped_mm")])
+def test_load_takes_the_kernels_on_a_gpu_unless_told_otherwise(device: str, taken: str, tmp_path: Path) -> None:
+    tiny("Mixtral").save_pretrained(tmp_path)
+    assert moeify.load(str(tmp_path), device=device).get_experts_implementation()[""] == taken
+    told = moeify.load(str(tmp_path), device=device, experts_implementation="eager")
+    assert told.get_experts_implementation()[""] == "eager"
+
+
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=GPU), "cpu"])
+def test_load_leaves_dense_models_alone(device: str, tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(**{**COMMON, "num_hidden_layers": 1})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    assert moeify.load(str(tmp_path), device=device)(text().to(device)).logits.isfinite().all()
