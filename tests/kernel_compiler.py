@@ -34,6 +34,8 @@ from moeify.kernels.decode import decode
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
+COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global [^;]*?\], (\w+)")
+
 
 class Compiler:
     """Takes the place of a launch."""
@@ -88,6 +90,7 @@ class Compiler:
             "shared_bytes": made.metadata.shared,
             "wgmma": ptx.count("wgmma.mma_async"),
             "mma": ptx.count("mma.sync"),
+            "copy_bytes": sorted({int(size, 0) for size in COPY.findall(ptx)}),
             "bulk_copies": ptx.count("cp.async.bulk.tensor"),
             "seconds": round(seconds, 2),
         }

@@ -69,6 +69,12 @@ def test_operands_stay_in_flight(hopper: Rows) -> None:
         assert row["shared_bytes"] >= (row["num_stages"] - 1) * block, row
 
 
+def test_operands_come_sixteen_bytes_at_a_time(hopper: Rows) -> None:
+    """Where weight gradients look rows up, the look-up itself has four."""
+    for row in products(hopper):
+        assert row["copy_bytes"] == ([4, 16] if row["kernel"] == "weight_grad_kernel" else [16]), row
+
+
 def test_weights_come_through_the_copy_engine_where_asked(hopper: Rows, request: pytest.FixtureRequest) -> None:
     asked = "bulk copies" in request.node.name
     tall = [row for row in hopper if row["kernel"] in ("up_kernel", "expert_matmul_kernel") and row["ROWS"] == 128]

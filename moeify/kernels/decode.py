@@ -176,17 +176,19 @@ def decode_up_kernel(
     token = tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inner = tl.arange(0, INNER)
-    x_at = inputs + tl.minimum(token, num_tokens - 1)[:, None] * D + inner[None, :]
+    # Rows without a token are left out and not read in vain: sixteen rows for one token would be half of the traffic.
+    there = token < num_tokens
+    x_at = inputs + token[:, None] * D + inner[None, :]
     gate_at = weights + expert * (P * D) + tl.minimum(col, F - 1)[None, :] * D + inner[:, None]
     gate_acc = tl.zeros((ROWS, COLS), tl.float32)
     up_acc = tl.zeros((ROWS, COLS), tl.float32)
     tl.assume(loop_size > 0)
     for k in range(0, loop_size, INNER):
-        x = load_block(x_at, k + inner[None, :] < D, EVEN)
-        there = k + inner[:, None] < D
-        up_acc = tl.dot(x, load_block(gate_at + (P - F) * D, there, EVEN), up_acc, input_precision=PRECISION)
+        x = tl.load(x_at, mask=there[:, None] & (k + inner[None, :] < D), other=0.0)
+        inside = k + inner[:, None] < D
+        up_acc = tl.dot(x, load_block(gate_at + (P - F) * D, inside, EVEN), up_acc, input_precision=PRECISION)
         if GATED:
-            gate_acc = tl.dot(x, load_block(gate_at, there, EVEN), gate_acc, input_precision=PRECISION)
+            gate_acc = tl.dot(x, load_block(gate_at, inside, EVEN), gate_acc, input_precision=PRECISION)
         x_at += INNER
         gate_at += INNER
     if GATED:
@@ -194,7 +196,7 @@ def decode_up_kernel(
     else:
         value = activate(up_acc, ACTIVATION)
     rank = tl.arange(0, RANKS)
-    asked = (token < num_tokens)[:, None] & (rank < K)[None, :]
+    asked = there[:, None] & (rank < K)[None, :]
     asked_at = token[:, None] * K + rank[None, :]
     chosen = tl.load(experts + asked_at, mask=asked, other=NUM_EXPERTS)
     mine = (chosen == tl.load(hits + slot).to(tl.int64)) & (chosen < NUM_EXPERTS)
@@ -203,7 +205,7 @@ def decode_up_kernel(
     gate = tl.sum(tl.where(mine, tl.load(gates + asked_at, mask=asked, other=0.0).to(tl.float32), 0.0), 1)
     value = tl.where(tl.max(mine.to(tl.int32), 1)[:, None] > 0, value * gate[:, None], 0.0)
     hidden_at = hidden + slot.to(tl.int64) * (ROWS * F) + token[:, None] * F + col[None, :]
-    tl.store(hidden_at, value.to(hidden.dtype.element_ty), mask=(col < F)[None, :])
+    tl.store(hidden_at, value.to(hidden.dtype.element_ty), mask=there[:, None] & (col < F)[None, :])
 
 
 @triton.jit
@@ -236,6 +238,7 @@ def decode_down_kernel(
     share = (total + SPLIT - 1) // SPLIT
     first = part * share
     token = tl.arange(0, ROWS)
+    there = token < num_tokens
     col = tl.program_id(0) * COLS + tl.arange(0, COLS)
     weight_col = tl.minimum(col, D - 1)[None, :] * F
     inner = tl.arange(0, INNER)
@@ -248,9 +251,9 @@ def decode_down_kernel(
         neuron = step % STEPS * INNER + inner
         row_at = hidden + slot.to(tl.int64) * (ROWS * F) + token[:, None] * F + neuron[None, :]
         weight_at = weights + expert * (D * F) + weight_col + neuron[:, None]
-        block = load_block(row_at, neuron[None, :] < F, EVEN)
+        block = tl.load(row_at, mask=there[:, None] & (neuron[None, :] < F), other=0.0)
         weight = load_block(weight_at, neuron[:, None] < F, EVEN)
         acc = tl.dot(block, weight, acc, input_precision=PRECISION)
         expert = _hit(hits, tl.minimum((step + 1) // STEPS, listed - 1), NUM_EXPERTS)
     out_at = parts + (token[:, None] * SPLIT + part) * D + col[None, :]
-    tl.store(out_at, acc.to(parts.dtype.element_ty), mask=(token < num_tokens)[:, None] & (col < D)[None, :])
+    tl.store(out_at, acc.to(parts.dtype.element_ty), mask=there[:, None] & (col < D)[None, :])
