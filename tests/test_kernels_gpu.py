@@ -347,13 +347,13 @@ def test_a_compiled_model_learns_the_same(device: str, backend: str) -> None:
     assert_equal(step(model, ids, "moeify", compiled), step(model, ids, "eager"), tolerance=1e-4)
 
 
-@pytest.mark.parametrize(("device", "dtype", "margin"), places([(torch.bfloat16, 0.25)], [(torch.float32, 1e-3)]))
+@pytest.mark.parametrize(("device", "dtype", "margin"), places([(torch.bfloat16, 0.2)], [(torch.float32, 1e-3)]))
 def test_generate_gives_the_tokens_of_grouped_mm(device: str, dtype: torch.dtype, margin: float) -> None:
     """Where the second-best token is well behind; every expert is chosen, so that routing is no matter of rounding."""
     moeify.kernels.register()
     model = tiny("GraniteMoeShared", num_experts_per_tok=4, hidden_size=64, head_dim=16).to(dtype).eval()
-    options = {"max_new_tokens": 6 if device == "cuda" else 2, "do_sample": False, "eos_token_id": None}
-    prompts = text(16 if device == "cuda" else 4, 5)
+    options = {"max_new_tokens": 4 if device == "cuda" else 2, "do_sample": False, "eos_token_id": None}
+    prompts = text(32 if device == "cuda" else 4, 5)
     tokens, clear = {}, torch.ones(len(prompts), dtype=torch.bool, device=device)
     for implementation in ("grouped_mm", "moeify"):
         model.set_experts_implementation(implementation)
