@@ -4,6 +4,7 @@
     python tests/benchmark_kernels.py layers --out FOLDER    one layer, every peer but liger-kernel
     python tests/benchmark_kernels.py liger --out FOLDER     one layer against liger-kernel, which tunes for minutes
     python tests/benchmark_kernels.py model --out FOLDER     whole models: generation and a training step
+    python tests/benchmark_kernels.py tune --out FOLDER      launches near the table's, for Llama-3-8B in 8 and in 64
 
 `model` makes random models of about 1 B parameters, the same for every implementation. On a machine without a GPU
 `--device cpu --size tiny` shows that it works. Files are written as it goes: a part that is killed keeps what it has.
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moeify.benchmark.machine import device_by_name, dtype_by_name, machine_facts, versions
 from moeify.benchmark.table import text
 from moeify.benchmark.timing import first_line, release_memory
+from moeify.kernels.tune import Shape, tune
 from moeify.layer_bench import ask, layer_bench
 
 TESTS = Path(__file__).parent
@@ -354,9 +357,27 @@ def measure_model(
     report.add(**row, part="training", **training_steps(model, size))
 
 
+def part_tune(out: Path, device: torch.device, *, size: str) -> int:
+    """What launch.py's table should hold for this device, the most important number of tokens first."""
+    report = Report("tune", out, device)
+    tokens, shapes = (8192, 1, 512, 8, 32, 64), (Shape(4096, 1792, 8, 2), Shape(4096, 224, 64, 16))
+    if size == "tiny":
+        tokens, shapes = (1,), (Shape(32, 16, 4, 2, dtype=torch.float32),)
+    # Without a device triton's own benchmark has nothing to measure with.
+    clock = None if device.type == "cuda" else lambda call: timed(call, device)[0] * 1e6
+    for number in tokens:
+        for shape in shapes:
+            for tuned in tune(shape, [number], device=device, time=clock):
+                report.add(shape=str(shape), **asdict(tuned))
+                if report.is_late:
+                    report.add(failure="no time left")
+                    return 0
+    return 0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("part", choices=["test", "layers", "liger", "model"])
+    parser.add_argument("part", choices=["test", "layers", "liger", "model", "tune"])
     parser.add_argument("--out", type=Path, required=True, help="folder for JSON")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--size", choices=list(SIZES), default="1b")
@@ -368,6 +389,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return part_test(asked.out, device)
     if asked.part == "model":
         return part_model(asked.out, device, size=asked.size, implementations=asked.implementations.split(","))
+    if asked.part == "tune":
+        return part_tune(asked.out, device, size=asked.size)
     return part_layers(asked.out, device, part=asked.part, size=asked.size, peers=asked.peers)
 
 

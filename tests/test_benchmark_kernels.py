@@ -63,3 +63,10 @@ def test_layer_parts(part: str, tmp_path: Path) -> None:
     assert found["not_run"] == []
     assert {row["peer"]: row["status"] for row in found["rows"]} == {"dense": "ok", "grouped_mm": "ok"}
     assert {row["routing"] for row in found["rows"]} == ({"uniform"} if part == "liger" else {"uniform", "zipf"})
+
+
+def test_launches_are_tuned_and_reported(tmp_path: Path) -> None:
+    rows = run("tune", tmp_path)["rows"]
+    assert [row["key"] for row in rows] == ["decode_up/16", "decode_down/16"]
+    assert all(row["tried"] > 20 and 0 < row["after_us"] <= row["before_us"] for row in rows)
+    assert all(row["launch"]["rows"] == 16 for row in rows)
