@@ -20,6 +20,7 @@ from moeify import targets
 from moeify.checkpoint import DenseCheckpoint, find_shards, load_config, locate, open_dense
 from moeify.errors import InputError
 from moeify.gate import Gate
+from moeify.native import moe_parameters
 from moeify.options import Track, untracked
 from moeify.plan import SHARED, LayerPlan, Layout, SplitPlan, load_plan
 from moeify.targets import Target
@@ -141,7 +142,7 @@ def _place_checks(model: Any, source: DenseCheckpoint, plan: SplitPlan, target: 
         total += gate_FD.shape[0]
         order = torch.cat([layer.neurons(expert) for expert in range(SHARED, plan.layout.num_routed)])
         placed += order.unique().numel()
-        found_gate, found_up = _rows(_modules(model, layer.layer, target))
+        found_gate, found_up = _rows(moe_parameters(model.model.layers[layer.layer], target.modules))
         same = (found_gate == gate_FD[order]).all(1) & (found_up == up_FD[order]).all(1)
         equal += int(same.sum())
     return [
@@ -152,23 +153,6 @@ def _place_checks(model: Any, source: DenseCheckpoint, plan: SplitPlan, target: 
 
 def _cut_layers(plan: SplitPlan) -> list[LayerPlan]:
     return [layer for layer in plan.layers if layer.layer not in plan.layout.dense_layers]
-
-
-def _modules(model: Any, layer: int, target: Target) -> dict[str, Tensor]:
-    """Parameters of one MoE layer of the loaded stock model."""
-    block = model.model.layers[layer]
-    names = target.modules
-    experts = block.get_submodule(names.experts)
-    found = {
-        "gate_up": experts.gate_up_proj,
-        "down": experts.down_proj,
-        "router": block.get_submodule(names.router).weight,
-    }
-    if names.shared and getattr(block, names.shared.split(".")[0]) is not None:
-        module = block.get_submodule(names.shared)
-        found["shared_gate_up"] = torch.cat([module.get_submodule(part).weight for part in names.shared_gate_up])
-        found["shared_down"] = module.get_submodule(names.shared_down).weight
-    return found
 
 
 def _rows(parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -187,7 +171,7 @@ def _restore_dense(model: Any, source: DenseCheckpoint, plan: SplitPlan, target:
     everything = Layout(plan.layout.num_experts, plan.layout.num_shared, plan.layout.num_experts)
     for layer in _cut_layers(plan):
         down_DF = source.ffn(layer.layer)[2].to(load_config(Path(model.name_or_path)).dtype).float()
-        parts = _modules(model, layer.layer, target)
+        parts = moe_parameters(model.model.layers[layer.layer], target.modules)
         parts["router"].zero_()
         routed = [down_DF[:, layer.neurons(expert)] for expert in range(plan.layout.num_routed)]
         parts["down"].copy_(torch.stack(routed) * target.routed_fold(everything))
