@@ -19,6 +19,8 @@ from moeify.version import __version__
 if TYPE_CHECKING:
     from moeify.errors import CheckError, InputError, MoeifyError, UsageError
     from moeify.evaluate import EvalResult, evaluate, load
+    from moeify.finetune import FinetuneResult, finetune
+    from moeify.finetune_options import FinetuneOptions
     from moeify.options import SplitOptions
     from moeify.plan import SplitPlan, load_plan
     from moeify.split import SplitResult, split
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckError",
     "EvalResult",
+    "FinetuneOptions",
+    "FinetuneResult",
     "InputError",
     "MoeifyError",
     "SplitOptions",
@@ -36,6 +40,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "evaluate",
+    "finetune",
     "load",
     "load_plan",
     "split",
@@ -45,6 +50,8 @@ __all__ = [
 _HOMES = {
     "errors": ("CheckError", "InputError", "MoeifyError", "UsageError"),
     "evaluate": ("EvalResult", "evaluate", "load"),
+    "finetune": ("FinetuneResult", "finetune"),
+    "finetune_options": ("FinetuneOptions",),
     "options": ("SplitOptions",),
     "plan": ("SplitPlan", "load_plan"),
     "split": ("SplitResult", "split"),

@@ -1,12 +1,14 @@
 """The command line: parse, call, render. No logic, and nothing heavy is imported before a command runs."""
 
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, get_args
 
 import typer
 
 from moeify.errors import CheckError, MoeifyError, UsageError
+from moeify.finetune_options import FinetuneOptions, Precision, Schedule, Stage
 from moeify.options import DType, Fusion, RefitTo, SplitOptions, Style
 from moeify.version import __version__
 
@@ -20,6 +22,7 @@ app = typer.Typer(
 )
 
 DEFAULTS = SplitOptions()
+TRAINING = FinetuneOptions()
 KINDS = "families targets partitions routers strategies recipes"
 
 Model = Annotated[str, typer.Argument(help="Folder, .gguf file, hub id or `builtin`.", show_default=False)]
@@ -39,6 +42,7 @@ Calibration = Annotated[
         "repeat it for a mixture."
     ),
 ]
+StageNames = Annotated[list[str], typer.Option(help="layers, router, lora or full; repeat it, in order.")]
 RefitToOption = Annotated[
     RefitTo, typer.Option(help="What the refit restores: the FFN's output or the dense residual stream.")
 ]
@@ -97,6 +101,14 @@ def _layers(text: str) -> tuple[int, ...]:
         return tuple(sorted({int(number) for number in text.split(",") if number.strip()}))
     except ValueError as error:
         raise UsageError(f"--dense-layers {text} is no list of layers", "write --dense-layers 0,1,29") from error
+
+
+def _stages(names: list[str]) -> tuple[Stage, ...]:
+    known: tuple[Stage, ...] = get_args(Stage)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"there is no stage {name}", f"--stage takes {', '.join(known)}; repeat it for several")
+    return tuple(stage for name in names for stage in known if stage == name)
 
 
 def _version(show: bool) -> None:
@@ -333,6 +345,102 @@ def compare_command(
         track=renderer.track,
     )
     renderer.result("compare", result, compare_table(result))
+
+
+@app.command("finetune")
+def finetune_command(
+    moe: Annotated[str, typer.Argument(help="What `moeify split` wrote, or a dense model.", show_default=False)],
+    teacher: Annotated[str, typer.Option(help="The dense model it shall follow.", show_default=False)],
+    data: Annotated[
+        list[str], typer.Option(help="Training text, as for --calibration; repeat it for a mixture.")
+    ] = list(TRAINING.data),  # noqa: B006
+    tokens: Annotated[int, typer.Option(help="Training tokens; every stage sees the same.")] = TRAINING.tokens,
+    stage: StageNames = list(TRAINING.stage),  # noqa: B006
+    epochs: Annotated[int, typer.Option(help="How often router, lora and full see the text.")] = TRAINING.epochs,
+    layer_tokens: Annotated[
+        int, typer.Option(help="At most so many of the tokens for layers.")
+    ] = TRAINING.layer_tokens,
+    context: Context = None,
+    batch: Annotated[int, typer.Option(help="Blocks at once, on each process.")] = TRAINING.batch,
+    accumulate: Annotated[int, typer.Option(help="Batches that make one step.")] = TRAINING.accumulate,
+    learning_rate: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Of all but routers; 1e-4 for full, 1e-3 for lora.", show_default=False),
+    ] = None,
+    router_rate: Annotated[float, typer.Option(help="Of routers, relative to their weights.")] = TRAINING.router_rate,
+    schedule: Annotated[Schedule, typer.Option(help="How rates fall.")] = TRAINING.schedule,
+    warmup: Annotated[float, typer.Option(help="Share of the steps in which rates rise.")] = TRAINING.warmup,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices that are not routers.")] = TRAINING.weight_decay,
+    kl: Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")] = TRAINING.kl,
+    lm: Annotated[float, typer.Option(help="Weight of the language modelling loss.")] = TRAINING.lm,
+    hidden: Annotated[float, typer.Option(help="Weight of the error of every layer's output.")] = TRAINING.hidden,
+    balance: Annotated[float, typer.Option(help="Weight of an even load.")] = TRAINING.balance,
+    z_loss: Annotated[float, typer.Option(help="Weight of small router scores.")] = TRAINING.z_loss,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the updates of lora.")] = TRAINING.lora_rank,
+    precision: Annotated[Precision, typer.Option(help="Of the arithmetic.")] = TRAINING.precision,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Less memory, a third more time.")] = False,
+    cache_teacher: Annotated[
+        bool, typer.Option("--cache-teacher", help="Keep the teacher's hidden states on disk.")
+    ] = False,
+    eval_data: Annotated[list[str], typer.Option(help="Held-out text; repeat it.")] = list(TRAINING.eval_data),  # noqa: B006
+    eval_tokens: Annotated[int, typer.Option(help="At most so many tokens of each.")] = TRAINING.eval_tokens,
+    every: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Steps between evaluations, each with a checkpoint; a tenth of all.", show_default=False),
+    ] = None,
+    patience: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Stop after so many evaluations without progress, and take the best.", show_default=False),
+    ] = None,
+    seed: Seed = TRAINING.seed,
+    device: Device = TRAINING.device,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    debug: Debug = False,  # noqa: ARG001
+) -> None:
+    """Train a converted or pruned checkpoint to do what the dense model does; resumes where it was stopped."""
+    options = FinetuneOptions(
+        stage=_stages(stage),
+        data=tuple(data),
+        tokens=tokens,
+        epochs=epochs,
+        layer_tokens=layer_tokens,
+        context=context,
+        batch=batch,
+        accumulate=accumulate,
+        learning_rate=learning_rate,
+        router_rate=router_rate,
+        schedule=schedule,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        kl=kl,
+        lm=lm,
+        hidden=hidden,
+        balance=balance,
+        z_loss=z_loss,
+        lora_rank=lora_rank,
+        precision=precision,
+        checkpointing=checkpointing,
+        cache_teacher=cache_teacher,
+        eval_data=tuple(eval_data),
+        eval_tokens=eval_tokens,
+        every=every,
+        patience=patience,
+        seed=seed,
+        device=device,
+    )
+    # Of several processes the first one speaks.
+    alone = int(os.environ.get("RANK", "0")) == 0
+    renderer = _renderer(json and alone, quiet or not alone, verbose)
+    from moeify.finetune import finetune
+    from moeify.render import finetune_table
+
+    where = out or Path(f"{Path(moe).name}-finetuned")
+    result = finetune(moe, teacher, where, options, overwrite=overwrite, track=renderer.track)
+    renderer.result("finetune", result, finetune_table(result), next_step=f"moeify eval {teacher} {moe} {where}")
 
 
 @app.command("verify")

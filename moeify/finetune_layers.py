@@ -205,7 +205,8 @@ def _train_router(
 def _expert_grams(ffn: LayerFFN) -> Tensor:
     down_RDf = ffn.ffn.down_DF[:, -ffn.layout.num_routed * ffn.width :].unflatten(1, (ffn.layout.num_routed, ffn.width))
     down_RDf = down_RDf.transpose(0, 1)
-    return down_RDf.transpose(1, 2) @ down_RDf
+    gram_Rff: Tensor = down_RDf.transpose(1, 2) @ down_RDf
+    return gram_Rff
 
 
 def _worth(ffn: LayerFFN, gram_Rff: Tensor, inputs_TD: Tensor, wanted_TD: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class _Scored(torch.autograd.Function):
         grad_VD = torch.zeros_like(weight_VD) if needs[1] else None
         grads: list[Tensor] = []
         parts: list[Tensor] = []
-        weight_2 = torch.tensor(weights, device=hidden_BCD.device)
+        weight_2 = torch.tensor(weights, dtype=torch.float32, device=hidden_BCD.device)
         step = max(1, CHUNK_LOGITS[device != "cpu"] // len(head_VD))
         with torch.autocast(device, enabled=False), torch.set_grad_enabled(any(needs)):
             for rows in (slice(start, start + step) for start in range(0, len(targets_T), step)):

@@ -53,7 +53,8 @@ def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, wo
     config = json.loads((inputs.path / "config.json").read_text())
     trained = (*(inputs.plan.trained if inputs.plan else ()), *options.stage)
     workspace.write_text(
-        LAST_FILE, finetuned_card(inputs.name, inputs.teacher.name, config, asdict(options), inputs.provenance, trained=trained)
+        LAST_FILE,
+        finetuned_card(inputs.name, inputs.teacher.name, config, asdict(options), inputs.provenance, trained=trained),
     )
 
 
@@ -64,8 +65,14 @@ def _trained_plan(student: Student, plan: SplitPlan, options: FinetuneOptions, d
         for layer in student.cut_layers:
             block = student.model.model.layers[layer]
             stored_RD: Tensor = moe_parameters(block, student.target.modules)["router"].detach().to(dtype)
-            layers[layer] = replace(layers[layer], router_RD=stored_RD / student.scale)
+            layers[layer] = replace(layers[layer], router_RD=_unscaled(stored_RD, student.scale))
     return replace(plan, layers=tuple(layers), trained=(*plan.trained, *options.stage))
+
+
+def _unscaled(stored_RD: Tensor, scale: float) -> Tensor:
+    """Rows that give the stored ones again; exact in the stored type if the scale is a power of two."""
+    router_RD = stored_RD / scale
+    return router_RD if torch.equal(router_RD * scale, stored_RD) else stored_RD.double() / scale
 
 
 def _dtype(shards: dict[str, Path]) -> torch.dtype:

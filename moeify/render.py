@@ -18,6 +18,7 @@ from moeify.errors import MoeifyError
 if TYPE_CHECKING:
     from moeify.compare import Comparison
     from moeify.evaluate import EvalResult
+    from moeify.finetune import FinetuneResult
     from moeify.inspect import Inspection
     from moeify.plan import SplitPlan
     from moeify.prepare import Preview
@@ -79,12 +80,14 @@ class Renderer:
 
     def _log(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
         """Progress for a log file: a line now and then instead of a bar."""
-        last = time.monotonic()
+        began = last = time.monotonic()
         for done, item in enumerate(items, start=1):
             yield item
             if time.monotonic() - last > LOG_EVERY_S:
                 last = time.monotonic()
-                self._err.print(f"{label}: {done}/{total}", markup=False, highlight=False, soft_wrap=True)
+                left = duration((last - began) / done * (total - done))
+                line = f"{label}: {done}/{total}, about {left} left"
+                self._err.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def announce(self, seconds: float) -> None:
         """Say on stderr what a command is going to take."""
@@ -329,6 +332,30 @@ def eval_table(results: "Sequence[EvalResult]") -> Table:
             f"{result.num_tokens:,}",
             f"{result.tokens_per_second:,.0f}",
         )
+    return table
+
+
+FINETUNE_FIGURES = {
+    "layer_error": "layer error",
+    "kl": "KL to the teacher",
+    "lm": "loss",
+    "perplexity": "perplexity",
+}
+
+
+def finetune_table(result: "FinetuneResult") -> Table:
+    """Each stage, before and after, on held-out text."""
+    table = Table(title=f"moeify finetune {result.out}", title_justify="left")
+    table.add_column("stage")
+    table.add_column("figure")
+    for column in ("before", "after", "tokens", "seconds"):
+        table.add_column(column, justify="right")
+    for stage in result.stages:
+        for name, label in FINETUNE_FIGURES.items():
+            if name in stage.after:
+                seconds = "earlier" if stage.seconds is None else f"{stage.seconds:,.0f}"
+                values = (f"{stage.before[name]:,.4f}", f"{stage.after[name]:,.4f}")
+                table.add_row(stage.stage, label, *values, f"{stage.num_tokens:,}", seconds)
     return table
 
 

@@ -5,6 +5,9 @@ Legend: R routed experts, f neurons of one expert, D hidden size.
 The stock model is loaded as any user would load it. Then, in memory only: the dense columns of down_proj are put back
 (a refit changes them), router rows are set to zero (so that every expert's weight is exactly the architecture's
 constant) and every expert is switched on, with the fold for all of them. Its logits must then be the dense ones.
+
+Of a fine-tuned checkpoint it is checked what training left alone: with the stages `layers` and `router` all of the
+above but the experts' weights, otherwise keys, shapes, config, finite values and the routers of the plan.
 """
 
 from dataclasses import dataclass, replace
@@ -31,6 +34,8 @@ TOLERANCE = 1e-4
 # Spacing of bf16 numbers just above one, and what the router scale aims for is half of it: unseen text may score higher
 # than the calibration text did.
 GATE_LIMIT = 2.0**-7
+# Stages of fine-tuning that change routers and down_proj alone.
+KEEPS_NEURONS = {"layers", "router"}
 CONTEXT = 128
 BLOCKS = 2
 
@@ -52,15 +57,15 @@ class VerifyReport:
     Args:
         moe, dense: what was compared.
         checks: in the order they were made.
-        max_logit_difference: fp32, all experts on.
+        max_logit_difference: fp32, all experts on; None of a checkpoint whose neurons were trained.
         max_gate_deviation: largest distance of an expert's folded weight from one, with the real router; zero for gates
-            that are not hard.
+            that are not hard or were trained.
     """
 
     moe: str
     dense: str
     checks: tuple[Check, ...]
-    max_logit_difference: float
+    max_logit_difference: float | None
     max_gate_deviation: float
 
     @property
@@ -93,9 +98,13 @@ def verify(moe: str, dense: str, *, tolerance: float = TOLERANCE, track: Track[A
     target = targets.find(plan.target)
     model, keys = _load_all_on(path, plan.layout)
     ids = _tokens(source)
-    hard = Gate.of(plan.options).style == "hard"
+    hard = Gate.of(plan.options).style == "hard" and not plan.trained
     deviation = _gate_deviation(path, ids, target, plan) if hard else 0.0
-    checks = [keys, *_place_checks(model, source, plan, target), *_stored_checks(path, source, plan, target)]
+    whole = set(plan.trained) <= KEEPS_NEURONS
+    places = _place_checks(model, source, plan, target)
+    checks = [keys, *(places if whole else places[:1]), *_stored_checks(path, source, plan, target)]
+    if not whole:
+        return VerifyReport(moe, dense, tuple(checks), None, deviation)
     _restore_dense(model, source, plan, target)
     difference = _logit_difference(model, source, ids, load_config(path).dtype)
     checks += [
@@ -198,15 +207,18 @@ def _stored_checks(path: Path, source: DenseCheckpoint, plan: SplitPlan, target:
     wrong: list[str] = []
     for decided in plan.layers:
         layer = decided
-        if plan.options["refit"] and layer.layer not in plan.layout.dense_layers:
+        if (plan.options["refit"] or plan.trained) and layer.layer not in plan.layout.dense_layers:
             _, _, down_DF = source.ffn(layer.layer)
             layer = replace(layer, down_DF=torch.full_like(down_DF, torch.nan, dtype=config.dtype))
-        for name, expected in writer.layer(layer).items():
+        free = _trained_names(writer, layer, plan)
+        for name, planned_values in writer.layer(layer).items():
             total += 1
+            expected = torch.full_like(planned_values, torch.nan) if name in free else planned_values
             found = torch.empty(0)
             if name in shards:
                 with safe_open(shards[name], framework="pt") as reader:
                     found = reader.get_tensor(name)
+            expected = expected.to(found.dtype)
             if found.shape != expected.shape or not (found.isfinite() & (expected.isnan() | (found == expected))).all():
                 wrong.append(name)
     declared, planned = config.to_dict(), writer.config().to_dict()
@@ -216,6 +228,22 @@ def _stored_checks(path: Path, source: DenseCheckpoint, plan: SplitPlan, target:
         Check("experts and routers are the plan's", equal, f"{total:,}", not wrong),
         Check("config is the plan's", ", ".join(differs) or "equal", "equal", not differs),
     ]
+
+
+def _trained_names(writer: MoEWriter, layer: LayerPlan, plan: SplitPlan) -> set[str]:
+    """Tensors of a layer that the plan does not decide, because training changed them."""
+    if not plan.trained:
+        return set()
+    # Without NaN only what no neuron and no router is in: constants that training may have moved.
+    if layer.router_RD is None:
+        return set(writer.layer(layer)) if not set(plan.trained) <= KEEPS_NEURONS else set()
+    marked = writer.layer(replace(layer, router_RD=torch.full_like(layer.router_RD, torch.nan)))
+    routers = {
+        name for name, tensor in marked.items() if tensor.isnan().all() and tensor.shape == layer.router_RD.shape
+    }
+    if set(plan.trained) <= KEEPS_NEURONS:
+        return {name for name, tensor in marked.items() if tensor.ndim == 1}
+    return set(marked) - routers
 
 
 @torch.no_grad()
