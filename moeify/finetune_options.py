@@ -31,6 +31,8 @@ class FinetuneOptions:
         learning_rate: of everything but routers, at its highest; None is LEARNING_RATES of the stage.
         router_rate: of routers, relative to the root mean square of each router's own weights, because they are
             stored scaled down (see targets/__init__.py): 0.01 moves a weight by up to one percent of it a step.
+        explore: noise on what routers see, relative to its size, by which they find out what other choices are worth;
+            zero leaves them the gradient of the chosen experts' weights alone.
         schedule: how the rates fall after the warmup.
         warmup: share of the steps in which they rise.
         weight_decay: of everything but routers and vectors.
@@ -60,6 +62,7 @@ class FinetuneOptions:
     accumulate: int = 1
     learning_rate: float | None = None
     router_rate: float = 0.01
+    explore: float = 0.2
     schedule: Schedule = "cosine"
     warmup: float = 0.05
     weight_decay: float = 0.0
@@ -87,7 +90,7 @@ class FinetuneOptions:
             _check(name, getattr(self, name) >= 1, getattr(self, name), "1 or more")
         for name in ("every", "patience"):
             _check(name, getattr(self, name) is None or getattr(self, name) >= 1, getattr(self, name), "1 or more")
-        for name in ("kl", "lm", "hidden", "balance", "z_loss", "weight_decay", "router_rate"):
+        for name in ("kl", "lm", "hidden", "balance", "z_loss", "weight_decay", "router_rate", "explore"):
             _check(name, 0 <= getattr(self, name) < float("inf"), getattr(self, name), "zero or more")
         rate = self.learning_rate
         _check("learning_rate", rate is None or 0 < rate < float("inf"), rate, "more than zero")

@@ -74,7 +74,7 @@ def train_stage(
     finally:
         trainer.detach_model()
     evals = [entry for entry in history if "eval_loss" in entry]
-    best = min(evals, key=lambda entry: entry["eval_loss"]) if options.patience is not None else evals[-1]
+    best = min(evals[1:], key=lambda entry: entry["eval_loss"]) if options.patience is not None else evals[-1]
     figures = {
         "before": _figures(evals[0]),
         "after": _figures(best),

@@ -5,6 +5,7 @@ other names, which the Trainer would skip without a word when it resumes. Sharde
 """
 
 import math
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from moeify.errors import CheckError
 from moeify.finetune_losses import RouterLosses, ScoringHead, hidden_error, load_figures, router_losses
-from moeify.finetune_model import RouterWatch, Student, adjust_selection_biases
+from moeify.finetune_model import Explorer, RouterWatch, Student, adjust_selection_biases
 from moeify.finetune_options import FinetuneOptions
 from moeify.finetune_teacher import Teacher
 
@@ -51,7 +52,8 @@ class FinetuneTrainer(Trainer):
         callbacks: list[TrainerCallback],
     ) -> None:
         self._student, self._teacher, self._options = student, teacher, options
-        self._watch = RouterWatch(student)
+        self._explorer = Explorer(options.explore) if options.router_rate and options.explore else None
+        self._watch = RouterWatch(student, self._explorer)
         self._head = ScoringHead(student.model.lm_head, kl=options.kl, lm=options.lm)
         # Of the routers as the stage found them, whatever a checkpoint holds.
         self._router_rates = [
@@ -104,6 +106,8 @@ class FinetuneTrainer(Trainer):
         ids_BC = inputs["input_ids"]
         hidden_wanted = self._options.hidden > 0 and model.training
         teacher_BCD, its_layers = self._teacher.hidden(inputs, layers=hidden_wanted)
+        if self._explorer is not None and model.training:
+            self._explorer.begin([zlib.crc32(block) ^ int(self.state.epoch or 0) for block in ids_BC.cpu().numpy()])
         self._head.targets = (ids_BC, teacher_BCD, self._teacher.head)
         try:
             with self._watch.watch():
@@ -158,7 +162,7 @@ class FinetuneTrainer(Trainer):
         if not teacher_BCD.isfinite().all():
             where = "the teacher gives such values"
         raise CheckError(
-            f"the loss became {float(loss)} at step {self.state.global_step + 1}: {where}; {self._kept()}",
+            f"the loss became {float(loss.detach())} at step {self.state.global_step + 1}: {where}; {self._kept()}",
             "--learning-rate and --router-rate take less; --overwrite starts anew with them",
         )
 

@@ -57,7 +57,7 @@ def perplexities(*folders: Path) -> list[float]:
 @pytest.mark.parametrize("stage", ["layers", "router", "lora", "full"])
 def test_every_stage_helps_every_target(cut: Cut, taught: Path, tmp_path: Path, target: str, stage: str) -> None:
     moe = cut(target)
-    options = replace(OPTIONS, stage=(stage,), learning_rate=3e-3 if stage == "lora" else 1e-3)
+    options = replace(OPTIONS, stage=(stage,), learning_rate=3e-3 if stage == "lora" else 1e-3, router_rate=0.02)
     result = finetune(str(moe), str(taught), tmp_path / "out", options)
     figure = "layer_error" if stage == "layers" else "kl"
     assert result.stages[0].after[figure] < result.stages[0].before[figure]
@@ -89,9 +89,12 @@ def test_what_a_stage_does_not_train_stays_bit_for_bit(cut: Cut, taught: Path, t
 def test_routing_moves_and_that_alone_lowers_the_loss(cut: Cut, taught: Path, tmp_path: Path) -> None:
     """Stage `router` changes nothing else, and its gates stay near one: what helps is who is chosen."""
     moe = cut("glm4_moe")
-    options = replace(OPTIONS, stage=("router",), tokens=65_536, router_rate=0.02)
+    options = replace(OPTIONS, stage=("router",), tokens=32_768, router_rate=0.03)
     result = finetune(str(moe), str(taught), tmp_path / "out", options)
-    assert result.stages[0].after["kl"] < 0.98 * result.stages[0].before["kl"]
+    assert result.stages[0].after["kl"] < 0.97 * result.stages[0].before["kl"]
+    blind = finetune(str(moe), str(taught), tmp_path / "blind", replace(options, explore=0.0))
+    # The gradient of chosen experts' weights alone makes routers worse.
+    assert blind.stages[0].after["kl"] > result.stages[0].after["kl"]
     ids = torch.randint(3, 500, (4, 64), generator=torch.Generator().manual_seed(0))
     chosen: list[list[set[int]]] = []
     for folder in (moe, tmp_path / "out"):
@@ -348,7 +351,7 @@ def test_a_teacher_of_another_shape_is_refused(cut: Cut, taught: Path, tmp_path:
         ({"stage": ("full", "layers")}, "must be the first"),
         ({"hidden": 1.0, "cache_teacher": True}, "cache holds only"),
         ({"learning_rate": float("nan")}, "--learning-rate nan"),
-        ({"device": "cuda:1"}, "cpu or cuda"),
+        ({"device": "cuda:1"}, "--device cuda:1"),
         ({"z_loss": float("nan")}, "--z-loss nan"),
     ],
 )
