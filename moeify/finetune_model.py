@@ -26,8 +26,10 @@ SELECTION_BIAS = "e_score_correction_bias"
 LORA_ALPHA_PER_RANK = 2
 # One in so many of all experts runs beside the chosen ones while routers are trained.
 EXTRA_EXPERTS = 8
-# Width of the sigmoid around the boundary, in standard deviations of scores.
-SOFTNESS = 0.25
+# Width of the sigmoid around the boundary, in standard deviations of a token's scores. It must be narrower than the noise,
+# or experts that are always there count without their absence: on a small trained llama stage `router` lowered the
+# divergence from 0.0207 to 0.0193 with 0.03 and raised it to 0.0208 with 0.25.
+SOFTNESS = 0.04
 
 
 @dataclass
@@ -246,10 +248,11 @@ def _widened(logits_TR: Tensor, weights_TK: Tensor, chosen_TK: Tensor) -> tuple[
     boundary_T1 = ordered_TR[:, -2:].mean(dim=1, keepdim=True)
     running_TM = torch.cat([chosen_TK, next_TX], dim=1)
     margin_TM = scores_TR.gather(1, running_TM) - boundary_T1
-    soft_TM = (margin_TM / (SOFTNESS * scores_TR.detach().std()).clamp(min=1e-30)).sigmoid()
+    spread_T1 = scores_TR.detach().std(dim=1, keepdim=True)
+    soft_TM = (margin_TM / (SOFTNESS * spread_T1).clamp(min=1e-30)).sigmoid()
     plain_TM = torch.cat([weights_TK, weights_TK.new_zeros(next_TX.shape)], dim=1)
     # In units of what a chosen expert's weight is, so that a choice counts for what it would bring.
-    slope_TM = (soft_TM - soft_TM.detach()) * weights_TK.detach().float().mean()
+    slope_TM = (soft_TM - soft_TM.detach()) * weights_TK.detach().float().mean(dim=1, keepdim=True)
     return logits_TR, plain_TM + slope_TM.to(plain_TM.dtype), running_TM
 
 

@@ -69,6 +69,8 @@ class FinetuneTrainer(Trainer):
             eval_dataset=datasets[1],
             callbacks=callbacks,
         )
+        # The loss is a mean of the batch, so the Trainer has to divide it by the number of accumulated ones.
+        self.model_accepts_loss_kwargs = False
         self.add_callback(_BalanceCallback(self))
 
     def detach_model(self) -> None:
