@@ -166,9 +166,7 @@ def router_losses(
 ) -> RouterLosses:
     """Losses of all routers from what they gave.
 
-    Scores are stored scaled down; the losses are of the scores as they were fitted. They are to be multiplied with
-    `scale` before they are added: what an expert's weight feels reaches the scores times `scale` as well, so both then
-    stand to each other as in a mixture that was never scaled.
+    Scores are stored scaled down; the losses are of the scores as they were fitted.
 
     Args:
         routed: logits_TR and chosen_TK of each router.

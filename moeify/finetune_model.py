@@ -26,9 +26,9 @@ SELECTION_BIAS = "e_score_correction_bias"
 LORA_ALPHA_PER_RANK = 2
 # One in so many of all experts runs beside the chosen ones while routers are trained.
 EXTRA_EXPERTS = 8
-# Width of the sigmoid around the boundary, in standard deviations of a token's scores. It must be narrower than the noise,
-# or experts that are always there count without their absence: on a small trained llama stage `router` lowered the
-# divergence from 0.0207 to 0.0193 with 0.03 and raised it to 0.0208 with 0.25.
+# Width of the sigmoid around the boundary, in standard deviations of a token's scores. It must be narrower than the
+# noise, or experts that are always there count without their absence: on a small trained llama stage `router` lowered
+# the divergence from 0.0207 to 0.0193 with 0.03 and raised it to 0.0208 with 0.25.
 SOFTNESS = 0.04
 
 

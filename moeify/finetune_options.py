@@ -30,7 +30,8 @@ class FinetuneOptions:
         accumulate: batches whose gradients make one step.
         learning_rate: of everything but routers, at its highest; None is LEARNING_RATES of the stage.
         router_rate: of routers, relative to the root mean square of each router's own weights, because they are
-            stored scaled down (see targets/__init__.py): 0.02 moves a weight by up to two percent of it a step.
+            stored scaled down (see targets/__init__.py): 0.01 moves a weight by about one percent of it a step; more
+            pays over hundreds of steps only.
         explore: noise on what routers see, relative to its size, by which they find out what other choices are worth;
             zero leaves them the gradient of the chosen experts' weights alone.
         schedule: how the rates fall after the warmup.
@@ -61,7 +62,7 @@ class FinetuneOptions:
     batch: int = 4
     accumulate: int = 1
     learning_rate: float | None = None
-    router_rate: float = 0.02
+    router_rate: float = 0.01
     explore: float = 0.1
     schedule: Schedule = "cosine"
     warmup: float = 0.05
@@ -69,7 +70,7 @@ class FinetuneOptions:
     kl: float = 1.0
     lm: float = 0.1
     hidden: float = 0.0
-    balance: float = 1e-3
+    balance: float = 1e-4
     z_loss: float = 1e-3
     lora_rank: int = 16
     precision: Precision = "auto"

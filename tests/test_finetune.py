@@ -57,7 +57,7 @@ def perplexities(*folders: Path) -> list[float]:
 @pytest.mark.parametrize("stage", ["layers", "router", "lora", "full"])
 def test_every_stage_helps_every_target(cut: Cut, taught: Path, tmp_path: Path, target: str, stage: str) -> None:
     moe = cut(target)
-    options = replace(OPTIONS, stage=(stage,), learning_rate=3e-3 if stage == "lora" else 1e-3, router_rate=0.02)
+    options = replace(OPTIONS, stage=(stage,), learning_rate=3e-3 if stage == "lora" else 1e-3)
     result = finetune(str(moe), str(taught), tmp_path / "out", options)
     figure = "layer_error" if stage == "layers" else "kl"
     assert result.stages[0].after[figure] < result.stages[0].before[figure]
@@ -166,9 +166,11 @@ def test_a_bfloat16_checkpoint_stays_one(cut: Cut, taught: Path, tmp_path: Path)
 def test_other_gates_and_dense_layers_are_trained_too(cut: Cut, taught: Path, tmp_path: Path) -> None:
     soft = cut("granitemoeshared", gate="softmax", temperature=3.0, fusion="mean")
     dense_layer = cut("qwen2_moe", dense_layers=(0,))
+    # The text alone would pull the little that a single cut layer changes away from the teacher.
+    options = replace(OPTIONS, stage=("layers", "router", "full"), learning_rate=1e-4, lm=0.0)
     for number, moe in enumerate((soft, dense_layer)):
         out = tmp_path / str(number)
-        result = finetune(str(moe), str(taught), out, replace(OPTIONS, stage=("layers", "router", "full")))
+        result = finetune(str(moe), str(taught), out, options)
         assert result.stages[-1].after["kl"] < result.stages[1].before["kl"]
         assert verify(str(out), str(taught)).passed
 
