@@ -22,7 +22,7 @@ from moeify.finetune_trainer import (
 )
 from moeify.options import Track
 
-# What changes from run to run is left out of the history.
+# What changes from run to run is left out of the history, and the mean loss, which is of the last session.
 TIMES = ("runtime", "per_second", "flos")
 
 
@@ -69,7 +69,7 @@ def train_stage(
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if options.patience is None and not _evaluated_last(trainer):
             trainer.evaluate()
-        history = [_steady(entry) for entry in trainer.state.log_history]
+        history = [_steady(entry) for entry in trainer.state.log_history if "train_loss" not in entry]
         state = trainer.trained_state()
     finally:
         trainer.detach_model()

@@ -137,8 +137,8 @@ class FinetuneTrainer(Trainer):
         self._loads.append(owed.load_LR)
         self._note(balance=owed.balance, z_loss=owed.z)
         balance = 0.0 if self._student.has_selection_bias else self._options.balance
-        # Exploration gives a choice its slope per score as it was fitted; a weight alone gives it per stored score, which
-        # reaches the fitted one times the scale. Either way losses stand to each other as if nothing was scaled.
+        # Exploration gives a choice its slope per score as it was fitted; a weight alone gives it per stored score,
+        # which reaches the fitted one times the scale. Either way losses stand to each other as if nothing was scaled.
         footing = 1.0 if self._explorer is not None else self._student.scale
         return footing * (balance * owed.balance + self._options.z_loss * owed.z)
 
