@@ -44,6 +44,38 @@ from moeify.cli import main
 main()
 """
 
+# `moeify` as `accelerate launch --use_fsdp --fsdp_version 2` starts it. accelerate shards on accelerators alone, so its
+# processes are told that they run on some; the tensors and the collectives stay on the CPU.
+SHARDED = """
+import os, sys
+os.environ |= {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+really = PartialState.__init__
+def init(self, *arguments, **named):
+    first = not self.initialized
+    really(self, *arguments, **named)
+    if first:
+        self._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+PartialState.__init__ = init
+from torch.distributed.tensor import DTensor
+from moeify.finetune_trainer import FinetuneTrainer
+gather = FinetuneTrainer.trained_state
+def trained_state(self):
+    if all(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+        sys.stderr.write("sharded parameters\\n")
+    return gather(self)
+FinetuneTrainer.trained_state = trained_state
+from moeify.cli import main
+main()
+"""
+
 
 @pytest.fixture(scope="module")
 def moe(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -100,17 +132,13 @@ def test_a_killed_run_goes_on_to_the_same_bits(moe: Path, taught: Path, tmp_path
 def test_two_processes_follow_the_curve_of_one(moe: Path, taught: Path, tmp_path: Path, launcher: str) -> None:
     options = FinetuneOptions(stage=("layers", "full"), **OPTIONS)
     finetune(str(moe), str(taught), tmp_path / "one", options)
-    arguments = ["-m", "moeify", "finetune", str(moe), "--teacher", str(taught), *FLAGS, "--batch", "4"]
-    fsdp = [
-        *("-m", "accelerate.commands.launch", "--cpu", "--use_fsdp", "--fsdp_version", "2", "--num_machines", "1"),
-        *("--fsdp_auto_wrap_policy", "TRANSFORMER_BASED_WRAP", "--fsdp_state_dict_type", "SHARDED_STATE_DICT"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", "2", "--num_cpu_threads_per_process"),
-        "1",
-    ]
-    launch = fsdp if launcher == "fsdp2" else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = start([sys.executable, *launch, *arguments, "-o", str(tmp_path / "two")])
+    arguments = ["finetune", str(moe), "--teacher", str(taught), *FLAGS, "--batch", "4"]
+    program = ["-c", SHARDED] if launcher == "fsdp2" else ["-m", "moeify"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable]
+    done = start([sys.executable, *launch, *program, *arguments, "-o", str(tmp_path / "two")])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("moeify finetune") == 1
+    assert done.stderr.count("sharded parameters") == (2 if launcher == "fsdp2" else 0)
     one, two = history(tmp_path / "one"), history(tmp_path / "two")
     for name in ("loss", "kl", "balance", "load_entropy", "eval_kl"):
         expected, found = ([entry[name] for entry in entries if name in entry] for entries in (one, two))
