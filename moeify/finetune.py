@@ -9,6 +9,8 @@ this; the first one alone reads and writes the output folder.
 """
 
 import json
+import resource
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -49,6 +51,7 @@ class StageResult:
         num_tokens: tokens it was trained on.
         before, after: figures on held-out text, or the layers' mean error.
         seconds: that it took; None if an earlier run did it.
+        peak_memory_bytes: of this process so far, on the GPU if there is one; None if an earlier run did it.
     """
 
     stage: str
@@ -56,6 +59,7 @@ class StageResult:
     before: dict[str, float]
     after: dict[str, float]
     seconds: float | None
+    peak_memory_bytes: int | None
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class _Run:
         history: list[dict[str, Any]] = []
         targets: tuple[Teacher, list[Blocks]] | None = None
         for number, stage in enumerate(self.options.stage):
-            seconds = None
+            seconds, peak = None, None
             if not self.workspace.has(_state_file(number, stage)):
                 began = time.perf_counter()
                 if stage == "layers":
@@ -137,10 +141,10 @@ class _Run:
                 else:
                     targets = targets or self._teacher()
                     self._train(number, stage, targets)
-                seconds = time.perf_counter() - began
+                seconds, peak = time.perf_counter() - began, _peak_memory_bytes()
             found = json.loads((self.workspace.path / _figures_file(number, stage)).read_text())
             history.append(found)
-            results.append(StageResult(stage, found["num_tokens"], found["before"], found["after"], seconds))
+            results.append(StageResult(stage, found["num_tokens"], found["before"], found["after"], seconds, peak))
         if self.processes.is_main_process:
             text = json.dumps({"schema": "moeify.finetune-history/1", "stages": history}, indent=1)
             self.workspace.write_text(HISTORY_FILE, text + "\n")
@@ -222,7 +226,7 @@ def _student(inputs: Inputs, options: FinetuneOptions, workspace: Workspace, num
 
 def _finished(file: Path) -> list[StageResult]:
     stages = json.loads(file.read_text())["stages"]
-    return [StageResult(s["stage"], s["num_tokens"], s["before"], s["after"], None) for s in stages]
+    return [StageResult(s["stage"], s["num_tokens"], s["before"], s["after"], None, None) for s in stages]
 
 
 def _job(inputs: Inputs, options: FinetuneOptions, num_processes: int) -> dict[str, Any]:
@@ -235,6 +239,13 @@ def _job(inputs: Inputs, options: FinetuneOptions, num_processes: int) -> dict[s
         "processes": num_processes,
         "versions": {"moeify": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }
+
+
+def _peak_memory_bytes() -> int:
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    # Kilobytes, but on a Mac.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _state_file(number: int, stage: str) -> str:

@@ -1,6 +1,7 @@
 """Fine-tuning makes a converted model better, whatever its format, and what comes out is again that format."""
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moeify import finetune_losses
@@ -68,6 +69,21 @@ def test_every_stage_helps_every_target(cut: Cut, taught: Path, tmp_path: Path, 
     report = verify(str(tmp_path / "out"), str(taught))
     assert report.passed, report.checks
     assert (report.max_logit_difference is not None) == (stage in ("layers", "router"))
+
+
+def test_verify_finds_a_router_that_is_not_the_plans_and_values_that_are_broken(
+    cut: Cut, taught: Path, tmp_path: Path
+) -> None:
+    finetune(str(cut()), str(taught), tmp_path / "out", replace(OPTIONS, tokens=4096))
+    for part, value in (("router.layer.weight", 0.5), ("block_sparse_moe.input_linear.weight", float("nan"))):
+        copy = tmp_path / part
+        shutil.copytree(tmp_path / "out", copy)
+        (file,) = copy.glob("model-*.safetensors")
+        stored = load_file(file)
+        next(tensor for name, tensor in stored.items() if name.endswith(part)).view(-1)[0] = value
+        save_file(stored, file, metadata={"format": "pt"})
+        report = verify(str(copy), str(taught))
+        assert [check.name for check in report.checks if not check.passed] == ["experts and routers are the plan's"]
 
 
 def test_what_a_stage_does_not_train_stays_bit_for_bit(cut: Cut, taught: Path, tmp_path: Path) -> None:
