@@ -8,6 +8,7 @@ A killed run goes on from its last checkpoint, to the same bits. Under torchrun 
 this; the first one alone reads and writes the output folder.
 """
 
+import gc
 import json
 import resource
 import sys
@@ -195,6 +196,9 @@ class _Run:
             track=self.track,
         )
         self._first_alone(lambda: self._finish(number, stage, state, figures))
+        # The Trainer and its callbacks hold each other, and with them the model and its optimizer.
+        del student
+        gc.collect()
 
     def _finish(self, number: int, stage: Stage, state: dict[str, Tensor], figures: dict[str, Any]) -> None:
         """The figures first: a stage with its tensors is done."""

@@ -220,6 +220,17 @@ def test_layer_outputs_can_be_followed_and_activations_recomputed(cut: Cut, taug
     assert again.stages[0].after["kl"] == pytest.approx(plain.stages[0].after["kl"], rel=1e-3)
 
 
+def test_half_precision_arithmetic_trains_full_precision_weights(cut: Cut, taught: Path, tmp_path: Path) -> None:
+    for stage in ("full", "lora"):
+        options = replace(OPTIONS, stage=(stage,), precision="bfloat16")
+        result = finetune(str(cut()), str(taught), tmp_path / stage, options)
+        assert result.stages[0].after["kl"] < result.stages[0].before["kl"]
+        stored = tensors(tmp_path / stage)
+        assert all(tensor.dtype == torch.float32 for tensor in stored.values())
+        moved = stored["model.layers.0.self_attn.q_proj.weight"]
+        assert not torch.equal(moved, moved.bfloat16().float())
+
+
 def test_accumulated_batches_are_one_larger_batch(cut: Cut, taught: Path, tmp_path: Path) -> None:
     whole = finetune(str(cut()), str(taught), tmp_path / "whole", replace(OPTIONS, balance=0.0))
     parts = finetune(str(cut()), str(taught), tmp_path / "parts", replace(OPTIONS, balance=0.0, batch=2, accumulate=4))
