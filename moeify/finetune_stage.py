@@ -1,27 +1,23 @@
 """One stage that trains the whole model at once: `router`, `lora` or `full`."""
 
+import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from moeify.finetune_model import Student
 from moeify.finetune_options import FinetuneOptions, Stage
 from moeify.finetune_teacher import Blocks, Teacher
-from moeify.finetune_trainer import (
-    COMPLETE_FILE,
-    FinetuneTrainer,
-    ProgressCallback,
-    last_checkpoint,
-    training_arguments,
-)
+from moeify.finetune_trainer import COMPLETE_FILE, FinetuneTrainer, last_checkpoint
 from moeify.options import Track
 
+CLIP_NORM = 1.0
 # What changes from run to run is left out of the history, and the mean loss, which is of the last session.
 TIMES = ("runtime", "per_second", "flos")
 
@@ -82,6 +78,75 @@ def train_stage(
         "history": history,
     }
     return state, figures
+
+
+def training_arguments(
+    folder: Path, options: FinetuneOptions, rate: float, *, num_steps: int, fresh: bool
+) -> TrainingArguments:
+    """How the Trainer runs; nothing of it is left to its defaults that would print, report or ask.
+
+    A run that starts fresh evaluates before its first step.
+    """
+    every = min(options.every or -(-num_steps // 10), num_steps)
+    on_cuda = options.device == "cuda"
+    half = options.precision == "bfloat16" or (options.precision == "auto" and on_cuda)
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulate,
+        num_train_epochs=options.epochs,
+        learning_rate=rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(options.schedule, options.schedule),
+        warmup_steps=math.ceil(options.warmup * num_steps),
+        max_grad_norm=CLIP_NORM,
+        bf16=half,
+        use_cpu=not on_cuda,
+        seed=options.seed,
+        data_seed=options.seed,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_on_start=fresh,
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=options.patience is not None,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_pin_memory=on_cuda,
+        ddp_find_unused_parameters=False,
+    )
+
+
+class ProgressCallback(TrainerCallback):
+    """Moves a progress bar along, and marks checkpoints that are complete.
+
+    Args:
+        bar: yields once at the start and once more for every step that is done.
+        wait: until all processes have written their part of a checkpoint.
+    """
+
+    def __init__(self, bar: Iterator[Any], wait: Callable[[], None]) -> None:
+        self._bar, self._wait = bar, wait
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        for _step in range(state.global_step + 1):
+            next(self._bar, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        next(self._bar, None)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self._wait()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE).touch()
 
 
 def _step_blocks(options: FinetuneOptions, processes: PartialState) -> int:

@@ -7,7 +7,6 @@ other names, which the Trainer would skip without a word when it resumes. Sharde
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,15 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from moeify.errors import CheckError
 from moeify.finetune_losses import RouterLosses, ScoringHead, hidden_error, load_figures, router_losses
-from moeify.finetune_model import Explorer, RouterWatch, Student, adjust_selection_biases
+from moeify.finetune_model import Student
 from moeify.finetune_options import FinetuneOptions
+from moeify.finetune_routers import Explorer, RouterWatch, adjust_selection_biases
 from moeify.finetune_teacher import Teacher
 
 STATE_FILE = "trained.safetensors"
 # Its presence says that everything else in a checkpoint folder was written.
 COMPLETE_FILE = "complete"
 BETAS = (0.9, 0.95)
-CLIP_NORM = 1.0
 
 
 class FinetuneTrainer(Trainer):
@@ -236,79 +235,10 @@ class FinetuneTrainer(Trainer):
         self._load_from_checkpoint(str(self.state.best_model_checkpoint), self.model_wrapped)
 
 
-def training_arguments(
-    folder: Path, options: FinetuneOptions, rate: float, *, num_steps: int, fresh: bool
-) -> TrainingArguments:
-    """How the Trainer runs; nothing of it is left to its defaults that would print, report or ask.
-
-    A run that starts fresh evaluates before its first step.
-    """
-    every = min(options.every or -(-num_steps // 10), num_steps)
-    on_cuda = options.device == "cuda"
-    half = options.precision == "bfloat16" or (options.precision == "auto" and on_cuda)
-    return TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=options.batch,
-        per_device_eval_batch_size=options.batch,
-        gradient_accumulation_steps=options.accumulate,
-        num_train_epochs=options.epochs,
-        learning_rate=rate,
-        lr_scheduler_type={"constant": "constant_with_warmup"}.get(options.schedule, options.schedule),
-        warmup_steps=math.ceil(options.warmup * num_steps),
-        max_grad_norm=CLIP_NORM,
-        bf16=half,
-        use_cpu=not on_cuda,
-        seed=options.seed,
-        data_seed=options.seed,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_on_start=fresh,
-        eval_steps=every,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        load_best_model_at_end=options.patience is not None,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        disable_tqdm=True,
-        report_to=[],
-        remove_unused_columns=False,
-        label_names=[],
-        dataloader_pin_memory=on_cuda,
-        ddp_find_unused_parameters=False,
-    )
-
-
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a stage that was written to its end."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
     return max(found, key=lambda path: int(path.name.rsplit("-", maxsplit=1)[1]), default=None)
-
-
-class ProgressCallback(TrainerCallback):
-    """Moves a progress bar along, and marks checkpoints that are complete.
-
-    Args:
-        bar: yields once at the start and once more for every step that is done.
-        wait: until all processes have written their part of a checkpoint.
-    """
-
-    def __init__(self, bar: Iterator[Any], wait: Callable[[], None]) -> None:
-        self._bar, self._wait = bar, wait
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        for _step in range(state.global_step + 1):
-            next(self._bar, None)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        next(self._bar, None)
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
-        self._wait()
-        if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE).touch()
 
 
 class _BalanceCallback(TrainerCallback):

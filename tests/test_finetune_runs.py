@@ -111,9 +111,9 @@ def test_a_killed_run_goes_on_to_the_same_bits(moe: Path, taught: Path, tmp_path
     out = tmp_path / "killed"
     for module, name, count in (
         ("moeify.finetune_layers", "_fit", 2),
-        ("moeify.finetune_trainer", "ProgressCallback.on_step_end", 6),
+        ("moeify.finetune_stage", "ProgressCallback.on_step_end", 6),
         ("transformers", "Trainer._save_rng_state", 2),
-        ("moeify.finetune_trainer", "ProgressCallback.on_step_end", 7),
+        ("moeify.finetune_stage", "ProgressCallback.on_step_end", 7),
         ("moeify.finetune_writer", "check_fits", 3),
     ):
         killed = start([sys.executable, "-c", KILLED, module, name, str(count), *arguments, str(out)])
@@ -183,7 +183,7 @@ def test_a_recipe_trains_the_split_and_its_control_and_judges_what_came_out(taug
         "out": str(tmp_path / "run"),
         "split": {"experts": 8, "active": 4, "tokens": 4096, "context": 64},
         "controls": {"static": {"static": True}, "random": {"partition": "random"}},
-        "finetune": {**OPTIONS, "stage": ["layers", "full"]},
+        "finetune": {**OPTIONS, "stage": ["layers", "full"], "tokens": 16_384},
         "finetune_controls": ["static"],
         "eval": {"data": ["builtin-heldout"], "tokens": 2048, "context": 64},
         "gates": {"beats": ["random"], "max_ratio": 3.0},

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moeify.finetune_model import Explorer, RouterWatch, Student, _widened, adjust_selection_biases, check_stages
+from moeify.finetune_model import Student, check_stages
+from moeify.finetune_routers import Explorer, RouterWatch, _widened, adjust_selection_biases
 from moeify.options import SplitOptions
 from moeify.plan import load_plan
 from moeify.split import split
