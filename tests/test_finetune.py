@@ -241,10 +241,14 @@ def test_a_kept_teacher_teaches_the_same(cut: Cut, taught: Path, tmp_path: Path,
     monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "cache"))
     live = finetune(str(cut()), str(taught), tmp_path / "live", OPTIONS)
     kept = finetune(str(cut()), str(taught), tmp_path / "kept", replace(OPTIONS, cache_teacher=True, epochs=1))
-    assert kept.stages[0].after["kl"] == pytest.approx(live.stages[0].after["kl"], rel=1e-3)
+    assert kept.stages[0].before["kl"] == pytest.approx(live.stages[0].before["kl"], rel=1e-3)
+    # A rounding may turn a choice of experts, and the paths part a little from there.
+    assert kept.stages[0].after["kl"] == pytest.approx(live.stages[0].after["kl"], rel=0.1)
     files = list((tmp_path / "cache").glob("teacher-*/hidden.npy"))
     assert len(files) == 2
     assert sum(file.stat().st_size for file in files) < 2 * (16_384 + 2048) * 64 + 1024
+    itself = finetune(str(taught), str(taught), tmp_path / "itself", replace(OPTIONS, cache_teacher=True))
+    assert itself.stages[0].before["kl"] < 1e-6
 
 
 def test_training_stops_early_and_takes_the_best(cut: Cut, taught: Path, tmp_path: Path) -> None:
