@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from moeify.compare import Comparison, compare
     from moeify.errors import CheckError, InputError, MoeifyError, UsageError
     from moeify.evaluate import EvalResult, evaluate, load
+    from moeify.finetune import FinetuneResult, finetune
     from moeify.options import SplitOptions
     from moeify.plan import SplitPlan, load_plan
     from moeify.search import SearchResult, search
     from moeify.split import SplitResult, split
+    from moeify.training.options import FinetuneOptions
     from moeify.tune import TuneResult, tune_model
     from moeify.verify import VerifyReport, verify
 
@@ -31,6 +33,8 @@ __all__ = [
     "CheckError",
     "Comparison",
     "EvalResult",
+    "FinetuneOptions",
+    "FinetuneResult",
     "InputError",
     "MoeifyError",
     "SearchResult",
@@ -43,6 +47,7 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "finetune",
     "load",
     "load_plan",
     "search",
@@ -55,6 +60,8 @@ _HOMES = {
     "compare": ("Comparison", "compare"),
     "errors": ("CheckError", "InputError", "MoeifyError", "UsageError"),
     "evaluate": ("EvalResult", "evaluate", "load"),
+    "finetune": ("FinetuneResult", "finetune"),
+    "training.options": ("FinetuneOptions",),
     "options": ("SplitOptions",),
     "plan": ("SplitPlan", "load_plan"),
     "search": ("SearchResult", "search"),

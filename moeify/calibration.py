@@ -10,14 +10,13 @@ Legend: B blocks of C tokens, T = B * C tokens, D hidden size.
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from moeify.checkpoint import DenseCheckpoint
 from moeify.ffn import CHUNK_TOKENS
 
 
@@ -47,24 +46,43 @@ class _Capture(nn.Module):
         return torch.zeros_like(inputs_BCD)
 
 
+class Source(Protocol):
+    """What a stream needs of a model: a DenseCheckpoint on disk, or one that is loaded."""
+
+    @property
+    def config(self) -> Any: ...
+
+    @property
+    def skeleton(self) -> Any: ...
+
+    @property
+    def ties_embeddings(self) -> bool: ...
+
+    def get(self, names: Iterable[str]) -> dict[str, Tensor]: ...
+
+
 class HiddenStream:
     """Hidden states of the calibration text on their way through the model.
 
     Args:
-        checkpoint: the dense model.
+        checkpoint: the model.
         ids_BC: int64 token ids, B blocks of C consecutive tokens.
         device: where the arithmetic runs.
         dtype: in which it runs; float32 unless there is a reason.
+        ffn_modules: attributes of a decoder layer that make up its FFN, the first one given all its inputs.
     """
 
     def __init__(
         self,
-        checkpoint: DenseCheckpoint,
+        checkpoint: Source,
         ids_BC: Tensor,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        *,
+        ffn_modules: tuple[str, ...] = ("mlp",),
     ) -> None:
         self._checkpoint = checkpoint
+        self._ffn_modules = ffn_modules
         self._device = torch.device(device)
         self._dtype = dtype
         self._num_blocks, self._context = ids_BC.shape
@@ -81,7 +99,7 @@ class HiddenStream:
         for start in range(0, self._num_blocks, step):
             block = slice(start, start + step)
             self._hidden_BCD[block] = module(self._hidden_BCD[block], **self._arguments[layer])
-            inputs.append(module.mlp.inputs_BCD.flatten(0, 1))
+            inputs.append(getattr(module, self._ffn_modules[0]).inputs_BCD.flatten(0, 1))
         return torch.cat(inputs)
 
     @torch.no_grad()
@@ -139,7 +157,8 @@ class HiddenStream:
         module = type(self._checkpoint.skeleton.model.layers[layer])
         with torch.device("meta"):
             loaded = module(self._checkpoint.config, layer).eval()
-        loaded.mlp = _Capture()
+        for name in self._ffn_modules:
+            setattr(loaded, name, _Capture())
         prefix = f"model.layers.{layer}."
         tensors = self._checkpoint.get(prefix + name for name in loaded.state_dict())
         state = {name.removeprefix(prefix): t.to(self._device, self._dtype) for name, t in tensors.items()}

@@ -1,9 +1,12 @@
 """The model card of a converted checkpoint: what it is, how it was made, how to load it, how to make it again."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from moeify.options import SplitOptions
 from moeify.plan import SplitPlan
+from moeify.version import __version__
 
 DEFAULTS = SplitOptions()
 CARD = """---
@@ -103,3 +106,63 @@ def _flags(plan: SplitPlan) -> str:
     flags += [] if options["dtype"] == "auto" else [f"--dtype {options['dtype']}"]
     flags += [] if options["plan"] is None else [f"--plan {options['plan']}"]
     return " ".join(flags)
+
+
+FINETUNED = """---
+base_model: {source}
+library_name: transformers
+pipeline_tag: text-generation
+tags: [moeify, fine-tuned]
+---
+
+# {name}, fine-tuned
+
+{source} (`{model_type}`), trained by moeify {version} to do what {teacher} does.
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # {architecture}, no custom code
+```
+
+## How it was made
+
+| what | value |
+|---|---|
+{rows}
+
+`finetune.json` holds every step's losses, `moeify.json` the resolved options and versions.
+
+## Limits
+
+Its output differs from {teacher}'s: measure it on text that it was not trained on (`moeify eval`). The licences and the
+limits of {source}, of {teacher} and of the text apply.
+"""
+
+
+def finetuned_card(
+    source: str,
+    teacher: str,
+    config: Mapping[str, Any],
+    options: Mapping[str, Any],
+    text: Mapping[str, Any],
+    *,
+    trained: Sequence[str],
+) -> str:
+    """README.md for a fine-tuned checkpoint."""
+    rows = {
+        "stages since the split": ", ".join(trained),
+        "text": text["data"]["source"],
+        "tokens": f"{text['data']['num_tokens']:,} in blocks of {text['data']['context']}",
+        "sha256 of the token ids": f"`{text['data']['sha256']}`",
+        **{name: options[name] for name in ("epochs", "kl", "lm", "hidden", "router_rate", "schedule", "seed")},
+    }
+    return FINETUNED.format(
+        source=source,
+        teacher=teacher,
+        name=Path(source).name,
+        version=__version__,
+        model_type=config["model_type"],
+        architecture=config["architectures"][0],
+        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+    )

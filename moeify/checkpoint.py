@@ -129,14 +129,8 @@ class DenseCheckpoint:
         return tensors[names[0]], tensors[names[1]], tensors[names[2]]
 
     def fingerprint(self) -> str:
-        """sha256 over config and each shard's name, size, modification time and header; enough to notice a change."""
-        digest = hashlib.sha256((self.path / "config.json").read_bytes())
-        for shard in sorted(set(self.shards.values())):
-            stat = shard.stat()
-            digest.update(f"{shard.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-            with shard.open("rb") as file:
-                digest.update(file.read(1 << 16))
-        return digest.hexdigest()
+        """Of its files."""
+        return fingerprint(self.path, self.shards)
 
     def tokenizer(self) -> Any:
         """The model's tokenizer.
@@ -151,6 +145,17 @@ class DenseCheckpoint:
             raise InputError(
                 f"no usable tokenizer in {self.path}: {error}", "copy tokenizer.json beside the weights"
             ) from error
+
+
+def fingerprint(path: Path, shards: dict[str, Path]) -> str:
+    """sha256 over config and each shard's name, size, modification time and header; enough to notice a change."""
+    digest = hashlib.sha256((path / "config.json").read_bytes())
+    for shard in sorted(set(shards.values())):
+        stat = shard.stat()
+        digest.update(f"{shard.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        with shard.open("rb") as file:
+            digest.update(file.read(1 << 16))
+    return digest.hexdigest()
 
 
 def open_dense(model: str, track: Track[Any] = untracked) -> DenseCheckpoint:

@@ -1,12 +1,13 @@
 """Arguments and options of the command line: how each is spelled and what its help says. Commands add the defaults."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from moeify import options
 from moeify.errors import UsageError
+from moeify.training import options as training
 from moeify.version import __version__
 
 KINDS = "families targets partitions routers strategies recipes"
@@ -22,6 +23,19 @@ def layers(text: str) -> tuple[int, ...]:
         return tuple(sorted({int(number) for number in text.split(",") if number.strip()}))
     except ValueError as error:
         raise UsageError(f"--dense-layers {text} is no list of layers", "write --dense-layers 0,1,29") from error
+
+
+def stages(names: list[str]) -> tuple[training.Stage, ...]:
+    """Stages by name, in the order they were named.
+
+    Raises:
+        UsageError: there is no such stage.
+    """
+    known: tuple[training.Stage, ...] = get_args(training.Stage)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"there is no stage {name}", f"--stage takes {', '.join(known)}; repeat it for several")
+    return tuple(stage for name in names for stage in known if stage == name)
 
 
 def _version(show: bool) -> None:
@@ -64,7 +78,7 @@ SearchTokens = Annotated[int, typer.Option(help="Calibration tokens; a search us
 Context = Annotated[
     int | None, typer.Option(help="Tokens in a block of text; 512, or as many as the model takes.", show_default=False)
 ]
-Data = Annotated[list[str], typer.Option(help="Evaluation text; repeat it.")]
+Data = Annotated[list[str], typer.Option(help="Text to evaluate on, or to train on; repeat it.")]
 DataTokens = Annotated[int, typer.Option(help="At most so many tokens of each text.")]
 Stride = Annotated[int | None, typer.Option(help="Tokens the window moves by; half the context.", show_default=False)]
 CallTokens = Annotated[
@@ -141,4 +155,41 @@ Report = Annotated[bool, typer.Option("--report", help="Show what was measured i
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show plan and estimates, write nothing.")]
 Overrides = Annotated[
     list[str], typer.Option("--set", help="Override a key: split.experts=16; repeat it.", show_default=False)
+]
+
+# Fine-tuning.
+Stages = Annotated[list[str], typer.Option("--stage", help="layers, router, lora or full; repeat it, in order.")]
+Student = Annotated[str, typer.Argument(help="What `moeify split` wrote, or a dense model.", show_default=False)]
+Teacher = Annotated[str, typer.Option(help="The dense model it shall follow.", show_default=False)]
+TrainingTokens = Annotated[int, typer.Option(help="Training tokens; every stage sees the same.")]
+Epochs = Annotated[int, typer.Option(help="How often router, lora and full see the text.")]
+LayerTokens = Annotated[int, typer.Option(help="At most so many of the tokens for layers.")]
+Batch = Annotated[int, typer.Option(help="Blocks at once, on each process.")]
+Accumulate = Annotated[int, typer.Option(help="Batches that make one step.")]
+LearningRate = Annotated[
+    float | None,
+    typer.Option(help="Of all but routers; 1e-4 for full, 1e-3 for lora.", show_default=False),
+]
+RouterRate = Annotated[float, typer.Option(help="Of routers, relative to their weights.")]
+Schedule = Annotated[training.Schedule, typer.Option(help="How rates fall.")]
+Warmup = Annotated[float, typer.Option(help="Share of the steps in which rates rise.")]
+WeightDecay = Annotated[float, typer.Option(help="Of matrices that are not routers.")]
+KL = Annotated[float, typer.Option(help="Weight of the divergence from the teacher.")]
+LM = Annotated[float, typer.Option(help="Weight of the language modelling loss.")]
+HiddenWeight = Annotated[float, typer.Option(help="Weight of the error of every layer's output.")]
+Balance = Annotated[float, typer.Option(help="Weight of an even load.")]
+ZLoss = Annotated[float, typer.Option(help="Weight of small router scores.")]
+LoraRank = Annotated[int, typer.Option(help="Rank of the updates of lora.")]
+TrainingPrecision = Annotated[training.Precision, typer.Option(help="Of the arithmetic.")]
+Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Less memory, a third more time.")]
+CacheTeacher = Annotated[bool, typer.Option("--cache-teacher", help="Keep the teacher's hidden states on disk.")]
+EvalData = Annotated[list[str], typer.Option(help="Held-out text; repeat it.")]
+EvalTokens = Annotated[int, typer.Option(help="At most so many tokens of each.")]
+Every = Annotated[
+    int | None,
+    typer.Option(help="Steps between evaluations, each with a checkpoint; a tenth of all.", show_default=False),
+]
+Patience = Annotated[
+    int | None,
+    typer.Option(help="Stop after so many evaluations without progress, and take the best.", show_default=False),
 ]

@@ -180,7 +180,10 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """Everything that was decided for a model, with where it came from."""
+    """Everything that was decided for a model, with where it came from.
+
+    `trained` lists the stages of fine-tuning that came after the split.
+    """
 
     layout: Layout
     layers: tuple[LayerPlan, ...]
@@ -190,6 +193,7 @@ class SplitPlan:
     options: Mapping[str, Any]
     calibration: Mapping[str, Any]
     version: str
+    trained: tuple[str, ...] = ()
 
     def save(self, path: Path) -> None:
         """Write labels, routers and provenance; refit columns are left out (see the module's first lines)."""
@@ -205,6 +209,7 @@ class SplitPlan:
             "options": dict(self.options),
             "calibration": dict(self.calibration),
             "version": self.version,
+            "trained": list(self.trained),
             "diagnostics": [dict(layer.diagnostics) for layer in self.layers],
         }
         save_file(tensors, path, metadata={"moeify": json.dumps(header, sort_keys=True)})
@@ -234,6 +239,7 @@ def load_plan(path: Path) -> SplitPlan:
         plan = SplitPlan(
             layout=Layout(**{**header["layout"], "dense_layers": tuple(header["layout"].get("dense_layers", ()))}),
             layers=layers,
+            trained=tuple(header.get("trained", ())),
             **{key: header[key] for key in ("source", "family", "target", "options", "calibration", "version")},
         )
     except (SafetensorError, KeyError, TypeError, AttributeError, UsageError, json.JSONDecodeError) as error:

@@ -5,6 +5,8 @@ model: builtin
 out: runs/quickstart
 split: {experts: 8}                          # the options of `moeify split`
 controls: {static: {static: true}}           # further splits of the same model, for comparison
+finetune: {tokens: 65536}                    # the options of `moeify finetune`; the dense model is the teacher
+finetune_controls: [static]                  # controls that are trained in the same way
 verify: true
 eval: {data: [builtin-heldout]}
 gates: {max_ratio: 1.5, beats: [static]}
@@ -23,14 +25,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moeify.checkpoint import open_dense
 from moeify.errors import InputError, UsageError
 from moeify.evaluate import EvalResult, evaluate
+from moeify.finetune import finetune
 from moeify.listing import recipe_folders
 from moeify.options import SplitOptions, Track, untracked
 from moeify.split import split
+from moeify.training.options import FinetuneOptions
 from moeify.verify import TOLERANCE, VerifyReport, verify
 from moeify.version import __version__
 
 MAIN = "moe"
 NOT_STATIC = ("budget", "dense_layers", "gate", "temperature", "fusion")
+TRAINED = "-finetuned"
 DENSE = "dense"
 
 
@@ -54,6 +59,8 @@ class EvalSection(Strict):
 class Gates(Strict):
     """What must hold for the run to pass; ratios are of perplexities, and each text is checked.
 
+    What was fine-tuned is judged as it is then.
+
     Args:
         max_ratio: the main split over dense at most.
         beats: controls whose perplexity the main split must stay under.
@@ -73,6 +80,8 @@ class Recipe(Strict):
     out: Path
     split: SplitOptions = SplitOptions()
     controls: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    finetune: FinetuneOptions | None = None
+    finetune_controls: tuple[str, ...] = ()
     verify: bool = True
     eval: EvalSection | None = None
     gates: Gates = Gates()
@@ -144,9 +153,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path}: gates on perplexity need an eval section")
     if recipe.gates.max_logit_difference is not None and not recipe.verify:
         raise UsageError(f"{path}: gates.max_logit_difference needs verify: true")
-    unknown = [name for name in recipe.gates.beats if name not in recipe.controls]
-    if unknown:
-        raise UsageError(f"{path}: gates.beats names {unknown[0]!r}, which is not among the controls")
+    for key, names in (("gates.beats", recipe.gates.beats), ("finetune_controls", recipe.finetune_controls)):
+        unknown = [name for name in names if name not in recipe.controls]
+        if unknown:
+            raise UsageError(f"{path}: {key} names {unknown[0]!r}, which is not among the controls")
+    if recipe.finetune_controls and recipe.finetune is None:
+        raise UsageError(f"{path}: finetune_controls needs a finetune section")
     return recipe
 
 
@@ -173,6 +185,8 @@ def control_options(recipe: Recipe, name: str, control: Mapping[str, Any]) -> Sp
     """The main split's options with the control's in place of them; what follows from the method is left open."""
     if name in (MAIN, DENSE):
         raise UsageError(f"a control cannot be called {name!r}")
+    if name.endswith(TRAINED):
+        raise UsageError(f"a control cannot be called {name!r}", f"what ends in {TRAINED} is trained")
     if Path(name).name != name:
         raise UsageError(f"a control cannot be called {name!r}", "it becomes a folder of that name")
     base = {key: value for key, value in asdict(recipe.split).items() if key not in ("shared", "target", "plan")}
@@ -200,19 +214,23 @@ def run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunResult:
     splits |= {name: control_options(recipe, name, control) for name, control in recipe.controls.items()}
     source = open_dense(recipe.model, track).fingerprint()
     for name, options in splits.items():
-        key = _key(source, options)
+        key = _key(source, options, options.calibration)
         if _done(out / name, key):
             skipped.append(name)
             continue
         split(recipe.model, out / name, options, overwrite=True, track=track)
         _mark(out / name, key)
+    trained = (MAIN, *recipe.finetune_controls) if recipe.finetune else ()
+    for name in trained:
+        _finetune(recipe, name, source, skipped, track)
     report = None
     if recipe.verify:
         tolerance = recipe.gates.max_logit_difference or TOLERANCE
         report = verify(str(out / MAIN), recipe.model, tolerance=tolerance)
     evals: tuple[EvalResult, ...] = ()
     if recipe.eval is not None:
-        models = [recipe.model, *(str(out / name) for name in splits)]
+        names = [*splits, *(name + TRAINED for name in trained)]
+        models = [recipe.model, *(str(out / name) for name in names)]
         evals = tuple(evaluate(models, **recipe.eval.model_dump(), track=track))
     result = RunResult(out, tuple(skipped), report, evals, _gates(recipe, report, evals))
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -220,9 +238,29 @@ def run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunResult:
     return result
 
 
+def _finetune(recipe: Recipe, name: str, source: str, skipped: list[str], track: Track[Any]) -> None:
+    """Train one of the splits, unless that was done with the same inputs."""
+    assert recipe.finetune is not None
+    student, out = recipe.out / name, recipe.out / (name + TRAINED)
+    options = recipe.finetune
+    files = (*options.data, *options.eval_data)
+    key = _key(source + (student / "moeify.json").read_text(), options, files)
+    if _done(out, key):
+        skipped.append(out.name)
+        return
+    finetune(str(student), recipe.model, out, options, overwrite=True, track=track)
+    _mark(out, key)
+
+
+def _judged(recipe: Recipe, name: str) -> str:
+    """The folder that gates look at."""
+    trained = recipe.finetune is not None and name in (MAIN, *recipe.finetune_controls)
+    return str(recipe.out / (name + TRAINED if trained else name))
+
+
 def _gates(recipe: Recipe, report: VerifyReport | None, evals: Sequence[EvalResult]) -> tuple[Gate, ...]:
     perplexity = {(result.model, result.data): result.perplexity for result in evals}
-    main = str(recipe.out / MAIN)
+    main = _judged(recipe, MAIN)
     gates = []
     if report is not None:
         failed = [check.name for check in report.checks if not check.passed]
@@ -234,15 +272,15 @@ def _gates(recipe: Recipe, report: VerifyReport | None, evals: Sequence[EvalResu
             limit = recipe.gates.max_ratio
             gates.append(Gate(f"perplexity / dense on {data}", f"{ratio:.3f}", f"<= {limit:g}", ratio <= limit))
         for name in recipe.gates.beats:
-            other = perplexity[str(recipe.out / name), data]
+            other = perplexity[_judged(recipe, name), data]
             gates.append(Gate(f"perplexity under {name} on {data}", f"{found:.3f}", f"< {other:.3f}", found < other))
     return tuple(gates)
 
 
-def _key(source: str, options: SplitOptions) -> str:
-    """Hash of everything a split depends on: model, options, the calibration files' contents, moeify itself."""
+def _key(source: str, options: SplitOptions | FinetuneOptions, texts: Sequence[str]) -> str:
+    """Hash of everything a stage depends on: model, options, the texts' contents, moeify itself."""
     digest = hashlib.sha256(json.dumps([source, asdict(options), __version__], sort_keys=True).encode())
-    for path in map(Path, options.calibration):
+    for path in map(Path, texts):
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
         for file in files:
             with file.open("rb") as opened:

@@ -54,12 +54,14 @@ class Renderer:
 
     def _log(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
         """Progress for a log file: a line now and then instead of a bar."""
-        last = time.monotonic()
+        began = last = time.monotonic()
         for done, item in enumerate(items, start=1):
             yield item
             if time.monotonic() - last > LOG_EVERY_S:
                 last = time.monotonic()
-                self._err.print(f"{label}: {done}/{total}", markup=False, highlight=False, soft_wrap=True)
+                left = duration((last - began) / done * (total - done))
+                line = f"{label}: {done}/{total}, about {left} left"
+                self._err.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def announce(self, seconds: float) -> None:
         """Say on stderr what a search is going to take."""

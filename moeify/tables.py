@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from moeify.benchmark.results import LayerBench
     from moeify.compare import Comparison
     from moeify.evaluate import EvalResult
+    from moeify.finetune import FinetuneResult
     from moeify.inspect import Inspection
     from moeify.plan import Layout, SplitPlan
     from moeify.prepare import Preview
@@ -33,6 +34,13 @@ LAYER_COLUMNS = {
     "smallest_expert_load": "least load",
     "largest_expert_load": "most load",
     "load_entropy": "load entropy",
+}
+
+FINETUNE_FIGURES = {
+    "layer_error": "layer error",
+    "kl": "KL to the teacher",
+    "lm": "loss",
+    "perplexity": "perplexity",
 }
 
 
@@ -259,6 +267,22 @@ def layer_bench_tables(result: "LayerBench") -> tuple[Table, ...]:
     for note in layer_table.notes(result):
         where.add_row(escape(note))
     return (*tables, where)
+
+
+def finetune_table(result: "FinetuneResult") -> Table:
+    """Each stage, before and after, on held-out text."""
+    table = Table(title=f"moeify finetune {result.out}", title_justify="left")
+    table.add_column("stage")
+    table.add_column("figure")
+    for column in ("before", "after", "tokens", "seconds"):
+        table.add_column(column, justify="right")
+    for stage in result.stages:
+        for name, label in FINETUNE_FIGURES.items():
+            if name in stage.after:
+                seconds = "earlier" if stage.seconds is None else f"{stage.seconds:,.0f}"
+                values = (f"{stage.before[name]:,.4f}", f"{stage.after[name]:,.4f}")
+                table.add_row(stage.stage, label, *values, f"{stage.num_tokens:,}", seconds)
+    return table
 
 
 def run_tables(run: "RunResult") -> tuple[Table, ...]:

@@ -5,6 +5,9 @@ Legend: R routed experts, f neurons of one expert, D hidden size.
 The stock model is loaded as any user would load it. Then, in memory only: the dense columns of down_proj are put back
 (a refit changes them), router rows are set to zero (so that every expert's weight is exactly the architecture's
 constant) and every expert is switched on, with the fold for all of them. Its logits must then be the dense ones.
+
+Of a fine-tuned checkpoint it is checked what training left alone: with the stages `layers` and `router` all of the
+above but the experts' weights, otherwise keys, shapes, config, finite values and the routers of the plan.
 """
 
 from dataclasses import dataclass, replace
@@ -20,6 +23,7 @@ from moeify import targets
 from moeify.checkpoint import DenseCheckpoint, find_shards, load_config, locate, open_dense
 from moeify.errors import InputError
 from moeify.gate import Gate
+from moeify.native import moe_parameters
 from moeify.options import Track, untracked
 from moeify.plan import SHARED, LayerPlan, Layout, SplitPlan, load_plan
 from moeify.targets import Target
@@ -30,6 +34,8 @@ TOLERANCE = 1e-4
 # Spacing of bf16 numbers just above one, and what the router scale aims for is half of it: unseen text may score higher
 # than the calibration text did.
 GATE_LIMIT = 2.0**-7
+# Stages of fine-tuning that change routers and down_proj alone.
+KEEPS_NEURONS = {"layers", "router"}
 CONTEXT = 128
 BLOCKS = 2
 
@@ -51,15 +57,16 @@ class VerifyReport:
     Args:
         moe, dense: what was compared.
         checks: in the order they were made.
-        max_logit_difference: all experts on, in float32 unless rounding alone exceeds the tolerance, then in float64.
+        max_logit_difference: all experts on, in float32 unless rounding alone exceeds the tolerance, then in float64;
+            None of a checkpoint whose neurons were trained.
         max_gate_deviation: largest distance of an expert's folded weight from one, with the real router; zero for gates
-            that are not hard.
+            that are not hard or were trained.
     """
 
     moe: str
     dense: str
     checks: tuple[Check, ...]
-    max_logit_difference: float
+    max_logit_difference: float | None
     max_gate_deviation: float
 
     @property
@@ -92,9 +99,13 @@ def verify(moe: str, dense: str, *, tolerance: float = TOLERANCE, track: Track[A
     target = targets.find(plan.target)
     model, keys = _load_all_on(path, plan.layout)
     ids = _tokens(source)
-    hard = Gate.of(plan.options).style == "hard"
+    hard = Gate.of(plan.options).style == "hard" and not plan.trained
     deviation = _gate_deviation(path, ids, target, plan) if hard else 0.0
-    checks = [keys, *_place_checks(model, source, plan, target), *_stored_checks(path, source, plan, target)]
+    whole = set(plan.trained) <= KEEPS_NEURONS
+    places = _place_checks(model, source, plan, target)
+    checks = [keys, *(places if whole else places[:1]), *_stored_checks(path, source, plan, target)]
+    if not whole:
+        return VerifyReport(moe, dense, tuple(checks), None, deviation)
     _restore_dense(model, source, plan, target)
     difference = _logit_difference(model, source, ids, load_config(path).dtype, tolerance)
     checks += [
@@ -141,7 +152,7 @@ def _place_checks(model: Any, source: DenseCheckpoint, plan: SplitPlan, target: 
         total += gate_FD.shape[0]
         order = torch.cat([layer.neurons(expert) for expert in range(SHARED, plan.layout.num_routed)])
         placed += order.unique().numel()
-        found_gate, found_up = _rows(_modules(model, layer.layer, target))
+        found_gate, found_up = _rows(moe_parameters(model.model.layers[layer.layer], target.modules))
         same = (found_gate == gate_FD[order]).all(1) & (found_up == up_FD[order]).all(1)
         equal += int(same.sum())
     return [
@@ -152,23 +163,6 @@ def _place_checks(model: Any, source: DenseCheckpoint, plan: SplitPlan, target: 
 
 def _cut_layers(plan: SplitPlan) -> list[LayerPlan]:
     return [layer for layer in plan.layers if layer.layer not in plan.layout.dense_layers]
-
-
-def _modules(model: Any, layer: int, target: Target) -> dict[str, Tensor]:
-    """Parameters of one MoE layer of the loaded stock model."""
-    block = model.model.layers[layer]
-    names = target.modules
-    experts = block.get_submodule(names.experts)
-    found = {
-        "gate_up": experts.gate_up_proj,
-        "down": experts.down_proj,
-        "router": block.get_submodule(names.router).weight,
-    }
-    if names.shared and getattr(block, names.shared.split(".")[0]) is not None:
-        module = block.get_submodule(names.shared)
-        found["shared_gate_up"] = torch.cat([module.get_submodule(part).weight for part in names.shared_gate_up])
-        found["shared_down"] = module.get_submodule(names.shared_down).weight
-    return found
 
 
 def _rows(parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -187,7 +181,7 @@ def _restore_dense(model: Any, source: DenseCheckpoint, plan: SplitPlan, target:
     everything = Layout(plan.layout.num_experts, plan.layout.num_shared, plan.layout.num_experts)
     for layer in _cut_layers(plan):
         down_DF = source.ffn(layer.layer)[2].to(load_config(Path(model.name_or_path)).dtype).float()
-        parts = _modules(model, layer.layer, target)
+        parts = moe_parameters(model.model.layers[layer.layer], target.modules)
         parts["router"].zero_()
         routed = [down_DF[:, layer.neurons(expert)] for expert in range(plan.layout.num_routed)]
         parts["down"].copy_(torch.stack(routed) * target.routed_fold(everything))
@@ -222,15 +216,18 @@ def _stored_checks(path: Path, source: DenseCheckpoint, plan: SplitPlan, target:
     wrong: list[str] = []
     for decided in plan.layers:
         layer = decided
-        if plan.options["refit"] and layer.layer not in plan.layout.dense_layers:
+        if (plan.options["refit"] or plan.trained) and layer.layer not in plan.layout.dense_layers:
             _, _, down_DF = source.ffn(layer.layer)
             layer = replace(layer, down_DF=torch.full_like(down_DF, torch.nan, dtype=config.dtype))
-        for name, expected in writer.layer(layer).items():
+        free = _trained_names(writer, layer, plan)
+        for name, planned_values in writer.layer(layer).items():
             total += 1
+            expected = torch.full_like(planned_values, torch.nan) if name in free else planned_values
             found = torch.empty(0)
             if name in shards:
                 with safe_open(shards[name], framework="pt") as reader:
                     found = reader.get_tensor(name)
+            expected = expected.to(found.dtype)
             if found.shape != expected.shape or not (found.isfinite() & (expected.isnan() | (found == expected))).all():
                 wrong.append(name)
     declared, planned = config.to_dict(), writer.config().to_dict()
@@ -240,6 +237,22 @@ def _stored_checks(path: Path, source: DenseCheckpoint, plan: SplitPlan, target:
         Check("experts and routers are the plan's", equal, f"{total:,}", not wrong),
         Check("config is the plan's", ", ".join(differs) or "equal", "equal", not differs),
     ]
+
+
+def _trained_names(writer: MoEWriter, layer: LayerPlan, plan: SplitPlan) -> set[str]:
+    """Tensors of a layer that the plan does not decide, because training changed them."""
+    if not plan.trained:
+        return set()
+    # Without NaN only what no neuron and no router is in: constants that training may have moved.
+    if layer.router_RD is None:
+        return set(writer.layer(layer)) if not set(plan.trained) <= KEEPS_NEURONS else set()
+    marked = writer.layer(replace(layer, router_RD=torch.full_like(layer.router_RD, torch.nan)))
+    routers = {
+        name for name, tensor in marked.items() if tensor.isnan().all() and tensor.shape == layer.router_RD.shape
+    }
+    if set(plan.trained) <= KEEPS_NEURONS:
+        return {name for name, tensor in marked.items() if tensor.ndim == 1}
+    return set(marked) - routers
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ class Workspace:
             differs = _differences(found, self.job)
             if differs and not self._overwrite:
                 raise InputError(
-                    f"{self.path} holds an unfinished split that differs in: {', '.join(differs)}",
+                    f"{self.path} holds an unfinished run that differs in: {', '.join(differs)}",
                     "--overwrite discards it; the command that began it would resume it",
                 )
             if differs:
@@ -168,8 +168,16 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InputError(f"{out} exists", "--overwrite replaces it once the new one is complete")
-    if not ((out / PLAN_FILE).is_file() and (out / RECORD_FILE).is_file()):
+    if not ((out / PLAN_FILE).is_file() and (out / RECORD_FILE).is_file()) and not _has_record(out):
         raise InputError(f"{out} was not written by moeify, so it is not replaced", "choose another -o")
+
+
+def _has_record(out: Path) -> bool:
+    """A fine-tuned dense model has a record and no plan."""
+    try:
+        return str(json.loads((out / RECORD_FILE).read_text())["schema"]).startswith("moeify.record/")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @contextlib.contextmanager

@@ -98,14 +98,11 @@ class MoEWriter:
             down_Ds=down_DF[:, shared] * self.target.shared_fold,
             gate_RfD=gate_FD[routed].unflatten(0, split),
             up_RfD=up_FD[routed].unflatten(0, split),
-            down_RDf=down_DF[:, routed].unflatten(1, split).transpose(0, 1) * self._routed_fold(),
+            down_RDf=down_DF[:, routed].unflatten(1, split).transpose(0, 1)
+            * routed_fold(self.target, self.layout, self.gate),
             router_RD=router_RD * (ROUTER_SCALE if self.gate.style == "hard" else 1 / self.gate.temperature),
         )
         return self.target.ffn_tensors(f"model.layers.{plan.layer}", ffn)
-
-    def _routed_fold(self) -> float:
-        fold = self.target.routed_fold(self.layout)
-        return fold if self.gate.fusion == "sum" or self.layout.is_static else fold / self.layout.num_routed_active
 
     def _cut_layers(self) -> list[int]:
         return [layer for layer in range(self.dense.num_layers) if layer not in self.layout.dense_layers]
@@ -169,6 +166,12 @@ class MoEWriter:
             workspace.write_text(
                 generation.name, GenerationConfig.from_model_config(self.dense.config).to_json_string()
             )
+
+
+def routed_fold(target: Target, layout: Layout, gate: Gate) -> float:
+    """Factor on the routed down_proj: what the architecture's expert weights need, and how experts are put together."""
+    fold = target.routed_fold(layout)
+    return fold if gate.fusion == "sum" or layout.is_static else fold / layout.num_routed_active
 
 
 def check_fits(name: str, tensor: Tensor) -> None:

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeify import families
-from moeify.builtin import BuiltinRecipe, builtin_documents, train_tokenizer
+from moeify.builtin import BuiltinRecipe, builtin_documents, builtin_model, train_tokenizer
 from moeify.ffn import FFNWeights
 
 MakeDense = Callable[..., Path]
@@ -85,6 +85,22 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Make
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small llama that was really trained, in a few seconds: its experts have something to specialise in."""
+    recipe = BuiltinRecipe(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        context=CONTEXT,
+        steps=400,
+        batch_size=8,
+        warmup_steps=50,
+    )
+    return builtin_model(tmp_path_factory.mktemp("taught"), recipe=recipe)
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from moeify.errors import CheckError, InputError, UsageError
 from moeify.options import SplitOptions
 from moeify.version import __version__
 
-COMMANDS = ["inspect", "split", "search", "compare", "verify", "eval", "tune", "bench", "run", "ls"]
+COMMANDS = ["inspect", "split", "search", "compare", "verify", "eval", "finetune", "tune", "bench", "run", "ls"]
 SHARED_OPTIONS = [
     *("out", "device", "dtype", "seed", "json", "quiet", "verbose", "overwrite", "debug"),
     *("calibration", "context", "data", "partition", "router", "refit_to"),

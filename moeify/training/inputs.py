@@ -1,0 +1,134 @@
+"""What fine-tuning needs before it starts: two models that fit each other, and text that both read alike.
+
+Legend: B blocks of C tokens.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from moeify.checkpoint import DenseCheckpoint, find_shards, fingerprint, load_config, locate, open_dense
+from moeify.documents import read_documents
+from moeify.errors import InputError, UsageError
+from moeify.options import Track
+from moeify.plan import PLAN_FILE, SplitPlan, load_plan
+from moeify.text import calibration_blocks, evaluation_tokens, sample_from_model
+from moeify.training.model import check_stages
+from moeify.training.options import FinetuneOptions
+
+DEFAULT_CONTEXT = 512
+MIN_CONTEXT = 16
+# Both tokenizers cut so much of the text; where they differ, they do so early.
+COMPARED_CHARACTERS = 20_000
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run starts from.
+
+    Args:
+        name, path: the student, as it was named and where it is.
+        plan: of its split; None for a model that moeify did not cut.
+        fingerprint: of its files.
+        teacher: the dense model.
+        ids_BC, eval_BC: training and held-out text.
+        provenance: of both.
+    """
+
+    name: str
+    path: Path
+    plan: SplitPlan | None
+    fingerprint: str
+    teacher: DenseCheckpoint
+    ids_BC: Tensor
+    eval_BC: Tensor
+    provenance: dict[str, Any]
+
+
+def open_inputs(moe: str, teacher: str, options: FinetuneOptions, track: Track[Any]) -> Inputs:
+    """Open and check everything; loads no weights, but for the source `self`.
+
+    Raises:
+        InputError: a model or text cannot be used, or they do not fit each other.
+        UsageError: the options ask for what these models do not have.
+    """
+    path = locate(moe, track)
+    config, shards = load_config(path), find_shards(path)
+    plan = load_plan(path) if (path / PLAN_FILE).is_file() else None
+    if plan is None:
+        open_dense(str(path), track)
+    check_stages(plan, options.stage, path)
+    dense = open_dense(teacher, track)
+    _check_device(options)
+    context = _context(options, config, dense.config)
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    _check_alike(moe, tokenizer, config, dense, options.data)
+
+    def sample(num_tokens: int, length: int, seed: int) -> Tensor:
+        model: Any = AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32)
+        return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=length, seed=seed)
+
+    blocks = calibration_blocks(
+        options.data, tokenizer, num_tokens=options.tokens, context=context, seed=options.seed, sample=sample
+    )
+    streams = [evaluation_tokens(source, tokenizer, num_tokens=options.eval_tokens) for source in options.eval_data]
+    eval_BC = torch.cat(
+        [stream.ids_T[: len(stream.ids_T) // context * context].view(-1, context) for stream in streams]
+    )
+    if not len(eval_BC):
+        raise InputError(
+            f"{', '.join(options.eval_data)} gives no block of {context:,} tokens to evaluate on",
+            "give a longer --eval-data, more --eval-tokens or a shorter --context",
+        )
+    largest = int(max(blocks.ids_BC.max(), eval_BC.max()))
+    for name, found in ((moe, config), (dense.name, dense.config)):
+        if largest >= found.vocab_size:
+            raise InputError(
+                f"the tokenizer gives token id {largest}, {name} has {found.vocab_size} tokens",
+                "tokenizer and weights are not of the same model",
+            )
+    provenance = {"data": asdict(blocks.provenance), "eval": [asdict(stream.provenance) for stream in streams]}
+    return Inputs(moe, path, plan, fingerprint(path, shards), dense, blocks.ids_BC, eval_BC, provenance)
+
+
+def _context(options: FinetuneOptions, *configs: Any) -> int:
+    limit = min(int(config.max_position_embeddings) for config in configs)
+    context = options.context or min(DEFAULT_CONTEXT, limit)
+    if not MIN_CONTEXT <= context <= limit:
+        raise InputError(
+            f"context {context} does not fit models that take {MIN_CONTEXT} to {limit} tokens",
+            f"--context {min(DEFAULT_CONTEXT, limit)}",
+        )
+    return context
+
+
+def _check_device(options: FinetuneOptions) -> None:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("no CUDA device here", "--device cpu")
+
+
+def _check_alike(name: str, tokenizer: Any, config: Any, teacher: DenseCheckpoint, data: tuple[str, ...]) -> None:
+    """Raise InputError unless both models read the text as the same tokens."""
+    if not data:
+        raise UsageError("no text was given", "--data builtin")
+    source = "builtin" if data[0] == "self" else data[0]
+    text = next(iter(read_documents(source)), "")[:COMPARED_CHARACTERS]
+    mine, its = (
+        found(text, add_special_tokens=False, verbose=False)["input_ids"] for found in (tokenizer, teacher.tokenizer())
+    )
+    if mine != its:
+        place = next((i for i, (a, b) in enumerate(zip(mine, its, strict=False)) if a != b), min(len(mine), len(its)))
+        raise InputError(
+            f"{name} and {teacher.name} cut {source} into different tokens, first at token {place:,}",
+            "the teacher must be the dense model itself or one with its tokenizer",
+        )
+    shared, found = int(config.vocab_size), int(teacher.config.vocab_size)
+    if mine and max(mine) >= min(shared, found):
+        raise InputError(
+            f"{name} has {shared:,} tokens and {teacher.name} {found:,}, the text needs {max(mine) + 1:,}",
+            "tokenizer and weights are not of the same model",
+        )

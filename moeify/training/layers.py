@@ -1,0 +1,289 @@
+"""The stage `layers`: every FFN fitted to the dense one's output, one layer at a time, with no backward pass.
+
+Each layer sees what the layers already fitted give it, as in a split. A round trains the router and then solves for
+down_proj in closed form; it counts only if it lowers the error on held-out tokens, so a layer never gets worse there.
+
+The router's target is what each expert is worth to each token: with the residual r of the output as it is, taking
+expert e with output o_e in, or leaving it out, changes the squared error by 2<r, o_e> - |o_e|^2 or 2<r, o_e> + |o_e|^2.
+That is exact for one change at a time, and unlike the gradient of an expert's weight it also says what experts that
+were not chosen would have done.
+
+Legend: T tokens, B blocks of C tokens, D hidden size, F active neurons (shared, then expert after expert), f neurons of
+one expert, R routed experts, K of them chosen.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from moeify.activations import CLIP_NORM, Activations
+from moeify.calibration import HiddenStream
+from moeify.checkpoint import DenseCheckpoint
+from moeify.errors import InputError
+from moeify.ffn import FFNWeights
+from moeify.gate import Gate
+from moeify.native import ffn_modules, folds, split_ffn
+from moeify.plan import Layout
+from moeify.refit import HELD_OUT_SHARE, refit
+from moeify.targets import Modules
+from moeify.training.model import Student
+from moeify.training.options import FinetuneOptions
+
+ROUNDS = 3
+PASSES = 2
+BATCH_TOKENS = 2048
+# Width of the router's decision, in standard deviations of its scores.
+SHARPNESS = 0.5
+
+
+@dataclass(frozen=True)
+class LayerFFN:
+    """One student FFN, unfolded: the factors that its architecture needs are taken out.
+
+    Args:
+        ffn: shared neurons, then expert after expert.
+        layout, gate: of the model.
+        router_RD: rows as they were fitted, not as they are stored; None if nothing is routed.
+    """
+
+    ffn: FFNWeights
+    layout: Layout
+    gate: Gate
+    router_RD: Tensor | None
+
+    @property
+    def width(self) -> int:
+        routed = self.layout.num_routed / self.layout.num_experts
+        return 0 if self.router_RD is None else round(self.ffn.num_neurons * routed) // self.layout.num_routed
+
+    def activations(self, inputs_TD: Tensor) -> Activations:
+        """Masked by the router."""
+        activations = Activations(self.ffn, inputs_TD)
+        if self.router_RD is not None:
+            activations.mask(self.gate.weights(inputs_TD @ self.router_RD.T, self.layout), self.width)
+        return activations
+
+    def __call__(self, inputs_TD: Tensor) -> Tensor:
+        """outputs_TD."""
+        chunks = self.activations(inputs_TD).chunks()
+        return torch.cat([hidden_TF @ self.ffn.down_DF.T for _, hidden_TF in chunks])
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What a layer became.
+
+    Args:
+        error_before, error_after: squared error of its output relative to the dense output, on held-out tokens.
+    """
+
+    layer: int
+    tensors: dict[str, Tensor]
+    error_before: float
+    error_after: float
+
+
+class _Loaded:
+    """A loaded stock model as `HiddenStream` wants it."""
+
+    def __init__(self, model: Any) -> None:
+        self.skeleton, self.config = model, model.config
+        self.ties_embeddings = bool(model.config.tie_word_embeddings)
+        self._tensors = model.state_dict()
+
+    def get(self, names: Any) -> dict[str, Tensor]:
+        return {name: self._tensors[name] for name in names}
+
+
+def check_shapes(student: Student, teacher: DenseCheckpoint) -> None:
+    """Raise InputError unless the teacher's layers can stand beside the student's."""
+    mine, its = student.model.config, teacher.config
+    for what, name in (("layers", "num_hidden_layers"), ("a hidden size of", "hidden_size")):
+        if getattr(mine, name) != getattr(its, name):
+            raise InputError(
+                f"{teacher.name} has {what} {getattr(its, name):,}, {student.path} has {getattr(mine, name):,}",
+                "--stage layers needs the dense model that was cut as the teacher",
+            )
+
+
+def fit_layers(
+    student: Student, teacher: DenseCheckpoint, ids_BC: Tensor, options: FinetuneOptions
+) -> Iterator[LayerResult]:
+    """Yield every layer in order, with what it became under the names it has in memory.
+
+    Args:
+        student: as it was split.
+        teacher: the dense model.
+        ids_BC: blocks of text.
+        options: rates, seed and device.
+    """
+    assert student.plan is not None
+    modules = student.target.modules if student.target else Modules(experts="", router="")
+    stream = HiddenStream(_Loaded(student.model), ids_BC, options.device, ffn_modules=ffn_modules(modules))
+    for layer in range(teacher.num_layers):
+        inputs_TD = stream.attend(layer)
+        dense = _dense_ffn(teacher, layer, options.device)
+        mine = _student_ffn(student, layer, options.device)
+        if layer in student.plan.layout.dense_layers:
+            stream.advance(mine(inputs_TD))
+            continue
+        fitted, before, after = _fit(mine, inputs_TD, dense(inputs_TD), options, seed=options.seed + layer)
+        stream.advance(fitted(inputs_TD))
+        yield LayerResult(layer, _stored(student, layer, fitted), before, after)
+
+
+@torch.no_grad()
+def _fit(
+    ffn: LayerFFN, inputs_TD: Tensor, wanted_TD: Tensor, options: FinetuneOptions, *, seed: int
+) -> tuple[LayerFFN, float, float]:
+    """The fitted FFN, and its error before and after."""
+    norm_T = wanted_TD.norm(dim=1)
+    weight_T = (CLIP_NORM * norm_T.median() / norm_T.clamp(min=torch.finfo(norm_T.dtype).tiny)).clamp(max=1)
+    boundary = round(len(inputs_TD) * (1 - HELD_OUT_SHARE))
+    held = slice(boundary, None)
+
+    def error(candidate: LayerFFN) -> float:
+        missing_TD = (wanted_TD[held] - candidate(inputs_TD[held])) * weight_T[held, None]
+        energy = (wanted_TD[held] * weight_T[held, None]).square().sum()
+        return float(missing_TD.square().sum() / energy) if energy > 0 else 0.0
+
+    first = lowest = error(ffn)
+    for number in range(ROUNDS if ffn.router_RD is not None else 1):
+        candidate = ffn
+        if ffn.router_RD is not None:
+            rows = slice(0, boundary)
+            candidate = _train_router(
+                ffn, inputs_TD[rows], wanted_TD[rows], weight_T[rows], options.router_rate, seed=seed + number
+            )
+        # On the tokens before the boundary alone, so that the held-out ones judge what they did not make.
+        fit = slice(0, boundary)
+        solved = refit(
+            candidate.activations(inputs_TD[fit]), wanted_TD[fit], candidate.ffn.down_DF, weight_T[fit], seed=seed
+        )
+        candidate = replace(candidate, ffn=replace(candidate.ffn, down_DF=solved.down_DF))
+        found = error(candidate)
+        if found >= lowest:
+            break
+        ffn, lowest = candidate, found
+    return ffn, first, lowest
+
+
+def _train_router(
+    ffn: LayerFFN, inputs_TD: Tensor, wanted_TD: Tensor, weight_T: Tensor, rate: float, *, seed: int
+) -> LayerFFN:
+    """The same FFN with a router that ranks experts by what they are worth."""
+    assert ffn.router_RD is not None
+    router_RD = nn.Parameter(ffn.router_RD.clone())
+    relative = rate * float(router_RD.detach().square().mean().sqrt())
+    if relative == 0:
+        return ffn
+    optimizer = torch.optim.AdamW([router_RD], lr=relative, betas=(0.9, 0.99), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(seed)
+    steps = PASSES * -(-len(inputs_TD) // BATCH_TOKENS)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    gram_Rff = _expert_grams(ffn)
+    for _ in range(PASSES):
+        for rows_T in torch.randperm(len(inputs_TD), generator=generator).split(BATCH_TOKENS):
+            rows_T = rows_T.to(inputs_TD.device)  # noqa: PLW2901
+            worth_TR = _worth(
+                replace(ffn, router_RD=router_RD.detach()), gram_Rff, inputs_TD[rows_T], wanted_TD[rows_T]
+            )
+            with torch.enable_grad():
+                scores_TR = inputs_TD[rows_T] @ router_RD.T
+                loss = _ranking_loss(scores_TR, worth_TR * weight_T[rows_T, None].square(), ffn.layout)
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            schedule.step()
+    return replace(ffn, router_RD=router_RD.detach())
+
+
+def _expert_grams(ffn: LayerFFN) -> Tensor:
+    down_RDf = ffn.ffn.down_DF[:, -ffn.layout.num_routed * ffn.width :].unflatten(1, (ffn.layout.num_routed, ffn.width))
+    down_RDf = down_RDf.transpose(0, 1)
+    gram_Rff: Tensor = down_RDf.transpose(1, 2) @ down_RDf
+    return gram_Rff
+
+
+def _worth(ffn: LayerFFN, gram_Rff: Tensor, inputs_TD: Tensor, wanted_TD: Tensor) -> Tensor:
+    """worth_TR: how much squared error an expert takes away from a token, all other choices as they are."""
+    assert ffn.router_RD is not None
+    weights_TR = ffn.gate.weights(inputs_TD @ ffn.router_RD.T, ffn.layout)
+    hidden_TF = ffn.ffn.hidden(inputs_TD)
+    routed_TRf = hidden_TF[:, -ffn.layout.num_routed * ffn.width :].unflatten(1, (ffn.layout.num_routed, ffn.width))
+    norm_TR = torch.einsum("trf,rfg,trg->tr", routed_TRf, gram_Rff, routed_TRf)
+    shared_TF = hidden_TF[:, : -ffn.layout.num_routed * ffn.width]
+    masked_TF = torch.cat([shared_TF, (routed_TRf * weights_TR[:, :, None]).flatten(1)], dim=1)
+    residual_TD = wanted_TD - masked_TF @ ffn.ffn.down_DF.T
+    back_TF = residual_TD @ ffn.ffn.down_DF[:, -ffn.layout.num_routed * ffn.width :]
+    overlap_TR = (routed_TRf * back_TF.view_as(routed_TRf)).sum(dim=2)
+    # Of a chosen expert the residual already lacks its output.
+    worth_TR: Tensor = 2 * overlap_TR + (2 * weights_TR - 1) * norm_TR
+    return worth_TR
+
+
+def _ranking_loss(scores_TR: Tensor, worth_TR: Tensor, layout: Layout) -> Tensor:
+    """Cross-entropy of being chosen against deserving it, weighted by what is at stake."""
+    chosen = layout.num_routed_active
+    stake_TR = worth_TR - _boundary(worth_TR, chosen)
+    margin_TR = scores_TR - _boundary(scores_TR, chosen).detach()
+    margin_TR = margin_TR / (SHARPNESS * scores_TR.detach().std().clamp(min=1e-30))
+    weight_TR = stake_TR.abs() / stake_TR.abs().mean().clamp(min=1e-30)
+    loss: Tensor = binary_cross_entropy_with_logits(margin_TR, (stake_TR > 0).to(margin_TR.dtype), weight=weight_TR)
+    return loss
+
+
+def _boundary(values_TR: Tensor, chosen: int) -> Tensor:
+    """Midway between the last that is chosen and the first that is not."""
+    ordered_TR = values_TR.sort(dim=1, descending=True).values
+    return ordered_TR[:, chosen - 1 : min(chosen + 1, ordered_TR.shape[1])].mean(dim=1, keepdim=True)
+
+
+def _dense_ffn(teacher: DenseCheckpoint, layer: int, device: str) -> FFNWeights:
+    gate_FD, up_FD, down_DF = (weight.to(device, torch.float32) for weight in teacher.ffn(layer))
+    return FFNWeights(layer, gate_FD, up_FD, down_DF, teacher.config.hidden_act)
+
+
+def _student_ffn(student: Student, layer: int, device: str) -> LayerFFN:
+    plan, block = student.plan, student.model.model.layers[layer]
+    assert plan is not None
+    gate, activation = Gate.of(plan.options), student.model.config.hidden_act
+    if student.target is None or layer in plan.layout.dense_layers:
+        weights = (block.mlp.gate_proj.weight, block.mlp.up_proj.weight, block.mlp.down_proj.weight)
+        gate_FD, up_FD, down_DF = (weight.detach().to(device, torch.float32) for weight in weights)
+        return LayerFFN(FFNWeights(layer, gate_FD, up_FD, down_DF, activation), plan.layout, gate, None)
+    parts = split_ffn(block, student.target.modules)
+    shared_fold, routed_fold = folds(plan, student.target)
+    ffn = FFNWeights(
+        layer,
+        torch.cat([parts.gate_sD, parts.gate_RfD.flatten(0, 1)]).to(device, torch.float32),
+        torch.cat([parts.up_sD, parts.up_RfD.flatten(0, 1)]).to(device, torch.float32),
+        torch.cat([parts.down_Ds / shared_fold, parts.down_RDf.transpose(0, 1).flatten(1) / routed_fold], dim=1)
+        .contiguous()
+        .to(device, torch.float32),
+        activation,
+    )
+    return LayerFFN(ffn, plan.layout, gate, parts.router_RD.to(device, torch.float32) / student.scale)
+
+
+def _stored(student: Student, layer: int, fitted: LayerFFN) -> dict[str, Tensor]:
+    """down_proj, folded, and the router, scaled, under the names they have in the loaded model."""
+    prefix, down_DF = f"model.layers.{layer}", fitted.ffn.down_DF.cpu()
+    if student.target is None or fitted.router_RD is None:
+        return {f"{prefix}.mlp.down_proj.weight": down_DF.contiguous()}
+    assert student.plan is not None
+    modules, num_routed = student.target.modules, fitted.layout.num_routed
+    shared_fold, routed_fold = folds(student.plan, student.target)
+    shared_Ds, routed_DF = down_DF.tensor_split([down_DF.shape[1] - num_routed * fitted.width], dim=1)
+    down_RDf = routed_DF.unflatten(1, (num_routed, fitted.width)).transpose(0, 1) * routed_fold
+    tensors = {
+        f"{prefix}.{modules.experts}.down_proj": down_RDf.contiguous(),
+        f"{prefix}.{modules.router}.weight": fitted.router_RD.cpu() * student.scale,
+    }
+    if shared_Ds.shape[1]:
+        tensors[f"{prefix}.{modules.shared}.{modules.shared_down}.weight"] = (shared_Ds * shared_fold).contiguous()
+    return tensors

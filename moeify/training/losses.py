@@ -1,0 +1,197 @@
+"""What fine-tuning minimises: divergence from the teacher and language modelling, and what routers owe beside them.
+
+The scoring head takes the place of the LM head's forward. Logits of a few tokens exist at a time, and what their
+gradient adds to hidden states and weights is summed up at once, as in Liger's fused losses
+(https://arxiv.org/abs/2410.10989): memory does not grow with tokens times vocabulary. As it runs inside the model's own
+forward, distributed wrappers see nothing unusual.
+
+Legend: B blocks, C tokens a block, D hidden size, V vocabulary, T tokens, R routed experts, K chosen for a token.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Logits that exist at once, on a CPU and on a GPU; the teacher's and gradients come beside them.
+CHUNK_LOGITS = (1 << 23, 1 << 26)
+
+
+@dataclass(frozen=True)
+class TeacherHead:
+    """What turns the teacher's final hidden states into logits.
+
+    Args:
+        weight_VD: its LM head.
+        scale: what logits are multiplied with.
+    """
+
+    weight_VD: Tensor
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, teacher: Any) -> "TeacherHead":
+        return cls(teacher.get_output_embeddings().weight.detach(), 1 / getattr(teacher.config, "logits_scaling", 1.0))
+
+    def __call__(self, hidden_TD: Tensor) -> Tensor:
+        return (hidden_TD.to(self.weight_VD.dtype) @ self.weight_VD.T).float() * self.scale
+
+
+class ScoringHead:
+    """Stands in for the forward of an LM head: losses in, instead of logits out, while `targets` are set.
+
+    Args:
+        head: the student's LM head; its forward is replaced until `remove`.
+        kl, lm: weights of the losses.
+    """
+
+    def __init__(self, head: nn.Linear, *, kl: float, lm: float) -> None:
+        self._head, self._kl, self._lm = head, kl, lm
+        self._plain = head.forward
+        self.targets: tuple[Tensor, Tensor, TeacherHead] | None = None
+        setattr(head, "forward", self._forward)  # noqa: B010
+
+    def remove(self) -> None:
+        delattr(self._head, "forward")
+
+    def _forward(self, hidden_BCD: Tensor) -> Tensor:
+        """losses_B3: the weighted sum, the divergence and the language modelling loss, means over C - 1 predictions."""
+        if self.targets is None:
+            return self._plain(hidden_BCD)
+        ids_BC, teacher_BCD, teacher = self.targets
+        out: tuple[Tensor, Tensor] = _Scored.apply(  # type: ignore[no-untyped-call]
+            hidden_BCD, self._head.weight, ids_BC, teacher_BCD, teacher, (self._kl, self._lm)
+        )
+        total, parts_B2 = out
+        return torch.cat([total.expand(len(parts_B2), 1), parts_B2], dim=1)
+
+
+class _Scored(torch.autograd.Function):
+    """(mean loss, parts_B2) of hidden states; gradients are made in the forward pass, chunk by chunk."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917
+        context: Any,
+        hidden_BCD: Tensor,
+        weight_VD: Tensor,
+        ids_BC: Tensor,
+        teacher_BCD: Tensor,
+        teacher: TeacherHead,
+        weights: tuple[float, float],
+    ) -> tuple[Tensor, Tensor]:
+        needs = context.needs_input_grad[:2]
+        device = hidden_BCD.device.type
+        # Cast here: autocast would keep a copy of the weights for every chunk.
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
+        head_VD = weight_VD.detach().to(dtype).requires_grad_(needs[1])
+        hidden_TD, its_TD = hidden_BCD[:, :-1].flatten(0, 1).to(dtype), teacher_BCD[:, :-1].flatten(0, 1)
+        targets_T = ids_BC[:, 1:].flatten()
+        grad_BCD = torch.zeros_like(hidden_BCD) if needs[0] else None
+        grad_VD = torch.zeros_like(weight_VD) if needs[1] else None
+        grads: list[Tensor] = []
+        parts: list[Tensor] = []
+        weight_2 = torch.tensor(weights, dtype=torch.float32, device=hidden_BCD.device)
+        step = max(1, CHUNK_LOGITS[device != "cpu"] // len(head_VD))
+        with torch.autocast(device, enabled=False), torch.set_grad_enabled(any(needs)):
+            for rows in (slice(start, start + step) for start in range(0, len(targets_T), step)):
+                chunk_TD = hidden_TD[rows].detach().requires_grad_(needs[0])
+                parts_T2 = _token_losses((chunk_TD @ head_VD.T).float(), teacher(its_TD[rows]), targets_T[rows])
+                parts.append(parts_T2.detach())
+                if any(needs):
+                    leaves = [leaf for leaf in (chunk_TD, head_VD) if leaf.requires_grad]
+                    torch.autograd.backward((parts_T2 @ weight_2).sum() / len(targets_T), inputs=leaves)
+                if chunk_TD.grad is not None:
+                    grads.append(chunk_TD.grad)
+                if grad_VD is not None and head_VD.grad is not None:
+                    grad_VD += head_VD.grad
+                    head_VD.grad = None
+        if grad_BCD is not None:
+            grad_BCD[:, :-1] = torch.cat(grads).view(*grad_BCD[:, :-1].shape)
+        context.save_for_backward(grad_BCD, grad_VD)
+        parts_B2 = torch.cat(parts).view(len(ids_BC), -1, 2).mean(dim=1)
+        context.mark_non_differentiable(parts_B2)
+        return parts_B2.mean(dim=0) @ weight_2, parts_B2
+
+    @staticmethod
+    def backward(context: Any, *outputs: Any) -> tuple[Any, ...]:
+        found = (None if grad is None else grad * outputs[0].to(grad) for grad in context.saved_tensors)
+        return (*found, None, None, None, None)
+
+
+def _token_losses(logits_TV: Tensor, teacher_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """losses_T2: KL(teacher || student) and negative log-likelihood, in nats."""
+    student_TV = logits_TV.log_softmax(dim=1)
+    # Vocabularies padded to different sizes agree on the tokens that a tokenizer gives.
+    shared = min(student_TV.shape[1], teacher_TV.shape[1])
+    log_TV = teacher_TV.log_softmax(dim=1)[:, :shared]
+    divergence_T = (log_TV.exp() * (log_TV - student_TV[:, :shared])).sum(dim=1)
+    return torch.stack([divergence_T, -student_TV.gather(1, targets_T[:, None]).squeeze(1)], dim=1)
+
+
+def hidden_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:
+    """Mean over layers and tokens of the squared error of a layer's output relative to the teacher's.
+
+    Relative for each token, so that massive activations count like any other.
+
+    Args:
+        student, teacher: hidden_BCD after the embedding and after each layer.
+    """
+    errors = [
+        ((mine - its).float().square().sum(-1) / its.float().square().sum(-1).clamp(min=1e-30)).mean()
+        for mine, its in zip(student[1:], teacher[1:], strict=True)
+    ]
+    return torch.stack(errors).mean()
+
+
+@dataclass(frozen=True)
+class RouterLosses:
+    """What the routers of one batch owe.
+
+    Args:
+        balance: R * sum of load share times mean probability, mean over layers; one if the load is even
+            (https://arxiv.org/abs/2101.03961, equation 4).
+        z: mean square of the log-sum-exp of scores (https://arxiv.org/abs/2202.08906, equation 5).
+        load_LR: share of all choices that each expert of each layer got.
+    """
+
+    balance: Tensor
+    z: Tensor
+    load_LR: Tensor
+
+
+def router_losses(
+    routed: list[tuple[Tensor, Tensor]], scale: float, mean_over_processes: Callable[[Tensor], Tensor]
+) -> RouterLosses:
+    """Losses of all routers from what they gave.
+
+    Scores are stored scaled down; the losses are of the scores as they were fitted.
+
+    Args:
+        routed: logits_TR and chosen_TK of each router.
+        scale: of the stored scores.
+        mean_over_processes: the load is that of all processes, or their losses would not add up to one process's.
+    """
+    loads, probabilities, squares = [], [], []
+    for logits_TR, chosen_TK in routed:
+        scores_TR = logits_TR.float() / scale
+        counts_R = torch.zeros(scores_TR.shape[1], device=scores_TR.device)
+        counts_R.scatter_add_(0, chosen_TK.flatten(), torch.ones_like(chosen_TK.flatten(), dtype=counts_R.dtype))
+        loads.append(counts_R / chosen_TK.numel())
+        probabilities.append(scores_TR.softmax(dim=1).mean(dim=0))
+        squares.append(scores_TR.logsumexp(dim=1).square().mean())
+    load_LR = mean_over_processes(torch.stack(loads))
+    balance = load_LR.shape[1] * (load_LR * torch.stack(probabilities)).sum(dim=1).mean()
+    return RouterLosses(balance, torch.stack(squares).mean(), load_LR)
+
+
+def load_figures(load_LR: Tensor) -> dict[str, float]:
+    """Mean entropy of the load relative to an even one, and how many experts of all layers got nothing."""
+    num_experts = load_LR.shape[1]
+    entropy_L = -(load_LR * load_LR.clamp(min=1e-30).log()).sum(dim=1)
+    even = torch.tensor(float(num_experts)).log().clamp(min=1e-30)
+    return {
+        "load_entropy": float(entropy_L.mean() / even) if num_experts > 1 else 1.0,
+        "dead_experts": float((load_LR == 0).sum()),
+    }

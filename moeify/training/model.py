@@ -1,0 +1,165 @@
+"""The model that is trained: what a stage trains of it, and its state between stages."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify import targets
+from moeify.errors import InputError, UsageError
+from moeify.evaluate import load
+from moeify.native import cut_layers, router_scale
+from moeify.plan import SplitPlan
+from moeify.targets import Target
+from moeify.training.options import FinetuneOptions, Stage
+
+SELECTION_BIAS = "e_score_correction_bias"
+# alpha / rank of LoRA: updates count twice, as is usual.
+LORA_ALPHA_PER_RANK = 2
+
+
+@dataclass
+class Student:
+    """A converted, pruned or dense model and what is known of it.
+
+    Args:
+        path: the checkpoint's folder.
+        model: as stock transformers loaded it, float32.
+        plan: None if moeify did not make it.
+        target: its MoE architecture; None for a dense or pruned one.
+        routers: of the layers that have one, in order.
+    """
+
+    path: Path
+    model: Any
+    plan: SplitPlan | None
+    target: Target | None
+    routers: list[nn.Module] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path, plan: SplitPlan | None) -> "Student":
+        model = load(str(path), dtype="float32")
+        target = None if plan is None or plan.layout.is_static else targets.find(plan.target)
+        student = cls(path, model, plan, target)
+        if target is not None:
+            student.routers = [
+                model.model.layers[layer].get_submodule(target.modules.router) for layer in student.cut_layers
+            ]
+        return student
+
+    @property
+    def cut_layers(self) -> list[int]:
+        """Layers with experts."""
+        if self.plan is None or self.target is None:
+            return []
+        return cut_layers(self.plan.layout, len(self.plan.layers))
+
+    @property
+    def scale(self) -> float:
+        """Of stored router scores."""
+        return 1.0 if self.plan is None else router_scale(self.plan)
+
+    @property
+    def has_selection_bias(self) -> bool:
+        return any(hasattr(router, SELECTION_BIAS) for router in self.routers)
+
+    def router_weights(self) -> list[nn.Parameter]:
+        return [weight for router in self.routers if isinstance(weight := router.weight, nn.Parameter)]
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What training changes: parameters with a gradient, and selection biases."""
+        tensors: dict[str, Tensor] = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
+        return tensors | {n: b for n, b in self.model.named_buffers() if n.endswith(SELECTION_BIAS)}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put what was trained back.
+
+        Raises:
+            InputError: the state is of another model.
+        """
+        unexpected = self.model.load_state_dict(dict(state), strict=False).unexpected_keys
+        if unexpected:
+            raise InputError(
+                f"the saved state has {unexpected[0]}, which {self.path} has not", "--overwrite starts anew"
+            )
+
+    def prepare(self, stage: Stage, options: FinetuneOptions) -> Any:
+        """Choose what a stage trains; returns the LoRA tuner, which alone can merge its updates, or None."""
+        self.model.requires_grad_(stage == "full")
+        tuner = _inject_lora(self, options) if stage == "lora" else None
+        for weight in self.router_weights():
+            weight.requires_grad_()
+        return tuner
+
+    def apply(self, stage: Stage, options: FinetuneOptions, state: Mapping[str, Tensor]) -> None:
+        """Put the result of a finished stage into the model."""
+        tuner = self.prepare(stage, options) if stage == "lora" else None
+        self.load_state(state)
+        if tuner is not None:
+            tuner.merge_and_unload()
+
+
+def check_stages(plan: SplitPlan | None, stages: tuple[Stage, ...], path: Path) -> None:
+    """Refuse a stage that has nothing to train.
+
+    Raises:
+        InputError: the model has no routers, or none that a gradient reaches.
+        UsageError: the FFNs are no longer the dense model's.
+    """
+    routed = plan is not None and not plan.layout.is_static
+    if "router" in stages and not routed:
+        raise InputError(f"{path} has no routers to train", "--stage full or --stage lora trains it")
+    if (
+        "router" in stages
+        and plan
+        and plan.layout.num_routed_active == 1
+        and plan.target not in ("glm4_moe", "qwen2_moe")
+    ):
+        raise InputError(
+            f"the weight of a single routed expert is always one in {plan.target}: no gradient reaches its router",
+            "--stage layers trains it by other means",
+        )
+    if "layers" in stages and plan is None:
+        raise InputError(f"{path} was not cut by moeify, so there is no FFN to bring back", "leave --stage layers out")
+    if "layers" in stages and plan and set(plan.trained) - {"layers"}:
+        raise UsageError(
+            f"{path} was trained already ({', '.join(plan.trained)})",
+            "--stage layers works on what `moeify split` or --stage layers wrote",
+        )
+
+
+def _inject_lora(student: Student, options: FinetuneOptions) -> Any:
+    """Low-rank updates for every linear map of the layers and for all experts, which are one parameter a layer."""
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora import LoraModel
+    except ImportError as error:
+        raise UsageError("--stage lora needs the peft package", "pip install 'moeify[train]'") from error
+    layers = student.model.get_submodule("model.layers")
+    names = [
+        f"model.layers.{name}"
+        for name, module in layers.named_modules()
+        # A gate of one output has no rank to speak of.
+        if isinstance(module, nn.Linear) and module.out_features > 1
+    ]
+    experts = "" if student.target is None else student.target.modules.experts
+    parameters = [
+        f"model.layers.{layer}.{experts}.{part}"
+        for layer in student.cut_layers
+        for part in ("gate_up_proj", "down_proj")
+    ]
+    torch.manual_seed(options.seed)
+    config = LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=LORA_ALPHA_PER_RANK * options.lora_rank,
+        target_modules=names,
+        target_parameters=parameters or None,
+    )
+    with warnings.catch_warnings():
+        # That experts of one layer share a rank is meant.
+        warnings.simplefilter("ignore")
+        return LoraModel(student.model, config, "default")

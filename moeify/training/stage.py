@@ -1,0 +1,203 @@
+"""One stage that trains the whole model at once: `router`, `lora` or `full`."""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from torch import Tensor
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from moeify.options import Track
+from moeify.training.model import Student
+from moeify.training.options import FinetuneOptions, Stage
+from moeify.training.teacher import Blocks, Teacher
+from moeify.training.trainer import COMPLETE_FILE, FinetuneTrainer, last_checkpoint
+
+CLIP_NORM = 1.0
+# What changes from run to run is left out of the history, and the mean loss, which is of the last session.
+TIMES = ("runtime", "per_second", "flos")
+
+
+def train_stage(
+    student: Student,
+    targets: tuple[Teacher, list[Blocks]],
+    stage: Stage,
+    options: FinetuneOptions,
+    *,
+    folder: Path,
+    logs: Path,
+    processes: PartialState,
+    track: Track[Any],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Train, from the last complete checkpoint in `folder` if there is one.
+
+    Returns:
+        What was trained, by its name in memory, and figures: before, after, num_tokens, history.
+
+    Raises:
+        CheckError: the loss became NaN or infinite.
+    """
+    teacher, (blocks, held_out) = targets
+    num_steps = _num_steps(len(blocks), options, processes.num_processes)
+    student.prepare(stage, options)
+    if options.checkpointing:
+        _recompute(student.model)
+    if processes.is_main_process:
+        _drop_incomplete(folder)
+    processes.wait_for_everyone()
+    checkpoint = last_checkpoint(folder)
+    arguments = training_arguments(folder, options, options.rate(stage), num_steps=num_steps, fresh=checkpoint is None)
+    bar = iter(track(range(num_steps), f"training {stage}", num_steps))
+    trainer = FinetuneTrainer(
+        student,
+        teacher,
+        options,
+        arguments,
+        datasets=(blocks, held_out),
+        callbacks=_callbacks(options, logs, bar, processes),
+    )
+    trainer.remove_callback(PrinterCallback)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if options.patience is None and not _evaluated_last(trainer):
+            trainer.evaluate()
+        history = [_steady(entry) for entry in trainer.state.log_history if "train_loss" not in entry]
+        state = trainer.trained_state()
+    finally:
+        trainer.detach_model()
+    evals = [entry for entry in history if "eval_loss" in entry]
+    best = min(evals[1:], key=lambda entry: entry["eval_loss"]) if options.patience is not None else evals[-1]
+    figures = {
+        "before": _figures(evals[0]),
+        "after": _figures(best),
+        "num_tokens": int(trainer.state.global_step * blocks.ids_BC.shape[1] * _step_blocks(options, processes)),
+        "history": history,
+    }
+    return state, figures
+
+
+def training_arguments(
+    folder: Path, options: FinetuneOptions, rate: float, *, num_steps: int, fresh: bool
+) -> TrainingArguments:
+    """How the Trainer runs; nothing of it is left to its defaults that would print, report or ask.
+
+    A run that starts fresh evaluates before its first step.
+    """
+    every = min(options.every or -(-num_steps // 10), num_steps)
+    on_cuda = options.device == "cuda"
+    half = options.precision == "bfloat16" or (options.precision == "auto" and on_cuda)
+    return TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=options.batch,
+        per_device_eval_batch_size=options.batch,
+        gradient_accumulation_steps=options.accumulate,
+        num_train_epochs=options.epochs,
+        learning_rate=rate,
+        lr_scheduler_type={"constant": "constant_with_warmup"}.get(options.schedule, options.schedule),
+        warmup_steps=math.ceil(options.warmup * num_steps),
+        max_grad_norm=CLIP_NORM,
+        bf16=half,
+        use_cpu=not on_cuda,
+        seed=options.seed,
+        data_seed=options.seed,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_on_start=fresh,
+        eval_steps=every,
+        save_strategy="steps",
+        save_steps=every,
+        save_total_limit=2,
+        load_best_model_at_end=options.patience is not None,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=[],
+        dataloader_pin_memory=on_cuda,
+        ddp_find_unused_parameters=False,
+    )
+
+
+class ProgressCallback(TrainerCallback):
+    """Moves a progress bar along, and marks checkpoints that are complete.
+
+    Args:
+        bar: yields once at the start and once more for every step that is done.
+        wait: until all processes have written their part of a checkpoint.
+    """
+
+    def __init__(self, bar: Iterator[Any], wait: Callable[[], None]) -> None:
+        self._bar, self._wait = bar, wait
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        for _step in range(state.global_step + 1):
+            next(self._bar, None)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        next(self._bar, None)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self._wait()
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE).touch()
+
+
+def _step_blocks(options: FinetuneOptions, processes: PartialState) -> int:
+    return options.batch * options.accumulate * int(processes.num_processes)
+
+
+def _num_steps(num_blocks: int, options: FinetuneOptions, num_processes: int) -> int:
+    """As the Trainer counts them."""
+    batches = -(-num_blocks // (options.batch * num_processes))
+    return options.epochs * -(-batches // options.accumulate)
+
+
+def _recompute(model: Any) -> None:
+    """Activation checkpointing, by the name it has in this version of transformers."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _drop_incomplete(folder: Path) -> None:
+    """Checkpoints that a kill left half written."""
+    for checkpoint in folder.glob("checkpoint-*"):
+        if not (checkpoint / COMPLETE_FILE).is_file():
+            shutil.rmtree(checkpoint)
+
+
+def _callbacks(
+    options: FinetuneOptions, logs: Path, bar: Iterator[Any], processes: PartialState
+) -> list[TrainerCallback]:
+    callbacks: list[TrainerCallback] = [ProgressCallback(bar, processes.wait_for_everyone)]
+    if options.patience is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=options.patience))
+    if processes.is_main_process:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return callbacks
+        writer: Any = SummaryWriter
+        callbacks.append(TensorBoardCallback(tb_writer=writer(log_dir=str(logs))))
+    return callbacks
+
+
+def _evaluated_last(trainer: FinetuneTrainer) -> bool:
+    steps = [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    return bool(steps) and steps[-1] == trainer.state.global_step
+
+
+def _steady(entry: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if not any(part in name for part in TIMES)}
+
+
+def _figures(entry: dict[str, Any]) -> dict[str, float]:
+    return {name.removeprefix("eval_"): value for name, value in entry.items() if name.startswith("eval_")}

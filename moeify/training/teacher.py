@@ -1,0 +1,129 @@
+"""The teacher: the dense model's final hidden states for each block, computed when needed or kept on disk.
+
+What is kept is the hidden state after the last norm, D float16 numbers a token, not V logits: one matrix product with
+the teacher's LM head, which stays in memory, gives the logits back. For SmolLM2-135M that is 1.2 kB a token where
+logits in bfloat16 take 98 kB. Rounding to float16 changes its distribution by a divergence of about 1e-6.
+
+Legend: B blocks of C tokens, D hidden size, V vocabulary.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from moeify.cache import cache_dir, made_once
+from moeify.errors import InputError
+from moeify.evaluate import load
+from moeify.options import Track
+from moeify.training.losses import TeacherHead
+
+CACHE_FILE = "hidden.npy"
+LARGEST = float(np.finfo(np.float16).max)
+
+
+class Blocks(Dataset[dict[str, Tensor]]):
+    """Blocks of token ids, each with the teacher's hidden states if they are kept.
+
+    Args:
+        ids_BC: int64.
+        hidden_BCD: float16, on disk.
+    """
+
+    def __init__(self, ids_BC: Tensor, hidden_BCD: "np.ndarray[Any, np.dtype[np.float16]] | None" = None) -> None:
+        self.ids_BC, self._hidden_BCD = ids_BC, hidden_BCD
+
+    def __len__(self) -> int:
+        return len(self.ids_BC)
+
+    def __getitem__(self, block: int) -> dict[str, Tensor]:
+        item = {"input_ids": self.ids_BC[block]}
+        if self._hidden_BCD is not None:
+            item["teacher"] = torch.from_numpy(self._hidden_BCD[block].copy())
+        return item
+
+
+class Teacher:
+    """Gives the targets of training.
+
+    Args:
+        model: the dense model, in inference mode; None if all its hidden states are on disk.
+        head: its LM head.
+    """
+
+    def __init__(self, model: Any, head: TeacherHead) -> None:
+        self._model, self.head = model, head
+
+    @torch.no_grad()
+    def hidden(self, inputs: Mapping[str, Tensor], *, layers: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """hidden_BCD after the last norm and, if `layers` are wanted, after the embedding and every layer."""
+        if "teacher" in inputs:
+            return inputs["teacher"], ()
+        out = self._model.model(input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=layers)
+        return out.last_hidden_state, tuple(out.hidden_states) if layers else ()
+
+
+def open_teacher(
+    path: Path,
+    texts: list[Tensor],
+    *,
+    device: str,
+    half: bool,
+    cached: bool,
+    fingerprint: str,
+    first: bool,
+    wait: Any,
+    track: Track[Any],
+) -> tuple[Teacher, list[Blocks]]:
+    """The teacher, and every text with what is kept of it.
+
+    Args:
+        path: the dense model's folder.
+        texts: ids_BC of the training and of the evaluation text.
+        device: where it runs.
+        half: in bfloat16.
+        cached: keep its hidden states on disk, or use those that are there.
+        fingerprint: of the dense checkpoint.
+        first: this process makes what is kept; the others `wait`.
+        track: shows the progress of that.
+
+    Raises:
+        InputError: hidden states are beyond the range of float16, or the cache cannot be written.
+    """
+    model = load(str(path), dtype="bfloat16" if half else "float32", device=device).requires_grad_(False)
+    head = TeacherHead.of(model)
+    if not cached:
+        return Teacher(model, head), [Blocks(ids_BC) for ids_BC in texts]
+    kept = []
+    for ids_BC in texts:
+        digest = hashlib.sha256(ids_BC.numpy().tobytes())
+        digest.update(f"{tuple(ids_BC.shape)} {fingerprint} {half}".encode())
+        folder = cache_dir() / f"teacher-{digest.hexdigest()[:16]}"
+        if first and not folder.is_dir():
+            with made_once(folder) as partial:
+                _write(model, ids_BC, partial / CACHE_FILE, track)
+        wait()
+        kept.append(Blocks(ids_BC, np.load(folder / CACHE_FILE, mmap_mode="r")))
+    return Teacher(None, head), kept
+
+
+@torch.no_grad()
+def _write(model: Any, ids_BC: Tensor, file: Path, track: Track[Any]) -> None:
+    shape = (*ids_BC.shape, model.config.hidden_size)
+    hidden_BCD = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
+    for block in track(range(len(ids_BC)), "asking the teacher", len(ids_BC)):
+        found_CD = model.model(input_ids=ids_BC[block : block + 1].to(model.device), use_cache=False).last_hidden_state[
+            0
+        ]
+        if not found_CD.abs().max() <= LARGEST:
+            raise InputError(
+                f"the teacher's hidden states reach {float(found_CD.abs().max()):.0f}, float16 ends at {LARGEST:.0f}",
+                "leave --cache-teacher out",
+            )
+        hidden_BCD[block] = found_CD.float().cpu().numpy().astype(np.float16)
+    hidden_BCD.flush()

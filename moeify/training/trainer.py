@@ -1,0 +1,260 @@
+"""transformers' Trainer with moeify's losses: what is computed, logged, saved and checked in each step.
+
+Checkpoints hold what is trained under the names it has in memory, not a model folder: stock folders keep experts under
+other names, which the Trainer would skip without a word when it resumes. Sharded (FSDP) states are accelerate's own.
+"""
+
+import math
+import zlib
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from moeify.errors import CheckError
+from moeify.training.losses import RouterLosses, ScoringHead, hidden_error, load_figures, router_losses
+from moeify.training.model import Student
+from moeify.training.options import FinetuneOptions
+from moeify.training.routers import Explorer, RouterWatch, adjust_selection_biases
+from moeify.training.teacher import Teacher
+
+STATE_FILE = "trained.safetensors"
+# Its presence says that everything else in a checkpoint folder was written.
+COMPLETE_FILE = "complete"
+BETAS = (0.9, 0.95)
+
+
+class FinetuneTrainer(Trainer):
+    """Trains a student against a teacher.
+
+    Args:
+        student: prepared for its stage.
+        teacher: where its final hidden states come from.
+        options: weights of losses and rates.
+        arguments: how the Trainer runs, the learning rate of everything but routers included.
+        datasets: of training and of evaluation.
+        callbacks: of the stage.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher: Teacher,
+        options: FinetuneOptions,
+        arguments: TrainingArguments,
+        *,
+        datasets: tuple[Any, Any],
+        callbacks: list[TrainerCallback],
+    ) -> None:
+        self._student, self._teacher, self._options = student, teacher, options
+        self._explorer = Explorer(options.explore) if options.router_rate and options.explore else None
+        self._watch = RouterWatch(student, self._explorer)
+        self._head = ScoringHead(student.model.lm_head, kl=options.kl, lm=options.lm)
+        # Of the routers as the stage found them, whatever a checkpoint holds.
+        self._router_rates = [
+            options.router_rate * float(weight.detach().square().mean().sqrt()) for weight in student.router_weights()
+        ]
+        self._parts: dict[str, list[Tensor]] = defaultdict(list)
+        self._loads: list[Tensor] = []
+        self.load_LR: Tensor | None = None
+        super().__init__(
+            model=student.model,
+            args=arguments,
+            train_dataset=datasets[0],
+            eval_dataset=datasets[1],
+            callbacks=callbacks,
+        )
+        # The loss is a mean of the batch, so the Trainer has to divide it by the number of accumulated ones.
+        self.model_accepts_loss_kwargs = False
+        self.add_callback(_BalanceCallback(self))
+
+    def detach_model(self) -> None:
+        """Take the hooks and the scoring head off the model again."""
+        self._watch.remove()
+        self._head.remove()
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:  # noqa: ARG002
+        """AdamW; each router has a rate of its own, relative to the size of its weights."""
+        if self.optimizer is None:
+            routers = self._student.router_weights()
+            known = {id(weight) for weight in routers}
+            others = [p for p in self._student.model.parameters() if p.requires_grad and id(p) not in known]
+            rate, decay = self.args.learning_rate, self._options.weight_decay
+            groups: list[dict[str, Any]] = [
+                {"params": [p for p in others if p.ndim > 1], "lr": rate, "weight_decay": decay},
+                {"params": [p for p in others if p.ndim <= 1], "lr": rate, "weight_decay": 0.0},
+            ]
+            groups += [
+                {"params": [weight], "lr": lr, "weight_decay": 0.0}
+                for weight, lr in zip(routers, self._router_rates, strict=True)
+                if weight.requires_grad
+            ]
+            self.optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, betas=BETAS)
+        return self.optimizer
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,  # noqa: ARG002
+    ) -> Any:
+        """The weighted sum of all losses; `outputs` are losses_B3 as the scoring head gives them."""
+        ids_BC = inputs["input_ids"]
+        hidden_wanted = self._options.hidden > 0 and model.training
+        teacher_BCD, its_layers = self._teacher.hidden(inputs, layers=hidden_wanted)
+        if self._explorer is not None and model.training:
+            self._explorer.begin([zlib.crc32(block) ^ int(self.state.epoch or 0) for block in ids_BC.cpu().numpy()])
+        self._head.targets = (ids_BC, teacher_BCD, self._teacher.head)
+        try:
+            with self._watch.watch():
+                out = model(input_ids=ids_BC, use_cache=False, output_hidden_states=hidden_wanted)
+        finally:
+            self._head.targets = None
+        losses_B3 = out.logits
+        if not model.training:
+            return (losses_B3[:, 0].mean(), losses_B3) if return_outputs else losses_B3[:, 0].mean()
+        loss = losses_B3[:, 0].mean()
+        self._note(kl=losses_B3[:, 1].mean(), lm=losses_B3[:, 2].mean())
+        if hidden_wanted:
+            error = hidden_error(out.hidden_states, its_layers)
+            loss = loss + self._options.hidden * error
+            self._note(hidden=error)
+        if self._watch.routed:
+            loss = loss + self._router_loss()
+        self._check_finite(loss, teacher_BCD)
+        return (loss, losses_B3) if return_outputs else loss
+
+    def _router_loss(self) -> Tensor:
+        owed: RouterLosses = router_losses(
+            self._watch.routed, self._student.scale, lambda load: self.accelerator.reduce(load, "mean")
+        )
+        self._loads.append(owed.load_LR)
+        self._note(balance=owed.balance, z_loss=owed.z)
+        balance = 0.0 if self._student.has_selection_bias else self._options.balance
+        # Exploration gives a choice its slope per score as it was fitted; a weight alone gives it per stored score,
+        # which reaches the fitted one times the scale. Either way losses stand to each other as if nothing was scaled.
+        footing = 1.0 if self._explorer is not None else self._student.scale
+        return footing * (balance * owed.balance + self._options.z_loss * owed.z)
+
+    def balance_biases(self) -> None:
+        """After each step: the load of its batches moves the selection biases, if there are any."""
+        if self._loads:
+            self.load_LR = torch.stack(self._loads).mean(dim=0)
+            self._loads.clear()
+            if self._student.has_selection_bias:
+                adjust_selection_biases(self._student, self.load_LR, self._options.balance)
+
+    def _note(self, **parts: Tensor) -> None:
+        for name, value in parts.items():
+            self._parts[name].append(value.detach().float())
+
+    def _check_finite(self, loss: Tensor, teacher_BCD: Tensor) -> None:
+        """Stop before a bad gradient reaches a weight.
+
+        Raises:
+            CheckError: the loss is NaN or infinite; the message names the first layer that gave such values.
+        """
+        if loss.isfinite():
+            return
+        layer = self._watch.first_bad_layer()
+        where = f"layer {layer} is the first that gives such values" if layer is not None else "all layers are finite"
+        if not teacher_BCD.isfinite().all():
+            where = "the teacher gives such values"
+        raise CheckError(
+            f"the loss became {float(loss.detach())} at step {self.state.global_step + 1}: {where}; {self._kept()}",
+            "--learning-rate and --router-rate take less; --overwrite starts anew with them",
+        )
+
+    def _kept(self) -> str:
+        kept = last_checkpoint(Path(str(self.args.output_dir)))
+        return f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss and what routers do."""
+        if "loss" in logs and self._parts:
+            names = sorted(self._parts)
+            means = torch.stack([torch.stack(self._parts[name]).mean() for name in names])
+            logs |= dict(zip(names, self.accelerator.reduce(means, "mean").tolist(), strict=True))
+            logs |= {} if self.load_LR is None else load_figures(self.load_LR.cpu())
+            self._parts.clear()
+        super().log(logs, start_time)
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """Losses on the held-out text; every block counts once, however many processes share them."""
+        loader = self.get_eval_dataloader()
+        model = self.model_wrapped.train(mode=False)
+        rows = []
+        for inputs in loader:
+            _, losses_B3 = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+            rows.append(self.accelerator.gather_for_metrics(losses_B3))
+        loss, divergence, language = torch.cat(rows).mean(dim=0).tolist()
+        metrics = {"eval_loss": loss, "eval_kl": divergence, "eval_lm": language, "eval_perplexity": _exp(language)}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What was trained, whole and on the CPU; on the main process only where it had to be gathered."""
+        if not self.is_fsdp_enabled:
+            return {name: tensor.cpu().contiguous() for name, tensor in self._student.trained_state().items()}
+        names = set(self._student.trained_state())
+        whole = self.accelerator.get_state_dict(self.model)
+        return {name: tensor.cpu().contiguous() for name, tensor in whole.items() if name in names}
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        bad = next((n for n, p in model.named_parameters() if p.requires_grad and not _finite(p)), None)
+        if bad is not None:
+            step, kept = self.state.global_step, self._kept()
+            raise CheckError(
+                f"{bad.removeprefix('module.')} has NaN or infinite values after step {step}; {kept}",
+                "--learning-rate and --router-rate take less; --overwrite starts anew with them",
+            )
+        super()._save_checkpoint(model, trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:
+            return
+        folder = Path(str(output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        state = self._student.trained_state() if state_dict is None else state_dict
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / STATE_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._student.load_state(load_file(Path(resume_from_checkpoint) / STATE_FILE))
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint), self.model_wrapped)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint of a stage that was written to its end."""
+    found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
+    return max(found, key=lambda path: int(path.name.rsplit("-", maxsplit=1)[1]), default=None)
+
+
+class _BalanceCallback(TrainerCallback):
+    """Balances the load without a gradient, once a step."""
+
+    def __init__(self, trainer: FinetuneTrainer) -> None:
+        self._trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002
+        self._trainer.balance_biases()
+
+
+def _finite(parameter: Tensor) -> bool:
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return bool(local.detach().isfinite().all())
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

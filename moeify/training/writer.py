@@ -1,0 +1,89 @@
+"""From a trained student to a checkpoint with the names, types and shards of the one it came from."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from moeify.card import finetuned_card
+from moeify.checkpoint import FLOAT_DTYPES, INDEX_FILE, TOKENIZER_FILES, find_shards
+from moeify.errors import InputError
+from moeify.native import moe_parameters, on_disk
+from moeify.plan import SplitPlan
+from moeify.training.inputs import Inputs
+from moeify.training.model import Student
+from moeify.training.options import FinetuneOptions
+from moeify.workspace import LAST_FILE, RECORD_FILE, Workspace
+from moeify.writer import check_fits
+
+COMPANIONS = ("config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_FILES)
+
+
+def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, workspace: Workspace) -> None:
+    """Write shards, plan, record and card; LAST_FILE comes last.
+
+    Raises:
+        InputError: a trained value does not fit the checkpoint's type.
+    """
+    values = on_disk(student.model, student.target, student.cut_layers)
+    shards = find_shards(inputs.path)
+    for file in sorted(set(shards.values())):
+        names = [name for name, shard in shards.items() if shard == file]
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise InputError(f"{file} has {missing[0]}, which the loaded model has not", "split the dense model again")
+        with safe_open(file, framework="pt") as reader:
+            types = {name: FLOAT_DTYPES[reader.get_slice(name).get_dtype()] for name in names}
+        tensors = {name: values[name].to(types[name]).contiguous() for name in names}
+        for name, tensor in tensors.items():
+            check_fits(name, tensor)
+        # Tied parameters share memory, which safetensors refuses.
+        workspace.write_tensors(file.name, {n: t.clone() for n, t in tensors.items()}, {"format": "pt"})
+    for name in COMPANIONS:
+        if (inputs.path / name).is_file():
+            workspace.copy(inputs.path / name)
+    if inputs.plan is not None:
+        workspace.write_plan(_trained_plan(student, inputs.plan, options, _dtype(shards)))
+    record = {"schema": "moeify.record/1", "job": workspace.job, **_sizes(inputs.path)}
+    workspace.write_text(RECORD_FILE, json.dumps(record, indent=1, sort_keys=True) + "\n")
+    config = json.loads((inputs.path / "config.json").read_text())
+    trained = (*(inputs.plan.trained if inputs.plan else ()), *options.stage)
+    workspace.write_text(
+        LAST_FILE,
+        finetuned_card(inputs.name, inputs.teacher.name, config, asdict(options), inputs.provenance, trained=trained),
+    )
+
+
+def _trained_plan(student: Student, plan: SplitPlan, options: FinetuneOptions, dtype: torch.dtype) -> SplitPlan:
+    """The plan with the routers as they are now."""
+    layers = list(plan.layers)
+    if student.target is not None:
+        for layer in student.cut_layers:
+            block = student.model.model.layers[layer]
+            stored_RD: Tensor = moe_parameters(block, student.target.modules)["router"].detach().to(dtype)
+            layers[layer] = replace(layers[layer], router_RD=_unscaled(stored_RD, student.scale))
+    return replace(plan, layers=tuple(layers), trained=(*plan.trained, *options.stage))
+
+
+def _unscaled(stored_RD: Tensor, scale: float) -> Tensor:
+    """Rows that give the stored ones again; exact in the stored type if the scale is a power of two."""
+    router_RD = stored_RD / scale
+    return router_RD if torch.equal(router_RD * scale, stored_RD) else stored_RD.double() / scale
+
+
+def _dtype(shards: dict[str, Path]) -> torch.dtype:
+    name = "model.embed_tokens.weight"
+    with safe_open(shards[name], framework="pt") as reader:
+        return FLOAT_DTYPES[reader.get_slice(name).get_dtype()]
+
+
+def _sizes(path: Path) -> dict[str, Any]:
+    """Numbers of parameters, as the split recorded them."""
+    if not (path / RECORD_FILE).is_file():
+        return {}
+    record = json.loads((path / RECORD_FILE).read_text())
+    return {key: record[key] for key in ("parameters", "active_parameters") if key in record}
