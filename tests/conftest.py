@@ -7,6 +7,9 @@ from typing import Any
 
 # Read when the libraries are imported: no test waits for a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores, and so do the processes that their tests start.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -27,6 +30,30 @@ MakeDense = Callable[..., Path]
 CONTEXT = 64
 # Where transformers' defaults do not fit a hidden size of 32, or differ from the plain case of the family.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 8}}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take longest come first, so that workers end together."""
+    ranks = {"real": 0, "slow": 1}
+    rank: dict[Path, int] = {}
+    for item in items:
+        found = min((ranks[mark.name] for mark in item.iter_markers() if mark.name in ranks), default=2)
+        rank[item.path] = min(rank.get(item.path, 2), found)
+    items.sort(key=lambda item: rank[item.path])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With -n: one worker for all tests of a file, which share what is slow to make, and files in their order."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+def share_of_cores() -> int:
+    """Threads of this process, so that all workers together use every core."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moeify.training import losses as finetune_losses
 from moeify.checkpoint import find_shards
 from moeify.errors import CheckError, InputError, UsageError
 from moeify.evaluate import evaluate
@@ -20,6 +19,7 @@ from moeify.finetune import FinetuneResult, finetune
 from moeify.options import SplitOptions
 from moeify.plan import load_plan
 from moeify.split import split
+from moeify.training import losses as finetune_losses
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
 from moeify.verify import verify

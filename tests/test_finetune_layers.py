@@ -8,11 +8,11 @@ import torch
 from conftest import toy_ffn
 from torch import Tensor
 
-from moeify.training import layers as finetune_layers
 from moeify.gate import Gate, choose_experts
 from moeify.options import SplitOptions
 from moeify.plan import Layout, load_plan
 from moeify.split import split
+from moeify.training import layers as finetune_layers
 from moeify.training.layers import LayerFFN, _expert_grams, _fit, _ranking_loss, _stored, _student_ffn, _worth
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions

@@ -45,8 +45,8 @@ def test_setup_commands_are_what_ci_does() -> None:
     install = re.search(r"pip install.*(-c constraints.txt .*)", ci)
     assert install is not None
     assert install[1] in setup[1]
-    assert setup[1].endswith("pytest")
-    assert ci.rstrip().endswith("pytest")
+    assert setup[1].endswith("pytest -n auto")
+    assert ci.rstrip().endswith("pytest -n auto")
 
 
 def test_tree_equals_the_disk() -> None:

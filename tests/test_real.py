@@ -1,17 +1,18 @@
 """Real pretrained weights: SmolLM2-135M as each target that holds a llama, itself again with all experts on."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import real_inputs
 import torch
+from conftest import share_of_cores
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeify import targets
 from moeify.checkpoint import locate, open_dense
 from moeify.evaluate import evaluate
+from moeify.kernels import register
 from moeify.options import SplitOptions
 from moeify.plan import resolve_layout
 from moeify.split import split
@@ -24,7 +25,7 @@ TOKENS = 2048
 @pytest.fixture(scope="module", autouse=True)
 def _all_cores() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(share_of_cores())
     yield
     torch.set_num_threads(threads)
 
@@ -50,26 +51,36 @@ def options(inputs: Path, **values: object) -> SplitOptions:
     return SplitOptions(calibration=(str(inputs / "wiki.txt"),), tokens=TOKENS, **values)  # type: ignore[arg-type]
 
 
-def fitting(dense: Path) -> list[str]:
+@pytest.fixture(scope="module")
+def default(inputs: Path, dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Split by the default options, but for the number of tokens."""
+    out = tmp_path_factory.mktemp("default") / "moe"
+    split(str(dense), out, options(inputs))
+    return out
+
+
+def fitting(dense: Path, experts: int, active: int) -> list[str]:
     opened = open_dense(str(dense))
     found = []
     for name in targets.names():
         target = targets.find(name)
-        layout = resolve_layout(8, None, None, holds_shared=target.holds_shared)
+        layout = resolve_layout(experts, None, active, holds_shared=target.holds_shared)
         if not targets.refusal(target, opened.traits, opened.config, layout):
             found.append(name)
     return found
 
 
 def test_every_target_that_holds_it_equals_dense_and_writes_text(inputs: Path, dense: Path, tmp_path: Path) -> None:
-    names = fitting(dense)
+    # With three quarters active and so little text this small model forgets the fact, whatever the target; with 13 of
+    # 16 it knows it, also with other seeds.
+    experts, active = 16, 13
+    names = fitting(dense, experts, active)
     assert sorted(names) == ["glm4_moe", "granitemoeshared", "mixtral", "qwen2_moe"]
     tokenizer = AutoTokenizer.from_pretrained(dense)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     for name in names:
         out = tmp_path / name
-        # Six of eight, calibrated on so little text, cost mixtral, which has no shared experts, this very fact.
-        split(str(dense), out, options(inputs, target=name, active=7))
+        split(str(dense), out, options(inputs, target=name, experts=experts, active=active))
         report = verify(str(out), str(dense))
         assert report.passed, report
         assert report.max_logit_difference <= 1e-4
@@ -78,22 +89,36 @@ def test_every_target_that_holds_it_equals_dense_and_writes_text(inputs: Path, d
         assert "Paris" in text, (name, text)
 
 
-def test_default_beats_its_controls_on_another_corpus(inputs: Path, dense: Path, tmp_path: Path) -> None:
+def test_default_beats_its_controls_on_another_corpus(inputs: Path, dense: Path, default: Path, tmp_path: Path) -> None:
     """A small sample: the published comparison is recipes/smollm2-135m-75.yaml."""
-    variants = {"moe": {}, "static-no-refit": {"static": True, "refit": False}, "random": {"partition": "random"}}
+    variants = {"static-no-refit": {"static": True, "refit": False}, "random": {"partition": "random"}}
     for name, values in variants.items():
         split(str(dense), tmp_path / name, options(inputs, **values))
-    models = [str(dense), *(str(tmp_path / name) for name in variants)]
+    models = [str(dense), str(default), *(str(tmp_path / name) for name in variants)]
     results = evaluate(models, ["builtin-heldout"], tokens=2048, stride=512)
     perplexity = {Path(result.model).name: result.perplexity for result in results[1:]}
     assert results[0].perplexity < perplexity["moe"] < perplexity["static-no-refit"] < perplexity["random"]
 
 
-def test_a_split_is_repeatable_on_real_weights(inputs: Path, dense: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        split(str(dense), tmp_path / name, options(inputs))
-    shards = sorted(path.name for path in (tmp_path / "a").glob("*.safetensors"))
+def test_a_split_is_repeatable_on_real_weights(inputs: Path, dense: Path, default: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    split(str(dense), again, options(inputs))
+    shards = sorted(path.name for path in default.glob("*.safetensors"))
     assert len(shards) == 2
     for shard in shards:
-        assert (tmp_path / "a" / shard).read_bytes() == (tmp_path / "b" / shard).read_bytes(), shard
-    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "a").lm_head.weight).all()
+        assert (default / shard).read_bytes() == (again / shard).read_bytes(), shard
+    assert torch.isfinite(AutoModelForCausalLM.from_pretrained(again).lm_head.weight).all()
+
+
+@torch.no_grad()
+def test_the_kernels_compute_what_eager_does(default: Path) -> None:
+    """Two layers of it: on a CPU the kernels are interpreted."""
+    register()
+    model = AutoModelForCausalLM.from_pretrained(default, num_hidden_layers=2, dtype=torch.float32)
+    tokens = AutoTokenizer.from_pretrained(default)("The capital of France is", return_tensors="pt")
+    logits = {}
+    for implementation in ("eager", "moeify"):
+        model.set_experts_implementation(implementation)
+        logits[implementation] = model(**tokens).logits
+    assert logits["eager"].abs().max() > 1
+    assert (logits["moeify"] - logits["eager"]).abs().max() <= 1e-4
