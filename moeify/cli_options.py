@@ -179,6 +179,7 @@ LM = Annotated[float, typer.Option(help="Weight of the language modelling loss."
 HiddenWeight = Annotated[float, typer.Option(help="Weight of the error of every layer's output.")]
 Balance = Annotated[float, typer.Option(help="Weight of an even load.")]
 ZLoss = Annotated[float, typer.Option(help="Weight of small router scores.")]
+Explore = Annotated[float, typer.Option(help="Noise by which routers find out what other choices are worth.")]
 LoraRank = Annotated[int, typer.Option(help="Rank of the updates of lora.")]
 TrainingPrecision = Annotated[training.Precision, typer.Option(help="Of the arithmetic.")]
 Checkpointing = Annotated[bool, typer.Option("--checkpointing", help="Less memory, a third more time.")]

@@ -23,6 +23,7 @@ from moeify.cli import app, run_command
 from moeify.cli_options import KINDS
 from moeify.errors import CheckError, InputError, UsageError
 from moeify.options import SplitOptions
+from moeify.training.options import FinetuneOptions
 from moeify.version import __version__
 
 COMMANDS = ["inspect", "split", "search", "compare", "verify", "eval", "finetune", "tune", "bench", "run", "ls"]
@@ -78,6 +79,11 @@ def command_options() -> dict[str, dict[str, Any]]:
 
 def test_the_commands() -> None:
     assert sorted(command_options()) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize(("command", "options"), [("split", SplitOptions), ("finetune", FinetuneOptions)])
+def test_every_option_is_on_the_command_line(command: str, options: type) -> None:
+    assert {field.name for field in dataclasses.fields(options)} <= set(command_options()[command])
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], [], *([command, "--help"] for command in COMMANDS)])
