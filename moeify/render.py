@@ -87,6 +87,16 @@ class Renderer:
             self._out.print(f"next: {next_step}", markup=False, highlight=False, soft_wrap=True)
 
 
+def renderer_for(as_json: bool, quiet: bool, verbose: bool, *, loads_models: bool = True) -> Renderer:
+    """The renderer of a command; unless it is verbose, the libraries below keep silent."""
+    if loads_models and not verbose:
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    return Renderer(as_json=as_json, quiet=quiet)
+
+
 def _plain(value: Any) -> Any:
     """JSON-able copy of dataclasses, paths and tensors' owners; a plan's tensors are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

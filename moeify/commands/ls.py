@@ -1,0 +1,20 @@
+"""`moeify ls`: what plug-ins and recipes there are."""
+
+from moeify import cli_options as option
+
+
+def list_command(
+    kind: option.Kind,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+    verbose: option.Verbose = False,
+    debug: option.Debug = False,  # noqa: ARG001
+) -> None:
+    """List families, targets, partitions, routers, strategies or recipes."""
+    from moeify.listing import entries
+    from moeify.render import renderer_for
+    from moeify.tables import list_table
+
+    renderer = renderer_for(json, quiet, verbose, loads_models=False)
+    found = entries(kind)
+    renderer.result("ls", {"kind": kind, "entries": dict(found)}, list_table(kind, found))

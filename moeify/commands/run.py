@@ -1,0 +1,27 @@
+"""`moeify run`: a recipe."""
+
+from moeify import cli_options as option
+from moeify.errors import CheckError
+
+
+def run_recipe_command(
+    recipe: option.Recipe,
+    set_: option.Overrides = [],  # noqa: B006
+    out: option.Out = None,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+    verbose: option.Verbose = False,
+    debug: option.Debug = False,  # noqa: ARG001
+) -> None:
+    """Run a recipe: split, controls, verify, eval, gates. Finished stages are skipped."""
+    from moeify.recipe import find_recipe, load_recipe, run
+    from moeify.render import renderer_for
+    from moeify.tables import run_tables
+
+    renderer = renderer_for(json, quiet, verbose)
+    overrides = [*set_, *([f"out={out}"] if out else [])]
+    result = run(load_recipe(find_recipe(recipe), overrides), track=renderer.track)
+    renderer.result("run", {"passed": result.passed, **vars(result)}, *run_tables(result))
+    if not result.passed:
+        failed = [gate.name for gate in result.gates if not gate.passed]
+        raise CheckError(f"gates failed: {', '.join(failed)}", f"see {result.out / 'run.json'}")
