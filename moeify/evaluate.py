@@ -48,7 +48,7 @@ class EvalResult:
 def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: Any) -> Any:
     """Load a dense or converted checkpoint with stock transformers, ready for inference.
 
-    On a CUDA device its experts run on moeify's kernels, unless `experts_implementation` says otherwise.
+    On CUDA devices and CPUs its experts run on moeify's kernels, unless `experts_implementation` says otherwise.
 
     Args:
         model: a folder, a .gguf file, a hub id or `builtin`.
@@ -64,7 +64,7 @@ def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: A
         raise InputError(f"transformers cannot load {model}: {str(error).splitlines()[0]}") from error
     loaded = loaded.to(device).eval()
     chosen = "experts_implementation" in arguments or not loaded._can_set_experts_implementation()
-    if loaded.device.type == "cuda" and not chosen:
+    if loaded.device.type in ("cuda", "cpu") and not chosen:
         register()
         loaded.set_experts_implementation("moeify")
     return loaded

@@ -30,6 +30,8 @@ EVALUATE = ("moby", "austen", "handbook", "pydoc")
 EXPERTS = 32
 SHARES = (0.75, 0.5)
 CALIBRATION_TOKENS = 16_384
+# Rows that differ in these do not belong into one file.
+KEPT = ("tokens", "epochs", "batch", "accumulate", "stage", "learning_rate", "precision", "train")
 
 
 def moeify(*arguments: object) -> dict[str, Any]:
@@ -71,6 +73,7 @@ def measure(kind: str, share: float, asked: argparse.Namespace) -> dict[str, Any
     stages = ["full"] if kind == "dense" else asked.stage
     flags = ["--tokens", asked.tokens // asked.epochs, "--epochs", asked.epochs, "--batch", asked.batch]
     flags += ["--accumulate", asked.accumulate, "--layer-tokens", asked.layer_tokens, "--device", asked.device]
+    flags += ["--precision", asked.precision]
     flags += [word for stage in stages for word in ("--stage", stage)]
     # Ten looks at all of the held-out text would take longer than the training.
     flags += [*repeated("--eval-data", texts[:2]), "--eval-tokens", 1024]
@@ -114,6 +117,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--train", nargs="+", default=list(TRAIN))
     parser.add_argument("--evaluate", nargs="+", default=list(EVALUATE))
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dense", action="store_true")
     return parser.parse_args()
@@ -123,7 +127,7 @@ def main() -> None:
     asked = parse()
     texts = [asked.corpora / f"{name}.txt" for name in asked.evaluate]
     asked.out.with_suffix("").mkdir(parents=True, exist_ok=True)
-    kept = {"model": asked.model, **{name: getattr(asked, name) for name in ("tokens", "epochs", "stage", "train")}}
+    kept = {"model": asked.model, **{name: getattr(asked, name) for name in KEPT}}
     report: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.is_file() else {"asked": kept, "rows": []}
     if report["asked"] != kept:
         raise SystemExit(f"{asked.out} was measured with {report['asked']}, asked for is {kept}: name another file")

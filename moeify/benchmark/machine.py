@@ -1,6 +1,5 @@
 """The machine a benchmark runs on: device and dtype by name, what the device is, and which versions are installed."""
 
-import os
 import platform
 import shutil
 import subprocess
@@ -54,8 +53,6 @@ def machine_facts(device: torch.device) -> dict[str, Any]:
             "device": "cpu",
             "processor": platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
-            # Then times of Triton kernels say nothing.
-            "triton_interpreter": os.environ.get("TRITON_INTERPRET") == "1",
         }
     properties = torch.cuda.get_device_properties(device)
     driver = None

@@ -94,7 +94,9 @@ def with_shared(layer: Layer, routed: Forward) -> Forward:
 @peer(OURS, "triton")
 def moeify_kernels(layer: Layer) -> Forward:
     """Ours."""
-    from moeify.kernels import moe_ffn
+    from moeify.kernels.experts import operation
+
+    moe_ffn = operation(layer.up_EPD.device.type)
 
     def forward(batch: Batch) -> Tensor:
         output_TD: Tensor = moe_ffn(

@@ -48,11 +48,10 @@ def grids(result: LayerBench) -> list[Grid]:
 def notes(result: LayerBench) -> list[str]:
     """Where and how it was measured, what could not be, and what is not ahead."""
     ceilings = result.ceilings
-    interpreter = ", Triton's interpreter" if result.machine.get("triton_interpreter") else ""
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in result.versions.items())
     bandwidth, rate = ceilings.copy_bytes_per_second / 1e9, ceilings.matmul_flops_per_second / 1e12
     found = [
-        f"{result.machine['device']}{interpreter}, {result.dtype}, {result.date[:10]}, {packages}",
+        f"{result.machine['device']}, {result.dtype}, {result.date[:10]}, {packages}",
         f"measured in this run: copy {bandwidth:,.0f} GB/s, {ceilings.dtype} matrix product {rate:,.1f} TFLOP/s",
     ]
     if result.command:

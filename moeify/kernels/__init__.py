@@ -1,4 +1,4 @@
-"""Triton kernels for the feed-forward part of mixture-of-experts models.
+"""Kernels for the feed-forward part of mixture-of-experts models: Triton's, and cpu.py in plain torch.
 
     route      which rows go to which expert (routing.py)
       |
@@ -10,7 +10,7 @@
 
 backward.py leads the same road back, decode.py is the short cut for few tokens. ops.py joins the pieces for autograd
 and torch.compile, experts.py hands them to transformers, launch.py says which tiles they run with, and reference.py is
-the truth in plain torch.
+the truth in plain torch that is never fast.
 
 Tensor names in these files end in their shape:
     T  tokens                   D  hidden size

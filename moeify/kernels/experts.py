@@ -1,5 +1,7 @@
 """The kernels as an implementation of transformers' experts interface, for every architecture that uses it.
 
+On a CUDA device that is Triton's, on a CPU plain torch (cpu.py).
+
     register()
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moeify")
 
@@ -7,7 +9,6 @@ What the kernels do not support runs on transformers' own implementation, and on
 """
 
 import logging
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,7 +19,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 from transformers.integrations import moe
 
+from moeify.kernels.cpu import moe_ffn_cpu
+
 NAME = "moeify"
+# The Triton kernels on a CPU, in Triton's interpreter: for tests, where TRITON_INTERPRET was set before.
+INTERPRET = False
 # Rows of the weights are read 16 bytes at a time.
 ALIGNMENT_BYTES = 16
 # What the kernels call each class that transformers takes for an activation.
@@ -69,12 +74,10 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if reason is not None:
         _say_once(f"{type(self).__name__}: {reason}")
         return _transformers_forward(self)(self, hidden_states, top_k_index, top_k_weights)
-    from moeify.kernels.ops import moe_ffn
-
     up, down = first_projection(self), self.down_proj
     if autocast is not None:
         hidden_states, up, down = hidden_states.to(autocast), up.to(autocast), down.to(autocast)
-    return moe_ffn(
+    return operation(device)(
         hidden_states,
         up,
         down,
@@ -83,6 +86,16 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
         activation=str(activation_name(self.act_fn)),
         gated=self.has_gate,
     )
+
+
+def operation(device: str) -> Callable[..., Tensor]:
+    """What computes a mixture of experts on a type of device."""
+    if device == "cpu" and not INTERPRET:
+        return moe_ffn_cpu
+    # Triton need not be there where nothing runs on it.
+    from moeify.kernels.ops import moe_ffn
+
+    return moe_ffn
 
 
 def unsupported(self: Any, hidden_states: Tensor, autocast: torch.dtype | None = None) -> str | None:
@@ -94,7 +107,16 @@ def unsupported(self: Any, hidden_states: Tensor, autocast: torch.dtype | None =
         autocast: what inputs and weights are converted to before use.
     """
     weights, width = first_projection(self), self.down_proj.shape[-1]
-    return unsupported_module(self) or _unsupported_tensors(weights, width, hidden_states, autocast)
+    reason = unsupported_module(self) or _unsupported_tensors(weights, hidden_states, autocast)
+    if reason is not None or INTERPRET:
+        return reason
+    if hidden_states.device.type == "cpu":
+        # How many tokens an expert gets decides what it runs.
+        return "torch.compile takes no branches" if torch.compiler.is_compiling() else None
+    aligned = ALIGNMENT_BYTES // (autocast or weights.dtype).itemsize
+    if hidden_states.shape[-1] % aligned or width % aligned:
+        return f"a hidden size of {hidden_states.shape[-1]} and a width of {width} are no multiples of {aligned}"
+    return None
 
 
 def unsupported_module(self: Any) -> str | None:
@@ -117,26 +139,17 @@ def unsupported_module(self: Any) -> str | None:
     return None
 
 
-def _unsupported_tensors(
-    weights: Tensor, width: int, hidden_states: Tensor, autocast: torch.dtype | None
-) -> str | None:
-    interpreted, device = os.environ.get("TRITON_INTERPRET") == "1", hidden_states.device.type
-    dtype = autocast or weights.dtype
-    if device != "cuda" and not interpreted:
-        return f"the kernels need a CUDA device, this is {device}"
+def _unsupported_tensors(weights: Tensor, hidden_states: Tensor, autocast: torch.dtype | None) -> str | None:
+    device, dtype = hidden_states.device.type, autocast or weights.dtype
+    if device not in ("cuda", "cpu"):
+        return f"the kernels need a CUDA device or a CPU, this is {device}"
     if isinstance(weights, DTensor):
         return "its weights are distributed tensors"
     if autocast is None and hidden_states.dtype != dtype:
         return f"inputs are {hidden_states.dtype}, weights {weights.dtype}"
     # Autocast leaves float64 alone. The interpreter multiplies the bit patterns of bfloat16 numbers.
-    known = DTYPES if device == "cuda" else (torch.float16, torch.float32)
-    for needed in (weights.dtype, dtype):
-        if needed not in known:
-            return f"no kernel for {needed}"
-    aligned = ALIGNMENT_BYTES // dtype.itemsize
-    if not interpreted and (hidden_states.shape[-1] % aligned or width % aligned):
-        return f"a hidden size of {hidden_states.shape[-1]} and a width of {width} are no multiples of {aligned}"
-    return None
+    known = {"cuda": DTYPES, "cpu": (torch.float16, torch.float32) if INTERPRET else (*DTYPES, torch.float64)}[device]
+    return next((f"no kernel for {needed}" for needed in (weights.dtype, dtype) if needed not in known), None)
 
 
 def first_projection(self: Any) -> Tensor:
