@@ -1,4 +1,4 @@
-"""Recipes: one YAML a result. Stages run in a fixed order, finished ones are skipped, gates fail the run.
+"""Recipes: one YAML a result; what may stand in one. stages.py runs them.
 
 version: 1
 model: builtin
@@ -8,30 +8,23 @@ controls: {static: {static: true}}           # further splits of the same model,
 finetune: {tokens: 65536}                    # the options of `moeify finetune`; the dense model is the teacher
 finetune_controls: [static]                  # controls that are trained in the same way
 verify: true
+compare: {budgets: [0.5]}                    # published methods beside ours, as `moeify compare` measures them
 eval: {data: [builtin-heldout]}
 gates: {max_ratio: 1.5, beats: [static]}
 """
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moeify.checkpoint import open_dense
 from moeify.errors import InputError, UsageError
-from moeify.evaluate import EvalResult, evaluate
-from moeify.finetune import finetune
 from moeify.listing import recipe_folders
-from moeify.options import SplitOptions, Track, untracked
-from moeify.split import split
+from moeify.options import SplitOptions
 from moeify.training.options import FinetuneOptions
-from moeify.verify import TOLERANCE, VerifyReport, verify
-from moeify.version import __version__
 
 MAIN = "moe"
 NOT_STATIC = ("budget", "dense_layers", "gate", "temperature", "fusion")
@@ -54,6 +47,15 @@ class EvalSection(Strict):
     stride: int | None = Field(default=None, ge=1)
     dtype: str = "auto"
     device: str = "cpu"
+
+
+class CompareSection(Strict):
+    """Options of `moeify compare`; calibration, experts, seed and device are the main split's."""
+
+    budgets: tuple[float, ...] = (0.75,)
+    methods: tuple[str, ...] = ()
+    data: tuple[str, ...] = ("builtin-heldout",)
+    tokens: int = Field(default=10_240, ge=2)
 
 
 class Gates(Strict):
@@ -83,33 +85,9 @@ class Recipe(Strict):
     finetune: FinetuneOptions | None = None
     finetune_controls: tuple[str, ...] = ()
     verify: bool = True
+    compare: CompareSection | None = None
     eval: EvalSection | None = None
     gates: Gates = Gates()
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One gate and how it came out."""
-
-    name: str
-    found: str
-    limit: str
-    passed: bool
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What a recipe gave; also stored as run.json beside the checkpoints."""
-
-    out: Path
-    skipped: tuple[str, ...]
-    verify: VerifyReport | None
-    evals: tuple[EvalResult, ...]
-    gates: tuple[Gate, ...]
-
-    @property
-    def passed(self) -> bool:
-        return all(gate.passed for gate in self.gates) and (self.verify is None or self.verify.passed)
 
 
 def find_recipe(name: str) -> Path:
@@ -200,103 +178,3 @@ def control_options(recipe: Recipe, name: str, control: Mapping[str, Any]) -> Sp
         controls: SplitOptions
 
     return Wrapper.model_validate({"controls": {**base, **control}}).controls
-
-
-def run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunResult:
-    """Run all stages; a stage whose inputs have not changed since it finished is skipped.
-
-    Raises:
-        InputError, UsageError: as the stages do.
-    """
-    out = recipe.out
-    skipped: list[str] = []
-    splits = {MAIN: recipe.split}
-    splits |= {name: control_options(recipe, name, control) for name, control in recipe.controls.items()}
-    source = open_dense(recipe.model, track).fingerprint()
-    for name, options in splits.items():
-        key = _key(source, options, options.calibration)
-        if _done(out / name, key):
-            skipped.append(name)
-            continue
-        split(recipe.model, out / name, options, overwrite=True, track=track)
-        _mark(out / name, key)
-    trained = (MAIN, *recipe.finetune_controls) if recipe.finetune else ()
-    for name in trained:
-        _finetune(recipe, name, source, skipped, track)
-    report = None
-    if recipe.verify:
-        tolerance = recipe.gates.max_logit_difference or TOLERANCE
-        report = verify(str(out / MAIN), recipe.model, tolerance=tolerance)
-    evals: tuple[EvalResult, ...] = ()
-    if recipe.eval is not None:
-        names = [*splits, *(name + TRAINED for name in trained)]
-        models = [recipe.model, *(str(out / name) for name in names)]
-        evals = tuple(evaluate(models, **recipe.eval.model_dump(), track=track))
-    result = RunResult(out, tuple(skipped), report, evals, _gates(recipe, report, evals))
-    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    (out / "run.json").write_text(json.dumps(asdict(result), indent=1, default=str) + "\n")
-    return result
-
-
-def _finetune(recipe: Recipe, name: str, source: str, skipped: list[str], track: Track[Any]) -> None:
-    """Train one of the splits, unless that was done with the same inputs."""
-    assert recipe.finetune is not None
-    student, out = recipe.out / name, recipe.out / (name + TRAINED)
-    options = recipe.finetune
-    files = (*options.data, *options.eval_data)
-    key = _key(source + (student / "moeify.json").read_text(), options, files)
-    if _done(out, key):
-        skipped.append(out.name)
-        return
-    finetune(str(student), recipe.model, out, options, overwrite=True, track=track)
-    _mark(out, key)
-
-
-def _judged(recipe: Recipe, name: str) -> str:
-    """The folder that gates look at."""
-    trained = recipe.finetune is not None and name in (MAIN, *recipe.finetune_controls)
-    return str(recipe.out / (name + TRAINED if trained else name))
-
-
-def _gates(recipe: Recipe, report: VerifyReport | None, evals: Sequence[EvalResult]) -> tuple[Gate, ...]:
-    perplexity = {(result.model, result.data): result.perplexity for result in evals}
-    main = _judged(recipe, MAIN)
-    gates = []
-    if report is not None:
-        failed = [check.name for check in report.checks if not check.passed]
-        gates.append(Gate("verify", ", ".join(failed) or "all checks hold", "all checks hold", report.passed))
-    for data in recipe.eval.data if recipe.eval else ():
-        found = perplexity[main, data]
-        if recipe.gates.max_ratio is not None:
-            ratio = found / perplexity[recipe.model, data]
-            limit = recipe.gates.max_ratio
-            gates.append(Gate(f"perplexity / dense on {data}", f"{ratio:.3f}", f"<= {limit:g}", ratio <= limit))
-        for name in recipe.gates.beats:
-            other = perplexity[_judged(recipe, name), data]
-            gates.append(Gate(f"perplexity under {name} on {data}", f"{found:.3f}", f"< {other:.3f}", found < other))
-    return tuple(gates)
-
-
-def _key(source: str, options: SplitOptions | FinetuneOptions, texts: Sequence[str]) -> str:
-    """Hash of everything a stage depends on: model, options, the texts' contents, moeify itself."""
-    digest = hashlib.sha256(json.dumps([source, asdict(options), __version__], sort_keys=True).encode())
-    for path in map(Path, texts):
-        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else []
-        for file in files:
-            with file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _done(folder: Path, key: str) -> bool:
-    marker = folder.with_name(f"{folder.name}.done")
-    return (folder / "moeify.json").is_file() and marker.is_file() and marker.read_text() == _seal(folder, key)
-
-
-def _mark(folder: Path, key: str) -> None:
-    folder.with_name(f"{folder.name}.done").write_text(_seal(folder, key))
-
-
-def _seal(folder: Path, key: str) -> str:
-    """Binds the key to the very result: another checkpoint may have been put into its place."""
-    return hashlib.sha256(key.encode() + (folder / "moeify.json").read_bytes()).hexdigest()

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from moeify.inspect import Inspection
     from moeify.plan import Layout, SplitPlan
     from moeify.prepare import Preview
-    from moeify.recipe import RunResult
     from moeify.search import SearchResult
     from moeify.split import SplitResult
+    from moeify.stages import RunPreview, RunResult
     from moeify.tune import TuneResult
     from moeify.verify import VerifyReport
 
@@ -63,7 +63,10 @@ def size(num_bytes: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    return f"{seconds:,.0f} s" if seconds < 120 else f"{seconds / 60:,.0f} min"
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 3600:,.0f} h"
 
 
 def split_table(result: "SplitResult") -> Table:
@@ -293,6 +296,28 @@ def run_tables(run: "RunResult") -> tuple[Table, ...]:
         gates.add_row(gate.name, gate.found, gate.limit, "ok" if gate.passed else "FAILED")
     evals = (eval_table(run.evals),) if run.evals else ()
     return (*evals, gates) if run.gates else evals
+
+
+def run_preview_table(planned: "RunPreview") -> Table:
+    table = Table(title=f"moeify run --dry-run, to {planned.out}", title_justify="left")
+    table.add_column("split")
+    table.add_column("target")
+    for column in ("experts", "params", "active", "memory", "time"):
+        table.add_column(column, justify="right")
+    for name, preview in planned.splits.items():
+        estimate, layout = preview.estimate, preview.layout
+        experts = f"{layout.num_shared} + {layout.num_routed_active} of {layout.num_routed}"
+        table.add_row(
+            name,
+            "dense, pruned" if layout.is_static else preview.target,
+            f"{layout.num_active} of {layout.num_experts}" if layout.is_static else experts,
+            f"{preview.num_parameters / 1e9:.2f} B",
+            f"{preview.num_active_parameters / 1e9:.2f} B",
+            size(estimate.peak_memory_bytes),
+            "finished" if name in planned.finished else duration(estimate.duration_s),
+        )
+    table.caption = f"then: {', '.join(planned.further)}" if planned.further else None
+    return table
 
 
 def tune_table(result: "TuneResult") -> Table:

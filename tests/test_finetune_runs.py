@@ -16,8 +16,9 @@ from moeify.cli import run_command
 from moeify.finetune import finetune
 from moeify.options import SplitOptions
 from moeify.plan import load_plan
-from moeify.recipe import load_recipe, run
+from moeify.recipe import load_recipe
 from moeify.split import split
+from moeify.stages import run
 from moeify.training.options import FinetuneOptions
 
 DEADLINE_S = 300

@@ -2,24 +2,28 @@
 
 import importlib
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import MakeDense
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
 from moeify.cli import run_command
 from moeify.errors import InputError, MoeifyError, UsageError
 from moeify.evaluate import EvalResult
 from moeify.listing import recipe_folders
 from moeify.options import SplitOptions
-from moeify.recipe import Recipe, control_options, find_recipe, load_recipe, run
+from moeify.recipe import Recipe, control_options, find_recipe, load_recipe
+from moeify.stages import run
 
-# The package binds the name `recipe.split` to the function.
-recipe_module = importlib.import_module("moeify.recipe")
+# The package binds the name `split` to the function.
+stages_module = importlib.import_module("moeify.stages")
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
 
@@ -57,13 +61,13 @@ def write(make_dense: MakeDense, text: Path, tmp_path: Path) -> Write:
 def splits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, SplitOptions]]:
     """(folder name, options) of every split that was really made."""
     made = []
-    really_split = recipe_module.split
+    really_split = stages_module.split
 
     def split(model: str, out: Path, options: SplitOptions, **arguments: Any) -> Any:
         made.append((Path(out).name, options))
         return really_split(model, out, options, **arguments)
 
-    monkeypatch.setattr(recipe_module, "split", split)
+    monkeypatch.setattr(stages_module, "split", split)
     return made
 
 
@@ -296,7 +300,7 @@ def test_an_interrupted_run_goes_on(
     write: Write, splits: list[tuple[str, SplitOptions]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write(controls={"static": {"static": True}}, verify=False)
-    counted = recipe_module.split
+    counted = stages_module.split
     with monkeypatch.context() as patch:
 
         def split(model: str, out: Path, options: SplitOptions, **arguments: Any) -> Any:
@@ -304,7 +308,7 @@ def test_an_interrupted_run_goes_on(
                 raise KeyboardInterrupt
             return counted(model, out, options, **arguments)
 
-        patch.setattr(recipe_module, "split", split)
+        patch.setattr(stages_module, "split", split)
         with pytest.raises(KeyboardInterrupt):
             run(load_recipe(path))
     assert run(load_recipe(path)).skipped == ("moe",)
@@ -323,7 +327,7 @@ def _known_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
             for model in models
         ]
 
-    monkeypatch.setattr(recipe_module, "evaluate", evaluate)
+    monkeypatch.setattr(stages_module, "evaluate", evaluate)
 
 
 @pytest.mark.usefixtures("_known_perplexity")
@@ -380,3 +384,82 @@ def test_errors_of_a_stage_keep_their_exit_code(write: Write) -> None:
     assert issubclass(UsageError, MoeifyError)
     assert run_command(["run", str(write(split={"experts": 7}))]) == 3
     assert run_command(["run", str(write(split={"partition": "nothing"}))]) == 2
+
+
+def test_methods_are_compared_in_a_run(write: Write, text: Path, tmp_path: Path) -> None:
+    section = {"budgets": [0.5], "methods": ["static"], "data": [str(text)], "tokens": 128}
+    path = write(compare=section, verify=False)
+    run(load_recipe(path))
+    found = json.loads((tmp_path / "runs" / "compare.json").read_text())
+    assert found["schema"] == "moeify.compare/1"
+    assert {row["method"] for row in found["rows"]} == {"dense", "static", "static + refit"}
+    assert found["calibration"]["num_tokens"] == 1024
+
+
+def test_a_dry_run_settles_everything_and_writes_nothing(
+    write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write(controls={"static": {"static": True}}, finetune={"tokens": 1024}, eval={}))
+    assert run_command(["run", path, "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["schema"] == "moeify.run-preview/1"
+    assert set(found["splits"]) == {"moe", "static"}
+    assert found["splits"]["moe"]["layout"]["num_experts"] == 8
+    assert found["splits"]["moe"]["estimate"]["duration_s"] > 0
+    assert found["finished"] == []
+    assert found["further"] == ["moe-finetuned", "verify", "eval"]
+    assert not (tmp_path / "runs").exists()
+    assert run_command(["run", path, "--dry-run", "--set", "split.experts=7"]) == 3
+    run(load_recipe(Path(path), ["finetune=null", "eval=null", "verify=false"]))
+    capsys.readouterr()
+    assert run_command(["run", path, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("finished") == 2
+
+
+LARGE: dict[str, Callable[[], Any]] = {
+    "llama-3-8b": lambda: LlamaConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=8192,
+    ),
+    "qwen3-8b": lambda: Qwen3Config(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=32768,
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "billions", "share"), [("llama-3-8b", 8.03, 0.75), ("qwen3-8b", 8.19, 0.5)])
+def test_recipes_of_large_models_fit_them(
+    name: str, billions: float, share: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder of their shape, whose weights take no place on the disk: a dry run reads headers alone."""
+    config = LARGE[name]()
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        shapes = {k: tuple(v.shape) for k, v in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[key] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    words = json.dumps(header).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(words).to_bytes(8, "little") + words)
+        file.truncate(8 + len(words) + end)
+    here = [word for section in ("split", "finetune") for word in ("--set", f"{section}.device=cpu")]
+    command = ["run", name, "--dry-run", "--set", f"model={tmp_path}", "-o", str(tmp_path / "out"), *here, "--json"]
+    assert run_command(command) == 0
+    found = json.loads(capsys.readouterr().out)["splits"]
+    assert found["moe"]["num_parameters"] / 1e9 == pytest.approx(billions, abs=0.01)
+    assert found["moe"]["layout"]["num_active"] / found["moe"]["layout"]["num_experts"] == share
+    assert found["static"]["num_active_parameters"] == pytest.approx(found["moe"]["num_active_parameters"], rel=2e-3)

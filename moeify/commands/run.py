@@ -8,19 +8,26 @@ def run_recipe_command(
     recipe: option.Recipe,
     set_: option.Overrides = [],  # noqa: B006
     out: option.Out = None,
+    dry_run: option.DryRun = False,
     json: option.Json = False,
     quiet: option.Quiet = False,
     verbose: option.Verbose = False,
     debug: option.Debug = False,  # noqa: ARG001
 ) -> None:
     """Run a recipe: split, controls, verify, eval, gates. Finished stages are skipped."""
-    from moeify.recipe import find_recipe, load_recipe, run
+    from moeify.recipe import find_recipe, load_recipe
     from moeify.render import renderer_for
-    from moeify.tables import run_tables
+    from moeify.stages import preview_run, run
+    from moeify.tables import run_preview_table, run_tables
 
     renderer = renderer_for(json, quiet, verbose)
     overrides = [*set_, *([f"out={out}"] if out else [])]
-    result = run(load_recipe(find_recipe(recipe), overrides), track=renderer.track)
+    loaded = load_recipe(find_recipe(recipe), overrides)
+    if dry_run:
+        planned = preview_run(loaded, track=renderer.track)
+        renderer.result("run-preview", planned, run_preview_table(planned), next_step="the same without --dry-run")
+        return
+    result = run(loaded, track=renderer.track)
     renderer.result("run", {"passed": result.passed, **vars(result)}, *run_tables(result))
     if not result.passed:
         failed = [gate.name for gate in result.gates if not gate.passed]
