@@ -234,7 +234,8 @@ def run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunResult:
         evals = tuple(evaluate(models, **recipe.eval.model_dump(), track=track))
     result = RunResult(out, tuple(skipped), report, evals, _gates(recipe, report, evals))
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    (out / "run.json").write_text(json.dumps(asdict(result), indent=1, default=str) + "\n")
+    values = {"schema": "moeify.run/1", **asdict(result)}
+    (out / "run.json").write_text(json.dumps(values, indent=1, default=str) + "\n")
     return result
 
 
