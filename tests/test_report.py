@@ -22,7 +22,7 @@ from moeify.benchmark.model_results import ModelBench, Phase
 from moeify.cli import run_command
 from moeify.errors import InputError
 from moeify.report import report
-from moeify.reporting import experts, plots, words
+from moeify.reporting import experts, grids, plots, words
 from moeify.reporting.facts import Facts, facts_of, quality_of
 from moeify.reporting.provenance import split_command
 from moeify.reporting.reader import read_run
@@ -357,6 +357,13 @@ def test_only_a_benchmark_is_needed(tmp_path: Path) -> None:
     assert seen.text.count("not measured") >= 3
     assert "Quality for size" not in seen.text
     assert "What the experts do" not in seen.text
+
+
+def test_texts_are_called_by_their_last_part_unless_two_would_be_the_same() -> None:
+    found = bench()
+    for other, expected in (("x/other.txt", {"text.txt", "other.txt"}), ("b/text.txt", {"a/text.txt", "b/text.txt"})):
+        found.quality = [results.quality("dense", 50.0, 50.0, data) for data in ("a/text.txt", other)]
+        assert {row[1].text for row in grids.qualities(found).rows} == {*expected, "all texts"}
 
 
 def test_several_mixtures(tmp_path: Path) -> None:

@@ -24,7 +24,9 @@ MIDDLE = len(LETTERS) // 2
 # An expert that gets less than this share of an even load is all but unused.
 UNUSED = 0.1
 SIDE = 360.0
-MAX_CELL = 24.0
+DISPLAY_SCALE = 1.1
+# Of few experts or layers the cells would be posters.
+MAX_CELL = 36.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,11 @@ class HeatMap:
     layers: tuple[int, ...]
     num_experts: int
     rows: tuple[tuple[str, ...], ...]
+
+    @property
+    def display_width(self) -> int:
+        """CSS pixels at which labels have the size of the page's small text."""
+        return round(DISPLAY_SCALE * (self.width + 36))
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from moeify.benchmark.model_results import PARTS, Model, ModelBench, Part, Quality, Speed
 from moeify.reporting.facts import Facts, ModelQuality, active_parameters, parameters, quality_of
@@ -84,11 +85,12 @@ def _layout(model: Model) -> str:
 def qualities(bench: ModelBench) -> Grid:
     """Each model on each text, and on all of them if there are several."""
     rows = []
+    texts = _short([row.data for row in bench.quality])
     for model in bench.models:
         found = quality_of(bench, model.name)
         if found is None:
             continue
-        rows += [_quality_row(row) for row in found.rows]
+        rows += [_quality_row(row, texts[row.data]) for row in found.rows]
         if len(found.rows) > 1:
             rows.append(_pooled_row(model.name, found))
     columns = (
@@ -98,10 +100,16 @@ def qualities(bench: ModelBench) -> Grid:
     return Grid("qualities", "Quality, with 95 % intervals", columns, tuple(rows))
 
 
-def _quality_row(row: Quality) -> tuple[Cell, ...]:
+def _short(paths: Sequence[str]) -> dict[str, str]:
+    """Path -> its last part, unless two would be called the same."""
+    names = {path: Path(path).name or path for path in paths}
+    return names if len(set(names.values())) == len(names) else {path: path for path in paths}
+
+
+def _quality_row(row: Quality, text: str) -> tuple[Cell, ...]:
     return (
         Cell(row.model),
-        Cell(row.data),
+        Cell(text),
         _cell(row.num_tokens, f"{row.num_tokens:,}"),
         _cell(row.perplexity, note=_edges(row.perplexity_low, row.perplexity_high)),
         _cell(row.ratio, factor(row.ratio), _edges(row.ratio_low, row.ratio_high)),

@@ -207,7 +207,7 @@ def _linear_ticks(low: float, high: float) -> tuple[float, ...]:
 
 
 def _log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """At most eight round numbers within the values, as fine as it takes for three."""
+    """At most eight round numbers within the values, as fine as it takes for three; equal steps where all are close."""
     powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
     found: list[float] = []
     for nice in (
@@ -221,7 +221,8 @@ def _log_ticks(low: float, high: float) -> tuple[float, ...]:
         found = [value for value in values if low * 0.999 <= value <= high * 1.001]
         if len(found) >= 3:
             return tuple(found[:: -(-len(found) // 8)])
-    return tuple(found) or (low,)
+    close = tuple(value for value in _linear_ticks(low, high) if low * 0.999 <= value <= high * 1.001)
+    return close or tuple(found) or (low,)
 
 
 def _trace(series: Series, to_x: _Map, to_y: _Map) -> Trace:

@@ -94,7 +94,7 @@
 
   function draw(svg, levels) {
     const experts = levels.length;
-    const cell = Math.min(SIDE / experts, 24);
+    const cell = Math.min(SIDE / experts, 36);
     const side = cell * experts;
     const paths = new Map();
     levels.forEach((row, i) => row.forEach((log2, j) => {
@@ -115,6 +115,7 @@
       drawn.push(element("text", { x: at, y: -6, "text-anchor": "middle" }, expert));
       drawn.push(element("text", { x: -6, y: at + 4, "text-anchor": "end" }, expert));
     }
+    svg.setAttribute("width", Math.round(1.1 * (side + MARGIN + 2)));
     svg.setAttribute("viewBox", `${-MARGIN} -20 ${side + MARGIN + 2} ${side + 22}`);
     svg.replaceChildren(...drawn);
     return cell;

@@ -19,7 +19,7 @@ def size(num_bytes: float) -> str:
     """Decimal units, as disks are sold."""
     for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if num_bytes >= limit:
-            return f"{num_bytes / limit:.2f} {unit}" if limit > 1e6 else f"{num_bytes / limit:.0f} {unit}"
+            return f"{number(num_bytes / limit)} {unit}"
     return f"{num_bytes:.0f} B"
 
 
