@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from moeify.finetune import FinetuneResult, finetune
     from moeify.options import SplitOptions
     from moeify.plan import SplitPlan, load_plan
+    from moeify.report import ReportResult, report
     from moeify.search import SearchResult, search
     from moeify.split import SplitResult, split
     from moeify.training.options import FinetuneOptions
@@ -37,6 +38,7 @@ __all__ = [
     "FinetuneResult",
     "InputError",
     "MoeifyError",
+    "ReportResult",
     "SearchResult",
     "SplitOptions",
     "SplitPlan",
@@ -50,6 +52,7 @@ __all__ = [
     "finetune",
     "load",
     "load_plan",
+    "report",
     "search",
     "split",
     "tune_model",
@@ -64,6 +67,7 @@ _HOMES = {
     "training.options": ("FinetuneOptions",),
     "options": ("SplitOptions",),
     "plan": ("SplitPlan", "load_plan"),
+    "report": ("ReportResult", "report"),
     "search": ("SearchResult", "search"),
     "split": ("SplitResult", "split"),
     "tune": ("TuneResult", "tune_model"),

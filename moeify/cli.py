@@ -17,6 +17,7 @@ from moeify.commands.eval import eval_command
 from moeify.commands.finetune import finetune_command
 from moeify.commands.inspect import inspect_command
 from moeify.commands.ls import list_command
+from moeify.commands.report import report_command
 from moeify.commands.run import run_recipe_command
 from moeify.commands.search import search_command
 from moeify.commands.split import split_command
@@ -35,6 +36,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": eval_command,
     "tune": tune_command,
     "bench": bench_command,
+    "report": report_command,
     "run": run_recipe_command,
     "ls": list_command,
 }

@@ -58,6 +58,7 @@ Moe = Annotated[str, typer.Argument(help="The converted checkpoint.", show_defau
 DenseModel = Annotated[str, typer.Option(help="The model it came from.", show_default=False)]
 Recipe = Annotated[str, typer.Argument(help="YAML file or name (moeify ls recipes).", show_default=False)]
 Kind = Annotated[str, typer.Argument(help=f"One of: {KINDS}.", show_default=False)]
+RunDir = Annotated[Path, typer.Argument(help="Folder with the results of moeify bench.", show_default=False)]
 Plan = Annotated[
     str | None, typer.Option(help="Use the partition and routers of a saved plan again.", show_default=False)
 ]
@@ -149,6 +150,9 @@ SearchOut = Annotated[
 CompareOut = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="FILE.json; a run that was stopped goes on from it.", show_default=False),
+]
+ReportOut = Annotated[
+    Path | None, typer.Option("--out", "-o", help="FILE.html; RUN_DIR/report.html.", show_default=False)
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result once the new one is complete.")]
 Report = Annotated[bool, typer.Option("--report", help="Show what was measured in every layer.")]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from moeify.inspect import Inspection
     from moeify.plan import Layout, SplitPlan
     from moeify.prepare import Preview
+    from moeify.report import ReportResult
     from moeify.search import SearchResult
     from moeify.split import SplitResult
     from moeify.stages import RunPreview, RunResult
@@ -318,6 +319,33 @@ def run_preview_table(planned: "RunPreview") -> Table:
         )
     table.caption = f"then: {', '.join(planned.further)}" if planned.further else None
     return table
+
+
+def report_tables(result: "ReportResult") -> tuple[Table, ...]:
+    """The first screen of the page, a table a mixture of experts, and where it was written."""
+
+    def span(values: tuple[float, float] | None) -> str:
+        return "not measured" if values is None else f"{values[0]:.2f} to {values[1]:.2f} times dense"
+
+    tables = []
+    for found in result.headlines:
+        ratio, static = found.ratio, found.static_ratio
+        rows = [
+            ("should I use it?", found.answers.advice.sentence),
+            ("what did I lose?", "\n".join(found.answers.lost)),
+            ("what did I gain?", "\n".join(found.answers.gained)),
+            (
+                "perplexity / dense",
+                "not measured" if ratio is None else f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})",
+            ),
+            ("the static control's", "none of this size" if static is None else f"{static.value:.3f}"),
+            ("decode speed", span(found.decode_speed)),
+            ("prefill speed", span(found.prefill_speed)),
+        ]
+        tables.append(key_value_table(escape(found.model), [(key, escape(value)) for key, value in rows]))
+    rows = [("page", f"{escape(str(result.out))}, {size(result.num_bytes)}")]
+    rows += [("note", escape(note)) for note in result.notes]
+    return (*tables, key_value_table("moeify report", rows))
 
 
 def tune_table(result: "TuneResult") -> Table:

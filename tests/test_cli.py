@@ -26,7 +26,9 @@ from moeify.options import SplitOptions
 from moeify.training.options import FinetuneOptions
 from moeify.version import __version__
 
-COMMANDS = ["inspect", "split", "search", "compare", "verify", "eval", "finetune", "tune", "bench", "run", "ls"]
+COMMANDS = [
+    *("inspect", "split", "search", "compare", "finetune", "verify", "eval", "tune", "bench", "report", "run", "ls"),
+]
 SHARED_OPTIONS = [
     *("out", "device", "dtype", "seed", "json", "quiet", "verbose", "overwrite", "debug"),
     *("calibration", "context", "data", "partition", "router", "refit_to"),
@@ -202,8 +204,8 @@ def test_a_shared_option_has_one_spelling_and_one_meaning(option: str) -> None:
     assert found
     assert len({tuple(entry.opts) for entry in found.values()}) == 1
     # What is written is a folder of checkpoints; where it is one file, the help says so.
-    files = {name for name in found if option == "out" and name in ("search", "compare")}
-    assert all(found[name].help.startswith("FILE.json; ") for name in files)
+    files = {name for name in found if option == "out" and name in ("search", "compare", "report")}
+    assert all(found[name].help.startswith(("FILE.json; ", "FILE.html; ")) for name in files)
     helps = {entry.help for name, entry in found.items() if name not in files}
     assert len(helps) == 1
 

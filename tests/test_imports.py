@@ -43,6 +43,8 @@ ABOVE = {
     "writer",
     "workspace",
     "card",
+    "report",
+    "reporting",
 }
 
 

@@ -1,0 +1,114 @@
+"""One HTML page that says what was lost and gained by turning a dense model into a mixture of experts.
+
+    moeify report RUN_DIR                  writes RUN_DIR/report.html, from what `moeify bench -o RUN_DIR` left there
+
+The page needs no network and no other file: it can be sent around.
+"""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeify.errors import InputError
+from moeify.reporting.facts import Facts, Interval, active_parameters, facts_of, of_kind, parameters
+from moeify.reporting.page import Subject, render
+from moeify.reporting.reader import RunFolder, read_run
+from moeify.reporting.verdict import Answers, answers
+
+PAGE = "report.html"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """What the first screen of the report says about one model.
+
+    Args:
+        model: its name in the benchmark.
+        active_parameters, parameters, dense_parameters: of this model for a token, stored, and of the dense one.
+        ratio: perplexity over the dense model's, over all texts; None if it was not measured.
+        static_ratio: the same of the static control of the same active size; None without one.
+        decode_speed, prefill_speed: least and largest multiple of the dense model's; None if not measured.
+        memory_ratio, disk_ratio: peak memory and bytes on disk over the dense model's.
+        answers: what was lost, what was gained, and whether to use it.
+    """
+
+    model: str
+    active_parameters: int
+    parameters: int
+    dense_parameters: int
+    ratio: Interval | None
+    static_ratio: Interval | None
+    decode_speed: tuple[float, float] | None
+    prefill_speed: tuple[float, float] | None
+    memory_ratio: float | None
+    disk_ratio: float | None
+    answers: Answers
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """What was written.
+
+    Args:
+        out: the page.
+        num_bytes: its size.
+        headlines: one a mixture of experts, in the order of the benchmark.
+        sources: kind of result -> file that it was taken from.
+        notes: what was left out, and why.
+    """
+
+    out: Path
+    num_bytes: int
+    headlines: tuple[Headline, ...]
+    sources: Mapping[str, str]
+    notes: tuple[str, ...]
+
+
+def report(run_dir: str | Path, out: Path | None = None) -> ReportResult:
+    """Write the page.
+
+    Args:
+        run_dir: a folder with the result of `moeify bench`, and whatever else moeify wrote there.
+        out: the page; RUN_DIR/report.html if it is None. An earlier page is replaced.
+
+    Raises:
+        InputError: no such folder, no benchmark in it, a result that cannot be read, or a place that cannot be written.
+    """
+    folder = Path(run_dir)
+    run = read_run(folder)
+    out = folder / PAGE if out is None else out
+    subjects = [Subject(facts, answers(facts)) for facts in _mixtures(run)]
+    page = render(run, subjects, command=shlex.join(["moeify", "report", str(folder), "-o", str(out)]))
+    # Names come from files: half a code point cannot be encoded.
+    data = page.encode("utf-8", "replace")
+    temporary = out.with_name(f"{out.name}.tmp")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(data)
+        temporary.replace(out)
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror}", "name another file with -o") from error
+    headlines = tuple(_headline(subject.facts, subject.answers) for subject in subjects)
+    return ReportResult(out, len(data), headlines, run.sources, run.notes)
+
+
+def _mixtures(run: RunFolder) -> list[Facts]:
+    bench = run.bench.value
+    return [facts_of(bench, model) for model in of_kind(bench, "moe")]
+
+
+def _headline(facts: Facts, found: Answers) -> Headline:
+    return Headline(
+        model=facts.model.name,
+        active_parameters=active_parameters(facts.model),
+        parameters=parameters(facts.model),
+        dense_parameters=parameters(facts.dense),
+        ratio=facts.quality.ratio if facts.quality else None,
+        static_ratio=facts.control_quality.ratio if facts.control_quality else None,
+        decode_speed=facts.decode.speeds if facts.decode.regimes else None,
+        prefill_speed=facts.prefill.speeds if facts.prefill.regimes else None,
+        memory_ratio=facts.memory,
+        disk_ratio=facts.disk,
+        answers=found,
+    )

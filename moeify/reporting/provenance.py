@@ -1,0 +1,106 @@
+"""Where the numbers of a report are from: machine, versions, texts, how checkpoints were made, how to do it again."""
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from moeify.benchmark.model_results import ModelBench
+from moeify.options import SplitOptions
+from moeify.reporting.reader import Record, RunFolder, Source
+from moeify.reporting.words import number, size
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """How one checkpoint was made: facts, all its options as JSON, and the command if it can be told."""
+
+    file: str
+    facts: tuple[tuple[str, str], ...]
+    options: str
+    command: str
+
+
+def measurement(run: RunFolder) -> list[tuple[str, str]]:
+    """The circumstances of the benchmark."""
+    bench = run.bench.value
+    rows = [
+        ("measured", bench.date),
+        ("machine", _pairs(bench.machine)),
+        ("versions", _pairs(bench.versions)),
+        ("dtype of weights", bench.dtype),
+        ("context", f"{bench.context:,} tokens a block"),
+        ("texts", _texts(bench)),
+    ]
+    if bench.ceilings is not None:
+        copied = f"{size(bench.ceilings.copy_bytes_per_second)}/s copied"
+        rate = f"{number(bench.ceilings.matmul_flops_per_second / 1e12)} TFLOP/s"
+        shape = f"{bench.ceilings.matmul_size:,} in {bench.ceilings.dtype}"
+        rows.append(("reached by the machine", f"{copied}, {rate} at matrix products of {shape}"))
+    rows += [(f"model {model.name}", f"{model.path} ({model.model_type})") for model in bench.models]
+    rows += [(f"result of {kind}", file) for kind, file in run.sources.items()]
+    return rows
+
+
+def checkpoints(run: RunFolder) -> list[Checkpoint]:
+    """The records of the checkpoints in the folder."""
+    dense = run.bench.value.models[0].path
+    return [_checkpoint(record, dense) for record in run.records]
+
+
+def _checkpoint(record: Source[Record], dense: str) -> Checkpoint:
+    job = record.value.job
+    text = job.get("calibration") or job.get("text") or {}
+    facts = [
+        ("target", str(job.get("target", ""))),
+        ("dtype", str(job.get("dtype", "")).removeprefix("torch.")),
+        ("text", _pairs(text) if isinstance(text, Mapping) else json.dumps(text)),
+        ("hash of the source model", str(job.get("model", ""))),
+        ("hash of the teacher", str(job.get("teacher", ""))),
+        ("versions", _pairs(job.get("versions") or {})),
+    ]
+    options = job.get("options") or {}
+    return Checkpoint(
+        file=record.file,
+        facts=tuple((key, value) for key, value in facts if value),
+        options=json.dumps(options, indent=1, sort_keys=True),
+        command=split_command(options, dense, record.file) if "experts" in options else "",
+    )
+
+
+def split_command(options: Mapping[str, Any], dense: str, file: str) -> str:
+    """The `moeify split` that has these options; defaults are left out."""
+    words = ["moeify", "split", dense]
+    for field in dataclasses.fields(SplitOptions):
+        value = options.get(field.name)
+        default = list(field.default) if isinstance(field.default, tuple) else field.default
+        if field.name not in options or value in (default, None):
+            continue
+        flag = "--" + field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif field.name == "dense_layers":
+            words += [flag, ",".join(map(str, value))]
+        else:
+            words += [word for item in (value if isinstance(value, list) else [value]) for word in (flag, str(item))]
+    folder = file.rpartition("/")[0]
+    return shlex.join([*words, *(["-o", folder] if folder else [])])
+
+
+def _texts(bench: ModelBench) -> str:
+    tokens = {row.data: row.num_tokens for row in bench.quality}
+    return ", ".join(f"{name} ({number:,} tokens)" for name, number in tokens.items()) or "none"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {_plain(value)}" for key, value in values.items())
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(str, value))
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) and value > 9999 else str(value)
