@@ -19,6 +19,7 @@ from moeify.commands.inspect import inspect_command
 from moeify.commands.ls import list_command
 from moeify.commands.report import report_command
 from moeify.commands.run import run_recipe_command
+from moeify.commands.schema import schema_command
 from moeify.commands.search import search_command
 from moeify.commands.split import split_command
 from moeify.commands.tune import tune_command
@@ -39,6 +40,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "report": report_command,
     "run": run_recipe_command,
     "ls": list_command,
+    "schema": schema_command,
 }
 
 app = typer.Typer(

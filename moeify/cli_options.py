@@ -58,6 +58,9 @@ Moe = Annotated[str, typer.Argument(help="The converted checkpoint.", show_defau
 DenseModel = Annotated[str, typer.Option(help="The model it came from.", show_default=False)]
 Recipe = Annotated[str, typer.Argument(help="YAML file or name (moeify ls recipes).", show_default=False)]
 Kind = Annotated[str, typer.Argument(help=f"One of: {KINDS}.", show_default=False)]
+SchemaName = Annotated[
+    str, typer.Argument(help="What stands between `moeify.` and `/1` in a result.", show_default=False)
+]
 RunDir = Annotated[Path, typer.Argument(help="Folder with the results of moeify bench.", show_default=False)]
 Plan = Annotated[
     str | None, typer.Option(help="Use the partition and routers of a saved plan again.", show_default=False)

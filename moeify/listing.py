@@ -1,6 +1,8 @@
 """What plug-ins and recipes there are, each with the first line of its file. Reads the files, imports none of them."""
 
 import ast
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -16,20 +18,28 @@ PLUGINS = {
 }
 
 
-def entries(kind: str) -> list[tuple[str, str]]:
-    """(name, first line) of everything of a kind.
+@dataclass(frozen=True)
+class Listing:
+    """Everything of a kind: name -> first line of its file."""
+
+    kind: str
+    entries: Mapping[str, str]
+
+
+def listing(kind: str) -> Listing:
+    """All plug-ins of a kind, or all recipes.
 
     Raises:
         UsageError: no such kind.
     """
     if kind == "recipes":
-        return [
-            (path.stem, _first_comment(path)) for folder in recipe_folders() for path in sorted(folder.glob("*.yaml"))
-        ]
+        paths = [path for folder in recipe_folders() for path in sorted(folder.glob("*.yaml"))]
+        return Listing(kind, {path.stem: _first_comment(path) for path in paths})
     if kind not in PLUGINS:
         raise UsageError(f"no list of {kind!r}", f"one of: {', '.join((*PLUGINS, 'recipes'))}")
     files = sorted((Path(__file__).parent / PLUGINS[kind]).glob("[!_]*.py"))
-    return [(file.stem, (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")[0]) for file in files]
+    first = {file.stem: (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")[0] for file in files}
+    return Listing(kind, first)
 
 
 def recipe_folders() -> list[Path]:

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,14 @@ class Renderer:
         if isinstance(error, MoeifyError) and error.hint:
             self._err.print(f"hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
 
+    def document(self, value: Mapping[str, Any]) -> None:
+        """Print one JSON object."""
+        print(json.dumps(value, indent=1, allow_nan=False))
+
     def result(self, command: str, value: Any, *tables: Table, next_step: str = "") -> None:
         """Show a result: as one JSON object with its schema, or as tables and the command that comes next."""
         if self._as_json:
-            print(json.dumps({"schema": f"moeify.{command}/1", **_plain(value)}, indent=1, allow_nan=False))
+            self.document(printed(command, value))
             return
         if self._quiet:
             return
@@ -97,11 +101,16 @@ def renderer_for(as_json: bool, quiet: bool, verbose: bool, *, loads_models: boo
     return Renderer(as_json=as_json, quiet=quiet)
 
 
+def printed(command: str, value: Any) -> dict[str, Any]:
+    """What `--json` prints of a command's result; moeify.schemas describes it."""
+    return {"schema": f"moeify.{command}/1", **_plain(value)}
+
+
 def _plain(value: Any) -> Any:
     """JSON-able copy of dataclasses, paths and tensors' owners; a plan's tensors are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-        return {name: _plain(item) for name, item in fields.items() if not _is_tensor(item)}
+        fields = [field for field in dataclasses.fields(value) if "Tensor" not in str(field.type)]
+        return {field.name: _plain(getattr(value, field.name)) for field in fields}
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -111,10 +120,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _is_tensor(value: Any) -> bool:
-    return type(value).__module__ == "torch"
 
 
 def traceback_of(error: BaseException) -> None:

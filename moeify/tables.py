@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from moeify.evaluate import EvalResult
     from moeify.finetune import FinetuneResult
     from moeify.inspect import Inspection
+    from moeify.listing import Listing
     from moeify.plan import Layout, SplitPlan
     from moeify.prepare import Preview
     from moeify.report import ReportResult
@@ -371,10 +372,10 @@ def tune_table(result: "TuneResult") -> Table:
     return table
 
 
-def list_table(kind: str, entries: Sequence[tuple[str, str]]) -> Table:
-    table = Table(title=kind, title_justify="left")
+def list_table(listing: "Listing") -> Table:
+    table = Table(title=listing.kind, title_justify="left")
     table.add_column("name")
     table.add_column("what it is", overflow="fold")
-    for name, what in entries:
+    for name, what in listing.entries.items():
         table.add_row(name, what)
     return table

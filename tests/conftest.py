@@ -1,5 +1,6 @@
 """Tiny real models, seeded, and a text to calibrate them on. What a fixture returns is shared: copy, then change."""
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores, and so do the processes that their tests start.
     os.environ["OMP_NUM_THREADS"] = "1"
 
+import jsonschema
 import pytest
 import torch
 
@@ -54,6 +56,22 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def share_of_cores() -> int:
     """Threads of this process, so that all workers together use every core."""
     return max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+@pytest.fixture(autouse=True)
+def _json_follows_its_schema(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a command prints with --json, in any test, is what its schema says."""
+    from moeify import render
+    from moeify.schemas import json_schema
+
+    really_printed = render.printed
+
+    def printed(command: str, value: Any) -> dict[str, Any]:
+        found = really_printed(command, value)
+        jsonschema.validate(json.loads(json.dumps(found)), json_schema(command))
+        return found
+
+    monkeypatch.setattr(render, "printed", printed)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -27,7 +27,21 @@ from moeify.training.options import FinetuneOptions
 from moeify.version import __version__
 
 COMMANDS = [
-    *("inspect", "split", "search", "compare", "finetune", "verify", "eval", "tune", "bench", "report", "run", "ls"),
+    *(
+        "inspect",
+        "split",
+        "search",
+        "compare",
+        "finetune",
+        "verify",
+        "eval",
+        "tune",
+        "bench",
+        "report",
+        "run",
+        "ls",
+        "schema",
+    ),
 ]
 SHARED_OPTIONS = [
     *("out", "device", "dtype", "seed", "json", "quiet", "verbose", "overwrite", "debug"),
@@ -379,7 +393,7 @@ def test_ls_shows_every_entry(kind: str, capfd: pytest.CaptureFixture[str]) -> N
     assert run_command(["ls", kind]) == 0
     out, err = capfd.readouterr()
     assert err == ""
-    assert all(name in out for name, _ in listing.entries(kind))
+    assert all(name in out for name in listing.listing(kind).entries)
 
 
 def test_a_check_that_fails_gives_its_object_and_exit_code_4(dense: Path, moe: Path, as_json: Call) -> None:
@@ -463,10 +477,10 @@ def test_an_interrupt_that_compiled_code_turns_into_another_error_gives_130(tmp_
     disguised = (
         "import os, signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from moeify import cli, listing\n"
-        "def entries(kind):\n"
+        "def listing_(kind):\n"
         "    try: os.kill(os.getpid(), signal.SIGINT)\n"
         "    except KeyboardInterrupt: raise ValueError('could not determine the shape') from None\n"
-        "listing.entries = entries\n"
+        "listing.listing = listing_\n"
         "cli.main()"
     )
     done = subprocess.run(

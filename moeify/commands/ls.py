@@ -11,10 +11,10 @@ def list_command(
     debug: option.Debug = False,  # noqa: ARG001
 ) -> None:
     """List families, targets, partitions, routers, strategies or recipes."""
-    from moeify.listing import entries
+    from moeify.listing import listing
     from moeify.render import renderer_for
     from moeify.tables import list_table
 
     renderer = renderer_for(json, quiet, verbose, loads_models=False)
-    found = entries(kind)
-    renderer.result("ls", {"kind": kind, "entries": dict(found)}, list_table(kind, found))
+    found = listing(kind)
+    renderer.result("ls", found, list_table(found))

@@ -1,0 +1,14 @@
+"""`moeify schema`: what `--json` prints, as JSON Schema."""
+
+from moeify import cli_options as option
+
+
+def schema_command(
+    name: option.SchemaName,
+    debug: option.Debug = False,  # noqa: ARG001
+) -> None:
+    """Print the JSON Schema of what a command prints with --json."""
+    from moeify.render import Renderer
+    from moeify.schemas import json_schema
+
+    Renderer().document(json_schema(name))
