@@ -41,10 +41,13 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 @torch.no_grad()
 def counted(model: Any, ids: Tensor, **arguments: Any) -> dict[str, int]:
-    """Operations of one call: of each module by its name, and `Global`."""
+    """Operations of one call: of each module by its name, and `Global`, which leaves position encodings out."""
     with FlopCounterMode(display=False) as counter:
         model(ids, **arguments)
-    return {name.partition(".")[2] or name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    found = {name.partition(".")[2] or name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    # Some versions of transformers take a matrix product for their angles.
+    found["Global"] -= sum(count for name, count in found.items() if name.endswith("rotary_emb"))
+    return found
 
 
 def test_every_parameter_is_in_one_part(model: Any) -> None:

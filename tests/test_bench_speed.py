@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeDense
-from tiny_moe import ARCHITECTURES, text, tiny
+from tiny_moe import ARCHITECTURES, chosen_of, text, tiny
 
 from moeify.benchmark import contenders as contenders_module
 from moeify.benchmark import speed as speed_module
@@ -91,7 +91,7 @@ def test_experts_hit_are_those_that_routers_chose(name: str) -> None:
     chosen: list[torch.Tensor] = []
     for module in list(model.modules()):
         if "Router" in type(module).__name__:
-            module.register_forward_hook(lambda _, __, out: chosen.append(out[2]))
+            module.register_forward_hook(lambda _, __, out: chosen.append(chosen_of(out)))
     hit = ExpertsHit()
     with watching(model, hit.see):
         model(text(1, 3).cpu())
@@ -162,7 +162,7 @@ def test_a_slow_implementation_is_left_out_and_the_fastest_never(models: dict[st
     passes = [speed_module._Pass(list, torch.zeros(1), seconds=seconds) for seconds in (60.0, 30.0, 20.0, 40.0)]
     speed_module._leave_out_slow(found, passes, 10.0)
     assert [who.implementation for who in found] == ["dense", "eager", "grouped_mm", "dense"]
-    assert [one.reason for one in passes] == ["", "a pass took 30.0 s, another implementation 20.0 s", "", ""]
+    assert [one.reason for one in passes] == ["", "a pass took 30 s, with another implementation 20 s", "", ""]
     passes = [speed_module._Pass(list, torch.zeros(1), seconds=seconds) for seconds in (60.0, 9.0, 2.0, 40.0)]
     speed_module._leave_out_slow(found, passes, 10.0)
     assert not any(one.reason for one in passes)
@@ -239,6 +239,13 @@ def test_verdicts_say_what_was_read_and_why() -> None:
     )
     assert "8 tokens hit 25 % of the experts; it reads 0.80" in alone.why
     assert "50 % of the FFN is active" in alone.why
+
+
+def test_a_verdict_blames_nothing_for_noise() -> None:
+    noisy = row("moe", 1.4, hit=0.5, bytes_read=800, flops=800, spread=0.6)
+    (found,) = verdicts([DENSE, MOE], [row("dense", None), noisy])
+    assert found.outcome == "same"
+    assert found.why.endswith("the difference is within the noise of this run")
 
 
 def test_a_regime_that_one_did_not_run_has_no_verdict() -> None:

@@ -30,8 +30,10 @@ from moeify.benchmark.timing import Samples, Timer, first_line, release_memory, 
 from moeify.options import Track, untracked
 from moeify.resampling import draws, interval
 
-# An implementation whose pass takes so many times the seconds of a row is left out, unless it is its model's fastest.
+# An implementation whose pass takes so many times the seconds of a row, and so long, is left out, unless it is its
+# model's fastest.
 SLOW_FACTOR = 5.0
+SLOWEST_SECONDS = 3.0
 
 
 @dataclass
@@ -77,7 +79,7 @@ def measure_speed(
         caches: dict[str, Any] = {}
         for phase in get_args(Phase):
             passes = [_prepare(contender, phase, ids_BP, caches, timer) for contender in found]
-            _leave_out_slow(found, passes, SLOW_FACTOR * seconds)
+            _leave_out_slow(found, passes, max(SLOWEST_SECONDS, SLOW_FACTOR * seconds))
             ready = {str(number): one for number, one in enumerate(passes) if not one.reason}
             samples = take_turns(
                 {key: partial(_sample, found[int(key)], one, timer) for key, one in ready.items()}, seconds=seconds
@@ -160,7 +162,7 @@ def _leave_out_slow(found: Sequence[Contender], passes: Sequence[_Pass], limit: 
         fastest[name] = min(one.seconds, fastest.get(name, one.seconds))
     for name, one in ran:
         if one.seconds > max(limit, fastest[name]):
-            one.reason = f"a pass took {one.seconds:.1f} s, another implementation {fastest[name]:.1f} s"
+            one.reason = f"a pass took {one.seconds:.2g} s, with another implementation {fastest[name]:.2g} s"
 
 
 def _sample(who: Contender, one: _Pass, timer: Timer) -> float:

@@ -27,7 +27,8 @@ def verdicts(models: Sequence[Model], speed: Sequence[Speed]) -> list[Verdict]:
             mine = [row for row in rows if row.model == model.name and row.time_over_dense is not None]
             if its is None or not mine:
                 continue
-            fastest = min(mine, key=lambda row: row.ms_p50 or 0.0)
+            # Ratios have the machine's drift taken out.
+            fastest = min(mine, key=lambda row: row.time_over_dense or 0.0)
             found.append(_verdict(model, dense, fastest, its))
     return found
 
@@ -61,11 +62,11 @@ def why(model: Model, dense: Model, row: Speed, its: Speed) -> str:
     assert row.flops is not None
     assert its.bytes_read is not None
     assert its.flops is not None
-    assert row.time_over_dense is not None
+    assert row.time_over_dense_low is not None
     num_bytes, flops = row.bytes_read / its.bytes_read, row.flops / its.flops
     work = f"it reads {num_bytes:.2f} of the dense model's bytes and computes {flops:.2f} of its operations"
     sentences = [_hit(row, num_bytes), work] if row.experts_hit is not None else [work]
-    if row.time_over_dense > UNEXPLAINED * max(num_bytes, flops):
+    if row.time_over_dense_low > UNEXPLAINED * max(num_bytes, flops):
         sentences.append(
             "what is left is the price of sorting tokens by expert and of many small matrix products"
             if row.experts_hit is not None
@@ -73,6 +74,8 @@ def why(model: Model, dense: Model, row: Speed, its: Speed) -> str:
         )
     elif outcome(row) == "faster":
         sentences.append(_bound(model, dense, row))
+    elif outcome(row) == "same":
+        sentences.append("the difference is within the noise of this run")
     return "; ".join(sentences)
 
 
