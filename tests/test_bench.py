@@ -229,6 +229,9 @@ def test_models_and_texts_that_do_not_compare_are_refused(
         bench([moe], [str(make_dense("llama", vocab_size=500))], options)
     other = tmp_path / "other"
     shutil.copytree(moe, other)
+    (other / "tokenizer.json").unlink()
+    with pytest.raises(InputError, match="no usable tokenizer"):
+        bench([str(other)], [str(dense)], options)
     train_tokenizer(BuiltinRecipe(vocab_size=300, context=64), ["a b c d e f"] * 3).save_pretrained(other)
     with pytest.raises(InputError, match="different tokens"):
         bench([str(other)], [str(dense)], options)

@@ -131,6 +131,18 @@ def test_outputs_of_experts_by_hand(name: str) -> None:
         assert torch.allclose(found_TE[:, expert], outputs_TD.square().sum(dim=1), rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_is_understood(name: str) -> None:
+    model = tiny(name).eval().cpu()
+    found = expert_use(model, ids_of(), str)
+    assert [one.layer for one in found] == sorted(experts_modules(model))
+    for one in found:
+        assert sum(one.load) == pytest.approx(1)
+        assert 0 < one.random_capture < 1
+        assert 0 < one.oracle_capture <= 1
+        assert len(one.top_tokens) == len(one.load) == len(one.coactivation)
+
+
 @torch.no_grad()
 def test_the_router_is_compared_with_the_best_and_a_random_choice(moe: Any) -> None:
     """An oracle router captures everything; one that takes the worst experts less than a random choice."""

@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from moeify.benchmark.anatomy import Anatomy, anatomy
 from moeify.benchmark.contenders import IMPLEMENTATIONS
 from moeify.benchmark.machine import dtype_by_name
-from moeify.checkpoint import load_config, locate
+from moeify.checkpoint import load_config, load_tokenizer, locate
 from moeify.errors import InputError, UsageError
 from moeify.evaluate import DEFAULT_CONTEXT
 from moeify.options import Track
@@ -164,7 +163,7 @@ class Texts:
                     f"--context takes 2 to {limit}, --prompt 1 to {limit - 1}",
                 )
         regimes = tuple((batch, length) for length in lengths for batch in options.batch)
-        tokenizers = [AutoTokenizer.from_pretrained(one.path, trust_remote_code=False) for one in asked]
+        tokenizers = [load_tokenizer(one.path) for one in asked]
         needed = max(batch * (length + 1) for batch, length in regimes)
         blocks = {source: _blocks(source, asked, tokenizers, options.tokens, context) for source in options.data}
         text_T = evaluation_tokens(options.data[0], tokenizers[0], num_tokens=needed).ids_T
