@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,15 @@ def test_load_and_company_are_counted_by_hand(moe: Any) -> None:
                 independent = counts[i] * counts[j] / total
                 expected = both / independent - 1 if i != j and independent else 0.0
                 assert one.coactivation[i][j] == pytest.approx(expected, abs=1e-4)
+        occurrences = Counter(ids_BC.flatten().tolist())
+        for expert, tokens in enumerate(one.top_tokens):
+            chose = Counter(
+                token
+                for token, row in zip(ids_BC.flatten().tolist(), chosen[one.layer], strict=True)
+                if expert in row and occurrences[token] >= SMALLEST_COUNT
+            )
+            best = sorted((chose[token] / occurrences[token] for token in chose), reverse=True)[:8]
+            assert [chose[int(token)] / occurrences[int(token)] for token in tokens] == best
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -172,6 +182,17 @@ def test_the_router_is_compared_with_the_best_and_a_random_choice(moe: Any) -> N
     assert captures[True].oracle_capture == pytest.approx(1)
     assert captures[False].oracle_capture < captures[False].random_capture < 1
     assert captures[True].random_capture == pytest.approx(plain.random_capture, rel=1e-5)
+    # Every choice of two of six, and the mean of what they add.
+    inputs_TD: list[Tensor] = []
+    handle = layer.router.register_forward_hook(lambda _, arguments, __: inputs_TD.append(arguments[0]))
+    for ids_C in ids_BC:
+        moe(ids_C[None])
+    handle.remove()
+    energy_TE = output_energies(layer.experts, torch.cat(inputs_TD))
+    adds = [float(energy_TE[:, list(pair)].sum()) for pair in combinations(range(6), 2)]
+    assert plain.random_capture == pytest.approx(
+        sum(adds) / len(adds) / float(energy_TE.topk(2).values.sum()), rel=1e-4
+    )
 
 
 def test_top_tokens_are_those_that_choose_an_expert_most_often() -> None:

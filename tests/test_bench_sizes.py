@@ -198,6 +198,16 @@ def test_bytes_and_operations_of_prefill_and_decode(model: Any) -> None:
     assert expected.flops == operations
 
 
+@torch.no_grad()
+def test_bytes_of_a_decoded_token_are_those_that_one_reads(model: Any) -> None:
+    ids = text(1, CONTEXT + 1).cpu()
+    cache = model(ids[:, :-1], use_cache=True).past_key_values
+    kept = cache_bytes(cache)
+    _, num_bytes, _ = run(model, ids[:, -1:], past_key_values=cache)
+    found = parts_of(anatomy(model.config), context=CONTEXT, element_bytes=FLOAT32)
+    assert sum(part.bytes_per_decoded_token for part in found.values()) == num_bytes + kept
+
+
 def test_windows_limit_what_attention_sees() -> None:
     model = build("Mistral", num_hidden_layers=2, sliding_window=4)
     found = anatomy(model.config)
