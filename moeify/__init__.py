@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any
 from moeify.version import __version__
 
 if TYPE_CHECKING:
+    from moeify.bench import bench
+    from moeify.benchmark.inputs import BenchOptions
+    from moeify.benchmark.model_results import ModelBench
     from moeify.compare import Comparison, compare
     from moeify.errors import CheckError, InputError, MoeifyError, UsageError
     from moeify.evaluate import EvalResult, evaluate, load
@@ -31,12 +34,14 @@ if TYPE_CHECKING:
     from moeify.verify import VerifyReport, verify
 
 __all__ = [
+    "BenchOptions",
     "CheckError",
     "Comparison",
     "EvalResult",
     "FinetuneOptions",
     "FinetuneResult",
     "InputError",
+    "ModelBench",
     "MoeifyError",
     "ReportResult",
     "SearchResult",
@@ -47,6 +52,7 @@ __all__ = [
     "UsageError",
     "VerifyReport",
     "__version__",
+    "bench",
     "compare",
     "evaluate",
     "finetune",
@@ -60,6 +66,9 @@ __all__ = [
 ]
 
 _HOMES = {
+    "bench": ("bench",),
+    "benchmark.inputs": ("BenchOptions",),
+    "benchmark.model_results": ("ModelBench",),
     "compare": ("Comparison", "compare"),
     "errors": ("CheckError", "InputError", "MoeifyError", "UsageError"),
     "evaluate": ("EvalResult", "evaluate", "load"),

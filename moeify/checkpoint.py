@@ -138,13 +138,7 @@ class DenseCheckpoint:
         Raises:
             InputError: the folder has none that transformers can load without remote code.
         """
-        try:
-            # False, not the default: that one asks whoever sits at the terminal, and runs the code at a "y".
-            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"no usable tokenizer in {self.path}: {error}", "copy tokenizer.json beside the weights"
-            ) from error
+        return load_tokenizer(self.path)
 
 
 def fingerprint(path: Path, shards: dict[str, Path]) -> str:
@@ -197,6 +191,19 @@ def load_config(path: Path) -> Any:
         raise InputError(
             f"transformers cannot read {file}: {_first_line(error)}", f"supported: {', '.join(families.names())}"
         ) from error
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        InputError: the folder has none that transformers can load without remote code.
+    """
+    try:
+        # False, not the default: that one asks whoever sits at the terminal, and runs the code at a "y".
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"no usable tokenizer in {path}: {error}", "copy tokenizer.json beside the weights") from error
 
 
 def locate(model: str, track: Track[Any] = untracked) -> Path:

@@ -84,20 +84,51 @@ Context = Annotated[
 ]
 Data = Annotated[list[str], typer.Option(help="Text to evaluate on, or to train on; repeat it.")]
 DataTokens = Annotated[int, typer.Option(help="At most so many tokens of each text.")]
+BenchTokens = Annotated[
+    str | None,
+    typer.Option(
+        "--tokens", help="At most so many of each text, 8192; with --layer those of a call: 1,512.", show_default=False
+    ),
+]
 Stride = Annotated[int | None, typer.Option(help="Tokens the window moves by; half the context.", show_default=False)]
 CallTokens = Annotated[
     list[int], typer.Option("--tokens", help="Tokens of a call, the most important last; repeat it.")
 ]
 Backward = Annotated[bool, typer.Option(help="Tune the backward pass as well.")]
 
+# Benchmarks of models.
+Benched = Annotated[list[str], typer.Argument(help="Converted checkpoints.", show_default=False)]
+Against = Annotated[
+    list[str],
+    typer.Option(help="The dense model they came from; repeat it for further ones.", show_default=False),
+]
+Batches = Annotated[str, typer.Option("--batch", help="Sequences at once, such as 1,8.")]
+Prompts = Annotated[
+    str, typer.Option("--prompt", help="Tokens of a prompt; 128,512 where all models take them.", show_default=False)
+]
+Implementations = Annotated[
+    str,
+    typer.Option("--implementation", help="Of experts, such as eager,grouped_mm; all that run.", show_default=False),
+]
+Roofline = Annotated[bool, typer.Option("--roofline", help="Measure the machine and compare times with it.")]
+Baseline = Annotated[
+    Path | None, typer.Option(help="An earlier bench.json; what is worse gives exit code 4.", show_default=False)
+]
+Threshold = Annotated[float, typer.Option(help="How many times worse than the baseline something may be.")]
+Skip = Annotated[
+    list[str], typer.Option(help="Leave out quality, speed, memory or experts; repeat it.", show_default=False)
+]
+
 # Layer benchmarks; lists are separated by commas, an empty one stands for all there are.
 Layer = Annotated[bool, typer.Option("--layer", help="One layer on every implementation that is installed.")]
 Cases = Annotated[str, typer.Option(help="Shapes, such as llama3-8b-8/2 or 64x256-8/2+2.")]
-CaseTokens = Annotated[str, typer.Option("--tokens", help="Tokens of a call, such as 1,512.")]
 Routings = Annotated[str, typer.Option(help="How tokens choose experts: uniform, zipf.")]
 Passes = Annotated[str, typer.Option(help="forward, training (forward and backward).")]
 Peers = Annotated[str, typer.Option(help="Implementations, such as moeify,dense,grouped_mm.")]
-SecondsPerRow = Annotated[float, typer.Option(help="How long an implementation is timed on a case.")]
+SecondsPerRow = Annotated[
+    float | None,
+    typer.Option(help="How long an implementation is timed on a case; 2, with --layer 0.3.", show_default=False),
+]
 LimitSeconds = Annotated[
     float | None,
     typer.Option(help="Begin no case after that; the most important ones come first.", show_default=False),

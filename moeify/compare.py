@@ -2,11 +2,12 @@
 
 Losses of finished methods are kept, so that a run that was stopped goes on.
 
-Legend: T tokens, B blocks of C tokens, L = C - 1 losses a block.
+Legend: T tokens, B blocks of C tokens, L = C - 1 losses a block, S resamples.
 """
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -20,12 +21,11 @@ from moeify.controls import NeuronOracle, fit_bias_compensated
 from moeify.errors import InputError, UsageError
 from moeify.options import SplitOptions, Track, untracked
 from moeify.prepare import Prepared, calibration_text, prepare
+from moeify.resampling import draws, interval
 from moeify.text import evaluation_tokens
 from moeify.trial import Control, Trial, Trials
 from moeify.version import __version__
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
 DENSE = "dense"
 REFERENCE = "static + refit"
 
@@ -298,14 +298,14 @@ def _rows(runs: Sequence[_Run], kept: _Kept, budgets: Sequence[float], texts: Ma
     """The table, in the order of the runs."""
     dense_B = kept.losses(runs[0].label)
     references = {run.budget: kept.losses(run.label) for run in runs if run.name == REFERENCE}
-    draws = torch.randint(len(dense_B), (RESAMPLES, len(dense_B)), generator=torch.Generator().manual_seed(0))
+    draws_SB = draws(len(dense_B))
     for run in runs:
         # A searched budget comes out near the one that was asked for.
         static_B = references[min(budgets, key=lambda asked: abs(asked - run.budget))]
         found_B = kept.losses(run.label)
         gap = float(static_B.mean() - dense_B.mean())
-        low, high = _interval(found_B[draws].mean(dim=1))
-        ratio_low, ratio_high = _interval((found_B - static_B)[draws].mean(dim=1))
+        low, high = _factors(found_B[draws_SB].mean(dim=1))
+        ratio_low, ratio_high = _factors((found_B - static_B)[draws_SB].mean(dim=1))
         parts = found_B.split(list(texts.values()))
         yield Row(
             method=run.name,
@@ -322,8 +322,7 @@ def _rows(runs: Sequence[_Run], kept: _Kept, budgets: Sequence[float], texts: Ma
         )
 
 
-def _interval(logs: Tensor) -> tuple[float, float]:
-    """The middle CONFIDENCE of resampled logarithms, as factors."""
-    edge = (1 - CONFIDENCE) / 2
-    low, high = logs.quantile(torch.tensor([edge, 1 - edge], dtype=logs.dtype)).exp().tolist()
-    return low, high
+def _factors(logs_S: Tensor) -> tuple[float, float]:
+    """The interval of resampled logarithms, as factors."""
+    low, high = interval(logs_S)
+    return math.exp(low), math.exp(high)

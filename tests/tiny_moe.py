@@ -68,6 +68,12 @@ def text(num_texts: int = 2, num_tokens: int = 10, seed: int = 0) -> Tensor:
     return torch.randint(3, 97, (num_texts, num_tokens), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
+def chosen_of(routed: tuple[Tensor, ...]) -> Tensor:
+    """The expert ids among what a router returns; their place depends on the version of transformers."""
+    (found,) = (part for part in routed if part.dtype == torch.int64)
+    return found
+
+
 def num_moe_layers(model: Any) -> int:
     return sum(hasattr(module, "has_gate") for module in model.modules())
 

@@ -50,6 +50,7 @@ class Model:
         bytes_on_disk: of the weight files.
         load_peak_memory_bytes, peak_memory_bytes: of a process that only loads it, and that also runs the largest
             speed case; resident on a CPU, allocated on CUDA.
+        memory_reason: why one of them is None although it was asked for.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Model:
     bytes_on_disk: int
     load_peak_memory_bytes: int | None = None
     peak_memory_bytes: int | None = None
+    memory_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,46 @@ class LayerExperts:
     top_tokens: tuple[tuple[str, ...], ...]
 
 
+@dataclass(frozen=True)
+class Change:
+    """One number of this run beside that of an earlier one; less is better.
+
+    Args:
+        row: whose it is.
+        what: time over dense, perplexity over dense, parameters, active parameters or bytes on disk.
+        old, new, ratio: then, now, now over then.
+        worse: past the threshold, and past the noise: its interval lies above the old one's.
+    """
+
+    row: str
+    what: str
+    old: float
+    new: float
+    ratio: float
+    worse: bool
+
+
+@dataclass(frozen=True)
+class Regressions:
+    """This run against an earlier one.
+
+    Args:
+        baseline: where that is.
+        threshold: ratio that is still allowed.
+        changes: of all numbers that both have.
+        missing: numbers that only the earlier one has.
+    """
+
+    baseline: str
+    threshold: float
+    changes: tuple[Change, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def worse(self) -> list[Change]:
+        return [change for change in self.changes if change.worse]
+
+
 @dataclass
 class ModelBench:
     """A run of `moeify bench`.
@@ -197,6 +239,7 @@ class ModelBench:
         quality, speed, verdicts: rows.
         experts: by model name.
         ceilings: of this machine in this run, with `--roofline`.
+        regressions: against an earlier run, with `--baseline`.
     """
 
     date: str
@@ -211,3 +254,4 @@ class ModelBench:
     verdicts: list[Verdict] = field(default_factory=list)
     experts: dict[str, list[LayerExperts]] = field(default_factory=dict)
     ceilings: Ceilings | None = None
+    regressions: Regressions | None = None

@@ -15,11 +15,12 @@ DETAILS = ("TFLOP/s", "GB/s", "launch us", "first use s", "peak MB", "saved B/to
 
 @dataclass(frozen=True)
 class Grid:
-    """Cells of one table: the first column is text, the others are numbers."""
+    """Cells of one table; the columns named in `words` are text, the others are numbers."""
 
     title: str
     columns: tuple[str, ...]
     lines: tuple[tuple[str, ...], ...]
+    words: tuple[str, ...] = ("case",)
 
 
 def grids(result: LayerBench) -> list[Grid]:
