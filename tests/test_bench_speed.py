@@ -157,15 +157,34 @@ def test_copies_that_do_not_fit_are_not_made(models: dict[str, Any], monkeypatch
     assert refused == {("prefill", 1): True, ("prefill", 3): True, ("decode", 1): False, ("decode", 3): False}
 
 
-def test_a_slow_implementation_is_left_out_and_the_fastest_never(models: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("seconds", "left_out"),
+    [
+        # Dense, eager, grouped_mm, static.
+        ((60.0, 50.0, 20.0, 40.0), [1]),
+        ((60.0, 20.0, 50.0, 40.0), [2]),
+        ((60.0, 35.0, 20.0, 40.0), []),
+        ((60.0, 9.0, 2.0, 40.0), []),
+    ],
+)
+def test_a_slow_implementation_is_left_out_and_the_fastest_never(
+    seconds: tuple[float, ...], left_out: list[int], models: dict[str, Any]
+) -> None:
     found = taking_part(models, ("eager", "grouped_mm"))
-    passes = [speed_module._Pass(list, torch.zeros(1), seconds=seconds) for seconds in (60.0, 30.0, 20.0, 40.0)]
-    speed_module._leave_out_slow(found, passes, 10.0)
-    assert [who.implementation for who in found] == ["dense", "eager", "grouped_mm", "dense"]
-    assert [one.reason for one in passes] == ["", "a pass took 30 s, with another implementation 20 s", "", ""]
-    passes = [speed_module._Pass(list, torch.zeros(1), seconds=seconds) for seconds in (60.0, 9.0, 2.0, 40.0)]
-    speed_module._leave_out_slow(found, passes, 10.0)
-    assert not any(one.reason for one in passes)
+    passes = [speed_module._Pass(list, torch.zeros(1), seconds=one) for one in seconds]
+    assert speed_module._leave_out_slow(found, passes, 10.0) == [found[number] for number in left_out]
+    assert [bool(one.reason) for one in passes] == [number in left_out for number in range(4)]
+
+
+def test_what_was_slow_at_few_tokens_is_not_tried_at_more(
+    models: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed_module, "_leave_out_slow", lambda found, *_: found[1:2])
+    rows = measured(taking_part(models, ("eager", "grouped_mm")))
+    reasons = {(row.phase, row.batch): row.reason for row in rows if row.implementation == "eager"}
+    assert [bool(reasons[phase, batch]) for phase in ("prefill", "decode") for batch in (1, 3)] == [0, 1, 0, 1]
+    assert all("at fewer tokens" in reason for reason in reasons.values() if reason)
+    assert not any(row.reason for row in rows if row.implementation != "eager")
 
 
 def test_our_kernels_are_listed_only_where_they_run(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Who takes part in a speed measurement: each model on each experts implementation that really runs here."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +67,6 @@ def contenders(
 
 def our_reason(model: Any) -> str | None:
     """Why moeify's kernels do not run the experts of this model where it is; None if they do."""
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        return "times of Triton's interpreter say nothing"
     for module in experts_modules(model).values():
         weights = first_projection(module)
         reason = unsupported(module, weights.new_zeros(1, weights.shape[-1]))

@@ -30,10 +30,11 @@ from moeify.benchmark.timing import Samples, Timer, first_line, release_memory, 
 from moeify.options import Track, untracked
 from moeify.resampling import draws, interval
 
-# An implementation whose pass takes so many times the seconds of a row, and so long, is left out, unless it is its
-# model's fastest.
+# An implementation is left out if a pass of it takes so many times the seconds of a row, so long, and so many times as
+# long as with the model's fastest one; at more tokens it is not tried again.
 SLOW_FACTOR = 5.0
 SLOWEST_SECONDS = 3.0
+BEHIND_FACTOR = 2.0
 
 
 @dataclass
@@ -74,12 +75,21 @@ def measure_speed(
         track: wraps the loop over regimes.
     """
     rows: list[Speed] = []
+    slow: set[tuple[str, str, Phase]] = set()
+    # From few tokens to many.
+    regimes = sorted(regimes, key=lambda regime: regime[0] * regime[1])
     for batch, prompt in track(regimes, "speed", len(regimes)):
         ids_BP = prompts(text_T, batch, prompt).to(timer.device)
         caches: dict[str, Any] = {}
         for phase in get_args(Phase):
-            passes = [_prepare(contender, phase, ids_BP, caches, timer) for contender in found]
-            _leave_out_slow(found, passes, max(SLOWEST_SECONDS, SLOW_FACTOR * seconds))
+            passes = [
+                _Pass(release_memory, ids_BP, reason="it was left out at fewer tokens, where it was slow")
+                if (who.name, who.implementation, phase) in slow
+                else _prepare(who, phase, ids_BP, caches, timer)
+                for who in found
+            ]
+            for who in _leave_out_slow(found, passes, max(SLOWEST_SECONDS, SLOW_FACTOR * seconds)):
+                slow.add((who.name, who.implementation, phase))
             ready = {str(number): one for number, one in enumerate(passes) if not one.reason}
             samples = take_turns(
                 {key: partial(_sample, found[int(key)], one, timer) for key, one in ready.items()}, seconds=seconds
@@ -154,15 +164,19 @@ def _decode(model: Any, ids_B1: Tensor, cache: Any) -> Any:
     return model(ids_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def _leave_out_slow(found: Sequence[Contender], passes: Sequence[_Pass], limit: float) -> None:
-    """Every model keeps its fastest implementation, however slow that is."""
+def _leave_out_slow(found: Sequence[Contender], passes: Sequence[_Pass], limit: float) -> list[Contender]:
+    """Who is left out; every model keeps its fastest implementation, however slow that is."""
     fastest: dict[str, float] = {}
-    ran = [(who.name, one) for who, one in zip(found, passes, strict=True) if not one.reason]
-    for name, one in ran:
-        fastest[name] = min(one.seconds, fastest.get(name, one.seconds))
-    for name, one in ran:
-        if one.seconds > max(limit, fastest[name]):
-            one.reason = f"a pass took {one.seconds:.2g} s, with another implementation {fastest[name]:.2g} s"
+    ran = [(who, one) for who, one in zip(found, passes, strict=True) if not one.reason]
+    for who, one in ran:
+        fastest[who.name] = min(one.seconds, fastest.get(who.name, one.seconds))
+    left_out = []
+    for who, one in ran:
+        best = fastest[who.name]
+        if one.seconds > max(limit, BEHIND_FACTOR * best):
+            one.reason = f"a pass took {one.seconds:.2g} s, with another implementation {best:.2g} s"
+            left_out.append(who)
+    return left_out
 
 
 def _sample(who: Contender, one: _Pass, timer: Timer) -> float:

@@ -123,8 +123,9 @@ def _bench_models(
     renderer.result("bench", result, *model_bench_tables(result), next_step=step)
     worse = result.regressions.worse if result.regressions else []
     if worse:
+        count = "1 number is" if len(worse) == 1 else f"{len(worse)} numbers are"
         raise CheckError(
-            f"{len(worse)} numbers are worse than in {baseline}, the first: {worse[0].what} of {worse[0].row} is "
+            f"{count} worse than in {baseline}, the first: {worse[0].what} of {worse[0].row} is "
             f"{worse[0].ratio:.2f} times what it was",
             f"--threshold allows {threshold:g}",
         )
