@@ -10,7 +10,8 @@ finetune_controls: [static]                  # controls that are trained in the 
 verify: true
 compare: {budgets: [0.5]}                    # published methods beside ours, as `moeify compare` measures them
 eval: {data: [builtin-heldout]}
-gates: {max_ratio: 1.5, beats: [static]}
+bench: {batch: [1]}                          # the options of `moeify bench`: beside dense and the static controls
+gates: {max_ratio: 1.5, beats: [static], max_decode_time: 1.0}
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from moeify.benchmark.inputs import BenchOptions
+from moeify.benchmark.model_results import Phase
 from moeify.errors import InputError, UsageError
 from moeify.listing import recipe_folders
 from moeify.options import SplitOptions
@@ -67,11 +70,21 @@ class Gates(Strict):
         max_ratio: the main split over dense at most.
         beats: controls whose perplexity the main split must stay under.
         max_logit_difference: of `verify`.
+        max_decode_time, max_prefill_time: of the main split over dense at most, on its fastest implementation at every
+            batch and prompt that `bench` measures; a time fails if its whole interval lies above.
     """
 
     max_ratio: float | None = Field(default=None, gt=0)
     beats: tuple[str, ...] = ()
     max_logit_difference: float | None = Field(default=None, gt=0)
+    max_decode_time: float | None = Field(default=None, gt=0)
+    max_prefill_time: float | None = Field(default=None, gt=0)
+
+    @property
+    def max_times(self) -> dict[Phase, float]:
+        """Of the phases that have a limit."""
+        limits: dict[Phase, float | None] = {"decode": self.max_decode_time, "prefill": self.max_prefill_time}
+        return {phase: limit for phase, limit in limits.items() if limit is not None}
 
 
 class Recipe(Strict):
@@ -87,6 +100,7 @@ class Recipe(Strict):
     verify: bool = True
     compare: CompareSection | None = None
     eval: EvalSection | None = None
+    bench: BenchOptions | None = None
     gates: Gates = Gates()
 
 
@@ -129,6 +143,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UsageError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from error
     if recipe.eval is None and (recipe.gates.beats or recipe.gates.max_ratio is not None):
         raise UsageError(f"{path}: gates on perplexity need an eval section")
+    if recipe.gates.max_times and (recipe.bench is None or "speed" in recipe.bench.skip):
+        raise UsageError(f"{path}: gates on times need a bench section that measures speed")
     if recipe.gates.max_logit_difference is not None and not recipe.verify:
         raise UsageError(f"{path}: gates.max_logit_difference needs verify: true")
     for key, names in (("gates.beats", recipe.gates.beats), ("finetune_controls", recipe.finetune_controls)):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,10 +10,15 @@ from typing import Any
 
 import yaml
 
+from moeify.bench import bench
+from moeify.benchmark import model_file
+from moeify.benchmark.inputs import BenchOptions
+from moeify.benchmark.model_results import ModelBench
 from moeify.checkpoint import open_dense
 from moeify.compare import compare
 from moeify.evaluate import EvalResult, evaluate
 from moeify.finetune import finetune
+from moeify.gates import Gate, check_quality, check_times, judged
 from moeify.options import SplitOptions, Track, untracked
 from moeify.prepare import Preview, preview
 from moeify.recipe import MAIN, TRAINED, Recipe, control_options
@@ -20,16 +26,6 @@ from moeify.split import split
 from moeify.training.options import FinetuneOptions
 from moeify.verify import TOLERANCE, VerifyReport, verify
 from moeify.version import __version__
-
-
-@dataclass(frozen=True)
-class Gate:
-    """One gate and how it came out."""
-
-    name: str
-    found: str
-    limit: str
-    passed: bool
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,9 @@ def run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunResult:
         names = [*splits, *(name + TRAINED for name in trained)]
         models = [recipe.model, *(str(out / name) for name in names)]
         evals = tuple(evaluate(models, **recipe.eval.model_dump(), track=track))
-    result = RunResult(out, tuple(skipped), report, evals, _gates(recipe, report, evals))
+    measured = _bench(recipe, source, splits, skipped, track) if recipe.bench else None
+    gates = (*check_quality(recipe, report, evals), *check_times(recipe, measured))
+    result = RunResult(out, tuple(skipped), report, evals, gates)
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     (out / "run.json").write_text(
         json.dumps({"schema": "moeify.run/1", **asdict(result)}, indent=1, default=str) + "\n"
@@ -129,6 +127,36 @@ def _compare(recipe: Recipe, track: Track[Any]) -> None:
     )
 
 
+def _bench(
+    recipe: Recipe, source: str, splits: Mapping[str, SplitOptions], skipped: list[str], track: Track[Any]
+) -> ModelBench:
+    """The main split beside the dense model and its pruned controls, unless that was measured with the same inputs."""
+    assert recipe.bench is not None
+    controls = [name for name, options in splits.items() if options.static]
+    main, *others = (judged(recipe, name) for name in (MAIN, *controls))
+    records = [(Path(folder) / "moeify.json").read_text() for folder in (main, *others)]
+    key, marker = (
+        _key(source + "".join(records), recipe.bench, recipe.bench.data),
+        recipe.out / f"{model_file.FILE}.done",
+    )
+    if (recipe.out / model_file.FILE).is_file() and marker.is_file() and marker.read_text() == key:
+        skipped.append("bench")
+        return model_file.load(recipe.out)
+    marker.unlink(missing_ok=True)
+    words = ["moeify", "bench", main, *(word for model in (recipe.model, *others) for word in ("--against", model))]
+    found = bench(
+        [main],
+        [recipe.model, *others],
+        recipe.bench,
+        out=recipe.out,
+        overwrite=True,
+        command=shlex.join(words),
+        track=track,
+    )
+    marker.write_text(key)
+    return found
+
+
 def preview_run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunPreview:
     """Settle what the run would do and cost, as far as that is known before it; reads headers, writes nothing.
 
@@ -141,7 +169,7 @@ def preview_run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunPreview:
     previews = {name: preview(recipe.model, options, track=track) for name, options in splits.items()}
     trained = (MAIN, *recipe.finetune_controls) if recipe.finetune else ()
     further = [name + TRAINED for name in trained]
-    further += [name for name in ("compare", "verify", "eval") if getattr(recipe, name)]
+    further += [name for name in ("compare", "verify", "eval", "bench") if getattr(recipe, name)]
     return RunPreview(recipe.out, previews, tuple(finished), tuple(further))
 
 
@@ -151,32 +179,7 @@ def _splits(recipe: Recipe) -> dict[str, SplitOptions]:
     return {MAIN: recipe.split, **controls}
 
 
-def _judged(recipe: Recipe, name: str) -> str:
-    """The folder that gates look at."""
-    trained = recipe.finetune is not None and name in (MAIN, *recipe.finetune_controls)
-    return str(recipe.out / (name + TRAINED if trained else name))
-
-
-def _gates(recipe: Recipe, report: VerifyReport | None, evals: Sequence[EvalResult]) -> tuple[Gate, ...]:
-    perplexity = {(result.model, result.data): result.perplexity for result in evals}
-    main = _judged(recipe, MAIN)
-    gates = []
-    if report is not None:
-        failed = [check.name for check in report.checks if not check.passed]
-        gates.append(Gate("verify", ", ".join(failed) or "all checks hold", "all checks hold", report.passed))
-    for data in recipe.eval.data if recipe.eval else ():
-        found = perplexity[main, data]
-        if recipe.gates.max_ratio is not None:
-            ratio = found / perplexity[recipe.model, data]
-            limit = recipe.gates.max_ratio
-            gates.append(Gate(f"perplexity / dense on {data}", f"{ratio:.3f}", f"<= {limit:g}", ratio <= limit))
-        for name in recipe.gates.beats:
-            other = perplexity[_judged(recipe, name), data]
-            gates.append(Gate(f"perplexity under {name} on {data}", f"{found:.3f}", f"< {other:.3f}", found < other))
-    return tuple(gates)
-
-
-def _key(source: str, options: SplitOptions | FinetuneOptions, texts: Sequence[str]) -> str:
+def _key(source: str, options: SplitOptions | FinetuneOptions | BenchOptions, texts: Sequence[str]) -> str:
     """Hash of everything a stage depends on: model, options, the texts' contents, moeify itself."""
     digest = hashlib.sha256(json.dumps([source, asdict(options), __version__], sort_keys=True).encode())
     for path in map(Path, texts):

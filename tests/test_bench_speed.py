@@ -13,7 +13,7 @@ from moeify.benchmark import contenders as contenders_module
 from moeify.benchmark import speed as speed_module
 from moeify.benchmark.anatomy import anatomy
 from moeify.benchmark.ceilings import Ceilings
-from moeify.benchmark.contenders import Contender, contenders, our_reason
+from moeify.benchmark.contenders import Contender, contenders
 from moeify.benchmark.memory import measure_memory
 from moeify.benchmark.model_results import Model, Part, Speed
 from moeify.benchmark.routing import ExpertsHit, watching
@@ -188,15 +188,12 @@ def test_what_was_slow_at_few_tokens_is_not_tried_at_more(
 
 
 def test_our_kernels_are_listed_only_where_they_run(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(contenders_module, "unsupported", lambda *_: "not here")
     assert "moeify" not in {who.implementation for who in taking_part(models, ())}
     reasons = {row.implementation: row.reason for row in measured(taking_part(models, ("moeify", "eager")))}
     assert reasons == {"dense": "", "moeify": "not here", "eager": ""}
     monkeypatch.setattr(contenders_module, "unsupported", lambda *_: None)
     assert "moeify" in {who.implementation for who in taking_part(models, ())}
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert our_reason(models["moe"]) == "times of Triton's interpreter say nothing"
     with pytest.raises(UsageError, match="fastest"):
         taking_part(models, ("fastest",))
 

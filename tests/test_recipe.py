@@ -396,6 +396,31 @@ def test_methods_are_compared_in_a_run(write: Write, text: Path, tmp_path: Path)
     assert found["calibration"]["num_tokens"] == 1024
 
 
+def test_a_run_is_benchmarked_once(write: Write, text: Path, tmp_path: Path) -> None:
+    section = {"data": [str(text)], "tokens": 128, "prompt": [8], "batch": [1], "seconds_per_row": 0.01}
+    section["skip"] = ["memory", "experts"]
+    controls = {"static": {"static": True}, "random": {"partition": "random"}}
+    never = {"max_decode_time": 1e-9, "max_prefill_time": 1e9}
+    path = write(bench=section, controls=controls, verify=False, gates=never)
+    first, second = run(load_recipe(path)), run(load_recipe(path))
+    assert "bench" not in first.skipped
+    assert "bench" in second.skipped
+    assert first.gates == second.gates
+    assert [(gate.name, gate.passed) for gate in first.gates] == [
+        ("prefill time / dense at 1 x 8", True),
+        ("decode time / dense at 1 x 8", False),
+    ]
+    found = json.loads((tmp_path / "runs" / "bench.json").read_text())
+    assert [model["name"] for model in found["models"]] == ["dense", "moe", "static"]
+    assert "bench" not in run(load_recipe(path, ["bench.tokens=192"])).skipped
+
+
+def test_gates_on_times_want_times(write: Write) -> None:
+    for bench in (None, {"skip": ["speed"]}):
+        with pytest.raises(UsageError, match="gates on times need a bench section"):
+            load_recipe(write(bench=bench, gates={"max_decode_time": 1.0}))
+
+
 def test_a_dry_run_settles_everything_and_writes_nothing(
     write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

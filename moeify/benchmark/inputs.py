@@ -55,6 +55,9 @@ class BenchOptions:
     roofline: bool = False
     skip: tuple[str, ...] = ()
 
+    # For pydantic, which validates this class inside a recipe.
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
     def __post_init__(self) -> None:
         if min((*self.batch, *self.prompt, self.tokens), default=1) < 1 or not self.batch:
             raise UsageError(

@@ -28,7 +28,8 @@ def run_recipe_command(
         renderer.result("run-preview", planned, run_preview_table(planned), next_step="the same without --dry-run")
         return
     result = run(loaded, track=renderer.track)
-    renderer.result("run", {"passed": result.passed, **vars(result)}, *run_tables(result))
+    step = f"moeify report {result.out}" if loaded.bench else ""
+    renderer.result("run", {"passed": result.passed, **vars(result)}, *run_tables(result), next_step=step)
     if not result.passed:
         failed = [gate.name for gate in result.gates if not gate.passed]
         raise CheckError(f"gates failed: {', '.join(failed)}", f"see {result.out / 'run.json'}")
