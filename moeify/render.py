@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from moeify.errors import MoeifyError
-from moeify.tables import duration
+from moeify.tables.words import duration
 
 # A loop shows its bar once it has taken this long.
 PATIENCE_S = 2.0

@@ -21,7 +21,7 @@ from moeify.errors import InputError, UsageError
 from moeify.options import SplitOptions
 from moeify.prepare import prepare
 from moeify.split import split
-from moeify.tables import compare_tables
+from moeify.tables.compare import compare_tables
 from moeify.text import evaluation_tokens
 from moeify.trial import Trials
 

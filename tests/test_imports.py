@@ -125,7 +125,10 @@ def test_nothing_but_the_command_line_and_the_renderer_knows_them() -> None:
         "moeify.render": {"moeify.tables"},
     }
     for name, path in FILES.items():
+        if name.startswith("moeify.tables"):
+            continue
         found, command = imports_of(path, everywhere=True), name.startswith("moeify.commands.")
+        found |= {"moeify.tables" for module in found if module.startswith("moeify.tables.")}
         assert shown & found <= (shown - {"moeify.cli"} if command else allowed.get(name, set())), name
         assert name == "moeify.cli" or not any(module.startswith("moeify.commands.") for module in found), name
 

@@ -23,7 +23,8 @@ from moeify.plan import load_plan
 from moeify.prepare import prepare, preview
 from moeify.search import FRONTIER, SHARES, SearchResult, search, under_budget
 from moeify.split import split
-from moeify.tables import LAYER_COLUMNS, layers_table, search_tables
+from moeify.tables.search import search_tables
+from moeify.tables.split import LAYER_COLUMNS, layers_table
 from moeify.verify import verify
 
 # The package binds some names of modules to functions.

@@ -103,7 +103,7 @@ def _bench_models(
     from moeify.bench import bench
     from moeify.benchmark.inputs import BenchOptions
     from moeify.render import renderer_for
-    from moeify.tables import model_bench_tables
+    from moeify.tables.bench import model_bench_tables
 
     renderer = renderer_for(*shown)
     baseline, threshold = gate
@@ -136,7 +136,7 @@ def _bench_layer(
 ) -> None:
     from moeify.layer_bench import ask, layer_bench
     from moeify.render import renderer_for
-    from moeify.tables import layer_bench_tables
+    from moeify.tables.bench import layer_bench_tables
 
     renderer = renderer_for(*shown)
     result = layer_bench(ask(*asked), peers=_parts(peers), command=_command(), track=renderer.track, **both)

@@ -39,7 +39,7 @@ def compare_command(
     from moeify.compare import compare
     from moeify.frontier import searched_rows
     from moeify.render import renderer_for
-    from moeify.tables import compare_tables
+    from moeify.tables.compare import compare_tables
 
     renderer = renderer_for(json, quiet, verbose)
     result = compare(

@@ -19,7 +19,7 @@ def eval_command(
     """Measure perplexity and speed of one or several models on the same text."""
     from moeify.evaluate import evaluate
     from moeify.render import renderer_for
-    from moeify.tables import eval_table
+    from moeify.tables.eval import eval_table
 
     renderer = renderer_for(json, quiet, verbose)
     results = evaluate(

@@ -84,7 +84,7 @@ def finetune_command(
     alone = int(os.environ.get("RANK", "0")) == 0
     from moeify.finetune import finetune
     from moeify.render import renderer_for
-    from moeify.tables import finetune_table
+    from moeify.tables.finetune import finetune_table
 
     renderer = renderer_for(json and alone, quiet or not alone, verbose)
     where = out or Path(f"{Path(moe).name}-finetuned")

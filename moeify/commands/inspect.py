@@ -21,7 +21,7 @@ def inspect_command(
     """Say what a model is, how it can be split, which targets hold it, and what that takes."""
     from moeify.inspect import inspect
     from moeify.render import renderer_for
-    from moeify.tables import inspect_tables
+    from moeify.tables.inspect import inspect_tables
 
     renderer = renderer_for(json, quiet, verbose)
     found = inspect(model, experts=experts, track=renderer.track)

@@ -13,7 +13,7 @@ def list_command(
     """List families, targets, partitions, routers, strategies or recipes."""
     from moeify.listing import listing
     from moeify.render import renderer_for
-    from moeify.tables import list_table
+    from moeify.tables.ls import list_table
 
     renderer = renderer_for(json, quiet, verbose, loads_models=False)
     found = listing(kind)

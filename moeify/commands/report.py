@@ -14,7 +14,7 @@ def report_command(
     """Write one HTML page that says what was lost and gained by turning a dense model into a mixture of experts."""
     from moeify.render import renderer_for
     from moeify.report import report
-    from moeify.tables import report_tables
+    from moeify.tables.report import report_tables
 
     renderer = renderer_for(json, quiet, verbose, loads_models=False)
     result = report(run_dir, out)

@@ -18,7 +18,7 @@ def run_recipe_command(
     from moeify.recipe import find_recipe, load_recipe
     from moeify.render import renderer_for
     from moeify.stages import preview_run, run
-    from moeify.tables import run_preview_table, run_tables
+    from moeify.tables.run import run_preview_table, run_tables
 
     renderer = renderer_for(json, quiet, verbose)
     overrides = [*set_, *([f"out={out}"] if out else [])]

@@ -41,7 +41,7 @@ def search_command(
     from moeify.frontier import check_drawable, write_frontier
     from moeify.render import renderer_for
     from moeify.search import search
-    from moeify.tables import search_tables
+    from moeify.tables.search import search_tables
 
     renderer = renderer_for(json, quiet, verbose)
     if out is not None:

@@ -67,7 +67,7 @@ def split_command(
     from moeify.prepare import preview
     from moeify.render import renderer_for
     from moeify.split import split
-    from moeify.tables import layers_table, preview_table, split_table
+    from moeify.tables.split import layers_table, preview_table, split_table
 
     renderer = renderer_for(json, quiet, verbose)
     if dry_run:

@@ -15,7 +15,7 @@ def tune_command(
 ) -> None:
     """Find the fastest kernel launches for a model's experts on this GPU, and keep them."""
     from moeify.render import renderer_for
-    from moeify.tables import tune_table
+    from moeify.tables.tune import tune_table
     from moeify.tune import tune_model
 
     renderer = renderer_for(json, quiet, verbose)

@@ -15,7 +15,7 @@ def verify_command(
 ) -> None:
     """Prove that a checkpoint is the dense model, cut: every key, every neuron, and with all experts on every logit."""
     from moeify.render import renderer_for
-    from moeify.tables import verify_table
+    from moeify.tables.verify import verify_table
     from moeify.verify import verify
 
     renderer = renderer_for(json, quiet, verbose)

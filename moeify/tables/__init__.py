@@ -1,0 +1,1 @@
+"""What the commands show: one command a file, its functions give tables and print nothing."""
