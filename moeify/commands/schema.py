@@ -5,9 +5,12 @@ from moeify import cli_options as option
 
 def schema_command(
     name: option.SchemaName,
+    json: option.Json = False,  # noqa: ARG001
+    quiet: option.Quiet = False,  # noqa: ARG001
+    verbose: option.Verbose = False,  # noqa: ARG001
     debug: option.Debug = False,  # noqa: ARG001
 ) -> None:
-    """Print the JSON Schema of what a command prints with --json."""
+    """Print the JSON Schema of what a command prints with --json; itself always JSON."""
     from moeify.render import Renderer
     from moeify.schemas import json_schema
 

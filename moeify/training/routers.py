@@ -61,7 +61,8 @@ class RouterWatch:
 
     def _note_router(self, _: Any, __: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         if self._watching:
-            self.routed.append((output[0], output[2]))
+            logits_TR, _, chosen_TK = output if _logits_first(output) else output[::-1]
+            self.routed.append((logits_TR, chosen_TK))
 
     def _layer_hook(self, number: int) -> Any:
         def note(_: Any, __: Any, output: Any) -> None:
@@ -102,7 +103,9 @@ class Explorer:
             return (self._disturbed(number, arguments[0]),) if module.training and self.noise else None
 
         def widen(module: nn.Module, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> Any:
-            return _widened(*output) if module.training else None
+            if not module.training:
+                return None
+            return _widened(*output) if _logits_first(output) else _widened(*output[::-1])[::-1]
 
         return [router.register_forward_pre_hook(disturb), router.register_forward_hook(widen)]
 
@@ -116,6 +119,11 @@ class Explorer:
             )
         size_BT1 = rows_BTD.detach().float().square().mean(dim=-1, keepdim=True).sqrt()
         return (rows_BTD + (self.noise * size_BT1 * torch.stack(noise)).to(inputs.dtype)).view_as(inputs)
+
+
+def _logits_first(output: tuple[Tensor, Tensor, Tensor]) -> bool:
+    """Routers return (logits_TR, weights_TK, chosen_TK); granitemoeshared's of transformers 5.17 the other way round."""
+    return output[0].is_floating_point()
 
 
 def _widened(logits_TR: Tensor, weights_TK: Tensor, chosen_TK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
