@@ -15,7 +15,7 @@ Shapes: see the package.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,18 @@ MAX_WASTE = 3
 FEW_TOKENS = 32
 # Copied tokens that are worked on at once; they should stay in the cache.
 GROUP_BYTES = 1 << 22
+
+
+class _Call(NamedTuple):
+    """What `moe_ffn_cpu` was asked."""
+
+    inputs_TD: Tensor
+    up_EPD: Tensor
+    down_EDF: Tensor
+    experts_TK: Tensor
+    weights_TK: Tensor
+    activation: str
+    gated: bool
 
 
 def moe_ffn_cpu(
@@ -64,16 +76,15 @@ def moe_ffn_cpu(
     training = torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (inputs_TD, up_EPD, down_EDF, weights_TK)
     )
-    weights_TK = weights_TK.to(inputs_TD.dtype)
+    call = _Call(inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK.to(inputs_TD.dtype), activation, gated)
     all_pays = num_experts <= MAX_WASTE * num_ranks
     if num_tokens == 1 and not training and not (all_pays and width < MIN_WIDTH[size]):
-        return _one_token(inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, activation, gated)
+        return _one_token(call)
     if all_pays and num_tokens * num_ranks * width < MIN_WORK[size] * num_experts:
-        return _all_experts(inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, activation, gated)
-    tensors = (inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK)
+        return _all_experts(call)
     if not training:
-        return _one_by_one(*tensors, activation, gated, None)
-    out_TD: Tensor = _OneByOne.apply(*tensors, activation, gated)  # type: ignore[no-untyped-call]
+        return _one_by_one(call)
+    out_TD: Tensor = _OneByOne.apply(*call)  # type: ignore[no-untyped-call]
     return out_TD
 
 
@@ -85,16 +96,9 @@ def _activated(pre_SP: Tensor, activation: str, gated: bool) -> Tensor:
     return ACTIVATIONS[activation](gate_SF) * up_SF
 
 
-def _one_token(
-    inputs_1D: Tensor,
-    up_EPD: Tensor,
-    down_EDF: Tensor,
-    experts_1K: Tensor,
-    weights_1K: Tensor,
-    activation: str,
-    gated: bool,
-) -> Tensor:
+def _one_token(call: _Call) -> Tensor:
     """Products of matrix and vector, of the chosen experts alone: their weights are read once, and no others."""
+    inputs_1D, up_EPD, down_EDF, experts_1K, weights_1K, activation, gated = call
     chosen = [(rank, expert) for rank, expert in enumerate(experts_1K[0].tolist()) if expert < len(up_EPD)]
     pre_KP = inputs_1D.new_zeros(experts_1K.shape[1], up_EPD.shape[1])
     for rank, expert in chosen:
@@ -106,16 +110,9 @@ def _one_token(
     return out_D[None]
 
 
-def _all_experts(
-    inputs_TD: Tensor,
-    up_EPD: Tensor,
-    down_EDF: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    activation: str,
-    gated: bool,
-) -> Tensor:
+def _all_experts(call: _Call) -> Tensor:
     """All experts for all tokens. Tokens come last, so that whatever is done to activations runs through memory."""
+    inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, activation, gated = call
     num_experts, dim, width = down_EDF.shape
     # Ids past the last expert fall into a column that is left out.
     chosen_TK = experts_TK.clamp(max=num_experts)
@@ -171,17 +168,9 @@ def _outer(left_NX: Tensor, right_NY: Tensor, experts: list[int], sizes: list[in
         torch.mm(some_NX.T, some_NY, out=out[expert])
 
 
-def _one_by_one(
-    inputs_TD: Tensor,
-    up_EPD: Tensor,
-    down_EDF: Tensor,
-    experts_TK: Tensor,
-    weights_TK: Tensor,
-    activation: str,
-    gated: bool,
-    keep_SP: Tensor | None,
-) -> Tensor:
+def _one_by_one(call: _Call, keep_SP: Tensor | None = None) -> Tensor:
     """The tokens of one expert after the other; pre-activations go to `keep_SP`, sorted by expert, if it is there."""
+    inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, activation, gated = call
     slots = _Sorted(experts_TK, len(up_EPD), inputs_TD[:1].nbytes)
     weights_S = weights_TK.flatten()
     # Halves would be rounded at every expert.
@@ -203,11 +192,11 @@ class _OneByOne(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, ctx.activation, ctx.gated = arguments
-        inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK = tensors
-        pre_SP = inputs_TD.new_empty(experts_TK.numel(), up_EPD.shape[1])
-        ctx.save_for_backward(*tensors, pre_SP)
-        return _one_by_one(inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, ctx.activation, ctx.gated, pre_SP)
+        call = _Call(*arguments)
+        pre_SP = call.inputs_TD.new_empty(call.experts_TK.numel(), call.up_EPD.shape[1])
+        ctx.save_for_backward(*call[:5], pre_SP)
+        ctx.activation, ctx.gated = call.activation, call.gated
+        return _one_by_one(call, pre_SP)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -122,7 +122,7 @@ class Explorer:
 
 
 def _logits_first(output: tuple[Tensor, Tensor, Tensor]) -> bool:
-    """Routers return (logits_TR, weights_TK, chosen_TK); granitemoeshared's of transformers 5.17 the other way round."""
+    """Routers return (logits_TR, weights_TK, chosen_TK), that of granitemoeshared in transformers 5.17 in reverse."""
     return output[0].is_floating_point()
 
 
