@@ -68,5 +68,5 @@ def test_tree_equals_the_disk() -> None:
 def test_it_is_short_and_speaks_for_itself() -> None:
     (tree,) = (block for block in blocks("text") if "pyproject.toml" in block)
     # The tree grows with the code.
-    assert len(README.splitlines()) - len(tree.splitlines()) < 220
+    assert len(README.splitlines()) - len(tree.splitlines()) < 280
     assert "@@" not in README

@@ -7,13 +7,17 @@ from moeify.benchmark.model_results import PARTS, Model, ModelBench, Speed, Verd
 from moeify.benchmark.table import Grid
 
 DENSE = "dense"
+# So many models stand beside the dense one in a table of sizes: more do not fit a terminal.
+BESIDE = 2
 # Columns that are no numbers.
 WORDS = ("size", "model", "text", "on", "row", "what", "")
 
 
 def grids(result: ModelBench) -> list[Grid]:
     """In the order in which they are shown; those without lines are left out."""
-    found = [_compression(result.models), *_quality(result), *_speed(result), _experts(result), _changes(result)]
+    dense, *others = result.models
+    sizes = [_compression([dense, *others[first : first + BESIDE]]) for first in range(0, len(others), BESIDE)]
+    found = [*sizes, *_quality(result), *_speed(result), _experts(result), _changes(result)]
     return [grid for grid in found if grid.lines]
 
 

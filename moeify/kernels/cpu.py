@@ -2,14 +2,19 @@
 
 transformers' own implementations copy each token once for each of its experts, which costs more than it saves where
 experts are narrow, or copy the weights of all chosen experts. Time over that of a dense FFN of 1,536 neurons, hidden
-size 576, of which 3 of 7 or 12 of 28 equal experts run (float32, 2 threads of an Intel Xeon with AMX, PyTorch 2.13,
-transformers 5.23, 2026-11-22; medians, in turns):
+size 576, cut into 8 slices of which one is shared and 3 of 7 run, or 32, of which 4 are shared and 12 of 28 run:
 
-    tokens                          1      32     512    2048
-    3 of 7, ours                  0.50    0.91    0.55    0.48
-    3 of 7, grouped_mm            0.92    1.03    0.71    0.72
-    12 of 28, ours                0.85    1.03    0.83    0.79
-    12 of 28, grouped_mm          1.23    1.31    2.57    2.47
+    tokens                     1      8     32    512   2048
+    8 slices, ours          0.88   1.19   1.20   0.72   0.47
+    8 slices, grouped_mm    1.58   1.49   1.33   0.88   0.87
+    8 slices, eager         1.70   2.03   1.82   0.87   0.61
+    32 slices, ours         1.20   1.19   1.29   1.18   0.87
+    32 slices, grouped_mm   1.90   1.97   2.03   2.78   3.06
+    32 slices, eager        3.66   5.16   4.18   1.86   1.37
+
+(float32, 2 cores of an Intel Xeon, PyTorch 2.13, transformers 5.23, 2026-11-22: python -m moeify.layer_bench --cases
+576x1536-8/1+3,576x1536-32/4+12 --tokens 1,8,32,512,2048 --routings uniform --device cpu). From 8 to 32 tokens all
+experts are hit, so that nothing can be saved.
 
 Shapes: see the package.
 """
