@@ -14,6 +14,12 @@ from moeify.reporting.words import count, factor, number, percent
 DRAWN_UP_TO = 2.0
 DRAWN_AT_LEAST = 3.0
 SHAPES: dict[str, Shape] = {"dense": "square", "moe": "circle", "static": "diamond"}
+# Models of one kind have one colour; where there are several, these tell their lines apart, in turn.
+FURTHER_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "dense": ("square",),
+    "moe": ("circle", "diamond", "dot"),
+    "static": ("diamond", "circle", "dot"),
+}
 MILLION = 1e6
 
 
@@ -132,7 +138,9 @@ def _speed_plot(bench: ModelBench, phase: str, prompt: int, rows: Sequence[Speed
         fastest = _fastest(model, rows)
         if not fastest:
             continue
-        lines.append(Series(model.name, model.kind, tuple(map(_speed_point, fastest)), SHAPES[model.kind]))
+        shapes = FURTHER_SHAPES[model.kind]
+        shape = shapes[sum(one.style == model.kind for one in lines) % len(shapes)]
+        lines.append(Series(model.name, model.kind, tuple(map(_speed_point, fastest)), shape))
         bounds = tuple(
             Point(row.batch, row.time_over_floor / (row.time_over_dense or 1.0), f"{model.name}, batch {row.batch}")
             for row in fastest

@@ -16,7 +16,7 @@ LINE_HEIGHT, LETTER_WIDTH = 14, 6.2
 OFFSETS = tuple(sorted(range(-60, 62, 2), key=abs))
 
 Scale = Literal["linear", "log"]
-Shape = Literal["circle", "square", "diamond", "triangle", "dot"]
+Shape = Literal["circle", "square", "diamond", "dot"]
 
 
 @dataclass(frozen=True)
