@@ -81,8 +81,8 @@ def test_everything_is_measured(result: ModelBench) -> None:
         ("pruned", "static"),
     ]
     assert [row.model for row in result.quality] == ["dense", "moe", "pruned"]
-    # Eager, batched_mm and grouped_mm; two batch sizes, prefill and decode.
-    assert len(result.speed) == (1 + 3 + 1) * 2 * 2
+    # Eager, batched_mm, grouped_mm and ours; two batch sizes, prefill and decode.
+    assert len(result.speed) == (1 + 4 + 1) * 2 * 2
     assert not any(row.reason for row in result.speed)
     assert {(row.model, row.phase, row.batch) for row in result.verdicts} == {
         (model, phase, batch) for model in ("moe", "pruned") for phase in ("prefill", "decode") for batch in (1, 2)
