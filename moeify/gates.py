@@ -22,8 +22,7 @@ class Gate:
 
 def judged(recipe: Recipe, name: str) -> str:
     """The folder that gates look at."""
-    trained = recipe.finetune is not None and name in (MAIN, *recipe.finetune_controls)
-    return str(recipe.out / (name + TRAINED if trained else name))
+    return str(recipe.out / (name + TRAINED if name in recipe.trained else name))
 
 
 def check_quality(recipe: Recipe, report: VerifyReport | None, evals: Sequence[EvalResult]) -> tuple[Gate, ...]:

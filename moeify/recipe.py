@@ -103,6 +103,11 @@ class Recipe(Strict):
     bench: BenchOptions | None = None
     gates: Gates = Gates()
 
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The splits that are fine-tuned."""
+        return (MAIN, *self.finetune_controls) if self.finetune else ()
+
 
 def find_recipe(name: str) -> Path:
     """The file itself, or the recipe of that name which comes with moeify."""

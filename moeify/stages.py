@@ -77,8 +77,7 @@ def run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunResult:
             continue
         split(recipe.model, out / name, options, overwrite=True, track=track)
         _mark(out / name, key)
-    trained = (MAIN, *recipe.finetune_controls) if recipe.finetune else ()
-    for name in trained:
+    for name in recipe.trained:
         _finetune(recipe, name, source, skipped, track)
     if recipe.compare is not None:
         _compare(recipe, track)
@@ -88,7 +87,7 @@ def run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunResult:
         report = verify(str(out / MAIN), recipe.model, tolerance=tolerance)
     evals: tuple[EvalResult, ...] = ()
     if recipe.eval is not None:
-        names = [*splits, *(name + TRAINED for name in trained)]
+        names = [*splits, *(name + TRAINED for name in recipe.trained)]
         models = [recipe.model, *(str(out / name) for name in names)]
         evals = tuple(evaluate(models, **recipe.eval.model_dump(), track=track))
     measured = _bench(recipe, source, splits, skipped, track) if recipe.bench else None
@@ -167,8 +166,7 @@ def preview_run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunPreview:
     splits = _splits(recipe)
     finished = [name for name, o in splits.items() if _done(recipe.out / name, _key(source, o, o.calibration))]
     previews = {name: preview(recipe.model, options, track=track) for name, options in splits.items()}
-    trained = (MAIN, *recipe.finetune_controls) if recipe.finetune else ()
-    further = [name + TRAINED for name in trained]
+    further = [name + TRAINED for name in recipe.trained]
     further += [name for name in ("compare", "verify", "eval", "bench") if getattr(recipe, name)]
     return RunPreview(recipe.out, previews, tuple(finished), tuple(further))
 
