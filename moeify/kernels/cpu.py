@@ -13,8 +13,8 @@ size 576, cut into 8 slices of which one is shared and 3 of 7 run, or 32, of whi
     32 slices, eager        3.66   5.16   4.18   1.86   1.37
 
 (float32, 2 cores of an Intel Xeon, PyTorch 2.13, transformers 5.23, 2026-11-22: python -m moeify.layer_bench --cases
-576x1536-8/1+3,576x1536-32/4+12 --tokens 1,8,32,512,2048 --routings uniform --device cpu). Training, 2,048 tokens: 0.69 and 1.06, grouped_mm 0.93 and 2.79. From 8 to 32 tokens all
-experts are hit, so that nothing can be saved.
+576x1536-8/1+3,576x1536-32/4+12 --tokens 1,8,32,512,2048 --routings uniform --device cpu). Training, 2,048 tokens: 0.69
+and 1.06, grouped_mm 0.93 and 2.79. From 8 to 32 tokens all experts are hit, so that nothing can be saved.
 
 Shapes: see the package.
 """
@@ -28,9 +28,9 @@ from torch import Tensor
 from moeify.kernels.reference import ACTIVATIONS
 
 # Where one way overtakes another on 7 experts of 192 and 28 of 48 neurons, hidden size 576, 1 to 2,048 tokens (1 and 2
-# threads of an Intel Xeon with AMX, PyTorch 2.13, 2026-11-22), by the bytes of a number. One expert after the other pays
-# if each has so many tokens times neurons; else all experts are computed for all tokens, and what was not chosen is
-# multiplied with zero: a few large products. float64 was not measured.
+# threads of an Intel Xeon with AMX, PyTorch 2.13, 2026-11-22), by the bytes of a number. One expert after the other
+# pays if each has so many tokens times neurons; else all experts are computed for all tokens, and what was not chosen
+# is multiplied with zero: a few large products. float64 was not measured.
 MIN_WORK = {2: 1 << 16, 4: 1 << 12, 8: 1 << 10}
 # The same for the width of an expert that a single token has chosen.
 MIN_WIDTH = {2: 128, 4: 1, 8: 1}
