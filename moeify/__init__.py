@@ -10,28 +10,26 @@ Names are imported when first used, so that `import moeify` and `moeify --help` 
 """
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from moeify.version import __version__
 
 if TYPE_CHECKING:
-    from moeify.bench import bench
-    from moeify.benchmark.inputs import BenchOptions
-    from moeify.benchmark.model_results import ModelBench
-    from moeify.compare import Comparison, compare
+    from moeify.benchmark.models.inputs import BenchOptions
+    from moeify.benchmark.models.results import ModelBench
+    from moeify.benchmark.models.run import bench
+    from moeify.check.compare import Comparison, compare
+    from moeify.check.evaluate import EvalResult, evaluate, load
+    from moeify.check.verify import VerifyReport, verify
+    from moeify.convert.pipeline import SplitResult, split
+    from moeify.convert.search import SearchResult, search
     from moeify.errors import CheckError, InputError, MoeifyError, UsageError
-    from moeify.evaluate import EvalResult, evaluate, load
-    from moeify.finetune import FinetuneResult, finetune
+    from moeify.kernels.tune_model import TuneResult, tune_model
     from moeify.options import SplitOptions
     from moeify.plan import SplitPlan, load_plan
-    from moeify.report import ReportResult, report
-    from moeify.search import SearchResult, search
-    from moeify.split import SplitResult, split
+    from moeify.reporting.report import ReportResult, report
+    from moeify.training.finetune import FinetuneResult, finetune
     from moeify.training.options import FinetuneOptions
-    from moeify.tune import TuneResult, tune_model
-    from moeify.verify import VerifyReport, verify
 
 __all__ = [
     "BenchOptions",
@@ -66,41 +64,26 @@ __all__ = [
 ]
 
 _HOMES = {
-    "bench": ("bench",),
-    "benchmark.inputs": ("BenchOptions",),
-    "benchmark.model_results": ("ModelBench",),
-    "compare": ("Comparison", "compare"),
+    "benchmark.models.inputs": ("BenchOptions",),
+    "benchmark.models.results": ("ModelBench",),
+    "benchmark.models.run": ("bench",),
+    "check.compare": ("Comparison", "compare"),
+    "check.evaluate": ("EvalResult", "evaluate", "load"),
+    "check.verify": ("VerifyReport", "verify"),
+    "convert.pipeline": ("SplitResult", "split"),
+    "convert.search": ("SearchResult", "search"),
     "errors": ("CheckError", "InputError", "MoeifyError", "UsageError"),
-    "evaluate": ("EvalResult", "evaluate", "load"),
-    "finetune": ("FinetuneResult", "finetune"),
-    "training.options": ("FinetuneOptions",),
+    "kernels.tune_model": ("TuneResult", "tune_model"),
     "options": ("SplitOptions",),
     "plan": ("SplitPlan", "load_plan"),
-    "report": ("ReportResult", "report"),
-    "search": ("SearchResult", "search"),
-    "split": ("SplitResult", "split"),
-    "tune": ("TuneResult", "tune_model"),
-    "verify": ("VerifyReport", "verify"),
+    "reporting.report": ("ReportResult", "report"),
+    "training.finetune": ("FinetuneResult", "finetune"),
+    "training.options": ("FinetuneOptions",),
 }
-
-
-class _Package(ModuleType):
-    """Importing moeify.split binds the module as `moeify.split`; the function of that name is what is meant."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and name in _HOMES.get(name, ()):
-            value = getattr(value, name)
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 
 def __getattr__(name: str) -> Any:
     for home, names in _HOMES.items():
         if name in names:
-            value = getattr(importlib.import_module(f"moeify.{home}"), name)
-            # `split`, `verify` and `evaluate` are also the names of their modules, which importing has just bound.
-            globals()[name] = value
-            return value
+            return getattr(importlib.import_module(f"moeify.{home}"), name)
     raise AttributeError(f"module 'moeify' has no attribute {name!r}")

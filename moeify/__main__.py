@@ -1,5 +1,5 @@
 """`python -m moeify` is the command line."""
 
-from moeify.cli import main
+from moeify.cli.app import main
 
 main()

@@ -27,11 +27,11 @@ from transformers import AutoModelForCausalLM, StaticCache
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moeify.benchmark.layers.run import ask, layer_bench
+from moeify.benchmark.layers.table import text
 from moeify.benchmark.machine import device_by_name, dtype_by_name, machine_facts, versions
-from moeify.benchmark.table import text
 from moeify.benchmark.timing import first_line, release_memory
 from moeify.kernels.tune import Shape, tune
-from moeify.layer_bench import ask, layer_bench
 
 TESTS = Path(__file__).parent
 # Nothing is begun after that; an implementation of a whole model may take two minutes more.
@@ -275,7 +275,7 @@ class Report:
 
 def part_test(out: Path, device: torch.device) -> int:
     """The tests that need a GPU, in the files that have any."""
-    files = sorted(str(path) for path in TESTS.glob("test_*.py") if "mark.gpu" in path.read_text())
+    files = sorted(str(path) for path in TESTS.rglob("test_*.py") if "mark.gpu" in path.read_text())
     words = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files]
     report = Report("test", out, device)
     done = subprocess.run(words, cwd=TESTS.parent, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS)

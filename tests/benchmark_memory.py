@@ -17,7 +17,7 @@ from accelerate import init_empty_weights
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moeify.builtin import BuiltinRecipe, builtin_documents, train_tokenizer
+from moeify.models.builtin import BuiltinRecipe, builtin_documents, train_tokenizer
 
 TOKENS = 2048
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from moeify.convert.pipeline import split
+from moeify.convert.prepare import calibration_text, prepare
 from moeify.options import SplitOptions
-from moeify.prepare import calibration_text, prepare
-from moeify.split import split
 
 STEPS = {
     "attention and streams": "attend",

@@ -24,8 +24,8 @@ if not torch.cuda.is_available():
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeify import families
-from moeify.builtin import BuiltinRecipe, builtin_documents, builtin_model, train_tokenizer
-from moeify.ffn import FFNWeights
+from moeify.models.builtin import BuiltinRecipe, builtin_documents, builtin_model, train_tokenizer
+from moeify.models.ffn import FFNWeights
 
 MakeDense = Callable[..., Path]
 
@@ -61,8 +61,8 @@ def share_of_cores() -> int:
 @pytest.fixture(autouse=True)
 def _json_follows_its_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a command prints with --json, in any test, is what its schema says."""
-    from moeify import render
-    from moeify.schemas import json_schema
+    from moeify.cli import render
+    from moeify.cli.schemas import json_schema
 
     really_printed = render.printed
 

@@ -26,26 +26,27 @@ ATTRIBUTES = {
     "moeify.strategies": "choose",
 }
 PLUGINS = [(package, name, attribute) for package, attribute in ATTRIBUTES.items() for name in plugins.names(package)]
-# What a layer may not know of: the pipeline, the command line and everything that shows results.
-ABOVE = {
-    "split",
-    "prepare",
-    "cli",
-    "cli_options",
-    "commands",
-    "render",
-    "tables",
-    "recipe",
-    "verify",
-    "evaluate",
-    "inspect",
-    "estimate",
-    "writer",
-    "workspace",
-    "card",
-    "report",
-    "reporting",
-}
+# From the ground floor up: a room may import its own files, the nouns that lie beside the rooms, and rooms below it.
+FLOORS = (
+    ("families",),
+    ("models", "strategies"),
+    ("calibration", "data", "experts"),
+    ("kernels", "partition", "routers", "targets"),
+    ("export",),
+    ("convert",),
+    ("check",),
+    ("training",),
+    ("benchmark",),
+    ("recipes", "reporting"),
+    ("cli",),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+# What everybody knows; plug-ins are files of their room.
+NOUNS = {"cache", "errors", "options", "plan", "plugin_list", "plugins", "version"}
+
+
+def room_of(name: str) -> str:
+    return name.split(".")[1] if "." in name else ""
 
 
 def imports_of(path: Path, *, everywhere: bool) -> set[str]:
@@ -80,11 +81,9 @@ def run(code: str) -> str:
 
 
 def test_the_files_are_found() -> None:
-    assert {"moeify", "moeify.cli", "moeify.families", "moeify.families.llama", "moeify.partition._balanced"} <= set(
-        FILES
-    )
-    assert "moeify.split" in imports_of(FILES["moeify.commands.split"], everywhere=True)
-    assert "moeify.split" not in imports_of(FILES["moeify.commands.split"], everywhere=False)
+    assert {"moeify", "moeify.cli.app", "moeify.families.llama", "moeify.partition._balanced"} <= set(FILES)
+    assert "moeify.convert.pipeline" in imports_of(FILES["moeify.cli.commands.split"], everywhere=True)
+    assert "moeify.convert.pipeline" not in imports_of(FILES["moeify.cli.commands.split"], everywhere=False)
 
 
 def test_imports_have_no_cycle() -> None:
@@ -93,49 +92,38 @@ def test_imports_have_no_cycle() -> None:
     list(TopologicalSorter(graph).static_order())
 
 
-@pytest.mark.parametrize("folder", ["families", "targets", "partition", "routers", "strategies"])
-def test_plugins_do_not_know_the_pipeline(folder: str) -> None:
+def test_every_room_has_a_floor() -> None:
+    assert {room_of(name) for name in FILES} - {"", "__main__"} == set(FLOOR) | NOUNS
+
+
+def test_a_room_knows_only_rooms_below_it() -> None:
     for name, path in FILES.items():
-        if name.startswith(f"moeify.{folder}"):
-            known = {part.split(".")[1] for part in imports_of(path, everywhere=True) if part != "moeify"}
-            assert not known & ABOVE, f"{path} imports {known & ABOVE}"
-
-
-def test_families_know_no_target_and_partitions_no_router() -> None:
-    for folder, forbidden in (("families", "targets"), ("partition", "routers"), ("routers", "partition")):
-        for name, path in FILES.items():
-            if name.startswith(f"moeify.{folder}"):
-                found = imports_of(path, everywhere=True)
-                assert not any(part.startswith(f"moeify.{forbidden}") for part in found), path
-
-
-@pytest.mark.parametrize(
-    "name", ["plan", "refit", "activations", "layer", "calibration", "checkpoint", "text", "options"]
-)
-def test_the_middle_does_not_know_what_stands_above_it(name: str) -> None:
-    known = {part.split(".")[1] for part in imports_of(FILES[f"moeify.{name}"], everywhere=True) if part != "moeify"}
-    assert not known & ABOVE
-
-
-def test_nothing_but_the_command_line_and_the_renderer_knows_them() -> None:
-    shown = {"moeify.cli", "moeify.cli_options", "moeify.render", "moeify.tables"}
-    allowed = {
-        "moeify.__main__": {"moeify.cli"},
-        "moeify.cli": {"moeify.cli_options", "moeify.render"},
-        "moeify.render": {"moeify.tables"},
-    }
-    for name, path in FILES.items():
-        if name.startswith("moeify.tables"):
+        room = room_of(name)
+        if room not in FLOOR:
             continue
-        found, command = imports_of(path, everywhere=True), name.startswith("moeify.commands.")
-        found |= {"moeify.tables" for module in found if module.startswith("moeify.tables.")}
-        assert shown & found <= (shown - {"moeify.cli"} if command else allowed.get(name, set())), name
-        assert name == "moeify.cli" or not any(module.startswith("moeify.commands.") for module in found), name
+        for known in {room_of(module) for module in imports_of(path, everywhere=True)} - {"", room} - NOUNS:
+            assert FLOOR[known] < FLOOR[room], f"{path} imports {known}"
+
+
+def test_the_nouns_know_no_room() -> None:
+    for name, path in FILES.items():
+        if room_of(name) in NOUNS:
+            found = {room_of(module) for module in imports_of(path, everywhere=True)} - {""}
+            assert found <= NOUNS, f"{path} imports {found - NOUNS}"
+
+
+def test_only_the_command_line_knows_the_renderer() -> None:
+    for name, path in FILES.items():
+        if room_of(name) != "cli" and name != "moeify.__main__":
+            assert "cli" not in {room_of(module) for module in imports_of(path, everywhere=True)}, path
+        if not name.startswith("moeify.cli.app"):
+            found = imports_of(path, everywhere=True)
+            assert not any(module.startswith("moeify.cli.commands.") for module in found), path
 
 
 def test_importing_moeify_and_its_command_line_imports_no_torch() -> None:
     code = (
-        "import sys, moeify, moeify.cli, moeify.listing, moeify.options, moeify.strategies.greedy;"
+        "import sys, moeify, moeify.cli.app, moeify.plugin_list, moeify.options, moeify.strategies.greedy;"
         "print([n for n in ('torch', 'transformers', 'sklearn', 'ot', 'datasets', 'rich') if n in sys.modules])"
     )
     assert run(code) == "[]"
@@ -144,7 +132,7 @@ def test_importing_moeify_and_its_command_line_imports_no_torch() -> None:
 def test_help_imports_no_torch() -> None:
     code = (
         "import contextlib, io, sys\n"
-        "from moeify.cli import run_command\n"
+        "from moeify.cli.app import run_command\n"
         "with contextlib.redirect_stdout(io.StringIO()) as out: code = run_command(['split', '--help'])\n"
         "print(code, '--experts' in out.getvalue(), 'torch' in sys.modules)"
     )
@@ -157,30 +145,10 @@ def test_every_public_name_is_there() -> None:
     assert not hasattr(moeify, "no_such_name")
 
 
-def test_public_functions_are_functions_whatever_was_imported_before() -> None:
-    """Each in a fresh moeify; torch stays imported, for it takes seconds."""
-    code = """
-import sys
-for before in (
-    "pass",
-    "from moeify.split import split; from moeify.verify import verify; from moeify.evaluate import evaluate",
-    "import moeify.split, moeify.verify, moeify.evaluate",
-    "moeify.SplitResult, moeify.VerifyReport, moeify.load",
-    "import moeify.recipe",
-):
-    for name in [name for name in sys.modules if name.split(".")[0] == "moeify"]:
-        del sys.modules[name]
-    import moeify
-    exec(before)
-    print(*(name for name in ("split", "verify", "evaluate") if not callable(getattr(moeify, name))), end="")
-"""
-    assert run(code) == ""
-
-
 def test_only_the_renderer_prints() -> None:
     for name, path in FILES.items():
-        if name in ("moeify.render", "moeify.layer_bench"):
-            # python -m moeify.layer_bench runs where rich is not installed.
+        if name in ("moeify.cli.render", "moeify.benchmark.layers.__main__"):
+            # python -m moeify.benchmark.layers runs where rich is not installed.
             continue
         calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
         printing = [call.lineno for call in calls if isinstance(call.func, ast.Name) and call.func.id == "print"]

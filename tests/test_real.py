@@ -10,13 +10,13 @@ from conftest import share_of_cores
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeify import targets
-from moeify.checkpoint import locate, open_dense
-from moeify.evaluate import evaluate
+from moeify.check.evaluate import evaluate
+from moeify.check.verify import verify
+from moeify.convert.pipeline import split
 from moeify.kernels import register
+from moeify.models.dense import locate, open_dense
 from moeify.options import SplitOptions
 from moeify.plan import resolve_layout
-from moeify.split import split
-from moeify.verify import verify
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 TOKENS = 2048

@@ -2,13 +2,13 @@
 
     python tests/train_qwen3.py FOLDER                 # about two minutes on two cores
 
-Qwen3 has q/k norms and a head size of its own; everything else is as in moeify.builtin.
+Qwen3 has q/k norms and a head size of its own; everything else is as in moeify.models.builtin.
 """
 
 import sys
 from pathlib import Path
 
-from moeify.builtin import BuiltinRecipe, builtin_documents, model_config, train_model, train_tokenizer
+from moeify.models.builtin import BuiltinRecipe, builtin_documents, model_config, train_model, train_tokenizer
 
 
 def main(folder: Path) -> None:

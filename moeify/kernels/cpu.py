@@ -12,9 +12,9 @@ size 576, cut into 8 slices of which one is shared and 3 of 7 run, or 32, of whi
     32 slices, grouped_mm   1.90   1.97   2.03   2.78   3.06
     32 slices, eager        3.66   5.16   4.18   1.86   1.37
 
-(float32, 2 cores of an Intel Xeon, PyTorch 2.13, transformers 5.23, 2026-11-22: python -m moeify.layer_bench --cases
-576x1536-8/1+3,576x1536-32/4+12 --tokens 1,8,32,512,2048 --routings uniform --device cpu). Training, 2,048 tokens: 0.69
-and 1.06, grouped_mm 0.93 and 2.79. From 8 to 32 tokens all experts are hit, so that nothing can be saved.
+(float32, 2 cores of an Intel Xeon, PyTorch 2.13, transformers 5.23, 2026-11-22: python -m moeify.benchmark.layers
+--cases 576x1536-8/1+3,576x1536-32/4+12 --tokens 1,8,32,512,2048 --routings uniform --device cpu). Training, 2,048
+tokens: 0.69 and 1.06, grouped_mm 0.93 and 2.79. From 8 to 32 tokens all experts are hit, so that nothing can be saved.
 
 Shapes: see the package.
 """

@@ -66,7 +66,7 @@ class Launch:
 
 
 # Keys are kernel/rows. Compiled for sm_90 with triton 3.6 and 3.9 none of them spills a register or exceeds 227 KiB of
-# shared memory (tests/test_kernels_compile.py); how fast they are is for the benchmark to say.
+# shared memory (tests/kernels/test_kernels_compile.py); how fast they are is for the benchmark to say.
 TABLE: Mapping[str, Launch] = {
     "up/16": Launch(16, 64, 128, 4, 4),
     "up/32": Launch(32, 64, 128, 4, 4),

@@ -12,14 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moeify.kernels.launch import (
-    DECODE_TOKENS,
-    Launch,
-    backward_rows,
-    forward_rows,
-    launch_for,
-    launching,
-)
+from moeify.kernels.launch import DECODE_TOKENS, Launch, backward_rows, forward_rows, launch_for, launching
 from moeify.kernels.ops import moe_ffn
 
 Time = Callable[[Callable[[], Any]], float]

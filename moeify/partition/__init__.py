@@ -9,8 +9,8 @@ from typing import Protocol
 from torch import Tensor
 
 from moeify import plugins
-from moeify.activations import ActivationStats
-from moeify.ffn import FFNWeights
+from moeify.calibration.activations import ActivationStats
+from moeify.models.ffn import FFNWeights
 from moeify.plan import Layout
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeify.activations import ActivationStats
+from moeify.calibration.activations import ActivationStats
 from moeify.plan import SHARED, Layout
 
 MAX_ROUNDS = 10

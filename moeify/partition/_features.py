@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from moeify.activations import ActivationStats
-from moeify.ffn import FFNWeights
+from moeify.calibration.activations import ActivationStats
+from moeify.models.ffn import FFNWeights
 
 # Principal components kept of a profile; 32, 64 and 128 gave the same layer error within noise.
 PROFILE_COMPONENTS = 64

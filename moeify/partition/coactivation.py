@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from moeify.activations import ActivationStats
-from moeify.ffn import FFNWeights
+from moeify.calibration.activations import ActivationStats
+from moeify.models.ffn import FFNWeights
 from moeify.partition._balanced import balanced_kmeans, label, label_in_turn, split_off_shared
 from moeify.plan import Layout
 

@@ -19,8 +19,8 @@ experts, 16k calibration tokens, refit (2 cores of an Intel Xeon, 2026-11-22):
 
 from torch import Tensor
 
-from moeify.activations import ActivationStats
-from moeify.ffn import FFNWeights
+from moeify.calibration.activations import ActivationStats
+from moeify.models.ffn import FFNWeights
 from moeify.partition._balanced import balanced_kmeans, label, label_in_turn, split_off_shared
 from moeify.partition._features import profile_and_gate
 from moeify.plan import Layout

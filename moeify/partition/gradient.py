@@ -13,8 +13,8 @@ Legend: N sampled tokens, F neurons, R routed experts.
 import torch
 from torch import Tensor
 
-from moeify.activations import ActivationStats
-from moeify.ffn import FFNWeights
+from moeify.calibration.activations import ActivationStats
+from moeify.models.ffn import FFNWeights
 from moeify.partition._balanced import balanced_kmeans, label
 from moeify.plan import Layout
 

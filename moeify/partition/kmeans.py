@@ -6,8 +6,8 @@ Rows are scaled to unit length. With shared experts their neurons are taken by m
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from moeify.activations import ActivationStats
-from moeify.ffn import FFNWeights
+from moeify.calibration.activations import ActivationStats
+from moeify.models.ffn import FFNWeights
 from moeify.partition._balanced import balanced_kmeans, label, split_off_shared
 from moeify.plan import Layout
 

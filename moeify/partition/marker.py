@@ -8,9 +8,9 @@ Legend: F neurons, N sampled tokens, n routed neurons, R routed experts.
 
 from torch import Tensor
 
-from moeify.activations import ActivationStats
-from moeify.ffn import FFNWeights
-from moeify.markers import distances, markers
+from moeify.calibration.activations import ActivationStats
+from moeify.calibration.markers import distances, markers
+from moeify.models.ffn import FFNWeights
 from moeify.partition._balanced import label, label_in_turn, transport
 from moeify.plan import Layout
 

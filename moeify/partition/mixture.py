@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeify.activations import ActivationStats
-from moeify.ffn import FFNWeights
+from moeify.calibration.activations import ActivationStats
+from moeify.models.ffn import FFNWeights
 from moeify.partition._balanced import balanced_kmeans, label, label_in_turn, split_off_shared, transport
 from moeify.partition._features import profile_and_gate
 from moeify.plan import Layout

@@ -9,8 +9,8 @@ are active all patterns are alike, and the clusters mean nothing.
 import torch
 from torch import Tensor
 
-from moeify.activations import ActivationStats
-from moeify.ffn import FFNWeights
+from moeify.calibration.activations import ActivationStats
+from moeify.models.ffn import FFNWeights
 from moeify.partition._balanced import balanced_kmeans, label, label_in_turn, split_off_shared
 from moeify.partition._features import principal
 from moeify.plan import Layout

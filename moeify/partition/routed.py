@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from moeify.activations import ActivationStats
-from moeify.ffn import FFNWeights
-from moeify.gate import choose_experts
+from moeify.calibration.activations import ActivationStats
+from moeify.calibration.regression import cholesky, rank
+from moeify.experts.mixing import choose_experts
+from moeify.models.ffn import FFNWeights
 from moeify.partition import energy
 from moeify.partition._balanced import transport
 from moeify.plan import SHARED, Layout
-from moeify.regression import cholesky, rank
 
 # Rounds of the alternation; the first three bring most of the gain, forty no more than ten.
 MAX_ROUNDS = 10

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from moeify.benchmark.model_results import Model, ModelBench, Speed
+from moeify.benchmark.models.results import Model, ModelBench, Speed
 from moeify.reporting import plots
 from moeify.reporting.facts import active_parameters, quality_of
 from moeify.reporting.plots import Axis, Plot, Point, Series, Shape

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeify.benchmark.model_results import LayerExperts
+from moeify.benchmark.models.results import LayerExperts
 from moeify.reporting import plots
 from moeify.reporting.plots import Axis, Plot, Point, Series
 from moeify.reporting.words import factor, percent, token

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeify.benchmark.model_results import Kind, Model, ModelBench, Phase, Quality, Verdict
+from moeify.benchmark.models.results import Kind, Model, ModelBench, Phase, Quality, Verdict
 
 # A static model is a fair control if a token uses as many of its parameters, to within this share.
 SAME_SIZE = 0.05

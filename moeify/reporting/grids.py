@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moeify.benchmark.model_results import PARTS, Model, ModelBench, Part, Quality, Speed
+from moeify.benchmark.models.results import PARTS, Model, ModelBench, Part, Quality, Speed
 from moeify.reporting.facts import Facts, ModelQuality, active_parameters, parameters, quality_of
 from moeify.reporting.words import count, factor, number, percent, size
 

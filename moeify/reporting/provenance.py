@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moeify.benchmark.model_results import ModelBench
+from moeify.benchmark.models.results import ModelBench
 from moeify.options import SplitOptions
 from moeify.reporting.reader import Record, RunFolder, Source
 from moeify.reporting.words import number, size

@@ -14,8 +14,8 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from moeify.benchmark.model_results import SCHEMA as BENCH_SCHEMA
-from moeify.benchmark.model_results import ModelBench
+from moeify.benchmark.models.results import SCHEMA as BENCH_SCHEMA
+from moeify.benchmark.models.results import ModelBench
 from moeify.errors import InputError
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class _Shown(BaseModel):
 
 
 class CompareRow(_Shown):
-    """One method at one budget: see moeify.compare.Row."""
+    """One method at one budget: see moeify.check.compare.Row."""
 
     method: str
     budget: float
@@ -44,7 +44,7 @@ class Compared(_Shown):
 
 
 class SearchPoint(_Shown):
-    """One choice: see moeify.search.Point."""
+    """One choice: see moeify.convert.search.Point."""
 
     strategy: str
     share: float

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from moeify.benchmark.model_results import Verdict
+from moeify.benchmark.models.results import Verdict
 from moeify.reporting.facts import Facts, Interval, active_parameters, parameters
 from moeify.reporting.words import count, factor, listing, percent
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from moeify.gate import choose_experts
+from moeify.experts.mixing import choose_experts
 from moeify.routers import RoutingTask
 
 BATCH_TOKENS = 512

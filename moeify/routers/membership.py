@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from moeify.calibration.regression import cholesky, rank
 from moeify.plan import Layout
-from moeify.regression import cholesky, rank
 from moeify.routers import LinearRouter, RoutingTask
 from moeify.routers._oracle import descend, membership
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers.activations import ACT2FN
 
-from moeify.markers import distances, markers
+from moeify.calibration.markers import distances, markers
 from moeify.routers import RoutingTask
 
 LINEAR = False

@@ -4,7 +4,7 @@ On SmolLM2-135M training the same rows on the oracle's choices afterwards (AdamW
 what is at stake) changed the layer error by less than 2 %, either way.
 """
 
-from moeify.regression import cholesky, rank
+from moeify.calibration.regression import cholesky, rank
 from moeify.routers import LinearRouter, RoutingTask
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moeify.checkpoint import DenseCheckpoint, find_shards, fingerprint, load_config, locate, open_dense
-from moeify.documents import read_documents
+from moeify.data.documents import read_documents
+from moeify.data.text import calibration_blocks, evaluation_tokens, sample_from_model
 from moeify.errors import InputError, UsageError
+from moeify.models.dense import DenseCheckpoint, find_shards, fingerprint, load_config, locate, open_dense
 from moeify.options import Track
 from moeify.plan import PLAN_FILE, SplitPlan, load_plan
-from moeify.text import calibration_blocks, evaluation_tokens, sample_from_model
 from moeify.training.model import check_stages
 from moeify.training.options import FinetuneOptions
 

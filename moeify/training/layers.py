@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from moeify.activations import CLIP_NORM, Activations
-from moeify.calibration import HiddenStream
-from moeify.checkpoint import DenseCheckpoint
+from moeify.calibration.activations import CLIP_NORM, Activations
+from moeify.calibration.stream import HiddenStream
+from moeify.convert.refit import HELD_OUT_SHARE, refit
 from moeify.errors import InputError
-from moeify.ffn import FFNWeights
-from moeify.gate import Gate
-from moeify.native import ffn_modules, folds, split_ffn
+from moeify.experts.mixing import Gate
+from moeify.export.in_memory import ffn_modules, folds, split_ffn
+from moeify.models.dense import DenseCheckpoint
+from moeify.models.ffn import FFNWeights
 from moeify.plan import Layout
-from moeify.refit import HELD_OUT_SHARE, refit
 from moeify.targets import Modules
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions

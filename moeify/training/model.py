@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from moeify import targets
+from moeify.check.evaluate import load
 from moeify.errors import InputError, UsageError
-from moeify.evaluate import load
-from moeify.native import cut_layers, router_scale
+from moeify.export.in_memory import cut_layers, router_scale
 from moeify.plan import SplitPlan
 from moeify.targets import Target
 from moeify.training.options import FinetuneOptions, Stage

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from moeify.cache import cache_dir, made_once
+from moeify.check.evaluate import load
 from moeify.errors import InputError
-from moeify.evaluate import load
 from moeify.options import Track
 from moeify.training.losses import TeacherHead
 

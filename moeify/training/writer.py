@@ -9,16 +9,16 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from moeify.card import finetuned_card
-from moeify.checkpoint import FLOAT_DTYPES, INDEX_FILE, TOKENIZER_FILES, find_shards
 from moeify.errors import InputError
-from moeify.native import moe_parameters, on_disk
+from moeify.export.in_memory import moe_parameters, on_disk
+from moeify.export.model_card import finetuned_card
+from moeify.export.workspace import LAST_FILE, RECORD_FILE, Workspace
+from moeify.export.writer import check_fits
+from moeify.models.dense import FLOAT_DTYPES, INDEX_FILE, TOKENIZER_FILES, find_shards
 from moeify.plan import SplitPlan
 from moeify.training.inputs import Inputs
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
-from moeify.workspace import LAST_FILE, RECORD_FILE, Workspace
-from moeify.writer import check_fits
 
 COMPANIONS = ("config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_FILES)
 

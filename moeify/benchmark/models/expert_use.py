@@ -1,0 +1,149 @@
+"""What the routed experts of each layer do on a text: load, company, how good the router's choice is, favourite tokens.
+
+How good a choice is needs the outputs of all experts, which are computed for at most ORACLE_TOKENS tokens, spread over
+the text. Memory holds one layer's counts for each different token of the text, and one expert's outputs.
+
+Legend: B blocks of C tokens, T tokens of one block, D hidden size, E experts, K of them chosen, U different tokens of
+the text.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeify.benchmark.models.anatomy import experts_modules
+from moeify.benchmark.models.results import LayerExperts
+from moeify.benchmark.models.routing import watching
+from moeify.options import Track, untracked
+
+ORACLE_TOKENS = 2048
+NUM_TOP_TOKENS = 8
+# A token that is rarer says little about an expert.
+SMALLEST_COUNT = 4
+DIGITS = 4
+
+
+@dataclass
+class _Layer:
+    """Sums over the text."""
+
+    counts_UE: Tensor
+    together_EE: Tensor
+    chosen_energy: float = 0.0
+    best_energy: float = 0.0
+    all_energy: float = 0.0
+    num_chosen: int = 0
+
+
+@torch.no_grad()
+def expert_use(
+    model: Any, ids_BC: Tensor, text_of: Callable[[int], str], *, track: Track[Any] = untracked
+) -> list[LayerExperts]:
+    """One entry a layer with experts.
+
+    Args:
+        model: loaded, with routed experts.
+        ids_BC: the text.
+        text_of: turns a token id into text.
+        track: wraps the loop over blocks.
+    """
+    tokens_U, places_BC = ids_BC.unique(return_inverse=True)
+    layers: dict[int, _Layer] = {}
+    for layer, module in experts_modules(model).items():
+        num_experts = int(next(module.parameters()).shape[0])
+        layers[layer] = _Layer(torch.zeros(len(tokens_U), num_experts), torch.zeros(num_experts, num_experts))
+    oracle_stride = max(1, -(-ids_BC.numel() // ORACLE_TOKENS))
+    forced = False
+    places_C = places_BC[0]
+
+    def see(layer: int, module: Any, inputs_TD: Tensor, chosen_TK: Tensor) -> None:
+        nonlocal forced
+        if forced:
+            return
+        found = layers[layer]
+        _count(found, places_C, chosen_TK.cpu())
+        forced = True
+        _compare(found, module, inputs_TD[::oracle_stride], chosen_TK[::oracle_stride])
+        forced = False
+
+    with watching(model, see):
+        for block in track(range(len(ids_BC)), "experts", len(ids_BC)):
+            places_C = places_BC[block]
+            model.get_decoder()(ids_BC[block : block + 1].to(model.device), use_cache=False)
+    texts = [text_of(int(token)) for token in tokens_U]
+    return [_summary(layer, found, texts) for layer, found in sorted(layers.items())]
+
+
+def _count(found: _Layer, places_T: Tensor, chosen_TK: Tensor) -> None:
+    """Choices of each token, and of pairs of experts."""
+    chose_TE = torch.zeros(len(chosen_TK), found.counts_UE.shape[1]).scatter_(1, chosen_TK, 1.0)
+    found.counts_UE.index_add_(0, places_T, chose_TE)
+    found.together_EE += chose_TE.T @ chose_TE
+    found.num_chosen = chosen_TK.shape[1]
+
+
+def _compare(found: _Layer, module: Any, inputs_TD: Tensor, chosen_TK: Tensor) -> None:
+    """What the choice adds, what the best one would, and what all experts together do: sums of squared norms."""
+    energy_TE = output_energies(module, inputs_TD)
+    found.chosen_energy += float(energy_TE.gather(1, chosen_TK).sum())
+    found.best_energy += float(energy_TE.topk(chosen_TK.shape[1], dim=1).values.sum())
+    found.all_energy += float(energy_TE.sum())
+
+
+def output_energies(module: Any, inputs_TD: Tensor) -> Tensor:
+    """energy_TE, float32: squared norm of what each expert gives for each token at weight one.
+
+    Through the module itself, whatever its experts are made of.
+    """
+    num_experts = int(next(module.parameters()).shape[0])
+    columns = []
+    for expert in range(num_experts):
+        chosen_T1 = torch.full((len(inputs_TD), 1), expert, device=inputs_TD.device)
+        outputs_TD = module(inputs_TD, chosen_T1, inputs_TD.new_ones(len(inputs_TD), 1))
+        columns.append(outputs_TD.float().square().sum(dim=1))
+    return torch.stack(columns, dim=1)
+
+
+def _summary(layer: int, found: _Layer, texts: list[str]) -> LayerExperts:
+    tokens_E = found.counts_UE.sum(dim=0)
+    occurrences_U = found.counts_UE.sum(dim=1) / found.num_chosen
+    num_tokens = float(occurrences_U.sum())
+    num_experts = len(tokens_E)
+    best = found.best_energy
+    return LayerExperts(
+        layer=layer,
+        load=tuple((tokens_E / tokens_E.sum()).tolist()),
+        coactivation=_coactivation(found.together_EE / num_tokens),
+        # A silent layer loses nothing by any choice.
+        oracle_capture=found.chosen_energy / best if best else 1.0,
+        random_capture=found.all_energy * found.num_chosen / num_experts / best if best else 1.0,
+        top_tokens=tuple(
+            tuple(texts[place] for place in top_places(found.counts_UE, occurrences_U, expert))
+            for expert in range(num_experts)
+        ),
+    )
+
+
+def _coactivation(together_EE: Tensor) -> tuple[tuple[float, ...], ...]:
+    """P(i and j) / (P(i) P(j)) - 1; zero on the diagonal and for experts that no token chose."""
+    share_E = together_EE.diagonal()
+    expected_EE = share_E[:, None] * share_E
+    excess_EE = torch.where(expected_EE > 0, together_EE / expected_EE.clamp(min=1e-30) - 1, 0.0)
+    excess_EE.fill_diagonal_(0.0)
+    return tuple(tuple(round(value, DIGITS) for value in row) for row in excess_EE.tolist())
+
+
+def top_places(counts_UE: Tensor, occurrences_U: Tensor, expert: int) -> list[int]:
+    """Rows of the tokens whose share among those that chose an expert is largest relative to their share of the text.
+
+    For one expert that is the order of how often a token, when it occurs, chooses it. Of equals the more frequent token
+    comes first.
+    """
+    often_U = occurrences_U >= SMALLEST_COUNT
+    chose_U = counts_UE[:, expert] * often_U
+    share_U = chose_U / occurrences_U.clamp(min=1)
+    places = sorted(chose_U.nonzero().flatten().tolist(), key=lambda place: (-share_U[place], -chose_U[place], place))
+    return places[:NUM_TOP_TOKENS]

@@ -1,0 +1,97 @@
+"""Quality of several models on the same blocks of text: perplexity, divergence from the dense model, agreement.
+
+Only one block's logits of two models exist at a time, and only CHUNK_TOKENS of them as probabilities.
+
+Legend: B blocks, C tokens of a block, L = C - 1 predictions, V vocabulary, S resamples.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeify.benchmark.models.results import Quality
+from moeify.check.bootstrap import draws, interval
+from moeify.options import Track, untracked
+
+CHUNK_TOKENS = 64
+
+
+def measure_quality(
+    models: Mapping[str, Any], dense: str, texts: Mapping[str, Tensor], *, track: Track[Any] = untracked
+) -> list[Quality]:
+    """One row a text and model.
+
+    Args:
+        models: loaded, by name; all with one vocabulary.
+        dense: name of the one that others are compared with.
+        texts: ids_BC by name.
+        track: wraps the loop over blocks.
+    """
+    found = []
+    for data, ids_BC in texts.items():
+        scores: dict[str, list[Tensor]] = {name: [] for name in models}
+        for ids_C in track(ids_BC, f"quality on {data}", len(ids_BC)):
+            reference_LV = _logits(models[dense], ids_C)
+            for name, model in models.items():
+                logits_LV = reference_LV if name == dense else _logits(model, ids_C)
+                scores[name].append(block_scores(logits_LV, reference_LV, ids_C[1:].to(logits_LV.device)))
+        tables = {name: torch.stack(rows) for name, rows in scores.items()}
+        size = ids_BC.shape[0] * (ids_BC.shape[1] - 1)
+        found += [_row(name, data, size, table_B3, tables[dense]) for name, table_B3 in tables.items()]
+    return found
+
+
+def block_scores(logits_LV: Tensor, reference_LV: Tensor, ids_L: Tensor) -> Tensor:
+    """scores_3, float64: means over predictions of loss, KL(reference || model) in nats, and same likeliest token."""
+    total_3 = torch.zeros(3, dtype=torch.float64)
+    for first in range(0, len(ids_L), CHUNK_TOKENS):
+        rows = slice(first, first + CHUNK_TOKENS)
+        model_LV, its_LV = (logits[rows].float().log_softmax(dim=-1) for logits in (logits_LV, reference_LV))
+        losses_L = -model_LV.gather(1, ids_L[rows, None])
+        kl_LV = torch.nn.functional.kl_div(model_LV, its_LV, reduction="none", log_target=True)
+        agree_L = model_LV.argmax(dim=-1) == its_LV.argmax(dim=-1)
+        total_3 += torch.stack([part.double().sum().cpu() for part in (losses_L, kl_LV, agree_L)])
+    return total_3 / len(ids_L)
+
+
+@torch.no_grad()
+def _logits(model: Any, ids_C: Tensor) -> Tensor:
+    """logits_LV of all positions that have a next token."""
+    logits_CV: Tensor = model(ids_C[None].to(model.device), use_cache=False).logits[0]
+    return logits_CV[:-1]
+
+
+def _row(name: str, data: str, num_tokens: int, table_B3: Tensor, dense_B3: Tensor) -> Quality:
+    """Means over blocks, and their intervals from the same draws for every model."""
+    draws_SB = draws(len(table_B3))
+    losses_B, kl_B, agree_B = table_B3.unbind(dim=1)
+    above_B = losses_B - dense_B3[:, 0]
+    low, high = interval(losses_B[draws_SB].mean(dim=1))
+    ratio_low, ratio_high = interval(above_B[draws_SB].mean(dim=1))
+    kl_low, kl_high = interval(kl_B[draws_SB].mean(dim=1))
+    return Quality(
+        model=name,
+        data=data,
+        num_tokens=num_tokens,
+        perplexity=_exp(float(losses_B.mean())),
+        perplexity_low=_exp(low),
+        perplexity_high=_exp(high),
+        ratio=_exp(float(above_B.mean())),
+        ratio_low=_exp(ratio_low),
+        ratio_high=_exp(ratio_high),
+        kl_nats=float(kl_B.mean()),
+        kl_low=kl_low,
+        kl_high=kl_high,
+        top1_agreement=float(agree_B.mean()),
+    )
+
+
+def _exp(value: float) -> float:
+    """Infinite where a float ends or there is no number."""
+    try:
+        return math.exp(value) if not math.isnan(value) else math.inf
+    except OverflowError:
+        return math.inf

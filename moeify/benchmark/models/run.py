@@ -1,0 +1,178 @@
+"""The model benchmark: what a conversion saved, what it cost, and where it is faster or slower than the dense model.
+
+The road: everything that can be refused is refused; memory, a process a model; then all models are loaded side by side
+for quality, experts and speed; verdicts; an earlier result.
+
+Traps: other work on the machine makes intervals wide and, as all models suffer alike, ratios less wrong than times. All
+models are in memory at once.
+
+Legend: B blocks of C tokens, T tokens.
+"""
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeify.benchmark.ceilings import measure_ceilings
+from moeify.benchmark.machine import device_by_name, machine_facts, versions
+from moeify.benchmark.models import baseline as baselines
+from moeify.benchmark.models import file as model_file
+from moeify.benchmark.models.contenders import contenders
+from moeify.benchmark.models.expert_use import expert_use
+from moeify.benchmark.models.inputs import DENSE, SECTIONS, BenchOptions, Entrant, Texts, dtype_of, open_models
+from moeify.benchmark.models.memory import measure_memory
+from moeify.benchmark.models.quality import measure_quality
+from moeify.benchmark.models.results import Kind, LayerExperts, Model, ModelBench
+from moeify.benchmark.models.sizes import active_share, parts_of
+from moeify.benchmark.models.speed import measure_speed, prompts
+from moeify.benchmark.models.verdicts import verdicts
+from moeify.benchmark.timing import timer_for
+from moeify.check.evaluate import load
+from moeify.models.dense import find_shards
+from moeify.options import Track, untracked
+
+PACKAGES = ("moeify", "torch", "transformers", "triton")
+
+
+def bench(
+    models: Sequence[str],
+    against: Sequence[str],
+    options: BenchOptions | None = None,
+    *,
+    out: Path | None = None,
+    overwrite: bool = False,
+    baseline: Path | None = None,
+    threshold: float = 1.05,
+    command: str = "",
+    track: Track[Any] = untracked,
+) -> ModelBench:
+    """Measure models beside the dense one they came from.
+
+    Args:
+        models: converted checkpoints.
+        against: the dense model, then further ones, such as a pruned control.
+        options: what is measured.
+        out: a folder for bench.json.
+        overwrite: replace one that is there.
+        baseline: an earlier bench.json, or its folder.
+        threshold: how many times worse than there something may be.
+        command: kept in the result.
+        track: wraps long loops.
+
+    Raises:
+        UsageError: options that contradict each other.
+        InputError: a model or text that cannot be used, models that do not compare, an existing result.
+    """
+    options = options or BenchOptions()
+    baselines.check_threshold(threshold)
+    if out is not None:
+        model_file.check(out, overwrite=overwrite)
+    old = model_file.load(baseline) if baseline else None
+    device = device_by_name(options.device)
+    asked = open_models(models, against, track)
+    dtype = dtype_of(options.dtype, asked[0].config, device)
+    texts = Texts.of(asked, options)
+    result = ModelBench(
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        command=command,
+        machine=machine_facts(device),
+        versions=versions(PACKAGES),
+        dtype=str(dtype).removeprefix("torch."),
+        context=texts.context,
+        models=[_model(one, asked[0], texts.context, dtype) for one in asked],
+    )
+    if old is not None:
+        # Sizes are known by now; two runs of other models need not be measured first.
+        baselines.compare(result, old, str(baseline), threshold)
+    if "memory" not in options.skip:
+        _memory(result, asked, texts, device, track)
+    if set(SECTIONS) - {"memory", *options.skip}:
+        _measure(result, asked, texts, options=options, device=device, track=track)
+    if old is not None:
+        result.regressions = baselines.compare(result, old, str(baseline), threshold)
+    if out is not None:
+        model_file.save(result, out)
+    return result
+
+
+def _model(one: Entrant, dense: Entrant, context: int, dtype: torch.dtype) -> Model:
+    """Sizes of one model."""
+    experts, share = one.anatomy.experts, active_share(one.anatomy, dense.anatomy)
+    kind: Kind = "moe" if experts else "dense" if share == 1 else "static"
+    return Model(
+        name=one.name,
+        path=one.asked,
+        kind=kind,
+        model_type=one.config.model_type,
+        num_layers=one.anatomy.num_layers,
+        num_experts=experts.num_routed + experts.num_shared if experts else None,
+        num_shared=experts.num_shared if experts else None,
+        num_active=experts.num_chosen + experts.num_shared if experts else None,
+        active_share=share,
+        parts=parts_of(one.anatomy, context=context, element_bytes=dtype.itemsize),
+        bytes_on_disk=sum(file.stat().st_size for file in set(find_shards(one.path).values())),
+    )
+
+
+def _memory(
+    result: ModelBench, asked: Sequence[Entrant], texts: Texts, device: torch.device, track: Track[Any]
+) -> None:
+    """Before anything is loaded here, so that there is room."""
+    ids_BP = prompts(texts.prompt_text_T, *texts.largest)[:, :-1]
+    for number, one in enumerate(track(asked, "memory", len(asked))):
+        found = measure_memory(one.path, ids_BP, dtype=result.dtype, device=str(device))
+        result.models[number] = replace(
+            result.models[number],
+            load_peak_memory_bytes=found.load_peak_bytes,
+            peak_memory_bytes=found.peak_bytes,
+            memory_reason=found.reason,
+        )
+
+
+def _measure(
+    result: ModelBench,
+    asked: Sequence[Entrant],
+    texts: Texts,
+    *,
+    options: BenchOptions,
+    device: torch.device,
+    track: Track[Any],
+) -> None:
+    """Everything that needs loaded models."""
+    loaded = {
+        one.name: load(str(one.path), dtype=result.dtype, device=str(device))
+        for one in track(asked, "loading", len(asked))
+    }
+    if "quality" not in options.skip:
+        result.quality = measure_quality(loaded, DENSE, texts.blocks, track=track)
+    if "experts" not in options.skip:
+        ids_BC = torch.cat(list(texts.blocks.values()))
+        result.experts = {
+            one.name: _experts(loaded[one.name], ids_BC, texts.tokenizer, track)
+            for one in asked
+            if one.anatomy.experts is not None
+        }
+    timer = timer_for(device)
+    if options.roofline:
+        result.ceilings = measure_ceilings(timer, loaded[DENSE].dtype)
+    if "speed" not in options.skip:
+        result.speed = measure_speed(
+            contenders(loaded, {one.name: one.anatomy for one in asked}, options.implementation),
+            texts.prompt_text_T,
+            texts.regimes,
+            timer,
+            dense=DENSE,
+            seconds=options.seconds_per_row,
+            ceilings=result.ceilings,
+            track=track,
+        )
+        result.verdicts = verdicts(result.models, result.speed)
+
+
+def _experts(model: Any, ids_BC: Tensor, tokenizer: Any, track: Track[Any]) -> list[LayerExperts]:
+    return expert_use(model, ids_BC, lambda token: str(tokenizer.decode([token])), track=track)

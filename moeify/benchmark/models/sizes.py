@@ -1,0 +1,111 @@
+"""Parameters, operations and bytes of a model: what one token costs by part, and what one timed pass cannot do without.
+
+Operations are those of matrix products, 2 for each weight and token, as torch's own FlopCounterMode counts them; norms,
+activations, softmax and the scan of state-space layers are left out. An attention layer that sees n positions costs
+4 * H * d * n more: scores and their sum over values.
+"""
+
+from dataclasses import dataclass
+
+from moeify.benchmark.ceilings import Ceilings
+from moeify.benchmark.models.anatomy import Anatomy
+from moeify.benchmark.models.results import PARTS, Part, Phase
+
+FLOPS_PER_WEIGHT = 2
+
+
+@dataclass(frozen=True)
+class Work:
+    """The fewest bytes and operations of one pass."""
+
+    bytes_read: int
+    flops: int
+
+    def floor_ms(self, ceilings: Ceilings) -> float:
+        """No version of the pass is faster on this machine: bytes at copy bandwidth or operations at matmul rate."""
+        seconds = max(self.bytes_read / ceilings.copy_bytes_per_second, self.flops / ceilings.matmul_flops_per_second)
+        return 1e3 * seconds
+
+
+def parts_of(anatomy: Anatomy, *, context: int, element_bytes: int) -> dict[str, Part]:
+    """What one token costs, by part.
+
+    Of the routed experts a token uses K of E. An embedding that is not the head is looked up: no parameter of it is
+    multiplied, and one row is read. Attention is that of a token which sees `context` positions, their keys and values
+    included in the bytes.
+
+    Args:
+        anatomy: of the model.
+        context: positions.
+        element_bytes: of one weight, key or value.
+    """
+    found = {}
+    positions = sum(_seen(window, context) for window in anatomy.windows)
+    for part in (part for part in PARTS if part in anatomy.parts):
+        count = anatomy.parts[part]
+        active, multiplied, extra = count.parameters, count.matrices, 0
+        if part == "embedding" and not anatomy.tied:
+            active, multiplied, extra = 0, 0, anatomy.hidden_size
+        if part == "ffn" and anatomy.experts is not None:
+            active -= anatomy.experts.idle_parameters
+            multiplied -= anatomy.experts.idle_parameters
+        flops = FLOPS_PER_WEIGHT * multiplied
+        if part == "attention":
+            flops += 2 * FLOPS_PER_WEIGHT * anatomy.query_width * positions
+            extra = anatomy.kv_width * positions
+        found[part] = Part(count.parameters, active, flops, (active + extra) * element_bytes)
+    return found
+
+
+def pass_work(
+    anatomy: Anatomy,
+    phase: Phase,
+    *,
+    batch: int,
+    prompt: int,
+    distinct_tokens: int,
+    experts_hit: float | None,
+    element_bytes: int,
+) -> Work:
+    """What one pass cannot do without, whatever the implementation.
+
+    Each weight is read once, of the routed experts those that a token chose, of an embedding that is not the head the
+    rows of the tokens. Prefill writes keys and values of the prompts and gives logits of their last tokens; position p
+    sees p others and itself. Decode adds one token to each prompt and reads their keys and values.
+
+    Args:
+        anatomy: of the model.
+        phase: prefill or decode.
+        batch, prompt: sequences, and tokens of each.
+        distinct_tokens: different tokens among the inputs.
+        experts_hit: share of the routed experts that at least one token chose.
+        element_bytes: of one weight, key or value.
+    """
+    lengths = range(prompt + 1, prompt + 2) if phase == "decode" else range(1, prompt + 1)
+    tokens = batch * len(lengths)
+    experts = anatomy.experts
+    routed = experts.routed_parameters if experts else 0
+    weights = anatomy.num_parameters - routed + (experts_hit or 0.0) * routed
+    embedding = anatomy.parts["embedding"]
+    if not anatomy.tied:
+        weights += distinct_tokens * anatomy.hidden_size - embedding.parameters
+    kept = sum(_seen(window, prompt) for window in anatomy.windows)
+    head = embedding if anatomy.tied else anatomy.parts["head"]
+    body = sum(count.matrices for part, count in anatomy.parts.items() if part not in ("embedding", "head"))
+    body -= experts.idle_parameters if experts else 0
+    seen = sum(_seen(window, length) for window in anatomy.windows for length in lengths)
+    flops = FLOPS_PER_WEIGHT * (tokens * body + batch * head.matrices)
+    flops += 2 * FLOPS_PER_WEIGHT * anatomy.query_width * batch * seen
+    return Work(round((weights + batch * kept * anatomy.kv_width) * element_bytes), flops)
+
+
+def active_share(anatomy: Anatomy, dense: Anatomy) -> float:
+    """Share of the FFN parameters that a token uses: of a model's own with experts, of the dense model's without."""
+    ffn = anatomy.parts["ffn"].parameters
+    if anatomy.experts is not None:
+        return (ffn - anatomy.experts.idle_parameters) / ffn
+    return ffn / dense.parts["ffn"].parameters
+
+
+def _seen(window: int | None, length: int) -> int:
+    return length if window is None else min(window, length)

@@ -1,0 +1,254 @@
+"""Speed of several models in one process: prefill and decode on real text, every experts implementation that runs.
+
+All models and implementations take turns on one regime, so that a drift of the machine hits them alike, and a ratio to
+the dense model is taken between passes that followed one another. Decode adds one token of the text to a cache that a
+real prompt has filled; afterwards the cache is as it was, so that every sample has the same length.
+
+Traps: `time_over_dense` of a model that is much slower comes from the few rounds that it had time for. What
+transformers does around the layers is in the times of all models, which hides differences of small ones.
+
+Legend: B sequences, P tokens of a prompt.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from moeify.benchmark.ceilings import Ceilings
+from moeify.benchmark.models.contenders import Contender, refusal
+from moeify.benchmark.models.results import Phase, Speed
+from moeify.benchmark.models.routing import ExpertsHit, watching
+from moeify.benchmark.models.sizes import pass_work
+from moeify.benchmark.timing import Samples, Timer, first_line, release_memory, take_turns
+from moeify.check.bootstrap import draws, interval
+from moeify.options import Track, untracked
+
+# An implementation is left out if a pass of it takes so many times the seconds of a row, so long, and so many times as
+# long as with the model's fastest one; at more tokens it is not tried again.
+SLOW_FACTOR = 5.0
+SLOWEST_SECONDS = 3.0
+BEHIND_FACTOR = 2.0
+
+
+@dataclass
+class _Pass:
+    """A contender's passes of one phase and what is known of them."""
+
+    call: Callable[[], Any]
+    ids: Tensor
+    cache: Any = None
+    seconds: float = 0.0
+    experts_hit: float | None = None
+    reason: str = ""
+    samples: Samples = field(default_factory=Samples)
+
+
+@torch.no_grad()
+def measure_speed(
+    found: Sequence[Contender],
+    text_T: Tensor,
+    regimes: Sequence[tuple[int, int]],
+    timer: Timer,
+    *,
+    dense: str,
+    seconds: float,
+    ceilings: Ceilings | None,
+    track: Track[Any] = untracked,
+) -> list[Speed]:
+    """One row a contender, phase and regime; one that cannot run says why.
+
+    Args:
+        found: who takes part; `dense` must be among them.
+        text_T: tokens of a text, enough for the largest regime.
+        regimes: (batch, prompt tokens).
+        timer: of the device.
+        dense: name of the model that others are compared with.
+        seconds: how long each contender is timed on each phase of a regime.
+        ceilings: None leaves floors out.
+        track: wraps the loop over regimes.
+    """
+    rows: list[Speed] = []
+    slow: set[tuple[str, str, Phase]] = set()
+    # From few tokens to many.
+    regimes = sorted(regimes, key=lambda regime: regime[0] * regime[1])
+    for batch, prompt in track(regimes, "speed", len(regimes)):
+        ids_BP = prompts(text_T, batch, prompt).to(timer.device)
+        caches: dict[str, Any] = {}
+        for phase in get_args(Phase):
+            passes = [
+                _Pass(release_memory, ids_BP, reason="it was left out at fewer tokens, where it was slow")
+                if (who.name, who.implementation, phase) in slow
+                else _prepare(who, phase, ids_BP, caches, timer)
+                for who in found
+            ]
+            for who in _leave_out_slow(found, passes, max(SLOWEST_SECONDS, SLOW_FACTOR * seconds)):
+                slow.add((who.name, who.implementation, phase))
+            ready = {str(number): one for number, one in enumerate(passes) if not one.reason}
+            samples = take_turns(
+                {key: partial(_sample, found[int(key)], one, timer) for key, one in ready.items()}, seconds=seconds
+            )
+            for key, one in ready.items():
+                one.samples = samples[key]
+                failure = samples[key].failure
+                one.reason = first_line(failure) if failure else ""
+            (reference,) = (one for one, who in zip(passes, found, strict=True) if who.name == dense)
+            rows += [
+                _row(
+                    who,
+                    phase,
+                    (batch, prompt),
+                    one,
+                    dense=None if who.name == dense else reference.samples,
+                    ceilings=ceilings,
+                )
+                for who, one in zip(found, passes, strict=True)
+            ]
+            del passes, ready, reference
+        del caches
+        release_memory()
+    return rows
+
+
+def prompts(text_T: Tensor, batch: int, prompt: int) -> Tensor:
+    """ids_BP of consecutive pieces of the text, each with the token that comes next: (batch, prompt + 1)."""
+    return text_T[: batch * (prompt + 1)].view(batch, prompt + 1)
+
+
+def _prepare(who: Contender, phase: Phase, ids_BP: Tensor, caches: dict[str, Any], timer: Timer) -> _Pass:
+    """Everything but the samples: the pass runs once or twice, its routing is noted, prefill leaves its cache."""
+    if phase == "prefill":
+        one = _Pass(partial(_prefill, who.model, ids_BP[:, :-1]), ids_BP[:, :-1])
+    elif who.name in caches:
+        cache = caches[who.name]
+        one = _Pass(partial(_decode, who.model, ids_BP[:, -1:], cache), ids_BP[:, -1:], cache)
+    else:
+        return _Pass(release_memory, ids_BP[:, -1:], reason="its prefill did not run")
+    one.reason = refusal(who, one.ids.numel())
+    if one.reason:
+        return one
+    hit = ExpertsHit()
+    try:
+        who.ready()
+        began = time.perf_counter()
+        with watching(who.model, hit.see), unchanged(one.cache):
+            out = one.call()
+        one.seconds = time.perf_counter() - began
+        if phase == "prefill":
+            caches.setdefault(who.name, out.past_key_values)
+        del out
+        if timer.device.type == "cuda":
+            # The first pass compiled and tuned.
+            one.seconds = _sample(who, one, timer)
+    except Exception as error:
+        one.reason = first_line(error)
+    if one.reason:
+        # Outside of the handler, where the error no longer holds what the pass had allocated.
+        release_memory()
+    one.experts_hit = hit.share
+    return one
+
+
+def _prefill(model: Any, ids_BP: Tensor) -> Any:
+    """As generation does it: keys and values of all tokens, logits of the last."""
+    return model(ids_BP, use_cache=True, logits_to_keep=1)
+
+
+def _decode(model: Any, ids_B1: Tensor, cache: Any) -> Any:
+    return model(ids_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def _leave_out_slow(found: Sequence[Contender], passes: Sequence[_Pass], limit: float) -> list[Contender]:
+    """Who is left out; every model keeps its fastest implementation, however slow that is."""
+    fastest: dict[str, float] = {}
+    ran = [(who, one) for who, one in zip(found, passes, strict=True) if not one.reason]
+    for who, one in ran:
+        fastest[who.name] = min(one.seconds, fastest.get(who.name, one.seconds))
+    left_out = []
+    for who, one in ran:
+        best = fastest[who.name]
+        if one.seconds > max(limit, BEHIND_FACTOR * best):
+            one.reason = f"a pass took {one.seconds:.2g} s, with another implementation {best:.2g} s"
+            left_out.append(who)
+    return left_out
+
+
+def _sample(who: Contender, one: _Pass, timer: Timer) -> float:
+    """Seconds of one pass; choosing the implementation and putting the cache back are not timed."""
+    who.ready()
+    with unchanged(one.cache):
+        return timer.single(one.call)
+
+
+@contextmanager
+def unchanged(cache: Any) -> Iterator[None]:
+    """Put a cache back as it was.
+
+    Layers that grow make new tensors, so it is enough to hold on to the old ones. Not `cache.crop`, which changed its
+    meaning between versions of transformers and which layers of a fixed size do not have.
+    """
+    before = [dict(vars(layer)) for layer in cache.layers] if cache is not None else []
+    try:
+        yield
+    finally:
+        for layer, state in zip(cache.layers if cache is not None else [], before, strict=True):
+            vars(layer).clear()
+            vars(layer).update(state)
+
+
+def _row(
+    who: Contender,
+    phase: Phase,
+    regime: tuple[int, int],
+    one: _Pass,
+    *,
+    dense: Samples | None,
+    ceilings: Ceilings | None,
+) -> Speed:
+    batch, prompt = regime
+    row = Speed(who.name, who.implementation, phase, batch, prompt, experts_hit=one.experts_hit, reason=one.reason)
+    if one.reason:
+        return row
+    work = pass_work(
+        who.anatomy,
+        phase,
+        batch=batch,
+        prompt=prompt,
+        distinct_tokens=int(one.ids.unique().numel()),
+        experts_hit=one.experts_hit,
+        element_bytes=who.model.dtype.itemsize,
+    )
+    floor_ms = work.floor_ms(ceilings) if ceilings else None
+    p10, p50, p90 = (
+        1e3 * value for value in (one.samples.quantile(0.1), one.samples.median, one.samples.quantile(0.9))
+    )
+    ratio = over(one.samples, dense) if dense is not None and dense.seconds else (None, None, None)
+    return replace(
+        row,
+        ms_p10=p10,
+        ms_p50=p50,
+        ms_p90=p90,
+        num_samples=len(one.samples.seconds),
+        tokens_per_second=1e3 * one.ids.numel() / p50,
+        time_over_dense=ratio[0],
+        time_over_dense_low=ratio[1],
+        time_over_dense_high=ratio[2],
+        bytes_read=work.bytes_read,
+        flops=work.flops,
+        floor_ms=floor_ms,
+        time_over_floor=p50 / floor_ms if floor_ms else None,
+    )
+
+
+def over(samples: Samples, dense: Samples) -> tuple[float, float, float]:
+    """Median of the ratios of passes of one round, and its interval (bootstrap over rounds)."""
+    ratios = [mine / its for mine, its in zip(samples.seconds, dense.seconds, strict=False)]
+    ratios_S = torch.tensor(ratios, dtype=torch.float64)[draws(len(ratios))]
+    low, high = interval(ratios_S.quantile(0.5, dim=1))
+    return statistics.median(ratios), low, high

@@ -1,0 +1,199 @@
+"""A model benchmark as tables for the terminal: compression, quality, speed, experts, an earlier run, verdicts last."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from moeify.benchmark.grid import Grid
+from moeify.benchmark.models.results import PARTS, Model, ModelBench, Speed, Verdict
+
+DENSE = "dense"
+# So many models stand beside the dense one in a table of sizes: more do not fit a terminal.
+BESIDE = 2
+# Columns that are no numbers.
+WORDS = ("size", "model", "text", "on", "row", "what", "")
+
+
+def grids(result: ModelBench) -> list[Grid]:
+    """In the order in which they are shown; those without lines are left out."""
+    dense, *others = result.models
+    sizes = [_compression([dense, *others[first : first + BESIDE]]) for first in range(0, len(others), BESIDE)]
+    found = [*sizes, *_quality(result), *_speed(result), _experts(result), _changes(result)]
+    return [grid for grid in found if grid.lines]
+
+
+def verdict_lines(result: ModelBench) -> list[str]:
+    """One a model and regime."""
+    return [
+        f"{row.model}, {_regime(row)}: {row.outcome}, {row.time_over_dense:.2f} of the dense model's time"
+        + (f" on {row.implementation}" if row.implementation != DENSE else "")
+        + f"; {row.why}"
+        for row in result.verdicts
+    ]
+
+
+def notes(result: ModelBench) -> list[str]:
+    """Where it was measured, what could not be, and what an earlier run had."""
+    packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in result.versions.items())
+    threads = f", {result.machine['threads']} threads" if "threads" in result.machine else ""
+    found = [f"{result.machine['device']}{threads}, {result.dtype}, {result.date[:10]}, {packages}"]
+    if result.ceilings:
+        bandwidth = result.ceilings.copy_bytes_per_second / 1e9
+        rate = result.ceilings.matmul_flops_per_second / 1e12
+        found.append(f"measured in this run: copy {bandwidth:,.1f} GB/s, matrix product {rate:,.2f} TFLOP/s")
+    found += [
+        f"{model.name}: memory not known, {model.memory_reason}" for model in result.models if model.memory_reason
+    ]
+    found += [f"{_row_name(row)}: {row.reason}" for row in result.speed if row.reason]
+    if result.regressions:
+        found += [f"only in {result.regressions.baseline}: {name}" for name in result.regressions.missing]
+        worse = len(result.regressions.worse)
+        found.append(
+            f"{worse} of {len(result.regressions.changes)} numbers worse than in {result.regressions.baseline} by more "
+            f"than {result.regressions.threshold:g} and the noise"
+        )
+    return found
+
+
+def _compression(models: Sequence[Model]) -> Grid:
+    """A line a size: the dense model's, then each other one's and its ratio."""
+    columns = ["size", models[0].name]
+    for model in models[1:]:
+        columns += [model.name, "ratio"]
+    lines = []
+    for label, values in _sizes(models):
+        if any(value is not None for value in values):
+            dense, line = values[0], [label, _size(values[0])]
+            for value in values[1:]:
+                line += [_size(value), "" if not dense or value is None else f"{value / dense:.3f}"]
+            lines.append(tuple(line))
+    lines.append(("experts", "", *(cell for model in models[1:] for cell in (_layout(model), ""))))
+    return Grid("compression", tuple(columns), tuple(lines), WORDS)
+
+
+def _sizes(models: Sequence[Model]) -> Iterator[tuple[str, list[float | None]]]:
+    """In millions and MB."""
+
+    def total(name: str) -> list[float | None]:
+        return [sum(getattr(part, name) for part in model.parts.values()) / 1e6 for model in models]
+
+    yield "parameters, M", total("parameters")
+    yield "active parameters, M", total("active_parameters")
+    yield "FLOPs a token, M", total("flops_per_token")
+    for part in PARTS:
+        yield (
+            f"  {part}",
+            [model.parts[part].flops_per_token / 1e6 if part in model.parts else None for model in models],
+        )
+    yield "read a decoded token, MB", total("bytes_per_decoded_token")
+    yield "on disk, MB", [model.bytes_on_disk / 1e6 for model in models]
+    for label, name in (
+        ("peak memory loading, MB", "load_peak_memory_bytes"),
+        ("peak memory, MB", "peak_memory_bytes"),
+    ):
+        found = [getattr(model, name) for model in models]
+        yield label, [None if value is None else value / 1e6 for value in found]
+
+
+def _layout(model: Model) -> str:
+    if model.num_experts is None:
+        return f"{model.active_share:.0%} of the FFN"
+    return f"{model.num_active} of {model.num_experts}, {model.num_shared} shared"
+
+
+def _quality(result: ModelBench) -> Iterator[Grid]:
+    """One table a text."""
+    for data in dict.fromkeys(row.data for row in result.quality):
+        rows = [row for row in result.quality if row.data == data]
+        lines = tuple(
+            (
+                row.model,
+                _number(row.perplexity, 2),
+                _number(row.ratio, 3),
+                _between(row.ratio_low, row.ratio_high, 3),
+                _number(row.kl_nats, 4),
+                _between(row.kl_low, row.kl_high, 3),
+                f"{row.top1_agreement:.1%}",
+            )
+            for row in rows
+        )
+        title = f"quality on {Path(data).name}, {rows[0].num_tokens:,} tokens in blocks of {result.context}"
+        columns = ("model", "perplexity", "ratio", "95 %", "KL, nats", "95 %", "top 1")
+        yield Grid(title, columns, lines, WORDS)
+
+
+def _speed(result: ModelBench) -> Iterator[Grid]:
+    """One table a regime, of rows that have a time; the reasons of others are notes."""
+    floor = ("/floor",) if result.ceilings else ()
+    for regime in dict.fromkeys(_regime(row) for row in result.speed):
+        lines = []
+        for row in result.speed:
+            if _regime(row) == regime and row.ms_p50 is not None:
+                cells = (
+                    row.model,
+                    row.implementation,
+                    _number(row.ms_p50, 2),
+                    _number(row.tokens_per_second, 1),
+                    _number(row.time_over_dense, 2),
+                    _between(row.time_over_dense_low, row.time_over_dense_high, 2),
+                    "" if row.experts_hit is None else f"{row.experts_hit:.0%}",
+                )
+                lines.append((*cells, _number(row.time_over_floor, 1)) if floor else cells)
+        columns = ("model", "on", "ms", "tokens/s", "/dense", "95 %", "hit", *floor)
+        yield Grid(regime, columns, tuple(lines), WORDS)
+
+
+def _experts(result: ModelBench) -> Grid:
+    """Means and ends over layers; details are in the JSON."""
+    lines = []
+    for name, layers in result.experts.items():
+        if not layers:
+            continue
+        load = [share * len(layer.load) for layer in layers for share in layer.load]
+        captures = [layer.oracle_capture for layer in layers]
+        random = [layer.random_capture for layer in layers]
+        lines.append(
+            (
+                name,
+                str(len(layers)),
+                f"{min(load):.2f}",
+                f"{max(load):.2f}",
+                f"{sum(captures) / len(layers):.3f}",
+                f"{min(captures):.3f}",
+                f"{sum(random) / len(layers):.3f}",
+            )
+        )
+    columns = ("model", "layers", "least load", "most load", "of oracle", "worst layer", "random choice")
+    return Grid("experts: load over even load, share of the oracle's energy", columns, tuple(lines), WORDS)
+
+
+def _changes(result: ModelBench) -> Grid:
+    """What is worse, and all ratios of time and perplexity."""
+    regressions = result.regressions
+    lines = tuple(
+        (change.row, change.what, _number(change.old, 3), _number(change.new, 3), _number(change.ratio, 3), mark)
+        for change in (regressions.changes if regressions else ())
+        for mark in ["WORSE" if change.worse else "ok"]
+    )
+    title = f"against {regressions.baseline}" if regressions else ""
+    return Grid(title, ("row", "what", "then", "now", "ratio", ""), lines, WORDS)
+
+
+def _row_name(row: Speed) -> str:
+    return f"{row.model} on {row.implementation}, {_regime(row)}"
+
+
+def _regime(row: Speed | Verdict) -> str:
+    return f"{row.phase} {row.batch} x {row.prompt_tokens}"
+
+
+def _number(value: float | None, digits: int) -> str:
+    """Digits behind the point only where they matter."""
+    return "" if value is None else f"{value:,.{digits if abs(value) < 100 else 1}f}"
+
+
+def _size(value: float | None) -> str:
+    return "" if value is None else f"{value:,.1f}" if value >= 10 else f"{value:,.3f}"
+
+
+def _between(low: float | None, high: float | None, digits: int) -> str:
+    return "" if low is None or high is None else f"{_number(low, digits)} {_number(high, digits)}"

@@ -1,0 +1,50 @@
+"""How the loss feels what each FFN puts out: one backward pass of the dense model over part of the calibration text.
+
+The only place where a whole model is in memory; only methods that ask for gradients pay for it.
+
+Legend: B blocks of C tokens, G = B * C, D hidden size, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
+
+from moeify.models.dense import DenseCheckpoint
+
+# Tokens whose gradients are taken.
+GRADIENT_TOKENS = 4096
+
+
+def output_gradients(dense: DenseCheckpoint, ids_BC: Tensor, device: str) -> list[Tensor]:
+    """gradient_GD for every layer: of the summed language modelling loss by the FFN's output, float32.
+
+    Args:
+        dense: the model.
+        ids_BC: the calibration text; its first blocks are used, up to GRADIENT_TOKENS.
+        device: where the arithmetic runs.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32, trust_remote_code=False)
+    model.to(device).eval().requires_grad_(requires_grad=False)
+    outputs: dict[int, Tensor] = {}
+
+    def keep(layer: int) -> Any:
+        def hook(_: Any, __: Any, output_1CD: Tensor) -> None:
+            outputs[layer] = output_1CD
+
+        return hook
+
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(keep(number))
+    found: list[list[Tensor]] = [[] for _ in model.model.layers]
+    for ids_C in ids_BC[: max(1, GRADIENT_TOKENS // ids_BC.shape[1])].to(device):
+        with torch.enable_grad():
+            embedded_1CD = model.get_input_embeddings()(ids_C[None]).requires_grad_()
+            logits_1CV = model(inputs_embeds=embedded_1CD, use_cache=False).logits
+            loss = cross_entropy(logits_1CV[0, :-1], ids_C[1:], reduction="sum")
+            gradients = torch.autograd.grad(loss, [outputs[number] for number in range(len(found))])
+        for layer_gradients, gradient_1CD in zip(found, gradients, strict=True):
+            layer_gradients.append(gradient_1CD[0])
+    return [torch.cat(layer_gradients) for layer_gradients in found]

@@ -1,0 +1,1 @@
+"""Is it exact, and how good is it: verify, evaluate, compare."""

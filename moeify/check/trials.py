@@ -1,0 +1,79 @@
+"""A conversion tried out in memory: fitted on calibration tokens and evaluated on others in one walk through the model.
+
+Nothing is written, so what no native checkpoint can hold (a neuron oracle, an MLP router) can be measured all the same.
+
+Legend: T tokens, D hidden size, B blocks of C tokens, L = C - 1 losses a block.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moeify import partition
+from moeify.calibration.gradients import output_gradients
+from moeify.convert.layer import fit_layer
+from moeify.convert.prepare import Prepared
+from moeify.convert.walk import CalibrationWalk
+from moeify.models.ffn import FFNWeights
+
+# Fitted to one layer's calibration inputs, it gives what takes the dense FFN's place.
+Control = Callable[[FFNWeights, Tensor], Callable[[Tensor], Tensor]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of one.
+
+    Args:
+        losses_BL: negative log-likelihood in nats of every evaluation token but the first of each block.
+        diagnostics: means over layers of what the fits measured.
+    """
+
+    losses_BL: Tensor
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+
+
+class Trials:
+    """Tries conversions of one model on the same tokens.
+
+    Args:
+        dense: the model, prepared in any way.
+        calibration_BC, evaluation_BC: blocks of token ids.
+    """
+
+    def __init__(self, dense: Prepared, calibration_BC: Tensor, evaluation_BC: Tensor) -> None:
+        self._dense, self._calibration_BC, self._evaluation_BC = dense, calibration_BC, evaluation_BC
+        self._gradients: list[Tensor] = []
+
+    def control(self, control: Control) -> Trial:
+        """Every FFN replaced by a control."""
+        walk = CalibrationWalk(self._dense, self._calibration_BC, self._evaluation_BC)
+        for layer in range(self._dense.dense.num_layers):
+            stage = walk.enter(layer)
+            walk.leave(control(stage.ffn, stage.inputs_TD)(torch.cat([stage.inputs_TD, stage.riding_ED])))
+        return Trial(walk.stream.losses(self._evaluation_BC))
+
+    def split(self, prepared: Prepared) -> Trial:
+        """A split as it would be written."""
+        fit, wants_gradients = prepared.fit(), partition.needs_gradients(prepared.options.partition)
+        if wants_gradients and not self._gradients:
+            self._gradients = output_gradients(prepared.dense, self._calibration_BC, prepared.options.device)
+        gradients = self._gradients if wants_gradients else []
+        walk = CalibrationWalk(prepared, self._calibration_BC, self._evaluation_BC, gradients=gradients)
+        found: list[Mapping[str, float]] = []
+        for layer in range(prepared.dense.num_layers):
+            stage = walk.enter(layer)
+            converted, fitted_TD = fit_layer(
+                stage.ffn, stage.inputs_TD, fit, gradient_GD=stage.gradient_GD, wanted_TD=stage.wanted_TD
+            )
+            walk.leave(fitted_TD, converted(stage.riding_ED))
+            found.append(converted.plan.diagnostics)
+        names = sorted({name for diagnostics in found for name in diagnostics})
+        means = {name: _mean([diagnostics[name] for diagnostics in found if name in diagnostics]) for name in names}
+        return Trial(walk.stream.losses(self._evaluation_BC), means)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

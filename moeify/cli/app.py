@@ -1,0 +1,118 @@
+"""The command line: which commands there are, and what exit code every outcome has.
+
+Nothing heavy is imported before a command runs.
+"""
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+import typer
+
+from moeify.cli import options as option
+from moeify.cli.commands.bench import bench_command
+from moeify.cli.commands.compare import compare_command
+from moeify.cli.commands.eval import eval_command
+from moeify.cli.commands.finetune import finetune_command
+from moeify.cli.commands.inspect import inspect_command
+from moeify.cli.commands.ls import list_command
+from moeify.cli.commands.report import report_command
+from moeify.cli.commands.run import run_recipe_command
+from moeify.cli.commands.schema import schema_command
+from moeify.cli.commands.search import search_command
+from moeify.cli.commands.split import split_command
+from moeify.cli.commands.tune import tune_command
+from moeify.cli.commands.verify import verify_command
+from moeify.errors import MoeifyError
+
+# In the order of the help.
+COMMANDS: dict[str, Callable[..., None]] = {
+    "inspect": inspect_command,
+    "split": split_command,
+    "search": search_command,
+    "compare": compare_command,
+    "finetune": finetune_command,
+    "verify": verify_command,
+    "eval": eval_command,
+    "tune": tune_command,
+    "bench": bench_command,
+    "report": report_command,
+    "run": run_recipe_command,
+    "ls": list_command,
+    "schema": schema_command,
+}
+
+app = typer.Typer(
+    name="moeify",
+    help="Turn a dense Hugging Face transformer into a mixture-of-experts checkpoint that stock software loads.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Entry point: runs the command and turns every outcome into an exit code."""
+    interrupts: list[object] = []
+
+    def interrupt(*signal_and_frame: object) -> NoReturn:
+        interrupts.append(signal_and_frame)
+        raise KeyboardInterrupt
+
+    # A parent that has the signal ignored, as shells do for background jobs, keeps it so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    sys.exit(run_command(sys.argv[1:], interrupted=lambda: bool(interrupts)))
+
+
+def run_command(arguments: list[str], *, interrupted: Callable[[], bool] = lambda: False) -> int:
+    """Run one command line and return its exit code: 0, 1 bug, 2 usage, 3 input, 4 check failed, 130 interrupted.
+
+    Args:
+        arguments: what stands behind the program's name.
+        interrupted: whether Ctrl-C was pressed. Compiled code that is interrupted may replace KeyboardInterrupt by an
+            error of its own.
+    """
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+    except typer.Exit as error:
+        return int(error.exit_code)
+    except Exception as error:
+        return 130 if interrupted() else _report(error, debug="--debug" in arguments)
+    return code if isinstance(code, int) else 0
+
+
+def _report(error: Exception, *, debug: bool) -> int:
+    """Show an error and return its exit code."""
+    from moeify.cli.render import Renderer, traceback_of
+
+    if hasattr(error, "show") and hasattr(error, "exit_code"):
+        # The option parser's own errors print themselves with the usage line.
+        error.show()
+        return 2
+    if debug:
+        traceback_of(error)
+    if isinstance(error, MoeifyError):
+        Renderer().error(error)
+        return error.exit_code
+    Renderer().error(RuntimeError(f"{type(error).__name__}: {error} (a bug in moeify; --debug shows where)"))
+    return 1
+
+
+@app.callback()
+def root(
+    version: option.Version = False,
+) -> None:
+    """Turn a dense Hugging Face transformer into a mixture-of-experts checkpoint that stock software loads."""
+
+
+for _name, _command in COMMANDS.items():
+    app.command(_name)(_command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""`moeify run`: a recipe."""
+
+from moeify.cli import options as option
+from moeify.errors import CheckError
+
+
+def run_recipe_command(
+    recipe: option.Recipe,
+    set_: option.Overrides = [],  # noqa: B006
+    out: option.Out = None,
+    dry_run: option.DryRun = False,
+    json: option.Json = False,
+    quiet: option.Quiet = False,
+    verbose: option.Verbose = False,
+    debug: option.Debug = False,  # noqa: ARG001
+) -> None:
+    """Run a recipe: split, controls, verify, eval, gates. Finished stages are skipped."""
+    from moeify.cli.render import renderer_for
+    from moeify.cli.tables.run import run_preview_table, run_tables
+    from moeify.recipes.model import find_recipe, load_recipe
+    from moeify.recipes.run import preview_run, run
+
+    renderer = renderer_for(json, quiet, verbose)
+    overrides = [*set_, *([f"out={out}"] if out else [])]
+    loaded = load_recipe(find_recipe(recipe), overrides)
+    if dry_run:
+        planned = preview_run(loaded, track=renderer.track)
+        renderer.result("run-preview", planned, run_preview_table(planned), next_step="the same without --dry-run")
+        return
+    result = run(loaded, track=renderer.track)
+    step = f"moeify report {result.out}" if loaded.bench else ""
+    renderer.result("run", {"passed": result.passed, **vars(result)}, *run_tables(result), next_step=step)
+    if not result.passed:
+        failed = [gate.name for gate in result.gates if not gate.passed]
+        raise CheckError(f"gates failed: {', '.join(failed)}", f"see {result.out / 'run.json'}")

@@ -1,0 +1,33 @@
+"""Tables of `moeify inspect`."""
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from moeify.cli.tables.words import duration, key_value_table, layout_words, size
+
+if TYPE_CHECKING:
+    from moeify.convert.inspection import Inspection
+
+
+def inspect_tables(inspection: "Inspection") -> tuple[Table, Table]:
+    counts = [str(n) for n in inspection.expert_counts]
+    estimate = inspection.estimate
+    facts = key_value_table(
+        f"moeify inspect {inspection.model}",
+        [
+            ("family", f"{inspection.family}, {inspection.dtype}"),
+            ("parameters", f"{inspection.num_parameters:,}, {inspection.ffn_share:.0%} of them in FFNs"),
+            ("FFN", f"{inspection.hidden_size:,} -> {inspection.num_neurons:,} in {inspection.num_layers} layers"),
+            ("expert counts that work", ", ".join(counts)),
+            (f"with --experts {inspection.experts}", layout_words(inspection.layout)),
+            ("checkpoint, memory", f"{size(estimate.checkpoint_bytes)}, about {size(estimate.peak_memory_bytes)}"),
+            ("time", f"about {duration(estimate.duration_s)} here"),
+        ],
+    )
+    fits = Table(title="targets", title_justify="left")
+    for column in ("target", "fits", "shared experts", "why"):
+        fits.add_column(column, overflow="fold")
+    for fit in inspection.targets:
+        fits.add_row(fit.target, "yes" if fit.fits else "no", "yes" if fit.shared else "no", fit.reason)
+    return facts, fits

@@ -1,0 +1,43 @@
+"""Tables of `moeify run`."""
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from moeify.cli.tables.eval import eval_table
+from moeify.cli.tables.words import duration, size
+
+if TYPE_CHECKING:
+    from moeify.recipes.run import RunPreview, RunResult
+
+
+def run_tables(run: "RunResult") -> tuple[Table, ...]:
+    gates = Table(title="gates", title_justify="left")
+    for column in ("gate", "found", "limit", ""):
+        gates.add_column(column)
+    for gate in run.gates:
+        gates.add_row(gate.name, gate.found, gate.limit, "ok" if gate.passed else "FAILED")
+    evals = (eval_table(run.evals),) if run.evals else ()
+    return (*evals, gates) if run.gates else evals
+
+
+def run_preview_table(planned: "RunPreview") -> Table:
+    table = Table(title=f"moeify run --dry-run, to {planned.out}", title_justify="left")
+    table.add_column("split")
+    table.add_column("target")
+    for column in ("experts", "params", "active", "memory", "time"):
+        table.add_column(column, justify="right")
+    for name, preview in planned.splits.items():
+        estimate, layout = preview.estimate, preview.layout
+        experts = f"{layout.num_shared} + {layout.num_routed_active} of {layout.num_routed}"
+        table.add_row(
+            name,
+            "dense, pruned" if layout.is_static else preview.target,
+            f"{layout.num_active} of {layout.num_experts}" if layout.is_static else experts,
+            f"{preview.num_parameters / 1e9:.2f} B",
+            f"{preview.num_active_parameters / 1e9:.2f} B",
+            size(estimate.peak_memory_bytes),
+            "finished" if name in planned.finished else duration(estimate.duration_s),
+        )
+    table.caption = f"then: {', '.join(planned.further)}" if planned.further else None
+    return table

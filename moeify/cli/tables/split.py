@@ -1,0 +1,86 @@
+"""Tables of `moeify split`."""
+
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from moeify.cli.tables.words import duration, key_value_table, layout_words, size
+
+if TYPE_CHECKING:
+    from moeify.convert.pipeline import SplitResult
+    from moeify.convert.prepare import Preview
+    from moeify.plan import SplitPlan
+
+
+# What `split --report` shows of a layer.
+LAYER_COLUMNS = {
+    "energy_kept": "energy kept",
+    "energy_kept_static": "static",
+    "energy_kept_oracle": "oracle",
+    "oracle_gain_reached": "oracle gain reached",
+    "error_without_refit": "error, no refit",
+    "error_with_refit": "error, refit",
+    "refit_strength": "refit strength",
+    "smallest_expert_load": "least load",
+    "largest_expert_load": "most load",
+    "load_entropy": "load entropy",
+}
+
+
+def split_table(result: "SplitResult") -> Table:
+    layout = result.layout
+    last = [layer.diagnostics for layer in result.plan.layers]
+    rows = [
+        ("written to", str(result.out)),
+        ("target", f"{result.target}: {result.target_reason}"),
+        ("layout", layout_words(layout)),
+        ("parameters", f"{result.num_parameters:,}"),
+        (
+            "active for a token",
+            f"{result.num_active_parameters:,} ({result.num_active_parameters / result.num_parameters:.1%})",
+        ),
+    ]
+    for key, label in (
+        ("error_without_refit", "layer error, no refit"),
+        ("error_with_refit", "layer error, refit"),
+        ("router_energy_of_oracle", "router / oracle energy"),
+    ):
+        values = [d[key] for d in last if key in d]
+        if values:
+            rows.append((label, f"{sum(values) / len(values):.4f} (mean of {len(values)} layers)"))
+    return key_value_table("moeify split", rows)
+
+
+def layers_table(plan: "SplitPlan") -> Table:
+    """What was measured in every layer."""
+    table = Table(title="layers", title_justify="left")
+    for column in ("layer", *LAYER_COLUMNS.values()):
+        table.add_column(column, justify="right")
+    for layer in plan.layers:
+        values = [layer.diagnostics.get(name) for name in LAYER_COLUMNS]
+        empty = "dense" if layer.layer in plan.layout.dense_layers else ""
+        table.add_row(str(layer.layer), *(empty if value is None else f"{value:.3f}" for value in values))
+    return table
+
+
+def preview_table(preview: "Preview") -> Table:
+    estimate = preview.estimate
+    options = preview.options
+    return key_value_table(
+        "moeify split --dry-run",
+        [
+            ("model", f"{preview.model} ({preview.family}, {preview.num_layers} layers)"),
+            ("target", f"{preview.target}: {preview.target_reason}"),
+            ("layout", layout_words(preview.layout)),
+            ("expert width", f"{preview.expert_width:,} neurons"),
+            ("partition, router, refit", f"{options.partition}, {options.router}, {'yes' if options.refit else 'no'}"),
+            (
+                "calibration",
+                f"{', '.join(options.calibration)}: {options.tokens:,} tokens in blocks of {options.context}",
+            ),
+            ("parameters", f"{preview.num_parameters:,}, {preview.num_active_parameters:,} active"),
+            ("checkpoint", f"{size(estimate.checkpoint_bytes)} in {preview.dtype}"),
+            ("memory", f"about {size(estimate.peak_memory_bytes)}"),
+            ("time", f"about {duration(estimate.duration_s)} here"),
+        ],
+    )

@@ -1,0 +1,94 @@
+"""Sizes, and what a split will cost before it is begun."""
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from moeify.calibration.activations import KEEP_BYTES, sample_size
+from moeify.export.writer import EMBEDDING, HEAD, SHARD_BYTES, MoEWriter
+from moeify.models.dense import DenseCheckpoint
+
+if TYPE_CHECKING:
+    from moeify.convert.prepare import Prepared
+
+# Split time over the time of one dense forward pass over the calibration tokens.
+TIME_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a split will take on this machine; the matmul rate is measured, the rest is arithmetic."""
+
+    duration_s: float
+    peak_memory_bytes: int
+    checkpoint_bytes: int
+    matmul_flops_per_second: float
+
+
+def count_parameters(writer: MoEWriter) -> tuple[int, int]:
+    """Parameters of the written checkpoint, and those a token is multiplied with (embedding look-up left out)."""
+    shapes = writer.shapes()
+    total = sum(tensor.numel() for tensor in shapes.values())
+    layout, config = writer.layout, writer.dense.config
+    width = layout.expert_width(config.intermediate_size)
+    idle = 0 if layout.is_static else layout.num_routed - layout.num_routed_active
+    cut = config.num_hidden_layers - len(layout.dense_layers)
+    unused = idle * 3 * width * config.hidden_size * cut
+    # A tied embedding is the head's matrix too; an untied one is only looked up.
+    embedding = shapes[EMBEDDING].numel() if HEAD in shapes else 0
+    return total, total - unused - embedding
+
+
+def estimate(prepared: "Prepared") -> Estimate:
+    """Time, memory and size of a prepared split."""
+    dense, writer = prepared.dense, prepared.writer
+    config, tokens = dense.config, prepared.options.tokens if prepared.needs_text else 0
+    hidden, neurons = config.hidden_size, config.intermediate_size
+    rate = matmul_rate(prepared.options.device)
+    largest_layer = 4 * sum(
+        torch.Size(shape).numel() for name, shape in dense.shapes.items() if name.startswith("model.layers.0.")
+    )
+    active = (
+        neurons * prepared.layout.num_active // prepared.layout.num_experts if prepared.layout.is_static else neurons
+    )
+    # Two moment matrices, one damped copy and its Cholesky factor; with few tokens the system is as small as they are.
+    primal, dual = 4 * 4 * active * active, 4 * tokens * (3 * tokens + active)
+    grams = (dual if tokens < active else primal) if prepared.options.refit else 0
+    activations = min(4 * tokens * neurons, KEEP_BYTES)
+    # Contributions of the sample, their squares, and a copy while they are taken.
+    sample = 3 * 4 * min(tokens, sample_size(neurons)) * neurons
+    streams = 4 * 4 * tokens * hidden * (2 if prepared.options.refit_to == "stream" else 1)
+    written = sum(t.numel() * t.element_size() for t in writer.shapes().values())
+    writing = 2 * min(SHARD_BYTES, written) + 2 * largest_layer
+    return Estimate(
+        duration_s=TIME_FACTOR * forward_flops(dense, tokens) / rate,
+        peak_memory_bytes=_process_bytes()
+        + max(2 * largest_layer + max(grams, sample) + 2 * activations + streams, writing),
+        checkpoint_bytes=written,
+        matmul_flops_per_second=rate,
+    )
+
+
+def forward_flops(dense: DenseCheckpoint, tokens: int) -> float:
+    """Multiply-adds, counted twice, of one dense forward pass; attention scores are left out."""
+    weights = dense.num_parameters - (0 if dense.ties_embeddings else torch.Size(dense.shapes[EMBEDDING]).numel())
+    return 2.0 * weights * tokens
+
+
+def matmul_rate(device: str, size: int = 1024, repeats: int = 5) -> float:
+    matrix = torch.ones(size, size, device=device)
+    (matrix @ matrix).sum().item()
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def _process_bytes() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,86 @@
+"""What a dense model is and how it can be split, from its config and its safetensors headers alone."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from moeify import targets
+from moeify.convert.estimate import Estimate, estimate
+from moeify.convert.prepare import MAX_EXPERTS, expert_counts, prepare
+from moeify.errors import InputError
+from moeify.models.dense import open_dense
+from moeify.options import SplitOptions, Track, untracked
+from moeify.plan import Layout, resolve_layout
+
+
+@dataclass(frozen=True)
+class TargetFit:
+    """Whether one target holds the model exactly.
+
+    `reason` says why not; for a target that fits it names the engines that know its architecture.
+    """
+
+    target: str
+    fits: bool
+    shared: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A dense model as moeify sees it; `estimate` is of `moeify split` with `experts` experts and its defaults."""
+
+    model: str
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_neurons: int
+    num_parameters: int
+    ffn_share: float
+    dtype: str
+    expert_counts: tuple[int, ...]
+    targets: tuple[TargetFit, ...]
+    experts: int
+    layout: Layout
+    estimate: Estimate
+
+
+def inspect(model: str, *, experts: int = 8, track: Track[Any] = untracked) -> Inspection:
+    """Describe a model without loading a weight.
+
+    Args:
+        model: a folder, a .gguf file, a hub id or `builtin`.
+        experts: what the fit of the targets and the estimates are made for.
+        track: shows the progress of making the embedded model.
+
+    Raises:
+        InputError: it cannot be read or its family is not supported.
+    """
+    dense = open_dense(model, track)
+    config = dense.config
+    neurons, hidden, layers = config.intermediate_size, config.hidden_size, dense.num_layers
+    counts = expert_counts(neurons, dense.dtype)
+    if not counts:
+        raise InputError(f"FFNs of {neurons} neurons do not divide into 2 to {MAX_EXPERTS} experts that can run")
+    fits = []
+    for name in targets.names():
+        target = targets.find(name)
+        layout = resolve_layout(experts, None, None, holds_shared=target.holds_shared)
+        reason = targets.refusal(target, dense.traits, config, layout)
+        loads = "known to " + ", ".join(("transformers", *target.engines))
+        fits.append(TargetFit(name, not reason, target.holds_shared, reason or loads))
+    prepared = prepare(model, SplitOptions(experts=experts if experts in counts else counts[0]))
+    return Inspection(
+        model=model,
+        family=dense.family.model_type,
+        num_layers=layers,
+        hidden_size=hidden,
+        num_neurons=neurons,
+        num_parameters=dense.num_parameters,
+        ffn_share=3 * neurons * hidden * layers / dense.num_parameters,
+        dtype=str(dense.dtype).removeprefix("torch."),
+        expert_counts=counts,
+        targets=tuple(fits),
+        experts=prepared.layout.num_experts,
+        layout=prepared.layout,
+        estimate=estimate(prepared),
+    )

@@ -1,0 +1,290 @@
+"""What is settled before a calibration token is read: model, target, layout, numbers. Also what `--dry-run` shows."""
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from moeify import partition, routers, targets
+from moeify.convert.estimate import Estimate, count_parameters, estimate
+from moeify.convert.layer import LayerFit
+from moeify.data.text import TokenBlocks, calibration_blocks, sample_from_model
+from moeify.errors import InputError, UsageError
+from moeify.experts.mixing import Gate
+from moeify.export.writer import MoEWriter, check_fits
+from moeify.models.dense import DenseCheckpoint, open_dense
+from moeify.models.ffn import FFNWeights
+from moeify.options import SplitOptions, Track, untracked
+from moeify.plan import Layout, SplitPlan, load_plan, resolve_layout
+from moeify.targets import Target
+
+DEFAULT_CONTEXT = 512
+# Fewer tokens leave the refit and the routers undetermined in every model moeify knows.
+MIN_TOKENS = 1024
+# torch.nn.functional.grouped_mm, the default of transformers' experts, takes rows of a multiple of so many bytes.
+ROW_BYTES = 16
+MAX_EXPERTS = 128
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is known before a calibration token is read."""
+
+    dense: DenseCheckpoint
+    options: SplitOptions
+    layout: Layout
+    target: Target
+    target_reason: str
+    saved_plan: SplitPlan | None
+    dtype: torch.dtype
+
+    @property
+    def writer(self) -> MoEWriter:
+        return MoEWriter(self.dense, self.target, self.layout, self.dtype, self.gate)
+
+    @property
+    def gate(self) -> Gate:
+        return Gate.of(asdict(self.options))
+
+    @property
+    def needs_text(self) -> bool:
+        return self.saved_plan is None or self.options.refit
+
+    def fit(self, layout: Layout | None = None) -> LayerFit:
+        """How to decide a layer; in another layout than the one that was settled, if one is given."""
+        options = self.options
+        return LayerFit(
+            layout=layout or self.layout,
+            partition=partition.find(options.partition),
+            router=routers.find(options.router),
+            gate=self.gate,
+            refit=options.refit,
+            dtype=self.dtype,
+            seed=options.seed,
+        )
+
+    def ffn(self, layer: int) -> FFNWeights:
+        """The dense FFN as it will be written: what is fitted must fit the checkpoint, not wider numbers."""
+        rounded = [weight.to(self.dtype) for weight in self.dense.ffn(layer)]
+        for name, weight in zip(self.dense.family.ffn_names(layer), rounded, strict=True):
+            check_fits(name, weight)
+        gate_FD, up_FD, down_DF = (weight.to(self.options.device, torch.float32) for weight in rounded)
+        return FFNWeights(layer, gate_FD, up_FD, down_DF, self.dense.config.hidden_act)
+
+
+def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked, *, writable: bool = True) -> Prepared:
+    """Open the model and settle target, layout and dtype; reads headers only.
+
+    Args:
+        model: a folder, a .gguf file, a hub id or `builtin`.
+        options: how to cut.
+        track: shows the progress of making the embedded model.
+        writable: refuse what no checkpoint could hold.
+
+    Raises:
+        InputError: the model cannot be split, or not in this way.
+        UsageError: the options contradict each other.
+    """
+    dense = open_dense(model, track)
+    saved = load_plan(Path(options.plan)) if options.plan else None
+    if saved is not None:
+        options = replace(
+            options,
+            experts=saved.layout.num_experts,
+            shared=saved.layout.num_shared,
+            active=saved.layout.num_active,
+            dense_layers=saved.layout.dense_layers,
+        )
+    partition.find(options.partition)
+    routers.find(options.router)
+    if writable and not routers.is_linear(options.router):
+        linear = ", ".join(name for name in routers.names() if routers.is_linear(name))
+        raise UsageError(
+            f"no native target can hold a {options.router} router",
+            f"--router {linear} can be written; `moeify compare` measures all of them",
+        )
+    if writable and options.static and options.dense_layers:
+        raise UsageError(
+            "the dense architecture has FFNs of one width, so --static prunes every layer alike",
+            "leave --dense-layers out; `moeify compare` measures it",
+        )
+    layout, target, reason = _choose_target(dense, options, writable=writable)
+    _check_device(options.device)
+    dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    if saved is not None:
+        _check_plan(saved, dense)
+        # The first split may have been in another type.
+        layers = (
+            replace(layer, router_RD=None if layer.router_RD is None else layer.router_RD.to(dtype))
+            for layer in saved.layers
+        )
+        saved = replace(saved, layers=tuple(layers))
+    _check_dense_layers(layout, dense.num_layers)
+    _check_width(layout, dense.config.intermediate_size, dtype, writable=writable)
+    limit = int(dense.config.max_position_embeddings)
+    context = options.context or min(DEFAULT_CONTEXT, limit)
+    if not 16 <= context <= limit:
+        raise InputError(
+            f"context {context} does not fit {model}, which takes 16 to {limit} tokens", f"--context {min(512, limit)}"
+        )
+    if options.tokens < MIN_TOKENS:
+        raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
+    options = replace(options, context=context, active=layout.num_active, dense_layers=layout.dense_layers)
+    if not options.static:
+        options = replace(options, shared=layout.num_shared, target=target.model_type)
+    return Prepared(dense, options, layout, target, reason, saved, dtype)
+
+
+def calibration_text(prepared: Prepared) -> TokenBlocks:
+    """The calibration tokens, checked against the model's vocabulary."""
+    options, dense = prepared.options, prepared.dense
+
+    def sample(num_tokens: int, context: int, seed: int) -> Tensor:
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32)
+        return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=context, seed=seed)
+
+    assert options.context is not None
+    blocks = calibration_blocks(
+        options.calibration,
+        dense.tokenizer(),
+        num_tokens=options.tokens,
+        context=options.context,
+        seed=options.seed,
+        sample=sample,
+    )
+    largest = int(blocks.ids_BC.max())
+    if largest >= dense.config.vocab_size:
+        raise InputError(
+            f"the tokenizer gives token id {largest}, the model has {dense.config.vocab_size} tokens",
+            "tokenizer and weights are not of the same model",
+        )
+    return blocks
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a split would do and cost; what `--dry-run` shows."""
+
+    model: str
+    family: str
+    num_layers: int
+    target: str
+    target_reason: str
+    layout: Layout
+    expert_width: int
+    num_parameters: int
+    num_active_parameters: int
+    dtype: str
+    options: SplitOptions
+    estimate: Estimate
+
+
+def preview(model: str, options: SplitOptions | None = None, *, track: Track[Any] = untracked) -> Preview:
+    """Settle everything that a split settles before it reads text, and estimate the rest. Writes nothing.
+
+    Raises:
+        InputError: the model cannot be split in this way.
+    """
+    options = options or SplitOptions()
+    if options.budget is not None:
+        raise UsageError("a budget is settled by scoring layers", "moeify search shows what it would choose")
+    prepared = prepare(model, options, track)
+    return Preview(
+        model,
+        prepared.dense.family.model_type,
+        prepared.dense.num_layers,
+        prepared.target.model_type,
+        prepared.target_reason,
+        prepared.layout,
+        prepared.layout.expert_width(prepared.dense.config.intermediate_size),
+        *count_parameters(prepared.writer),
+        str(prepared.dtype).removeprefix("torch."),
+        prepared.options,
+        estimate(prepared),
+    )
+
+
+def expert_counts(num_neurons: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Numbers of experts, up to MAX_EXPERTS, that cut the FFN into slices which stock transformers can run."""
+    multiple = ROW_BYTES // dtype.itemsize
+    return tuple(n for n in range(2, MAX_EXPERTS + 1) if num_neurons % (n * multiple) == 0)
+
+
+def _check_dense_layers(layout: Layout, num_layers: int) -> None:
+    missing = [layer for layer in layout.dense_layers if not 0 <= layer < num_layers]
+    if missing:
+        hint = f"--dense-layers takes 0 to {num_layers - 1}"
+        raise InputError(f"there is no layer {missing[0]} to leave dense", hint)
+    if len(layout.dense_layers) == num_layers:
+        raise InputError("every layer is to stay dense, nothing is cut", "leave a layer out of --dense-layers")
+
+
+def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype, *, writable: bool) -> None:
+    works = ", ".join(map(str, expert_counts(num_neurons, dtype)))
+    hint = f"--experts {works} work for this model" if works else "no number of experts works for this model"
+    if num_neurons % layout.num_experts:
+        raise InputError(f"{num_neurons} neurons do not divide into {layout.num_experts} experts", hint)
+    width, multiple = layout.expert_width(num_neurons), ROW_BYTES // dtype.itemsize
+    if writable and width % multiple and not layout.is_static:
+        raise InputError(
+            f"experts of {width} neurons cannot run in {str(dtype).removeprefix('torch.')}: the grouped matrix product "
+            f"of stock transformers takes multiples of {multiple}",
+            hint,
+        )
+
+
+def _check_device(device: str) -> None:
+    """Raise UsageError unless there is such a device here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        raise UsageError(f"no device {device} here", f"--device takes {', '.join(found)}") from error
+
+
+def _check_plan(plan: SplitPlan, dense: DenseCheckpoint) -> None:
+    """Raise InputError unless the plan is of a model of this shape."""
+    pairs = [
+        ("layers", len(plan.layers), dense.num_layers),
+        ("neurons a layer", plan.layers[0].labels_F.numel(), int(dense.config.intermediate_size)),
+    ]
+    router_RD = next((layer.router_RD for layer in plan.layers if layer.router_RD is not None), None)
+    if router_RD is not None:
+        pairs.append(("hidden size", router_RD.shape[1], int(dense.config.hidden_size)))
+    for what, found, expected in pairs:
+        if found != expected:
+            raise InputError(
+                f"the plan is of another model: {what} {found:,}, {dense.name} has {expected:,}",
+                f"the plan was made from {plan.source}",
+            )
+
+
+def _choose_target(dense: DenseCheckpoint, options: SplitOptions, *, writable: bool) -> tuple[Layout, Target, str]:
+    def resolve(holds_shared: bool) -> Layout:
+        experts, dense_layers = options.experts, tuple(sorted(set(options.dense_layers)))
+        active = experts if options.gate == "soft" and not options.static else options.active
+        return resolve_layout(experts, options.shared, active, holds_shared=holds_shared, dense_layers=dense_layers)
+
+    if options.static:
+        active = resolve(True).num_active
+        layout = Layout(options.experts, active, active, tuple(sorted(options.dense_layers)))
+        return layout, targets.static_target(dense.family), "static pruning keeps the dense architecture"
+    if options.target == "auto":
+        try:
+            target, layout, reason = targets.choose(dense.traits, dense.config, resolve, options.gate)
+        except InputError:
+            if writable:
+                raise
+            return resolve(True), targets.static_target(dense.family), "only measured: no target holds it"
+        return layout, target, reason
+    target = targets.find(options.target)
+    layout = resolve(target.holds_shared)
+    reason = targets.refusal(target, dense.traits, dense.config, layout, options.gate)
+    if reason:
+        raise InputError(
+            f"{options.target} cannot hold this model: {reason}", "`moeify inspect` lists targets that can"
+        )
+    return layout, target, "asked for"

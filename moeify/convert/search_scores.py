@@ -1,0 +1,146 @@
+"""What each layer's candidates cost and what they do to the model's output: the table that a search chooses from.
+
+One pass through the dense model. In every layer each candidate is fitted on the dense hidden states, then a few blocks
+of check text go on through the dense rest of the model once for each candidate, and their output distribution is
+compared with the dense model's. Losses are of one changed layer at a time; `OutputCheck.joint` is for what they do
+together. Finished layers are kept, so that a run that was stopped goes on.
+
+Legend: T tokens, D hidden size, B check blocks of C tokens, V vocabulary.
+"""
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import kl_div, nll_loss
+
+from moeify.calibration.stream import HiddenStream
+from moeify.convert.layer import converted, fit_layer
+from moeify.convert.prepare import Prepared
+from moeify.plan import LayerPlan, Layout
+
+
+@dataclass(frozen=True)
+class OutputChange:
+    """What a changed model does on the check text.
+
+    Args:
+        divergence: mean KL(dense || changed) of a token's output distribution, nats.
+        log_perplexity: mean negative log-likelihood of a token, nats.
+    """
+
+    divergence: float
+    log_perplexity: float
+
+
+class OutputCheck:
+    """Compares changed models with the dense one by their output distributions on the same text."""
+
+    def __init__(self, prepared: Prepared, ids_BC: Tensor) -> None:
+        self._prepared, self._ids_BC = prepared, ids_BC
+        self._dense = HiddenStream(prepared.dense, ids_BC, prepared.options.device)
+        for layer in range(prepared.dense.num_layers):
+            self._dense.pass_through(layer, prepared.ffn(layer))
+
+    @property
+    def num_tokens(self) -> int:
+        return self._ids_BC.numel()
+
+    def finish(self, stream: HiddenStream, first_layer: int) -> list[OutputChange]:
+        """Take one or several variants of the check blocks, through the dense rest of the model."""
+        for layer in range(first_layer, self._prepared.dense.num_layers):
+            stream.pass_through(layer, self._prepared.ffn(layer))
+        return self._compare(stream)
+
+    def joint(self, layout: Layout, plans: Sequence[LayerPlan | None]) -> OutputChange:
+        """All layers changed together; None leaves one dense."""
+        stream = HiddenStream(self._prepared.dense, self._ids_BC, self._prepared.options.device)
+        for layer, plan in enumerate(plans):
+            ffn = self._prepared.ffn(layer)
+            stream.pass_through(layer, ffn if plan is None else converted(ffn, plan, self._prepared.fit(layout)))
+        return self._compare(stream)[0]
+
+    def dense(self) -> OutputChange:
+        """The dense model itself: no divergence, and its perplexity."""
+        return self._compare(self._dense)[0]
+
+    def _compare(self, stream: HiddenStream) -> list[OutputChange]:
+        num_blocks = len(self._ids_BC)
+        num_variants = len(stream.residual()) // self._ids_BC.numel()
+        sums = torch.zeros(num_variants, 2)
+        for block, logits_CV in enumerate(self._dense.logits(range(num_blocks))):
+            expected_CV = logits_CV.log_softmax(dim=1)
+            next_C = self._ids_BC[block, 1:].to(expected_CV.device)
+            for variant, changed_CV in enumerate(stream.logits(range(block, num_variants * num_blocks, num_blocks))):
+                found_CV = changed_CV.log_softmax(dim=1)
+                divergence = kl_div(found_CV, expected_CV, reduction="batchmean", log_target=True)
+                sums[variant] += torch.stack([divergence, nll_loss(found_CV[:-1], next_C)]).cpu() / num_blocks
+        return [OutputChange(*row) for row in sums.tolist()]
+
+
+@dataclass(frozen=True)
+class ScoredLayer:
+    """One layer's candidates beside the dense FFN.
+
+    Args:
+        layer: index.
+        changes: what each layout does to the output if only this layer is changed.
+        file: keeps what was fitted.
+    """
+
+    layer: int
+    changes: tuple[OutputChange, ...]
+    file: Path
+
+    def plan(self, i: int) -> LayerPlan:
+        """What was fitted for the i-th layout."""
+        with safe_open(self.file, framework="pt") as reader:
+            return LayerPlan.read(reader, self.layer, f"{i}.")
+
+
+def score(
+    prepared: Prepared, ids_BC: Tensor, check: OutputCheck, layouts: Sequence[Layout], folder: Path
+) -> Iterator[ScoredLayer]:
+    """Fit and score every layout in every layer.
+
+    Args:
+        prepared: the model and the methods.
+        ids_BC: calibration blocks, and after them those of the check.
+        check: compares outputs.
+        layouts: the candidates beside leaving the layer dense.
+        folder: keeps finished layers; it must belong to this very job.
+    """
+    stream = HiddenStream(prepared.dense, ids_BC, prepared.options.device)
+    num_fit = ids_BC.numel() - check.num_tokens
+    for layer in range(prepared.dense.num_layers):
+        ffn, inputs_TD = prepared.ffn(layer), stream.attend(layer)
+        file = folder / f"layer-{layer:05d}.safetensors"
+        if not file.is_file():
+            residual_TD = stream.residual()[num_fit:]
+            fitted = [fit_layer(ffn, inputs_TD[:num_fit], prepared.fit(layout))[0] for layout in layouts]
+            changed_TD = torch.cat([residual_TD + candidate(inputs_TD[num_fit:]) for candidate in fitted])
+            _save(file, [found.plan for found in fitted], check.finish(stream.fork(changed_TD), layer + 1))
+        yield _load(file, layer)
+        stream.advance(ffn(inputs_TD))
+
+
+def _save(file: Path, plans: Sequence[LayerPlan], changes: Sequence[OutputChange]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for i, plan in enumerate(plans):
+        tensors |= plan.tensors(f"{i}.")
+    temporary = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.partial")
+    rows = [[change.divergence, change.log_perplexity] for change in changes]
+    save_file(tensors, temporary, metadata={"changes": json.dumps(rows)})
+    temporary.replace(file)
+
+
+def _load(file: Path, layer: int) -> ScoredLayer:
+    with safe_open(file, framework="pt") as reader:
+        rows = json.loads(reader.metadata()["changes"])
+    return ScoredLayer(layer, tuple(OutputChange(*row) for row in rows), file)

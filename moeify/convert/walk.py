@@ -1,0 +1,77 @@
+"""Through the model, layer by layer, with everything that the fit of a layer is given.
+
+    walk = CalibrationWalk(prepared, calibration_BC)
+    for layer in range(num_layers):
+        stage = walk.enter(layer)
+        walk.leave(outputs of the converted FFN)
+
+Legend: T calibration tokens, E tokens that ride along, G tokens with gradients, D hidden size, B blocks of C tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moeify.calibration.stream import HiddenStream
+from moeify.convert.prepare import Prepared
+from moeify.models.ffn import FFNWeights
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One layer.
+
+    Args:
+        ffn: its dense FFN.
+        inputs_TD: what that sees on the calibration tokens.
+        riding_ED: the same for tokens that nothing is fitted to.
+        gradient_GD: the loss's gradient by its output, if the method asks for it.
+        wanted_TD: what the refit aims for, if not the dense FFN's output on these inputs.
+    """
+
+    ffn: FFNWeights
+    inputs_TD: Tensor
+    riding_ED: Tensor
+    gradient_GD: Tensor | None
+    wanted_TD: Tensor | None
+
+
+class CalibrationWalk:
+    """Each layer sees what the converted layers before it really give.
+
+    Args:
+        prepared: the model, and what its options ask for.
+        calibration_BC: the text that layers are fitted to.
+        riding_BC: text that is only taken along.
+        gradients: gradient_GD of every layer, for methods that need them.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        calibration_BC: Tensor,
+        riding_BC: Tensor | None = None,
+        *,
+        gradients: Sequence[Tensor] = (),
+    ) -> None:
+        ids_BC = calibration_BC if riding_BC is None else torch.cat([calibration_BC, riding_BC])
+        device = prepared.options.device
+        self._prepared, self._gradients, self._num_fit = prepared, gradients, calibration_BC.numel()
+        self.stream = HiddenStream(prepared.dense, ids_BC, device)
+        wants_dense = prepared.options.refit_to == "stream"
+        self._undisturbed = HiddenStream(prepared.dense, calibration_BC, device) if wants_dense else None
+
+    def enter(self, layer: int) -> Stage:
+        """Go through the layer's attention; `leave` must follow."""
+        inputs_TD = self.stream.attend(layer)
+        ffn, wanted_TD = self._prepared.ffn(layer), None
+        if self._undisturbed is not None:
+            wanted_TD = self._undisturbed.pass_through(layer, ffn) - self.stream.residual()[: self._num_fit]
+        gradient_GD = self._gradients[layer] if self._gradients else None
+        return Stage(ffn, inputs_TD[: self._num_fit], inputs_TD[self._num_fit :], gradient_GD, wanted_TD)
+
+    def leave(self, outputs_TD: Tensor, riding_ED: Tensor | None = None) -> None:
+        """Add what the FFN gives, for all tokens."""
+        self.stream.advance(outputs_TD if riding_ED is None else torch.cat([outputs_TD, riding_ED]))

@@ -1,0 +1,287 @@
+"""Text in, tokens out: the one place where calibration, training and evaluation get their text.
+
+What a SOURCE is stands at the top of documents.py.
+
+Traps: .jsonl, .parquet and hub sets are shuffled in a bounded buffer, so of a very long one only the beginning is used.
+Tokens depend on the tokenizer, so two models' hashes differ for the same text.
+
+Shapes: B blocks, C tokens a block (context), T tokens of a stream, V vocabulary.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from moeify.data.documents import KINDS, read_documents
+from moeify.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# Tokenizers take more than linear time on one long string, and pieces are what a long document is spread by.
+PIECE_CHARACTERS = 20_000
+# At most 1,024 pieces of 20 kB wait to be drawn: 20 MB, whatever the size of the source.
+SHUFFLE_PIECES = 1024
+# One place in a document gives at most this many blocks in a row, while the source has other places to offer.
+RUN_BLOCKS = 16
+SAMPLE_BATCH = 32
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where tokens came from; stored in plans and reports so that they can be made again.
+
+    `sha256` is of the int64 token ids in order, little-endian. `context` and `seed` are 0 for an unbroken, unshuffled
+    stream.
+    """
+
+    source: str
+    sha256: str
+    num_tokens: int
+    num_documents: int
+    context: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class TokenBlocks:
+    """B blocks of C consecutive tokens, int64."""
+
+    ids_BC: Tensor
+    provenance: Provenance
+
+
+@dataclass(frozen=True)
+class TokenStream:
+    """T tokens in reading order, int64."""
+
+    ids_T: Tensor
+    provenance: Provenance
+
+
+def calibration_blocks(
+    sources: Sequence[str],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    num_tokens: int,
+    context: int,
+    seed: int,
+    sample: Callable[[int, int, int], Tensor] | None = None,
+) -> TokenBlocks:
+    """Draw num_tokens // context blocks of varied text, the same number from every source (to within one block).
+
+    Pieces of documents are drawn in random order and joined by EOS, if the tokenizer has one; then the blocks of all
+    sources are mixed. Same text, seed and tokenizer: the same ids.
+
+    Args:
+        sources: see documents.py.
+        sample: (num_tokens, context, seed) -> ids_BC, the dense model's own text; only the source `self` needs it.
+
+    Raises:
+        UsageError: no source, one named twice, `self` without a model, or fewer blocks than sources.
+        InputError: a source cannot be read or is too short.
+    """
+    shares = _shares(sources, num_tokens, context)
+    drawn, num_documents = [], 0
+    too_short: list[tuple[str, int, int]] = []
+    for source, num_blocks in zip(sources, shares, strict=True):
+        needed = num_blocks * context
+        if source == "self":
+            ids_BC, used = _own_text(sample, needed, context, seed), num_blocks
+        else:
+            ids, used = _draw_tokens(source, tokenizer, needed, context, seed)
+            if len(ids) < needed:
+                too_short.append((source, len(ids), needed))
+                continue
+            ids_BC = torch.tensor(ids[:needed]).view(-1, context)
+        drawn.append(ids_BC)
+        num_documents += used
+    if too_short:
+        raise _too_short_error(too_short, len(sources), context)
+    blocks_BC = torch.cat(drawn)
+    order_B = torch.randperm(len(blocks_BC), generator=torch.Generator().manual_seed(seed))
+    blocks_BC = blocks_BC[order_B].contiguous()
+    return TokenBlocks(blocks_BC, _provenance(" + ".join(sources), blocks_BC, num_documents, context, seed))
+
+
+def evaluation_tokens(
+    source: str, tokenizer: "PreTrainedTokenizerBase", *, num_tokens: int | None = None
+) -> TokenStream:
+    """Return the source's tokens in reading order, documents joined by EOS if the tokenizer has one.
+
+    Args:
+        num_tokens: stop after this many; None, or more than there are: all of them.
+
+    Raises:
+        InputError: the source cannot be read, or gives fewer than two tokens (nothing to predict).
+    """
+    ids: list[int] = []
+    num_documents = 0
+    for document in read_documents(source):
+        if num_tokens is not None and len(ids) >= num_tokens:
+            break
+        if ids and tokenizer.eos_token_id is not None:
+            ids.append(int(tokenizer.eos_token_id))
+        for piece in split_document(document):
+            ids += _tokenize(piece, tokenizer)
+            if num_tokens is not None and len(ids) >= num_tokens:
+                break
+        num_documents += 1
+    ids_T = torch.tensor(ids[:num_tokens], dtype=torch.int64)
+    if len(ids_T) < 2:
+        raise InputError(
+            f"{source} gives {len(ids_T)} tokens, at least 2 are needed", "give a longer text, or `builtin`"
+        )
+    return TokenStream(ids_T, _provenance(source, ids_T, num_documents, context=0, seed=0))
+
+
+@torch.no_grad()
+def sample_from_model(model: "PreTrainedModel", *, num_tokens: int, context: int, seed: int) -> Tensor:
+    """Let the model write num_tokens // context blocks, each from its BOS token on, at temperature 1.
+
+    Not `model.generate`: it fills in sampling settings from the model's generation_config (top-p, repetition penalty,
+    stop tokens), and calibration wants the model's own distribution. After EOS the model goes on, as in packed text.
+
+    A model without BOS starts from EOS, which stood before every document in training; one with neither starts every
+    block from a random token, so that the blocks differ from the first token on (LLM-QAT, https://arxiv.org/abs/2305.17888).
+
+    Returns:
+        ids_BC, int64 on the CPU; the same for the same seed on the same machine.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    training = model.training
+    model.train(False)
+    blocks = []
+    for first_B1 in torch.split(_first_tokens(model, num_tokens // context, generator), SAMPLE_BATCH):
+        columns, cache = [first_B1], None
+        for _ in range(context - 1):
+            out = model(input_ids=columns[-1].to(model.device), past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            # On the CPU, where one seed means one sequence whatever the device.
+            chances_BV = out.logits[:, -1].float().cpu().softmax(-1)
+            columns.append(torch.multinomial(chances_BV, 1, generator=generator))
+        blocks.append(torch.cat(columns, dim=1))
+    model.train(training)
+    return torch.cat(blocks)
+
+
+def _first_tokens(model: "PreTrainedModel", num_blocks: int, generator: torch.Generator) -> Tensor:
+    config = model.config.get_text_config()
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(config, name, None)
+        # Some families list several end tokens; the first is the end of text.
+        token = token[0] if isinstance(token, list) and token else token
+        if isinstance(token, int) and 0 <= token < config.vocab_size:
+            return torch.full((num_blocks, 1), token)
+    return torch.randint(config.vocab_size, (num_blocks, 1), generator=generator)
+
+
+def _shares(sources: Sequence[str], num_tokens: int, context: int) -> list[int]:
+    """Return how many blocks each source gives."""
+    if not sources:
+        raise UsageError("no text source was given, at least one is needed", KINDS)
+    for source in sources:
+        if sources.count(source) > 1:
+            raise UsageError(f"{source} is named {sources.count(source)} times as a source", "name each source once")
+    num_blocks, num_sources = num_tokens // context, len(sources)
+    if num_blocks < num_sources:
+        raise UsageError(
+            f"{num_tokens:,} tokens make {num_blocks} blocks of {context:,}, {num_sources} sources need one each",
+            f"--tokens {num_sources * context}",
+        )
+    return [num_blocks // num_sources + (place < num_blocks % num_sources) for place in range(num_sources)]
+
+
+def _own_text(sample: Callable[[int, int, int], Tensor] | None, needed: int, context: int, seed: int) -> Tensor:
+    if sample is None:
+        raise UsageError("the source self needs a model that writes the text, and none is loaded here", "name a text")
+    ids_BC = sample(needed, context, seed).to(device="cpu", dtype=torch.int64)
+    assert ids_BC.shape == (needed // context, context), ids_BC.shape
+    return ids_BC
+
+
+def _draw_tokens(
+    source: str, tokenizer: "PreTrainedTokenizerBase", needed: int, context: int, seed: int
+) -> tuple[list[int], int]:
+    """Return at least `needed` token ids, or all there are, and from how many documents they come."""
+    end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    ids: list[int] = []
+    used: set[int] = set()
+    # What follows the first run of a piece waits here and is used only if the source has nothing else.
+    waiting: list[tuple[int, list[int]]] = []
+    waiting_tokens = 0
+    for number, piece in _shuffle(_pieces(source), random.Random(seed)):
+        piece_ids = _tokenize(piece, tokenizer)
+        for start in range(0, len(piece_ids), RUN_BLOCKS * context):
+            run = piece_ids[start : start + RUN_BLOCKS * context] + end
+            if start == 0:
+                ids += run
+                used.add(number)
+            elif waiting_tokens < needed:
+                waiting.append((number, run))
+                waiting_tokens += len(run)
+        if len(ids) >= needed:
+            return ids, len(used)
+    random.Random(seed).shuffle(waiting)
+    for number, run in waiting:
+        if len(ids) >= needed:
+            break
+        ids += run
+        used.add(number)
+    return ids, len(used)
+
+
+def _too_short_error(too_short: list[tuple[str, int, int]], num_sources: int, context: int) -> InputError:
+    source, found, needed = min(too_short, key=lambda entry: entry[1])
+    works = found // context * context * num_sources
+    hint = f"--tokens {works}" if works else f"one block needs {context:,} tokens: give a longer text, or `builtin`"
+    return InputError(f"{source} gives {found:,} tokens, {needed:,} were asked for", hint)
+
+
+def _provenance(source: str, ids: Tensor, num_documents: int, context: int, seed: int) -> Provenance:
+    digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+    return Provenance(source, digest, ids.numel(), num_documents, context, seed)
+
+
+def _tokenize(text: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    # verbose=False: no warning that a piece is longer than the model's context; it is cut into blocks later.
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def split_document(document: str) -> Iterator[str]:
+    """Yield the document in pieces of at most PIECE_CHARACTERS, cut before white space where there is any."""
+    start = 0
+    while len(document) - start > PIECE_CHARACTERS:
+        stop = start + PIECE_CHARACTERS
+        cuts = (document.rfind(space, start + 1, stop) for space in ("\n\n", "\n", " "))
+        stop = next((cut for cut in cuts if cut > start + PIECE_CHARACTERS // 2), stop)
+        yield document[start:stop]
+        start = stop
+    yield document[start:]
+
+
+def _pieces(source: str) -> Iterator[tuple[int, str]]:
+    for number, document in enumerate(read_documents(source)):
+        for piece in split_document(document):
+            yield number, piece
+
+
+def _shuffle(items: Iterator[Item], generator: random.Random) -> Iterator[Item]:
+    """Yield the items in random order, holding SHUFFLE_PIECES of them at a time."""
+    held: list[Item] = []
+    for item in items:
+        if len(held) < SHUFFLE_PIECES:
+            held.append(item)
+            continue
+        place = generator.randrange(SHUFFLE_PIECES)
+        yield held[place]
+        held[place] = item
+    generator.shuffle(held)
+    yield from held

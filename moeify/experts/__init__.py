@@ -1,0 +1,1 @@
+"""Where experts come from, and how the chosen ones are weighted."""

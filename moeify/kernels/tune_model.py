@@ -1,0 +1,100 @@
+"""Finds the fastest kernel launches for a model's experts on this machine; every later process here uses them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from moeify.errors import InputError
+from moeify.kernels import experts, launch
+from moeify.kernels.tune import DEFAULT_TOKENS, Shape, Tuned, keys_of, tune
+from moeify.models.dense import load_config, locate
+from moeify.options import Track, untracked
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """What was found.
+
+    Args:
+        model, device: what was tuned where.
+        file: the launches are kept in.
+        dim, width, num_experts, num_ranks: hidden size, width of an expert, routed experts, and those of a token.
+        kernels: one after the other, in the order they were tuned.
+    """
+
+    model: str
+    device: str
+    file: Path
+    dim: int
+    width: int
+    num_experts: int
+    num_ranks: int
+    kernels: tuple[Tuned, ...]
+
+
+def tune_model(
+    model: str,
+    tokens: Sequence[int] = DEFAULT_TOKENS,
+    *,
+    device: str = "cuda",
+    backward: bool = True,
+    track: Track[Any] = untracked,
+) -> TuneResult:
+    """Tune the kernels for the experts of a model and keep what was found.
+
+    Args:
+        model: a folder, a .gguf file or a hub id of a mixture of experts; only its configuration is read.
+        tokens: numbers of tokens of a call, the most important last.
+        device: a CUDA device.
+        backward: whether to tune the way back as well.
+        track: wraps the loop over kernels.
+
+    Raises:
+        InputError: there is no such device, or the kernels do not run this model.
+    """
+    if not torch.cuda.is_available():
+        raise InputError("there is no CUDA device here, and the kernels run on nothing else")
+    where, shape = torch.device(device), experts_shape(model)
+    launches = sum(len(keys_of(shape, count, backward=False)) for count in tokens)
+    launches += sum(len(keys_of(shape, count, backward=True)) for count in tokens if count > launch.DECODE_TOKENS)
+    found = []
+    for tuned in track(tune(shape, tokens, device=where, backward=backward), f"tuning for {device}", launches):
+        found.append(tuned)
+        # Kept one by one: what was found survives an interruption.
+        file = launch.keep_tuned(where, {tuned.key: tuned.launch})
+    name = torch.cuda.get_device_name(where)
+    return TuneResult(model, name, file, shape.dim, shape.width, shape.num_experts, shape.num_ranks, tuple(found))
+
+
+def experts_shape(model: str) -> Shape:
+    """The shape of a model's experts, from its configuration alone.
+
+    Raises:
+        InputError: it has none, or none that the kernels run.
+    """
+    config = load_config(locate(model))
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    modules: list[Any] = [
+        module for module in built.modules() if hasattr(module, "has_gate") and hasattr(module, "act_fn")
+    ]
+    if not modules:
+        raise InputError(f"{model} ({config.model_type}) has no experts", "moeify split makes some")
+    found = modules[0]
+    reason = experts.unsupported_module(found)
+    if reason is not None:
+        raise InputError(f"the kernels do not run the experts of {model}: {reason}")
+    num_experts, _, dim = experts.first_projection(found).shape
+    return Shape(
+        dim=dim,
+        width=int(found.down_proj.shape[2]),
+        num_experts=num_experts,
+        num_ranks=config.get_text_config().num_experts_per_tok,
+        activation=str(experts.activation_name(found.act_fn)),
+        gated=bool(found.has_gate),
+        dtype=built.dtype,
+    )

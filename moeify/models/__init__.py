@@ -1,0 +1,1 @@
+"""Models as moeify reads them: dense checkpoints, one FFN, the embedded model."""

@@ -1,0 +1,260 @@
+"""Fine-tuning: a converted checkpoint and its dense teacher in, a better checkpoint of the same format out.
+
+    OUT.partial/work/stage-0-layers.safetensors    what a finished stage changed
+    OUT.partial/work/stage-1-full/checkpoint-...   of the stage that runs
+    OUT.partial/logs                               TensorBoard, if it is installed
+
+A killed run goes on from its last checkpoint, to the same bits. Under torchrun or accelerate launch every process runs
+this; the first one alone reads and writes the output folder.
+"""
+
+import gc
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from safetensors.torch import load_file
+from torch import Tensor
+
+from moeify.errors import UsageError
+from moeify.export.workspace import Workspace, check_replaceable
+from moeify.options import Track, untracked
+from moeify.training.inputs import Inputs, open_inputs
+from moeify.training.layers import check_shapes, fit_layers
+from moeify.training.model import Student
+from moeify.training.options import FinetuneOptions, Stage
+from moeify.training.teacher import Blocks, Teacher, open_teacher
+from moeify.training.writer import write_trained
+from moeify.version import __version__
+
+HISTORY_FILE = "finetune.json"
+# One process may fit layers or fill the cache for hours while the others wait.
+TIMEOUT = timedelta(days=7)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage did.
+
+    Args:
+        stage: its name.
+        num_tokens: tokens it was trained on.
+        before, after: figures on held-out text, or the layers' mean error.
+        seconds: that it took; None if an earlier run did it.
+        peak_memory_bytes: of this process so far, on the GPU if there is one; None if an earlier run did it.
+    """
+
+    stage: str
+    num_tokens: int
+    before: dict[str, float]
+    after: dict[str, float]
+    seconds: float | None
+    peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What was written, and what every stage did."""
+
+    out: Path
+    teacher: str
+    stages: tuple[StageResult, ...]
+
+
+def finetune(
+    moe: str,
+    teacher: str,
+    out: str | Path,
+    options: FinetuneOptions | None = None,
+    *,
+    overwrite: bool = False,
+    track: Track[Any] = untracked,
+) -> FinetuneResult:
+    """Train a converted, pruned or dense checkpoint to do what its teacher does.
+
+    Args:
+        moe: what `moeify split` wrote, with or without --static, or any dense model of a known family.
+        teacher: the dense model: a folder, a .gguf file, a hub id or `builtin`.
+        out: where the result goes; appears only when it is complete.
+        options: what to train, on what, and how.
+        overwrite: replace an earlier result at `out` once the new one is complete.
+        track: wraps long loops to show progress.
+
+    Raises:
+        InputError: models, text or place are not usable; `out` is untouched.
+        CheckError: the loss became NaN or infinite; the last good checkpoint is kept.
+    """
+    out, options = Path(out), options or FinetuneOptions()
+    processes = PartialState(cpu=options.device == "cpu", timeout=TIMEOUT)
+    inputs = open_inputs(moe, teacher, options, track)
+    if out.resolve() in (inputs.path.resolve(), inputs.teacher.path.resolve()):
+        raise UsageError(f"{out} is one of the models themselves", "choose another -o")
+    workspace = Workspace(out, _job(inputs, options, processes.num_processes), overwrite=overwrite)
+    with ExitStack() as stack:
+        if processes.is_main_process:
+            check_replaceable(out, overwrite=overwrite)
+            stack.enter_context(workspace)
+        processes.wait_for_everyone()
+        if not workspace.is_complete:
+            results = _Run(inputs, options, workspace, processes, track).stages()
+            if processes.is_main_process:
+                student = _student(inputs, options, workspace, len(options.stage))
+                write_trained(student, inputs, options, workspace)
+        else:
+            results = tuple(_finished(workspace.path / HISTORY_FILE))
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            workspace.commit()
+    return FinetuneResult(out, teacher, results)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The stages of one command."""
+
+    inputs: Inputs
+    options: FinetuneOptions
+    workspace: Workspace
+    processes: PartialState
+    track: Track[Any]
+
+    def stages(self) -> tuple[StageResult, ...]:
+        results: list[StageResult] = []
+        history: list[dict[str, Any]] = []
+        targets: tuple[Teacher, list[Blocks]] | None = None
+        for number, stage in enumerate(self.options.stage):
+            seconds, peak = None, None
+            if not self.workspace.has(_state_file(number, stage)):
+                began = time.perf_counter()
+                if stage == "layers":
+                    self._first_alone(partial(self._layers, number))
+                else:
+                    targets = targets or self._teacher()
+                    self._train(number, stage, targets)
+                seconds, peak = time.perf_counter() - began, _peak_memory_bytes()
+            found = json.loads((self.workspace.path / _figures_file(number, stage)).read_text())
+            history.append(found)
+            results.append(StageResult(stage, found["num_tokens"], found["before"], found["after"], seconds, peak))
+        if self.processes.is_main_process:
+            text = json.dumps({"schema": "moeify.finetune-history/1", "stages": history}, indent=1)
+            self.workspace.write_text(HISTORY_FILE, text + "\n")
+        return tuple(results)
+
+    def _first_alone(self, work: Callable[[], None]) -> None:
+        if self.processes.is_main_process:
+            work()
+        self.processes.wait_for_everyone()
+
+    def _layers(self, number: int) -> None:
+        student = _student(self.inputs, self.options, self.workspace, number)
+        check_shapes(student, self.inputs.teacher)
+        ids_BC = self.inputs.ids_BC
+        ids_BC = ids_BC[: max(1, self.options.layer_tokens // ids_BC.shape[1])]
+        found = list(
+            self.track(
+                fit_layers(student, self.inputs.teacher, ids_BC, self.options),
+                "fitting layers",
+                self.inputs.teacher.num_layers,
+            )
+        )
+        tensors = {name: tensor for layer in found for name, tensor in layer.tensors.items()}
+        means = [
+            sum(errors) / len(found) for errors in zip(*((r.error_before, r.error_after) for r in found), strict=True)
+        ]
+        history = [{"layer": r.layer, "error_before": r.error_before, "error_after": r.error_after} for r in found]
+        figures = {
+            "before": {"layer_error": means[0]},
+            "after": {"layer_error": means[1]},
+            "num_tokens": ids_BC.numel(),
+            "history": history,
+        }
+        self._finish(number, "layers", tensors, figures)
+
+    def _train(self, number: int, stage: Stage, targets: tuple[Teacher, list[Blocks]]) -> None:
+        from moeify.training.stage import train_stage
+
+        student = _student(self.inputs, self.options, self.workspace, number)
+        state, figures = train_stage(
+            student,
+            targets,
+            stage,
+            self.options,
+            folder=self.workspace.path / "work" / f"stage-{number}-{stage}",
+            logs=self.workspace.path / "logs" / f"{number}-{stage}",
+            processes=self.processes,
+            track=self.track,
+        )
+        self._first_alone(lambda: self._finish(number, stage, state, figures))
+        # The Trainer and its callbacks hold each other, and with them the model and its optimizer.
+        del student
+        gc.collect()
+
+    def _finish(self, number: int, stage: Stage, state: dict[str, Tensor], figures: dict[str, Any]) -> None:
+        """The figures first: a stage with its tensors is done."""
+        self.workspace.write_text(_figures_file(number, stage), json.dumps({"stage": stage, **figures}))
+        self.workspace.write_tensors(_state_file(number, stage), state, {"format": "pt"})
+
+    def _teacher(self) -> tuple[Teacher, list[Blocks]]:
+        options = self.options
+        return open_teacher(
+            self.inputs.teacher.path,
+            [self.inputs.ids_BC, self.inputs.eval_BC],
+            device=str(self.processes.device),
+            half=options.precision == "bfloat16" or (options.precision == "auto" and options.device == "cuda"),
+            cached=options.cache_teacher,
+            fingerprint=self.inputs.teacher.fingerprint(),
+            first=self.processes.is_main_process,
+            wait=self.processes.wait_for_everyone,
+            track=self.track,
+        )
+
+
+def _student(inputs: Inputs, options: FinetuneOptions, workspace: Workspace, number: int) -> Student:
+    """The student as it is before stage `number`."""
+    student = Student.open(inputs.path, inputs.plan)
+    for earlier, stage in enumerate(options.stage[:number]):
+        student.apply(stage, options, load_file(workspace.path / _state_file(earlier, stage)))
+    return student
+
+
+def _finished(file: Path) -> list[StageResult]:
+    stages = json.loads(file.read_text())["stages"]
+    return [StageResult(s["stage"], s["num_tokens"], s["before"], s["after"], None, None) for s in stages]
+
+
+def _job(inputs: Inputs, options: FinetuneOptions, num_processes: int) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that began."""
+    return {
+        "model": inputs.fingerprint,
+        "teacher": inputs.teacher.fingerprint(),
+        "options": asdict(options),
+        "text": inputs.provenance,
+        "processes": num_processes,
+        "versions": {"moeify": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _peak_memory_bytes() -> int:
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    # Kilobytes, but on a Mac.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _state_file(number: int, stage: str) -> str:
+    return f"work/stage-{number}-{stage}.safetensors"
+
+
+def _figures_file(number: int, stage: str) -> str:
+    return f"work/stage-{number}-{stage}.json"

@@ -1,0 +1,293 @@
+"""OUT appears whole or not at all: nothing is destroyed, nothing unfinished taken for a result, two runs exclude."""
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from moeify.errors import InputError
+from moeify.export import workspace
+from moeify.export.workspace import RECORD_FILE, Workspace
+from moeify.plan import PLAN_FILE, LayerPlan
+
+JOB = {"model": "abc", "options": {"experts": 8, "calibration": ["a.txt"]}}
+LAYER = LayerPlan(
+    layer=3,
+    labels_F=torch.tensor([-1, 0, 1, -1], dtype=torch.int16),
+    router_RD=torch.randn(2, 4, dtype=torch.bfloat16),
+    down_DF=torch.randn(4, 4, dtype=torch.bfloat16),
+    diagnostics={"error": 0.1234567890123456},
+)
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "out"
+
+
+def result(folder: Path, content: str = "old") -> Path:
+    """What moeify would have left at `folder`."""
+    folder.mkdir(parents=True)
+    for name in (PLAN_FILE, RECORD_FILE, "weights"):
+        (folder / name).write_text(content)
+    return folder
+
+
+def finish(out: Path, content: str, **arguments: Any) -> None:
+    with Workspace(out, JOB, **{"overwrite": False, **arguments}) as work:
+        for name in (PLAN_FILE, RECORD_FILE, "weights"):
+            work.write_text(name, content)
+        work.commit()
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_the_folder_appears_with_its_content_and_nothing_else_stays(out: Path) -> None:
+    with Workspace(out, JOB, overwrite=False) as work:
+        work.write_text("weights", "new")
+        work.save_layer(LAYER)
+        assert not out.exists()
+        work.commit()
+    assert names(out.parent) == {"out", "out/weights"}
+    assert (out / "weights").read_text() == "new"
+
+
+def test_an_unfinished_one_is_resumed(out: Path) -> None:
+    with Workspace(out, JOB, overwrite=False) as work:
+        assert work.load_layer(3) is None
+        work.save_layer(LAYER)
+        work.write_text("shard", "1")
+        # A killed run leaves these behind.
+        (work.path / "shard2.tmp").write_text("half")
+        (work.path / "work" / "layer-00004.safetensors.tmp").write_text("half")
+    assert not out.exists()
+    with Workspace(out, JOB, overwrite=False) as work:
+        assert work.has("shard")
+        assert not list(work.path.rglob("*.tmp"))
+        layer = work.load_layer(3)
+        assert layer is not None
+        for name in ("labels_F", "router_RD", "down_DF"):
+            assert torch.equal(getattr(layer, name), getattr(LAYER, name))
+        assert layer.diagnostics == LAYER.diagnostics
+        assert work.load_layer(4) is None
+
+
+def test_a_layer_without_router_and_refit_is_loaded_as_it_was(out: Path) -> None:
+    with Workspace(out, JOB, overwrite=False) as work:
+        work.save_layer(LayerPlan(0, LAYER.labels_F, None))
+        layer = work.load_layer(0)
+    assert layer is not None
+    assert (layer.router_RD, layer.down_DF, layer.diagnostics) == (None, None, {})
+
+
+def test_an_unfinished_one_of_other_options_is_refused_by_name(out: Path) -> None:
+    with Workspace(out, JOB, overwrite=False) as work:
+        work.write_text("shard", "1")
+    other = {"model": "abd", "options": {"experts": 4, "calibration": ["a.txt"]}}
+    with (
+        pytest.raises(InputError, match=r"differs in: model, options") as caught,
+        Workspace(out, other, overwrite=False),
+    ):
+        pass
+    assert "--overwrite" in caught.value.hint
+    with Workspace(out, JOB, overwrite=False) as work:
+        assert work.has("shard")
+
+
+@pytest.mark.parametrize("other", [{"model": "abc"}, {**JOB, "more": 1}])
+def test_a_key_that_only_one_of_them_has_is_a_difference(out: Path, other: dict[str, Any]) -> None:
+    with Workspace(out, JOB, overwrite=False):
+        pass
+    with pytest.raises(InputError, match=r"differs in: (options|more)"), Workspace(out, other, overwrite=False):
+        pass
+
+
+def test_overwrite_discards_an_unfinished_one_of_other_options(out: Path) -> None:
+    with Workspace(out, JOB, overwrite=False) as work:
+        work.write_text("shard", "1")
+    with Workspace(out, {"model": "abd"}, overwrite=True) as work:
+        assert not work.has("shard")
+        assert json.loads((work.path / "job.json").read_text()) == {"model": "abd"}
+
+
+def test_overwrite_resumes_an_unfinished_one_of_the_same_options(out: Path) -> None:
+    result(out)
+    with Workspace(out, JOB, overwrite=True) as work:
+        work.write_text("shard", "1")
+    with Workspace(out, JOB, overwrite=True) as work:
+        assert work.has("shard")
+
+
+def test_a_strangers_partial_folder_is_left_alone(out: Path) -> None:
+    stranger = out.with_name("out.partial")
+    stranger.mkdir(parents=True)
+    (stranger / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(InputError, match="not made by moeify"), Workspace(out, JOB, overwrite=overwrite):
+            pass
+    assert names(stranger) == {"thesis.txt"}
+
+
+def test_a_strangers_replaced_folder_is_left_alone(out: Path) -> None:
+    """The name under which a former result waits may be taken."""
+    result(out)
+    stranger = out.with_name("out.replaced")
+    stranger.mkdir(parents=True)
+    (stranger / "thesis.txt").write_text("years of work")
+    try:
+        finish(out, "new", overwrite=True)
+    except InputError:
+        assert (out / "weights").read_text() == "old"
+    else:
+        assert (out / "weights").read_text() == "new"
+    assert names(stranger) == {"thesis.txt"}
+
+
+def test_an_existing_result_needs_overwrite(out: Path) -> None:
+    result(out)
+    with pytest.raises(InputError, match="exists") as caught:
+        finish(out, "new")
+    assert "--overwrite" in caught.value.hint
+    assert (out / "weights").read_text() == "old"
+    assert names(out.parent) == {"out", *(f"out/{name}" for name in (PLAN_FILE, RECORD_FILE, "weights"))}
+
+
+def test_overwrite_replaces_a_result(out: Path) -> None:
+    result(out)
+    (out / "old-shard").write_text("old")
+    finish(out, "new", overwrite=True)
+    assert (out / "weights").read_text() == "new"
+    assert names(out.parent) == {"out", *(f"out/{name}" for name in (PLAN_FILE, RECORD_FILE, "weights"))}
+
+
+@pytest.mark.parametrize("present", [(), (PLAN_FILE,), (RECORD_FILE,)])
+def test_overwrite_never_replaces_what_moeify_did_not_write(out: Path, present: tuple[str, ...]) -> None:
+    out.mkdir(parents=True)
+    for name in ("thesis.txt", *present):
+        (out / name).write_text("years of work")
+    before = names(out)
+    with pytest.raises(InputError, match="not written by moeify"):
+        finish(out, "new", overwrite=True)
+    assert names(out) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_is_never_replaced(out: Path, overwrite: bool) -> None:
+    out.parent.mkdir()
+    out.write_text("years of work")
+    with pytest.raises(InputError, match=r"exists|not written by moeify"):
+        finish(out, "new", overwrite=overwrite)
+    assert out.read_text() == "years of work"
+
+
+def test_an_empty_folder_is_taken(out: Path) -> None:
+    out.mkdir(parents=True)
+    finish(out, "new")
+    assert (out / "weights").read_text() == "new"
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+def test_an_error_before_the_commit_keeps_the_old_result(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result(out)
+    with monkeypatch.context() as patch:
+        patch.setattr(Workspace, "commit", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finish(out, "new", overwrite=True)
+    assert (out / "weights").read_text() == "old"
+    finish(out, "new", overwrite=True)
+    assert (out / "weights").read_text() == "new"
+
+
+def test_a_second_run_in_another_process_is_refused(out: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from moeify.export.workspace import Workspace\n"
+        "with Workspace(Path(sys.argv[1]), {'a': 1}, overwrite=False):\n"
+        "    print('open', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match="another run is writing") as caught:
+                finish(out, "new", overwrite=overwrite)
+            assert caught.value.hint
+        # Its death releases the lock, and what it left is of another job.
+        other.kill()
+    finish(out, "new", overwrite=True)
+    assert names(out.parent) == {"out", *(f"out/{name}" for name in (PLAN_FILE, RECORD_FILE, "weights"))}
+
+
+def test_the_lock_is_released_after_an_error(out: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), Workspace(out, JOB, overwrite=False):
+            raise ZeroDivisionError
+    out.with_name("out.partial").rename(out)
+    for _ in range(2):
+        with pytest.raises(InputError, match="exists"), Workspace(out, JOB, overwrite=False):
+            pass
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_an_error_with_a_hint(out: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(code, "no room")
+
+    with Workspace(out, JOB, overwrite=False) as work:
+        monkeypatch.setattr(workspace, "_sync", full)
+        with pytest.raises(InputError, match=r"is full \([\d,]+ MB free\)") as caught:
+            work.write_text("shard", "1")
+        assert "same command again" in caught.value.hint
+        assert not work.has("shard")
+
+
+def test_another_disk_error_is_not_hidden(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise OSError(errno.EIO, "broken disk")
+
+    with Workspace(out, JOB, overwrite=False) as work:
+        monkeypatch.setattr(workspace, "_sync", broken)
+        with pytest.raises(OSError, match="broken disk"):
+            work.write_text("shard", "1")
+
+
+@pytest.mark.parametrize("where", ["file", "file/out", "file/deep/out"])
+def test_a_file_where_a_folder_is_needed(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("years of work")
+    with pytest.raises(InputError, match=str(tmp_path / "file")):
+        finish(tmp_path / where, "new")
+    assert (tmp_path / "file").read_text() == "years of work"
+
+
+def test_the_working_folder_itself_can_be_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    finish(Path(), "new")
+    assert (tmp_path / "here" / "weights").read_text() == "new"
+
+
+def test_a_result_can_be_read_by_whoever_may_read_its_folder(out: Path) -> None:
+    """The weights' library makes private files, the others do not: a server of another user could not load it."""
+    with Workspace(out, JOB, overwrite=False) as work:
+        work.write_text("config.json", "{}")
+        work.write_tensors("weights", {"a": torch.ones(1)}, {"format": "pt"})
+        work.commit()
+    assert (out / "weights").stat().st_mode == (out / "config.json").stat().st_mode
+
+
+def test_nothing_that_the_weights_library_left_behind_gets_into_the_result(out: Path) -> None:
+    """It writes under a random name, which a killed run leaves there."""
+    with Workspace(out, JOB, overwrite=False) as work:
+        (work.path / ".tmpA1b2C3").write_text("half a shard")
+        (work.path / "work" / ".tmpD4e5F6").write_text("half a layer")
+    finish(out, "new")
+    assert names(out) == {PLAN_FILE, RECORD_FILE, "weights"}

@@ -1,0 +1,501 @@
+"""The report: what it concludes from numbers, what it puts into the page, and what it says about a wrong folder."""
+
+import dataclasses
+import fnmatch
+import html
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import report_results as results
+
+from moeify.benchmark.models.results import ModelBench, Phase
+from moeify.cli.app import run_command
+from moeify.errors import InputError
+from moeify.reporting import experts, grids, plots, words
+from moeify.reporting.facts import Facts, facts_of, quality_of
+from moeify.reporting.provenance import split_command
+from moeify.reporting.reader import read_run
+from moeify.reporting.report import report
+from moeify.reporting.verdict import advise, answers, is_beaten
+
+ROOT = Path(__file__).parents[2]
+
+
+def bench(
+    *,
+    moe: float | None = 60.0,
+    static: float | None = 80.0,
+    speeds: Mapping[tuple[Phase, int], float] | None = None,
+    static_speed: float = 1.3,
+    spread: float = 0.02,
+    moe_changes: Mapping[str, Any] | None = None,
+) -> ModelBench:
+    """A dense model of perplexity 50, a mixture of experts and a static control with these perplexities and speeds."""
+    speeds = {("decode", 1): 1.2, ("decode", 8): 1.1, ("prefill", 1): 1.1} if speeds is None else speeds
+    found = dataclasses.replace(results.smollm2(2, 4), models=[], quality=[], speed=[], verdicts=[], experts={})
+    found.models = [results.model("dense", "dense"), results.model("moe", "moe", 0.5, **(moe_changes or {}))]
+    found.quality = [results.quality("dense", 50.0, 50.0)]
+    if moe is not None:
+        found.quality.append(results.quality("moe", moe, 50.0, spread=spread))
+    if static is not None:
+        found.models.append(results.model("static", "static", 0.5, 0.5))
+        found.quality.append(results.quality("static", static, 50.0, spread=spread))
+        found.verdicts += [results.verdict("static", phase, batch, 512, static_speed) for phase, batch in speeds]
+    found.verdicts += [results.verdict("moe", phase, batch, 512, times) for (phase, batch), times in speeds.items()]
+    return found
+
+
+def facts(**changes: Any) -> Facts:
+    found = bench(**changes)
+    return facts_of(found, found.models[1])
+
+
+SLOW: Mapping[tuple[Phase, int], float] = {("decode", 1): 0.8, ("prefill", 1): 0.7}
+MIXED: Mapping[tuple[Phase, int], float] = {("decode", 1): 1.2, ("decode", 8): 0.9, ("prefill", 1): 0.7}
+ADVICE = {
+    "faster and as good": (dict(moe=50.1), "yes", "Use it: faster for decode everywhere, and prefill at batch 1"),
+    "faster and hardly worse": (dict(moe=51.2, spread=0.005), "yes", "perplexity is 2.4 % higher"),
+    "better": (dict(moe=45.0), "yes", "perplexity is 10 % lower"),
+    "faster here, slower there": (
+        dict(moe=50.1, speeds=MIXED),
+        "partly",
+        "Use it where it gains (faster for decode at batch 1); keep the dense model for decode at batch 8, and prefill",
+    ),
+    "faster and worse": (dict(moe=60.0), "partly", "Only if the gain is worth the loss: faster for decode everywhere"),
+    "perhaps hardly worse": (dict(moe=51.5, spread=0.025), "partly", "Only if the gain is worth the loss"),
+    "faster and much worse": (dict(moe=110.0, static=150.0), "no", "Not as it is: faster for decode everywhere"),
+    "slower and worse": (dict(moe=60.0, speeds=SLOW), "no", "Do not use it: nowhere faster than the dense model"),
+    "slower and as good": (dict(moe=50.0, speeds=SLOW), "no", "No reason to use it"),
+    "beaten by the control": (dict(moe=60.0, static=52.0), "no", "Do not use it: plain pruning to the same active"),
+    "no quality": (dict(moe=None), "unknown", "Its quality was not measured"),
+    "no speed": (dict(speeds={}), "unknown", "Its speed was not measured"),
+}
+
+
+@pytest.mark.parametrize(("changes", "level", "sentence"), ADVICE.values(), ids=ADVICE)
+def test_advice(changes: dict[str, Any], level: str, sentence: str) -> None:
+    found = advise(facts(**changes))
+    assert (found.level, sentence in found.sentence) == (level, True), found
+
+
+def test_a_control_must_be_certainly_better_and_no_slower() -> None:
+    assert is_beaten(facts(moe=60.0, static=52.0))
+    # Intervals that overlap prove nothing.
+    assert not is_beaten(facts(moe=60.0, static=59.5, spread=0.02))
+    assert not is_beaten(facts(moe=52.0, static=60.0))
+    # A control that is slower than the mixture in most regimes leaves it a reason to be.
+    assert not is_beaten(facts(moe=60.0, static=52.0, static_speed=0.9))
+    # Without speeds quality decides.
+    assert is_beaten(facts(moe=60.0, static=52.0, speeds={}))
+
+
+def test_a_control_of_another_size_is_none() -> None:
+    found = bench(moe=60.0, static=52.0)
+    found.models[2] = results.model("static", "static", 0.75, 0.75)
+    assert facts_of(found, found.models[1]).control is None
+    assert advise(facts_of(found, found.models[1])).level == "partly"
+
+
+def test_what_was_lost_and_gained() -> None:
+    found = answers(facts(moe=60.0, static=80.0, speeds=MIXED))
+    assert found.lost[0] == "Perplexity is 20 % higher (95 % interval of the ratio: 1.18 to 1.22)."
+    assert any(
+        line.startswith("Slower for decode at batch 8, and prefill at batch 1, down to 0.70x") for line in found.lost
+    )
+    assert "Faster for decode at batch 1, up to 1.20x." in found.gained
+    closed = 1 - math.log(1.2) / math.log(1.6)
+    assert any(line.startswith("Better than plain pruning") and f"{closed:.0%}"[:-1] in line for line in found.gained)
+    worse = answers(facts(moe=60.0, static=52.0, speeds=SLOW))
+    assert "No speed: nowhere faster than the dense model." in worse.gained
+    assert any(line.startswith("Worse than plain pruning") for line in worse.lost)
+    same = answers(facts(moe=60.0, static=60.0))
+    assert any(line.startswith("No better than plain pruning") for line in same.lost)
+
+
+def test_memory_and_disk_count_in_both_directions() -> None:
+    dense = results.model("dense", "dense")
+    assert dense.peak_memory_bytes is not None
+    less = facts(speeds=SLOW, moe_changes={"peak_memory_bytes": dense.peak_memory_bytes // 2})
+    assert "50 % less memory" in advise(less).sentence
+    assert "50 % less memory." in answers(less).gained
+    more = answers(facts(moe_changes={"bytes_on_disk": 2 * dense.bytes_on_disk}))
+    assert "The checkpoint is 2.00 times as large." in more.lost
+    assert facts(moe_changes={"peak_memory_bytes": None}).memory is None
+
+
+def test_several_prompt_lengths_are_told_apart() -> None:
+    found = bench(moe=50.0)
+    found.verdicts = [
+        results.verdict("moe", "decode", batch, prompt, times)
+        for batch, prompt, times in ((1, 128, 1.2), (8, 128, 1.1), (1, 2048, 1.3), (8, 2048, 0.8))
+    ]
+    sentence = advise(facts_of(found, found.models[1])).sentence
+    assert "decode at batch 1 and 8 of 128 tokens, at batch 1 of 2,048 tokens" in sentence
+    assert "keep the dense model for decode at batch 8 of 2,048 tokens" in sentence
+
+
+def test_texts_are_pooled_by_their_tokens() -> None:
+    found = bench(moe=100.0)
+    second = dataclasses.replace(results.quality("moe", 50.0, 50.0, "other", spread=0.04), num_tokens=30_720)
+    found.quality.append(second)
+    pooled = quality_of(found, "moe")
+    assert pooled is not None
+    assert pooled.num_tokens == 40_960
+    assert pooled.perplexity == pytest.approx(math.exp((math.log(100) + 3 * math.log(50)) / 4))
+    assert pooled.ratio.value == pytest.approx(math.exp(math.log(2) / 4))
+    edge = math.hypot(0.02 / 4, 0.04 * 3 / 4)
+    assert pooled.ratio.low == pytest.approx(pooled.ratio.value * math.exp(-edge))
+    assert pooled.ratio.high == pytest.approx(pooled.ratio.value * math.exp(edge))
+    # Of one text the interval is that text's.
+    (row,) = [row for row in found.quality if row.model == "static"]
+    single = quality_of(found, "static")
+    assert single is not None
+    assert dataclasses.astuple(single.ratio) == pytest.approx((row.ratio, row.ratio_low, row.ratio_high))
+    assert quality_of(found, "nobody") is None
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(0, "0"), (0.0123, "0.0123"), (1.234, "1.23"), (99.96, "100.0"), (1234.5, "1,230")]
+)
+def test_numbers(value: float, expected: str) -> None:
+    assert words.number(value) == expected
+
+
+def test_words() -> None:
+    assert (words.count(134_515_008), words.count(999)) == ("134.5 M", "999")
+    assert (words.size(538e6), words.size(1.19e9), words.size(12)) == ("538 MB", "1.19 GB", "12 B")
+    assert (words.factor(2.196), words.factor(0.01234)) == ("2.20", "0.0123")
+    assert (words.percent(0.694), words.percent(0.024)) == ("69 %", "2.4 %")
+    assert (words.listing([1, 2, 4]), words.listing([1]), words.listing([])) == ("1, 2 and 4", "1", "none")
+    assert words.token(" a\n") == "\u2423a\u21b5"
+    assert words.token("\0\ud800\u202e") == "\ufffd" * 3
+    assert words.token("") == "\u2205"
+
+
+def test_pairs_are_one_letter_each() -> None:
+    coactivation = [[0.0, 1.0, -1.0], [1.0, 0.0, 0.0], [-1.0, 0.0, 0.0]]
+    letters = experts.encode_pairs(coactivation)
+    steps = [experts.LETTERS.index(letter) - experts.MIDDLE for letter in letters]
+    # Twice as often is one in log2; never is the lowest; as chance is the middle.
+    assert [round(step * experts.STEP, 6) for step in steps] == [1.0, -3.1, 0.0]
+    assert len(set(experts.LETTERS)) == len(experts.LETTERS) == 2 * experts.MIDDLE + 1
+
+
+@pytest.mark.parametrize("scale", ["linear", "log"])
+@pytest.mark.parametrize("values", [(1.0, 1.0), (0.97, 1.03), (0.5, 3.2), (1e-3, 4e4), (93.2, 134.5)])
+def test_a_plot_shows_every_point_inside_its_axes(scale: plots.Scale, values: tuple[float, ...]) -> None:
+    points = tuple(plots.Point(value, value, label="a label") for value in values)
+    axis = plots.Axis("value", scale)
+    found = plots.plot("key", "title", "words", (axis, axis), [plots.Series("s", "moe", points)])
+    marks = found.traces[0].marks
+    assert len(marks) == 2
+    assert all(found.left <= mark.x <= found.right and found.top <= mark.y <= found.bottom for mark in marks)
+    assert 1 <= len(found.x_ticks) <= 9
+    assert all(found.left - 0.1 <= tick.at <= found.right + 0.1 for tick in found.x_ticks)
+    if values[0] < values[1]:
+        assert marks[0].x < marks[1].x
+        assert marks[0].y > marks[1].y
+    else:
+        # Labels of points that lie on each other do not.
+        assert abs(marks[0].label_y - marks[1].label_y) >= plots.LINE_HEIGHT
+
+
+class Page(HTMLParser):
+    """Elements and attributes of a page as a browser's parser sees them, and its text without scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.scripts: list[str] = []
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:  # noqa: ARG002
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.text += data
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 30 layers with 32 experts, with everything else that a run can hold."""
+    path = tmp_path_factory.mktemp("run")
+    results.write(path, results.smollm2())
+    results.write_others(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Page:
+    return Page(report(folder).out.read_text())
+
+
+def test_the_page_of_a_whole_model_is_small(folder: Path) -> None:
+    found = report(folder)
+    assert found.out == folder / "report.html"
+    assert found.num_bytes == found.out.stat().st_size < 500_000
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_the_page_stands_alone(page: Page) -> None:
+    names = {name for _, attributes in page.elements for name in attributes}
+    assert not names & {"src", "href", "srcset", "action", "onclick", "onload", "style"}
+    tags = {tag for tag, _ in page.elements}
+    assert not tags & {"link", "img", "iframe", "object", "form", "base"}
+    (policy,) = [a["content"] for _, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy is not None
+    assert policy.startswith("default-src 'none'")
+    assert "script-src 'sha256-" in policy
+    assert "http" not in policy
+
+
+def test_the_page_says_it_all(page: Page) -> None:
+    for text in (
+        *("Should I use it?", "What did I lose?", "What did I gain?", "Not as it is", "\u00d72.20"),
+        *("moe-50", "smollm2-135m.gguf", "How this verdict is made", "The first rule that applies gives the advice."),
+        *("CMoE at 50 %", "search, layers chosen", "perplexity on held-out text", "FAILED: perplexity under static"),
+        *("moeify split smollm2-135m.gguf --experts 32 --active 16 --no-refit -o moe-50", "sha256 abc123"),
+        *("grouped_mm", "needs a CUDA device", "made up", "liger none", "Layer 29"),
+    ):
+        assert text in page.text, text
+    assert "Above 5.91 and not drawn: random at 50 %." in page.text
+
+
+def test_drawings_have_names_words_and_numbers(page: Page) -> None:
+    drawings = [attributes for tag, attributes in page.elements if tag == "svg" and "role" in attributes]
+    assert len(drawings) == 7
+    ids = {attributes["id"] for _, attributes in page.elements if "id" in attributes}
+    assert len(ids) == sum("id" in attributes for _, attributes in page.elements)
+    for drawing in drawings:
+        assert drawing["role"] == "img"
+        assert set((drawing["aria-labelledby"] or "").split()) <= ids
+    assert page.text.count("The numbers") == 6
+
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</script><img src=x onerror=alert(1)>",
+    "\"'><b>&amp;{{7*7}}",
+    "\ud800\0\u202e",
+]
+
+
+def test_hostile_names_stay_text(tmp_path: Path) -> None:
+    found = results.smollm2(2, 4, [*HOSTILE, *results.WORDS])
+    name = HOSTILE[1]
+    found.models = [
+        dataclasses.replace(model, name=model.name.replace("moe-50", name), path=HOSTILE[0] + model.path)
+        for model in found.models
+    ]
+    found.quality = [dataclasses.replace(row, model=row.model.replace("moe-50", name)) for row in found.quality]
+    found.verdicts = [
+        dataclasses.replace(row, model=row.model.replace("moe-50", name), why=HOSTILE[0]) for row in found.verdicts
+    ]
+    tokens = tuple(HOSTILE)
+    found.experts = {
+        name: [dataclasses.replace(layer, top_tokens=(tokens,) * len(layer.load)) for layer in found.experts["moe-50"]]
+    }
+    found.machine = {"device": HOSTILE[0]}
+    found.versions = {HOSTILE[1]: HOSTILE[2]}
+    found.command = HOSTILE[1]
+    results.write(tmp_path, found, name="<b>.json")
+    text = report(tmp_path, tmp_path / "page.html").out.read_text()
+    seen = Page(text)
+    assert {tag for tag, _ in seen.elements}.isdisjoint({"img", "b>"})
+    plain = Page(report(_plain(tmp_path / "plain")).out.read_text())
+    assert len(seen.scripts) == len(plain.scripts)
+    assert not any("onerror" in attributes for _, attributes in seen.elements)
+    assert "{{7*7}}" in html.unescape(text)
+    assert HOSTILE[0] in seen.text
+    assert "\0" not in text
+
+
+def _plain(folder: Path) -> Path:
+    results.write(folder, results.smollm2(2, 4))
+    return folder
+
+
+def test_data_blocks_cannot_be_left(tmp_path: Path) -> None:
+    found = results.smollm2(2, 4)
+    results.write(tmp_path, found)
+    seen = Page(report(tmp_path).out.read_text())
+    data = [json.loads(script) for script in seen.scripts[:-1]]
+    assert {"0", "1"} in [set(block) for block in data]
+    assert all(len(line) == 6 for block in data for line in block.values() if set(block) == {"0", "1"})
+
+
+def test_only_a_benchmark_is_needed(tmp_path: Path) -> None:
+    """Of one dense model and one mixture of experts, with nothing measured but sizes."""
+    found = bench(moe=None, static=None, speeds={})
+    found.quality, found.ceilings = [], None
+    results.write(tmp_path, found, "anything.json")
+    done = report(tmp_path)
+    assert done.headlines[0].ratio is None
+    assert done.headlines[0].answers.advice.level == "unknown"
+    seen = Page(done.out.read_text())
+    assert seen.text.count("not measured") >= 3
+    assert "Quality for size" not in seen.text
+    assert "What the experts do" not in seen.text
+
+
+def test_texts_are_called_by_their_last_part_unless_two_would_be_the_same() -> None:
+    found = bench()
+    for other, expected in (("x/other.txt", {"text.txt", "other.txt"}), ("b/text.txt", {"a/text.txt", "b/text.txt"})):
+        found.quality = [results.quality("dense", 50.0, 50.0, data) for data in ("a/text.txt", other)]
+        assert {row[1].text for row in grids.qualities(found).rows} == {*expected, "all texts"}
+
+
+def test_several_mixtures(tmp_path: Path) -> None:
+    found = results.smollm2(2, 4)
+    found.models.append(results.model("moe-75", "moe", 0.75))
+    found.quality += [results.quality("moe-75", 52.0, data=data) for data in ("moby-dick", "state-of-the-union")]
+    found.verdicts.append(results.verdict("moe-75", "decode", 1, 512, 0.9))
+    results.write(tmp_path, found)
+    done = report(tmp_path)
+    assert [headline.model for headline in done.headlines] == ["moe-50", "moe-75"]
+    assert "The other models of this run" in done.out.read_text()
+    assert done.headlines[1].answers.advice.sentence.startswith("Do not use it: nowhere faster")
+
+
+def test_the_newest_benchmark_counts(tmp_path: Path) -> None:
+    results.write(tmp_path, results.smollm2(2, 4), "z.json", date="2026-01-01T00:00:00+00:00")
+    results.write(tmp_path / "later", results.smollm2(2, 4), "a.json", date="2026-03-01T00:00:00")
+    results.write(tmp_path / "later" / "too deep", results.smollm2(2, 4), date="2027-03-01T00:00:00+00:00")
+    results.write(tmp_path / "half.partial", results.smollm2(2, 4), date="2027-03-01T00:00:00+00:00")
+    run = read_run(tmp_path)
+    assert run.bench.file == "later/a.json"
+    assert run.notes == ("Of 2 results of bench the newest counts: later/a.json, not z.json.",)
+    assert run.bench.value == dataclasses.replace(results.smollm2(2, 4), date="2026-03-01T00:00:00")
+
+
+def test_of_results_without_a_date_the_file_s_counts(tmp_path: Path) -> None:
+    results.write(tmp_path, results.smollm2(2, 4))
+    results.write_others(tmp_path)
+    old = tmp_path / "a-later-name.json"
+    old.write_text((tmp_path / "compare.json").read_text())
+    os.utime(old, (1e9, 1e9))
+    assert read_run(tmp_path).sources["compare"] == "compare.json"
+
+
+def test_other_results_are_named_and_other_files_left_alone(tmp_path: Path) -> None:
+    results.write(tmp_path, results.smollm2(2, 4))
+    (tmp_path / "layers.json").write_text('{"schema": "moeify.layer-bench/1"}')
+    (tmp_path / "tokenizer.json").write_text("not JSON at all")
+    (tmp_path / "list.json").write_text('["moeify.bench/1", 3]')
+    assert read_run(tmp_path).notes == ("layers.json (moeify.layer-bench/1) is not shown.",)
+
+
+WRONG: dict[str, tuple[str, str]] = {
+    "no benchmark": ("{}", "no model benchmark"),
+    "truncated": ('{"schema": "moeify.bench/1", "date": ', "is not JSON"),
+    "other version": ('{"schema": "moeify.bench/2"}', "has schema moeify.bench/2, expected moeify.bench/1"),
+    "fields missing": ('{"schema": "moeify.bench/1", "date": "2026-01-01"}', "command: Field required"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG.values(), ids=WRONG)
+def test_what_cannot_be_read(tmp_path: Path, text: str, message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bench.json").write_text(text)
+    assert run_command(["report", str(tmp_path)]) == 3
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert message in err
+    assert err.splitlines()[1].startswith("hint: ")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_number_that_is_none_is_an_error(tmp_path: Path) -> None:
+    path = results.write(tmp_path, results.smollm2(2, 4))
+    path.write_text(re.sub(r'"perplexity": [0-9.]+', '"perplexity": NaN', path.read_text(), count=1))
+    with pytest.raises(InputError, match=r"quality\.0\.perplexity"):
+        read_run(tmp_path)
+
+
+def test_a_wrong_place(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is no folder"):
+        report(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file"):
+        report(tmp_path / "file")
+    with pytest.raises(InputError, match="no result of moeify") as caught:
+        report(tmp_path)
+    assert caught.value.hint == f"moeify bench MOE --against MODEL -o {tmp_path}"
+    results.write(tmp_path, results.smollm2(2, 4))
+    with pytest.raises(InputError, match="cannot write"):
+        report(tmp_path, tmp_path / "file" / "page.html")
+
+
+def test_a_benchmark_with_nothing_to_compare(tmp_path: Path) -> None:
+    found = results.smollm2(2, 4)
+    results.write(tmp_path, dataclasses.replace(found, models=[found.models[0], found.models[2]]))
+    with pytest.raises(InputError, match="measured dense, static, expected a dense model first and a mixture"):
+        report(tmp_path)
+    found.experts["moe-50"][1] = dataclasses.replace(found.experts["moe-50"][1], top_tokens=())
+    results.write(tmp_path, found)
+    with pytest.raises(InputError, match="moe-50, layer 1 has tables of 0, 4 experts, expected 4"):
+        report(tmp_path)
+
+
+def test_the_command_prints_the_headline(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "page.html"
+    assert run_command(["report", str(folder), "-o", str(out)]) == 0
+    said = capfd.readouterr().out
+    assert all(words in said for words in ("should I use it?", "Not as it is", "2.196", f"open {out} in a browser"))
+    assert run_command(["report", str(folder), "-o", str(out), "--json"]) == 0
+    found = json.loads(capfd.readouterr().out)
+    assert found["schema"] == "moeify.report/1"
+    assert (found["out"], found["num_bytes"]) == (str(out), out.stat().st_size)
+    assert found["headlines"][0]["answers"]["advice"]["level"] == "no"
+    assert found["headlines"][0]["ratio"]["value"] == pytest.approx(108.9 / 49.6)
+    assert found["sources"] == {
+        "bench": "bench.json",
+        "compare": "compare.json",
+        "search": "search.json",
+        "run": "run.json",
+    }
+
+
+def test_the_command_of_a_split_is_told_again() -> None:
+    options = {"experts": 16, "dense_layers": [0, 29], "refit": False, "static": False, "calibration": ["a b", "c"]}
+    found = split_command({**options, "unknown": 3, "seed": 0}, "some/model", "out/moeify.json")
+    assert found == (
+        "moeify split some/model --experts 16 --dense-layers 0,29 --no-refit --calibration 'a b' --calibration c -o out"
+    )
+
+
+def test_everything_the_page_needs_is_packaged() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    files = [path.name for path in (ROOT / "moeify" / "reporting").iterdir() if path.is_file() and path.suffix != ".py"]
+    assert len(files) == 4
+    assert all(any(fnmatch.fnmatch(file, one) for one in patterns["moeify.reporting"]) for file in files)
+
+
+def test_reading_results_imports_no_transformers(folder: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; from moeify.reporting.report import report\n"
+        "report(sys.argv[1], None)\n"
+        "print([name for name in ('transformers', 'sklearn', 'datasets', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stderr
