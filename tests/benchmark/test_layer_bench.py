@@ -396,7 +396,7 @@ def test_tables_mark_and_show_reasons(result: LayerBench) -> None:
     assert times.columns[4:7] == ("moeify", "dense", "eager")
     assert times.lines[0][-1] == layer_table.MARK
     assert details.lines[0][-2:] == ("1.0e-03", "2.0e-03")
-    table = markdown(shown)
+    table = layer_table.markdown(shown)
     assert table.count("| --- |") == 2
     assert "| \\* |" in table
     for line in table.splitlines():
