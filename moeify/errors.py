@@ -35,6 +35,6 @@ class InputError(MoeifyError):
 
 
 class CheckError(MoeifyError):
-    """A verification or a gate did not hold."""
+    """A verification or a limit did not hold."""
 
     exit_code = 4

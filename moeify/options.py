@@ -34,7 +34,7 @@ class SplitOptions:
         budget: share of all FFN parameters that may be active per token; shared, active and dense layers follow from
             it by a greedy search.
         partition, router: names of plug-ins.
-        gate: `hard` gives every chosen expert weight one, `softmax` weights them by their scores, `soft` runs all of
+        mixing: `hard` gives every chosen expert weight one, `softmax` weights them by their scores, `soft` runs all of
             them, weighted.
         temperature: scores are divided by it before a softmax.
         fusion: the chosen experts' weights add up to their number (`sum`) or to one (`mean`).
@@ -59,7 +59,7 @@ class SplitOptions:
     budget: float | None = None
     partition: str = "routed"
     router: str = "ridge"
-    gate: Style = "hard"
+    mixing: Style = "hard"
     temperature: float = 1.0
     fusion: Fusion = "sum"
     refit: bool = True

@@ -21,7 +21,7 @@ from moeify.errors import InputError, UsageError
 
 SHARED = -1
 PLAN_FILE = "split_plan.safetensors"
-PLAN_SCHEMA = "moeify.plan/1"
+PLAN_SCHEMA = "moeify.plan/2"
 
 
 @dataclass(frozen=True)

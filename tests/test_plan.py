@@ -296,7 +296,7 @@ def test_another_schema_is_named(tmp_path: Path) -> None:
     make_plan().save(tmp_path / "plan")
     header = header_of(tmp_path / "plan") | {"schema": "moeify.plan/99"}
     rewrite(tmp_path / "plan", load_file(tmp_path / "plan"), header)
-    with pytest.raises(InputError, match=r"moeify\.plan/99.*expected.*moeify\.plan/1"):
+    with pytest.raises(InputError, match=r"moeify\.plan/99.*expected.*moeify\.plan/2"):
         load_plan(tmp_path / "plan")
 
 

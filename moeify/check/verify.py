@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from moeify import targets
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError
-from moeify.experts.mixing import Gate
+from moeify.experts.mixing import Mixing
 from moeify.export.in_memory import moe_parameters
 from moeify.export.writer import MoEWriter
 from moeify.models.dense import DenseCheckpoint, find_shards, load_config, locate, open_dense
@@ -99,7 +99,7 @@ def verify(moe: str, dense: str, *, tolerance: float = TOLERANCE, track: Track[A
     target = targets.find(plan.target)
     model, keys = _load_all_on(path, plan.layout)
     ids = _tokens(source)
-    hard = Gate.of(plan.options).style == "hard" and not plan.trained
+    hard = Mixing.of(plan.options).style == "hard" and not plan.trained
     deviation = _gate_deviation(path, ids, target, plan) if hard else 0.0
     whole = set(plan.trained) <= KEEPS_NEURONS
     places = _place_checks(model, source, plan, target)
@@ -143,7 +143,7 @@ def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
 
 
 def _place_checks(model: Any, source: DenseCheckpoint, plan: SplitPlan, target: Target) -> list[Check]:
-    """Gate and up rows must be the dense rows, bit for bit, each in exactly one place."""
+    """Mixing and up rows must be the dense rows, bit for bit, each in exactly one place."""
     placed, equal, total = 0, 0, 0
     stored = load_config(Path(model.name_or_path)).dtype
     for layer in _cut_layers(plan):
@@ -211,7 +211,7 @@ def _logit_difference(model: Any, source: DenseCheckpoint, ids: Tensor, stored: 
 def _stored_checks(path: Path, source: DenseCheckpoint, plan: SplitPlan, target: Target) -> list[Check]:
     """What the plan decides must be on disk bit for bit; what a refit computed must at least be finite."""
     config = load_config(path)
-    writer = MoEWriter(source, target, plan.layout, config.dtype, Gate.of(plan.options))
+    writer = MoEWriter(source, target, plan.layout, config.dtype, Mixing.of(plan.options))
     shards, total = find_shards(path), 0
     wrong: list[str] = []
     for decided in plan.layers:

@@ -147,7 +147,7 @@ Static = Annotated[bool, typer.Option("--static", help="Prune instead: a smaller
 DenseLayers = Annotated[str, typer.Option(help="Layers whose FFN stays whole, such as 0,1,29.", show_default=False)]
 Partition = Annotated[str, typer.Option(help="How neurons are grouped: moeify ls partitions.")]
 Router = Annotated[str, typer.Option(help="How experts are chosen: moeify ls routers.")]
-Gate = Annotated[
+Mixing = Annotated[
     options.Style, typer.Option(help="Weights of the chosen experts: hard (all one), softmax, or soft (all experts).")
 ]
 Temperature = Annotated[float, typer.Option(help="Of the softmax.")]

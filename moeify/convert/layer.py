@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moeify.calibration.activations import Activations, ActivationStats, measure
 from moeify.convert.refit import refit
-from moeify.experts.mixing import Gate, choose_experts
+from moeify.experts.mixing import Mixing, choose_experts
 from moeify.models.ffn import FFNWeights
 from moeify.partition import Partition
 from moeify.plan import SHARED, LayerPlan, Layout
@@ -30,7 +30,7 @@ class LayerFit:
     layout: Layout
     partition: Partition
     router: Fit
-    gate: Gate
+    mixing: Mixing
     refit: bool
     dtype: torch.dtype
     seed: int
@@ -43,14 +43,14 @@ class ConvertedFFN:
     Args:
         ffn: the dense weights.
         plan: labels, and down_proj if it was refit.
-        layout, gate: of the whole model.
+        layout, mixing: of the whole model.
         router: None in a static plan.
     """
 
     ffn: FFNWeights
     plan: LayerPlan
     layout: Layout
-    gate: Gate
+    mixing: Mixing
     router: Router | None
 
     def __call__(self, inputs_TD: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class ConvertedFFN:
         order = active_neurons(self.plan, self.layout).to(inputs_TD.device)
         activations.reorder(order)
         if self.router is not None:
-            weights_TR = self.gate.weights(self.router(inputs_TD), self.layout)
+            weights_TR = self.mixing.weights(self.router(inputs_TD), self.layout)
             activations.mask(weights_TR, self.layout.expert_width(self.ffn.num_neurons))
         down_DF = self.ffn.down_DF if self.plan.down_DF is None else self.plan.down_DF.to(self.ffn.down_DF)
         return _outputs(activations, down_DF[:, order])
@@ -68,7 +68,7 @@ class ConvertedFFN:
 def converted(ffn: FFNWeights, plan: LayerPlan, fit: LayerFit) -> ConvertedFFN:
     """The FFN of a plan that was decided earlier."""
     router = None if plan.router_RD is None else LinearRouter(plan.router_RD)
-    return ConvertedFFN(ffn, plan, fit.layout, fit.gate, router)
+    return ConvertedFFN(ffn, plan, fit.layout, fit.mixing, router)
 
 
 def fit_layer(
@@ -95,7 +95,7 @@ def fit_layer(
     """
     if ffn.layer in fit.layout.dense_layers:
         labels_F = torch.full((ffn.num_neurons,), SHARED, dtype=torch.int16)
-        whole = ConvertedFFN(ffn, LayerPlan(ffn.layer, labels_F, None), fit.layout, fit.gate, None)
+        whole = ConvertedFFN(ffn, LayerPlan(ffn.layer, labels_F, None), fit.layout, fit.mixing, None)
         return whole, whole(inputs_TD)
     seed = fit.seed + ffn.layer
     activations = Activations(ffn, inputs_TD)
@@ -127,7 +127,7 @@ def fit_layer(
     if isinstance(router, LinearRouter):
         plan = replace(plan, router_RD=router.rows_RD.cpu())
     plan = replace(plan, down_DF=None if refit_DF is None else refit_DF.cpu(), diagnostics=diagnostics)
-    return ConvertedFFN(ffn, plan, fit.layout, fit.gate, router), _outputs(activations, down_DF)
+    return ConvertedFFN(ffn, plan, fit.layout, fit.mixing, router), _outputs(activations, down_DF)
 
 
 def _route(
@@ -153,7 +153,7 @@ def _route(
     scores_TR = router(inputs_TD)
     shared_energy = stats.energy_F[plan.neurons(SHARED).to(stats.energy_F.device)].sum()
     found = _router_diagnostics(norms_TR, choose_experts(scores_TR, fit.layout), shared_energy, fit.layout)
-    activations.mask(fit.gate.weights(scores_TR, fit.layout), fit.layout.expert_width(ffn.num_neurons))
+    activations.mask(fit.mixing.weights(scores_TR, fit.layout), fit.layout.expert_width(ffn.num_neurons))
     return router, found
 
 

@@ -13,7 +13,7 @@ from moeify.convert.estimate import Estimate, count_parameters, estimate
 from moeify.convert.layer import LayerFit
 from moeify.data.text import TokenBlocks, calibration_blocks, sample_from_model
 from moeify.errors import InputError, UsageError
-from moeify.experts.mixing import Gate
+from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter, check_fits
 from moeify.models.dense import DenseCheckpoint, open_dense
 from moeify.models.ffn import FFNWeights
@@ -43,11 +43,11 @@ class Prepared:
 
     @property
     def writer(self) -> MoEWriter:
-        return MoEWriter(self.dense, self.target, self.layout, self.dtype, self.gate)
+        return MoEWriter(self.dense, self.target, self.layout, self.dtype, self.mixing)
 
     @property
-    def gate(self) -> Gate:
-        return Gate.of(asdict(self.options))
+    def mixing(self) -> Mixing:
+        return Mixing.of(asdict(self.options))
 
     @property
     def needs_text(self) -> bool:
@@ -60,7 +60,7 @@ class Prepared:
             layout=layout or self.layout,
             partition=partition.find(options.partition),
             router=routers.find(options.router),
-            gate=self.gate,
+            mixing=self.mixing,
             refit=options.refit,
             dtype=self.dtype,
             seed=options.seed,
@@ -265,7 +265,7 @@ def _check_plan(plan: SplitPlan, dense: DenseCheckpoint) -> None:
 def _choose_target(dense: DenseCheckpoint, options: SplitOptions, *, writable: bool) -> tuple[Layout, Target, str]:
     def resolve(holds_shared: bool) -> Layout:
         experts, dense_layers = options.experts, tuple(sorted(set(options.dense_layers)))
-        active = experts if options.gate == "soft" and not options.static else options.active
+        active = experts if options.mixing == "soft" and not options.static else options.active
         return resolve_layout(experts, options.shared, active, holds_shared=holds_shared, dense_layers=dense_layers)
 
     if options.static:
@@ -274,7 +274,7 @@ def _choose_target(dense: DenseCheckpoint, options: SplitOptions, *, writable: b
         return layout, targets.static_target(dense.family), "static pruning keeps the dense architecture"
     if options.target == "auto":
         try:
-            target, layout, reason = targets.choose(dense.traits, dense.config, resolve, options.gate)
+            target, layout, reason = targets.choose(dense.traits, dense.config, resolve, options.mixing)
         except InputError:
             if writable:
                 raise
@@ -282,7 +282,7 @@ def _choose_target(dense: DenseCheckpoint, options: SplitOptions, *, writable: b
         return layout, target, reason
     target = targets.find(options.target)
     layout = resolve(target.holds_shared)
-    reason = targets.refusal(target, dense.traits, dense.config, layout, options.gate)
+    reason = targets.refusal(target, dense.traits, dense.config, layout, options.mixing)
     if reason:
         raise InputError(
             f"{options.target} cannot hold this model: {reason}", "`moeify inspect` lists targets that can"

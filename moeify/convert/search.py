@@ -237,8 +237,8 @@ def _prepared(model: str, options: SplitOptions, track: Track[Any]) -> Prepared:
         raise UsageError("a budget chooses the layers itself", "leave --plan, --static and --dense-layers out")
     if options.active is not None or options.shared is not None:
         raise UsageError("a budget chooses how many experts are active", "leave --active and --shared out")
-    if options.gate == "soft":
-        raise UsageError("a soft gate runs every expert, which no budget allows", "--gate takes hard or softmax")
+    if options.mixing == "soft":
+        raise UsageError("soft mixing runs every expert, which no budget allows", "--mixing takes hard or softmax")
     if options.tokens < MIN_TOKENS:
         raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
     tokens = min(options.tokens, FIT_TOKENS) + CHECK_TOKENS
@@ -262,7 +262,7 @@ def _layouts(prepared: Prepared) -> list[Layout]:
 def _is_held(prepared: Prepared, layout: Layout) -> bool:
     """The target takes it also with dense layers."""
     layout, dense = replace(layout, dense_layers=prepared.layout.dense_layers), prepared.dense
-    return not targets.refusal(prepared.target, dense.traits, dense.config, layout, prepared.options.gate)
+    return not targets.refusal(prepared.target, dense.traits, dense.config, layout, prepared.options.mixing)
 
 
 def _affordable(layouts: Sequence[Layout], budget: float) -> list[int]:

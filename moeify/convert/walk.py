@@ -20,7 +20,7 @@ from moeify.models.ffn import FFNWeights
 
 
 @dataclass(frozen=True)
-class Stage:
+class LayerInputs:
     """One layer.
 
     Args:
@@ -63,14 +63,14 @@ class CalibrationWalk:
         wants_dense = prepared.options.refit_to == "stream"
         self._undisturbed = HiddenStream(prepared.dense, calibration_BC, device) if wants_dense else None
 
-    def enter(self, layer: int) -> Stage:
+    def enter(self, layer: int) -> LayerInputs:
         """Go through the layer's attention; `leave` must follow."""
         inputs_TD = self.stream.attend(layer)
         ffn, wanted_TD = self._prepared.ffn(layer), None
         if self._undisturbed is not None:
             wanted_TD = self._undisturbed.pass_through(layer, ffn) - self.stream.residual()[: self._num_fit]
         gradient_GD = self._gradients[layer] if self._gradients else None
-        return Stage(ffn, inputs_TD[: self._num_fit], inputs_TD[self._num_fit :], gradient_GD, wanted_TD)
+        return LayerInputs(ffn, inputs_TD[: self._num_fit], inputs_TD[self._num_fit :], gradient_GD, wanted_TD)
 
     def leave(self, outputs_TD: Tensor, riding_ED: Tensor | None = None) -> None:
         """Add what the FFN gives, for all tokens."""

@@ -15,7 +15,7 @@ from moeify.plan import Layout
 
 
 @dataclass(frozen=True)
-class Gate:
+class Mixing:
     """Weights of the routed experts.
 
     Args:
@@ -30,9 +30,9 @@ class Gate:
     fusion: Fusion = "sum"
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "Gate":
-        """The gate that options, or those of a saved plan, ask for."""
-        return cls(options.get("gate", "hard"), options.get("temperature", 1.0), options.get("fusion", "sum"))
+    def of(cls, options: Mapping[str, Any]) -> "Mixing":
+        """The mixing that options, or those of a saved plan, ask for."""
+        return cls(options.get("mixing", "hard"), options.get("temperature", 1.0), options.get("fusion", "sum"))
 
     def weights(self, scores_TR: Tensor, layout: Layout) -> Tensor:
         """weights_TR, zero for experts that are not chosen; in the dtype of the scores."""
@@ -44,7 +44,7 @@ class Gate:
         return masked_TR.softmax(dim=1) * total
 
 
-UNIT = Gate()
+UNIT = Mixing()
 
 
 def choose_experts(scores_TR: Tensor, layout: Layout) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeify.experts.mixing import Gate
+from moeify.experts.mixing import Mixing
 from moeify.export.writer import routed_fold
 from moeify.plan import Layout, SplitPlan
 from moeify.targets import ROUTER_SCALE, Modules, SplitFFN, Target
@@ -55,8 +55,8 @@ def split_ffn(block: nn.Module, modules: Modules) -> SplitFFN:
 
 def router_scale(plan: SplitPlan) -> float:
     """What a router's scores were multiplied with when they were written."""
-    gate = Gate.of(plan.options)
-    return ROUTER_SCALE if gate.style == "hard" else 1 / gate.temperature
+    mixing = Mixing.of(plan.options)
+    return ROUTER_SCALE if mixing.style == "hard" else 1 / mixing.temperature
 
 
 def on_disk(model: nn.Module, target: Target | None, cut_layers: list[int]) -> dict[str, Tensor]:
@@ -81,7 +81,7 @@ def on_disk(model: nn.Module, target: Target | None, cut_layers: list[int]) -> d
 
 def folds(plan: SplitPlan, target: Target) -> tuple[float, float]:
     """Factors in the stored down weights of the shared and of the routed experts."""
-    return target.shared_fold, routed_fold(target, plan.layout, Gate.of(plan.options))
+    return target.shared_fold, routed_fold(target, plan.layout, Mixing.of(plan.options))
 
 
 def cut_layers(layout: Layout, num_layers: int) -> list[int]:

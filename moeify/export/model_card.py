@@ -99,7 +99,7 @@ def _flags(plan: SplitPlan) -> str:
     flags += [f"--tokens {options['tokens']}", f"--context {options['context']}", f"--seed {options['seed']}"]
     if plan.layout.dense_layers:
         flags.append(f"--dense-layers {','.join(map(str, plan.layout.dense_layers))}")
-    for name in ("gate", "temperature", "fusion", "refit_to"):
+    for name in ("mixing", "temperature", "fusion", "refit_to"):
         if name in options and options[name] != getattr(DEFAULTS, name):
             flags.append(f"--{name.replace('_', '-')} {options[name]}")
     flags += [] if options["refit"] else ["--no-refit"]

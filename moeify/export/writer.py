@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig
 
 from moeify.errors import InputError
-from moeify.experts.mixing import UNIT, Gate
+from moeify.experts.mixing import UNIT, Mixing
 from moeify.export.workspace import Workspace
 from moeify.models.dense import INDEX_FILE, TOKENIZER_FILES, DenseCheckpoint
 from moeify.options import Track
@@ -35,14 +35,14 @@ class MoEWriter:
         target: what the names are.
         layout: how FFNs are cut.
         dtype: of every weight written.
-        gate: what the routed experts' outputs are multiplied with.
+        mixing: what the routed experts' outputs are multiplied with.
     """
 
     dense: DenseCheckpoint
     target: Target
     layout: Layout
     dtype: torch.dtype
-    gate: Gate = UNIT
+    mixing: Mixing = UNIT
 
     def config(self) -> Any:
         """The target's transformers config."""
@@ -99,8 +99,8 @@ class MoEWriter:
             gate_RfD=gate_FD[routed].unflatten(0, split),
             up_RfD=up_FD[routed].unflatten(0, split),
             down_RDf=down_DF[:, routed].unflatten(1, split).transpose(0, 1)
-            * routed_fold(self.target, self.layout, self.gate),
-            router_RD=router_RD * (ROUTER_SCALE if self.gate.style == "hard" else 1 / self.gate.temperature),
+            * routed_fold(self.target, self.layout, self.mixing),
+            router_RD=router_RD * (ROUTER_SCALE if self.mixing.style == "hard" else 1 / self.mixing.temperature),
         )
         return self.target.ffn_tensors(f"model.layers.{plan.layer}", ffn)
 
@@ -168,10 +168,10 @@ class MoEWriter:
             )
 
 
-def routed_fold(target: Target, layout: Layout, gate: Gate) -> float:
+def routed_fold(target: Target, layout: Layout, mixing: Mixing) -> float:
     """Factor on the routed down_proj: what the architecture's expert weights need, and how experts are put together."""
     fold = target.routed_fold(layout)
-    return fold if gate.fusion == "sum" or layout.is_static else fold / layout.num_routed_active
+    return fold if mixing.fusion == "sum" or layout.is_static else fold / layout.num_routed_active
 
 
 def check_fits(name: str, tensor: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Gates of a recipe: what must hold for a run to pass."""
+"""Limits of a recipe: what must hold for a run to pass."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,45 +11,45 @@ from moeify.recipes.model import MAIN, TRAINED, Recipe
 
 
 @dataclass(frozen=True)
-class Gate:
-    """One gate and how it came out."""
+class Limit:
+    """One limit and how it came out."""
 
     name: str
-    found: str
-    limit: str
+    measured: str
+    allowed: str
     passed: bool
 
 
 def judged(recipe: Recipe, name: str) -> str:
-    """The folder that gates look at."""
+    """The folder that limits look at."""
     return str(recipe.out / (name + TRAINED if name in recipe.trained else name))
 
 
-def check_quality(recipe: Recipe, report: VerifyReport | None, evals: Sequence[EvalResult]) -> tuple[Gate, ...]:
+def check_quality(recipe: Recipe, report: VerifyReport | None, evals: Sequence[EvalResult]) -> tuple[Limit, ...]:
     """`verify` as a whole, and perplexities on each text."""
     perplexity = {(result.model, result.data): result.perplexity for result in evals}
     main = judged(recipe, MAIN)
-    gates = []
+    limits = []
     if report is not None:
         failed = [check.name for check in report.checks if not check.passed]
-        gates.append(Gate("verify", ", ".join(failed) or "all checks hold", "all checks hold", report.passed))
+        limits.append(Limit("verify", ", ".join(failed) or "all checks hold", "all checks hold", report.passed))
     for data in recipe.eval.data if recipe.eval else ():
         found = perplexity[main, data]
-        if recipe.gates.max_ratio is not None:
+        if recipe.limits.max_ratio is not None:
             ratio = found / perplexity[recipe.model, data]
-            limit = recipe.gates.max_ratio
-            gates.append(Gate(f"perplexity / dense on {data}", f"{ratio:.3f}", f"<= {limit:g}", ratio <= limit))
-        for name in recipe.gates.beats:
+            limit = recipe.limits.max_ratio
+            limits.append(Limit(f"perplexity / dense on {data}", f"{ratio:.3f}", f"<= {limit:g}", ratio <= limit))
+        for name in recipe.limits.beats:
             other = perplexity[judged(recipe, name), data]
-            gates.append(Gate(f"perplexity under {name} on {data}", f"{found:.3f}", f"< {other:.3f}", found < other))
-    return tuple(gates)
+            limits.append(Limit(f"perplexity under {name} on {data}", f"{found:.3f}", f"< {other:.3f}", found < other))
+    return tuple(limits)
 
 
-def check_times(recipe: Recipe, measured: ModelBench | None) -> Iterator[Gate]:
+def check_times(recipe: Recipe, measured: ModelBench | None) -> Iterator[Limit]:
     """Each regime against its limit, with the noise taken into account."""
     main = Path(judged(recipe, MAIN)).name
     for verdict in measured.verdicts if measured else ():
-        limit = recipe.gates.max_times.get(verdict.phase)
+        limit = recipe.limits.max_times.get(verdict.phase)
         if verdict.model != main or limit is None:
             continue
         regime = (verdict.implementation, verdict.phase, verdict.batch, verdict.prompt_tokens)
@@ -61,4 +61,4 @@ def check_times(recipe: Recipe, measured: ModelBench | None) -> Iterator[Gate]:
         )
         name = f"{verdict.phase} time / dense at {verdict.batch} x {verdict.prompt_tokens}"
         passed = low is None or low <= limit
-        yield Gate(name, f"{verdict.time_over_dense:.3f}", f"<= {limit:g} within noise", passed)
+        yield Limit(name, f"{verdict.time_over_dense:.3f}", f"<= {limit:g} within noise", passed)

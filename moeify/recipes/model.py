@@ -11,7 +11,7 @@ verify: true
 compare: {budgets: [0.5]}                    # published methods beside ours, as `moeify compare` measures them
 eval: {data: [builtin-heldout]}
 bench: {batch: [1]}                          # the options of `moeify bench`: beside dense and the static controls
-gates: {max_ratio: 1.5, beats: [static], max_decode_time: 1.0}
+limits: {max_ratio: 1.5, beats: [static], max_decode_time: 1.0}
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,7 +30,7 @@ from moeify.plugin_list import recipe_folders
 from moeify.training.options import FinetuneOptions
 
 MAIN = "moe"
-NOT_STATIC = ("budget", "dense_layers", "gate", "temperature", "fusion")
+NOT_STATIC = ("budget", "dense_layers", "mixing", "temperature", "fusion")
 TRAINED = "-finetuned"
 DENSE = "dense"
 
@@ -61,7 +61,7 @@ class CompareSection(Strict):
     tokens: int = Field(default=10_240, ge=2)
 
 
-class Gates(Strict):
+class Limits(Strict):
     """What must hold for the run to pass; ratios are of perplexities, and each text is checked.
 
     What was fine-tuned is judged as it is then.
@@ -101,7 +101,7 @@ class Recipe(Strict):
     compare: CompareSection | None = None
     eval: EvalSection | None = None
     bench: BenchOptions | None = None
-    gates: Gates = Gates()
+    limits: Limits = Limits()
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -146,13 +146,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise UsageError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from error
-    if recipe.eval is None and (recipe.gates.beats or recipe.gates.max_ratio is not None):
-        raise UsageError(f"{path}: gates on perplexity need an eval section")
-    if recipe.gates.max_times and (recipe.bench is None or "speed" in recipe.bench.skip):
-        raise UsageError(f"{path}: gates on times need a bench section that measures speed")
-    if recipe.gates.max_logit_difference is not None and not recipe.verify:
-        raise UsageError(f"{path}: gates.max_logit_difference needs verify: true")
-    for key, names in (("gates.beats", recipe.gates.beats), ("finetune_controls", recipe.finetune_controls)):
+    if recipe.eval is None and (recipe.limits.beats or recipe.limits.max_ratio is not None):
+        raise UsageError(f"{path}: limits on perplexity need an eval section")
+    if recipe.limits.max_times and (recipe.bench is None or "speed" in recipe.bench.skip):
+        raise UsageError(f"{path}: limits on times need a bench section that measures speed")
+    if recipe.limits.max_logit_difference is not None and not recipe.verify:
+        raise UsageError(f"{path}: limits.max_logit_difference needs verify: true")
+    for key, names in (("limits.beats", recipe.limits.beats), ("finetune_controls", recipe.finetune_controls)):
         unknown = [name for name in names if name not in recipe.controls]
         if unknown:
             raise UsageError(f"{path}: {key} names {unknown[0]!r}, which is not among the controls")

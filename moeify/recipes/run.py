@@ -1,4 +1,4 @@
-"""Running a recipe: its stages in a fixed order, finished ones skipped, gates last."""
+"""Running a recipe: its stages in a fixed order, finished ones skipped, limits last."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from moeify.convert.pipeline import split
 from moeify.convert.prepare import Preview, preview
 from moeify.models.dense import open_dense
 from moeify.options import SplitOptions, Track, untracked
-from moeify.recipes.limits import Gate, check_quality, check_times, judged
+from moeify.recipes.limits import Limit, check_quality, check_times, judged
 from moeify.recipes.model import MAIN, TRAINED, Recipe, control_options
 from moeify.training.finetune import finetune
 from moeify.training.options import FinetuneOptions
@@ -36,11 +36,11 @@ class RunResult:
     skipped: tuple[str, ...]
     verify: VerifyReport | None
     evals: tuple[EvalResult, ...]
-    gates: tuple[Gate, ...]
+    limits: tuple[Limit, ...]
 
     @property
     def passed(self) -> bool:
-        return all(gate.passed for gate in self.gates) and (self.verify is None or self.verify.passed)
+        return all(limit.passed for limit in self.limits) and (self.verify is None or self.verify.passed)
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunResult:
         _compare(recipe, track)
     report = None
     if recipe.verify:
-        tolerance = recipe.gates.max_logit_difference or TOLERANCE
+        tolerance = recipe.limits.max_logit_difference or TOLERANCE
         report = verify(str(out / MAIN), recipe.model, tolerance=tolerance)
     evals: tuple[EvalResult, ...] = ()
     if recipe.eval is not None:
@@ -91,8 +91,8 @@ def run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunResult:
         models = [recipe.model, *(str(out / name) for name in names)]
         evals = tuple(evaluate(models, **recipe.eval.model_dump(), track=track))
     measured = _bench(recipe, source, splits, skipped, track) if recipe.bench else None
-    gates = (*check_quality(recipe, report, evals), *check_times(recipe, measured))
-    result = RunResult(out, tuple(skipped), report, evals, gates)
+    limits = (*check_quality(recipe, report, evals), *check_times(recipe, measured))
+    result = RunResult(out, tuple(skipped), report, evals, limits)
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
     (out / "run.json").write_text(
         json.dumps({"schema": "moeify.run/1", **asdict(result)}, indent=1, default=str) + "\n"

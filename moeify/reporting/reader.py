@@ -63,12 +63,12 @@ class Searched(_Shown):
     dense_perplexity: float
 
 
-class Gate(_Shown):
-    """One gate of a recipe."""
+class Limit(_Shown):
+    """One limit of a recipe."""
 
     name: str
-    found: str
-    limit: str
+    measured: str
+    allowed: str
     passed: bool
 
 
@@ -76,7 +76,7 @@ class Ran(_Shown):
     """What `moeify run` wrote."""
 
     out: str
-    gates: tuple[Gate, ...]
+    limits: tuple[Limit, ...]
 
 
 class Stage(_Shown):

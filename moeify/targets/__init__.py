@@ -61,7 +61,7 @@ class Target:
         engines: what else has the architecture in its sources; only transformers is tested here.
         engines_with_dense: those that also take models whose FFNs are not all experts; none means that transformers
             does not either.
-        gates: what the weights of its experts can be.
+        mixings: what the weights of its experts can be.
         refuse: why a dense model with these traits does not fit, or "" if it is held exactly.
         config: config values that differ from the dense model's, given its config, its traits, the layout and the
             expert width.
@@ -83,7 +83,7 @@ class Target:
     ffn_tensors: Callable[[str, SplitFFN], dict[str, Tensor]]
     modules: Modules
     engines_with_dense: tuple[str, ...] = ()
-    gates: tuple[Style, ...] = ("hard",)
+    mixings: tuple[Style, ...] = ("hard",)
     shared_fold: float = 1.0
     extra_tensors: Callable[[str, Any, Traits], Mapping[str, tuple[int, ...]]] = lambda prefix, config, traits: {}
     untie: bool = False
@@ -136,12 +136,12 @@ def find(name: str) -> Target:
     return target
 
 
-def refusal(target: Target, traits: Traits, config: Any, layout: Layout, gate: Style = "hard") -> str:
-    """Why `target` cannot hold the model exactly under this layout and gate, or ""."""
+def refusal(target: Target, traits: Traits, config: Any, layout: Layout, style: Style = "hard") -> str:
+    """Why `target` cannot hold the model exactly under this layout and mixing, or ""."""
     if traits.ffn_bias:
         return "no native target has biases inside its experts"
-    if gate not in target.gates:
-        return f"its experts' weights cannot be {gate}"
+    if style not in target.mixings:
+        return f"its experts' weights cannot be {style}"
     if layout.dense_layers and not target.engines_with_dense:
         return "has no dense layers"
     if layout.num_shared and not target.holds_shared:
@@ -152,7 +152,7 @@ def refusal(target: Target, traits: Traits, config: Any, layout: Layout, gate: S
 
 
 def choose(
-    traits: Traits, config: Any, resolve: Callable[[bool], Layout], gate: Style = "hard"
+    traits: Traits, config: Any, resolve: Callable[[bool], Layout], style: Style = "hard"
 ) -> tuple[Target, Layout, str]:
     """The best target that holds the model exactly, its layout, and why it was taken.
 
@@ -160,7 +160,7 @@ def choose(
         traits: what must be held.
         config: the dense config.
         resolve: gives the layout for a target with (True) or without (False) shared experts.
-        gate: what the experts' weights must be.
+        style: what the experts' weights must be.
 
     Raises:
         InputError: none holds it; the message gives each target's reason.
@@ -169,7 +169,7 @@ def choose(
     targets = [find(name) for name in names()]
     for target in sorted(targets, key=lambda target: not target.holds_shared):
         layout = resolve(target.holds_shared)
-        reason = refusal(target, traits, config, layout, gate)
+        reason = refusal(target, traits, config, layout, style)
         if not reason:
             engines = target.engines_with_dense if layout.dense_layers else target.engines
             why = f"holds the model exactly, {'with' if layout.num_shared else 'without'} shared experts; known to " + (

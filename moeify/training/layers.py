@@ -24,7 +24,7 @@ from moeify.calibration.activations import CLIP_NORM, Activations
 from moeify.calibration.stream import HiddenStream
 from moeify.convert.refit import HELD_OUT_SHARE, refit
 from moeify.errors import InputError
-from moeify.experts.mixing import Gate
+from moeify.experts.mixing import Mixing
 from moeify.export.in_memory import ffn_modules, folds, split_ffn
 from moeify.models.dense import DenseCheckpoint
 from moeify.models.ffn import FFNWeights
@@ -46,13 +46,13 @@ class LayerFFN:
 
     Args:
         ffn: shared neurons, then expert after expert.
-        layout, gate: of the model.
+        layout, mixing: of the model.
         router_RD: rows as they were fitted, not as they are stored; None if nothing is routed.
     """
 
     ffn: FFNWeights
     layout: Layout
-    gate: Gate
+    mixing: Mixing
     router_RD: Tensor | None
 
     @property
@@ -64,7 +64,7 @@ class LayerFFN:
         """Masked by the router."""
         activations = Activations(self.ffn, inputs_TD)
         if self.router_RD is not None:
-            activations.mask(self.gate.weights(inputs_TD @ self.router_RD.T, self.layout), self.width)
+            activations.mask(self.mixing.weights(inputs_TD @ self.router_RD.T, self.layout), self.width)
         return activations
 
     def __call__(self, inputs_TD: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ def _expert_grams(ffn: LayerFFN) -> Tensor:
 def _worth(ffn: LayerFFN, gram_Rff: Tensor, inputs_TD: Tensor, wanted_TD: Tensor) -> Tensor:
     """worth_TR: how much squared error an expert takes away from a token, all other choices as they are."""
     assert ffn.router_RD is not None
-    weights_TR = ffn.gate.weights(inputs_TD @ ffn.router_RD.T, ffn.layout)
+    weights_TR = ffn.mixing.weights(inputs_TD @ ffn.router_RD.T, ffn.layout)
     hidden_TF = ffn.ffn.hidden(inputs_TD)
     routed_TRf = hidden_TF[:, -ffn.layout.num_routed * ffn.width :].unflatten(1, (ffn.layout.num_routed, ffn.width))
     norm_TR = torch.einsum("trf,rfg,trg->tr", routed_TRf, gram_Rff, routed_TRf)
@@ -251,11 +251,11 @@ def _dense_ffn(teacher: DenseCheckpoint, layer: int, device: str) -> FFNWeights:
 def _student_ffn(student: Student, layer: int, device: str) -> LayerFFN:
     plan, block = student.plan, student.model.model.layers[layer]
     assert plan is not None
-    gate, activation = Gate.of(plan.options), student.model.config.hidden_act
+    mixing, activation = Mixing.of(plan.options), student.model.config.hidden_act
     if student.target is None or layer in plan.layout.dense_layers:
         weights = (block.mlp.gate_proj.weight, block.mlp.up_proj.weight, block.mlp.down_proj.weight)
         gate_FD, up_FD, down_DF = (weight.detach().to(device, torch.float32) for weight in weights)
-        return LayerFFN(FFNWeights(layer, gate_FD, up_FD, down_DF, activation), plan.layout, gate, None)
+        return LayerFFN(FFNWeights(layer, gate_FD, up_FD, down_DF, activation), plan.layout, mixing, None)
     parts = split_ffn(block, student.target.modules)
     shared_fold, routed_fold = folds(plan, student.target)
     ffn = FFNWeights(
@@ -267,7 +267,7 @@ def _student_ffn(student: Student, layer: int, device: str) -> LayerFFN:
         .to(device, torch.float32),
         activation,
     )
-    return LayerFFN(ffn, plan.layout, gate, parts.router_RD.to(device, torch.float32) / student.scale)
+    return LayerFFN(ffn, plan.layout, mixing, parts.router_RD.to(device, torch.float32) / student.scale)
 
 
 def _stored(student: Student, layer: int, fitted: LayerFFN) -> dict[str, Tensor]:

@@ -150,7 +150,7 @@ def test_options_reach_the_split(dense: Path, monkeypatch: pytest.MonkeyPatch) -
         "router": "other",
         "budget": 0.8,
         "dense_layers": (0, 3, 11),
-        "gate": "softmax",
+        "mixing": "softmax",
         "temperature": 0.5,
         "fusion": "mean",
         "refit": False,

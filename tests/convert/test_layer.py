@@ -12,7 +12,7 @@ from moeify import partition, routers
 from moeify.calibration import activations as activations_module
 from moeify.calibration.activations import Activations
 from moeify.convert.layer import ConvertedFFN, LayerFit, active_neurons, converted, fit_layer
-from moeify.experts.mixing import UNIT, Gate, choose_experts
+from moeify.experts.mixing import UNIT, Mixing, choose_experts
 from moeify.models.ffn import FFNWeights
 from moeify.plan import SHARED, LayerPlan, Layout
 from moeify.targets import ROUTER_LIMIT
@@ -22,18 +22,23 @@ CASES = [(layout, refit, dtype) for layout in LAYOUTS for refit in (True, False)
 
 
 def fit_of(
-    layout: Layout, *, refit: bool = True, dtype: torch.dtype = torch.float32, gate: Gate = UNIT, router: str = "ridge"
+    layout: Layout,
+    *,
+    refit: bool = True,
+    dtype: torch.dtype = torch.float32,
+    mixing: Mixing = UNIT,
+    router: str = "ridge",
 ) -> LayerFit:
-    return LayerFit(layout, partition.find("energy"), routers.find(router), gate, refit, dtype, seed=0)
+    return LayerFit(layout, partition.find("energy"), routers.find(router), mixing, refit, dtype, seed=0)
 
 
-def by_hand(ffn: FFNWeights, inputs_TD: Tensor, plan: LayerPlan, layout: Layout, gate: Gate = UNIT) -> Tensor:
+def by_hand(ffn: FFNWeights, inputs_TD: Tensor, plan: LayerPlan, layout: Layout, mixing: Mixing = UNIT) -> Tensor:
     """The converted FFN in dense order, token by token, in float64."""
     weight = torch.zeros(len(inputs_TD), ffn.num_neurons, dtype=torch.float64)
     weight[:, plan.labels_F == SHARED] = 1
     if plan.router_RD is not None:
         scores_TR = inputs_TD @ plan.router_RD.float().T
-        for token, weight_R in enumerate(gate.weights(scores_TR, layout)):
+        for token, weight_R in enumerate(mixing.weights(scores_TR, layout)):
             for expert, value in enumerate(weight_R.tolist()):
                 weight[token, plan.labels_F == expert] = value
     down_DF = ffn.down_DF if plan.down_DF is None else plan.down_DF
@@ -234,26 +239,26 @@ def test_diagnostics_of_a_silent_ffn_are_finite() -> None:
     assert torch.tensor(list(plan.diagnostics.values())).isfinite().all()
 
 
-GATES = {
-    "softmax": (Layout(8, 3, 5), Gate("softmax")),
-    "softmax, cold, mean": (Layout(8, 0, 4), Gate("softmax", 0.5, "mean")),
-    "soft": (Layout(8, 2, 8), Gate("soft")),
-    "soft, mean": (Layout(8, 0, 8), Gate("soft", 2.0, "mean")),
-    "hard, mean": (Layout(8, 3, 5), Gate("hard", 1.0, "mean")),
+MIXINGS = {
+    "softmax": (Layout(8, 3, 5), Mixing("softmax")),
+    "softmax, cold, mean": (Layout(8, 0, 4), Mixing("softmax", 0.5, "mean")),
+    "soft": (Layout(8, 2, 8), Mixing("soft")),
+    "soft, mean": (Layout(8, 0, 8), Mixing("soft", 2.0, "mean")),
+    "hard, mean": (Layout(8, 3, 5), Mixing("hard", 1.0, "mean")),
 }
 
 
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("mixing", MIXINGS)
 @pytest.mark.parametrize("refit", [True, False])
-def test_other_gates_weight_the_experts_and_replay_the_same_bits(gate: str, refit: bool) -> None:
+def test_other_mixings_weight_the_experts_and_replay_the_same_bits(mixing: str, refit: bool) -> None:
     ffn, inputs_TD = toy_ffn(num_tokens=5000)
-    layout, weighting = GATES[gate]
-    fit = fit_of(layout, refit=refit, gate=weighting)
+    layout, weighting = MIXINGS[mixing]
+    fit = fit_of(layout, refit=refit, mixing=weighting)
     fitted, outputs_TD = fit_layer(ffn, inputs_TD, fit)
     assert torch.equal(converted(ffn, fitted.plan, fit)(inputs_TD), outputs_TD)
     expected = by_hand(ffn, inputs_TD, fitted.plan, layout, weighting)
     torch.testing.assert_close(outputs_TD.double(), expected, rtol=1e-4, atol=1e-4)
-    # The gate matters: with weights of one the same plan gives something else.
+    # The mixing matters: with weights of one the same plan gives something else.
     assert not torch.allclose(outputs_TD, converted(ffn, fitted.plan, fit_of(layout))(inputs_TD), atol=0.1)
 
 

@@ -163,8 +163,8 @@ def test_static_with_all_slices_is_the_dense_model(dense: Path, run: Run) -> Non
 
 
 def test_static_prunes_whatever_the_gate(run: Run) -> None:
-    """A recipe's control has the gate of the split it is compared with."""
-    assert run(static=True, gate="soft").layout == Layout(8, 6, 6)
+    """A recipe's control has the mixing of the split it is compared with."""
+    assert run(static=True, mixing="soft").layout == Layout(8, 6, 6)
 
 
 def test_static_with_all_slices_is_close_to_the_dense_model_after_a_refit(dense: Path, run: Run) -> None:
@@ -187,7 +187,7 @@ def test_static_writes_a_smaller_dense_model_of_the_same_family(make_dense: Make
 
 @pytest.mark.parametrize("static", [False, True])
 def test_without_refit_every_dense_number_is_kept(dense: Path, run: Run, static: bool) -> None:
-    """Gate and up rows always, down columns bit for bit times the target's fold; with a refit only down changes."""
+    """Mixing and up rows always, down columns bit for bit times the target's fold; with a refit only down changes."""
     source = open_dense(str(dense))
     for refit in (False, True):
         result = run(static=static, refit=refit)
@@ -367,7 +367,7 @@ def test_the_card_says_what_it_is_and_how_to_make_it_again(
         {"refit": False, "dtype": "bfloat16", "partition": "kmeans", "experts": 4},
         {"target": "mixtral", "context": 48},
         {"calibration": ("builtin", "self"), "tokens": 2048},
-        {"gate": "softmax", "temperature": 0.5, "fusion": "mean"},
+        {"mixing": "softmax", "temperature": 0.5, "fusion": "mean"},
         {"target": "qwen2_moe", "dense_layers": (2, 0), "refit_to": "stream"},
     ],
 )
@@ -499,7 +499,7 @@ def test_a_refit_to_the_stream_brings_it_nearer_to_the_dense_one(dense: Path, ru
     assert errors["stream"] < 0.95 * errors["ffn"] < errors["none"]
 
 
-@pytest.mark.parametrize("options", [{"refit_to": "stream"}, {"gate": "softmax"}, {"partition": "gradient"}])
+@pytest.mark.parametrize("options", [{"refit_to": "stream"}, {"mixing": "softmax"}, {"partition": "gradient"}])
 def test_a_split_that_was_stopped_after_a_layer_gives_the_same_bits(
     run: Run, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

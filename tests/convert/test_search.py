@@ -230,7 +230,7 @@ def test_a_budget_that_no_candidate_meets_is_refused_first(find: Find, no_fittin
 
 @pytest.mark.parametrize(
     "changed",
-    [{"plan": "some/plan"}, {"static": True}, {"active": 4}, {"shared": 1}, {"dense_layers": (0,)}, {"gate": "soft"}],
+    [{"plan": "some/plan"}, {"static": True}, {"active": 4}, {"shared": 1}, {"dense_layers": (0,)}, {"mixing": "soft"}],
     ids=str,
 )
 def test_options_that_a_budget_decides(dense: Path, options: SplitOptions, tmp_path: Path, changed: Any) -> None:

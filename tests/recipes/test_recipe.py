@@ -97,22 +97,22 @@ def test_a_recipe_holds_the_defaults_of_the_command_line(write: Write) -> None:
         ({"splitt": {}}, "splitt"),
         ({"split": {"expert": 8}}, r"split\.expert"),
         ({"eval": {"datas": []}}, r"eval\.datas"),
-        ({"gates": {"max_ration": 1}}, r"gates\.max_ration"),
+        ({"limits": {"max_ration": 1}}, r"limits\.max_ration"),
         ({"controls": {"static": {"statik": True}}}, r"controls\.(static\.)?statik"),
         ({"split": {"experts": "eight"}}, r"split\.experts.*'eight'"),
         ({"split": {"tokens": None}}, r"split\.tokens"),
         ({"split": {"dtype": "int8"}}, r"split\.dtype.*'int8'"),
         ({"split": [8]}, "split"),
         ({"eval": {"tokens": 1}}, r"eval\.tokens"),
-        ({"gates": {"max_ratio": 0}}, r"gates\.max_ratio"),
+        ({"limits": {"max_ratio": 0}}, r"limits\.max_ratio"),
         ({"version": 2}, "version"),
         ({"version": None}, "version"),
         ({"model": None}, "model"),
         ({"out": None}, "out"),
         ({"split": {"static": True, "shared": 2}}, "--static"),
-        ({"gates": {"max_ratio": 2}}, "eval"),
-        ({"gates": {"beats": ["static"]}, "eval": {}}, "static"),
-        ({"gates": {"max_logit_difference": 1e-5}, "verify": False}, "max_logit_difference"),
+        ({"limits": {"max_ratio": 2}}, "eval"),
+        ({"limits": {"beats": ["static"]}, "eval": {}}, "static"),
+        ({"limits": {"max_logit_difference": 1e-5}, "verify": False}, "max_logit_difference"),
         ({"controls": {"moe": {}}}, "'moe'"),
         ({"controls": {"dense": {}}}, "'dense'"),
         ({"controls": {"../moe": {}}}, r"\.\./moe"),
@@ -207,7 +207,7 @@ def test_what_is_written(write: Write, tmp_path: Path) -> None:
     stored = json.loads((out / "run.json").read_text())
     assert [entry["model"] for entry in stored["evals"]] == [again.model, str(out / "moe"), str(out / "static")]
     assert all(entry["perplexity"] > 1 for entry in stored["evals"])
-    assert [gate["name"] for gate in stored["gates"]] == ["verify"]
+    assert [limit["name"] for limit in stored["limits"]] == ["verify"]
 
 
 def test_finished_stages_are_skipped(write: Write, splits: list[tuple[str, SplitOptions]]) -> None:
@@ -332,7 +332,7 @@ def _known_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("_known_perplexity")
 @pytest.mark.parametrize(
-    ("gates", "passed"),
+    ("limits", "passed"),
     [
         ({"max_ratio": 1.2}, True),
         ({"max_ratio": 1.19}, False),
@@ -345,28 +345,28 @@ def _known_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_gates(
-    write: Write, capsys: pytest.CaptureFixture[str], tmp_path: Path, gates: dict[str, Any], passed: bool
+    write: Write, capsys: pytest.CaptureFixture[str], tmp_path: Path, limits: dict[str, Any], passed: bool
 ) -> None:
     controls = {"good": {"seed": 1}, "bad": {"seed": 2}}
-    path = write(gates=gates, controls=controls, eval={"data": ["one", "two"]})
+    path = write(limits=limits, controls=controls, eval={"data": ["one", "two"]})
     code = run_command(["run", str(path), "--json"])
     said = capsys.readouterr()
     assert code == (0 if passed else 4), said.err
     found = json.loads(said.out)
     assert found["schema"] == "moeify.run/1"
     assert found["passed"] is passed
-    assert json.loads((tmp_path / "runs" / "run.json").read_text())["gates"] == found["gates"]
-    failed = [gate["name"] for gate in found["gates"] if not gate["passed"]]
+    assert json.loads((tmp_path / "runs" / "run.json").read_text())["limits"] == found["limits"]
+    failed = [limit["name"] for limit in found["limits"] if not limit["passed"]]
     assert bool(failed) is not passed
     assert all(name in said.err for name in failed)
-    if "max_ratio" in gates:
+    if "max_ratio" in limits:
         # Every text is checked.
-        assert sum("perplexity / dense" in gate["name"] for gate in found["gates"]) == 2
+        assert sum("perplexity / dense" in limit["name"] for limit in found["limits"]) == 2
 
 
 @pytest.mark.parametrize("name", ["run.json", "recipe.yaml"])
 def test_the_result_is_stored_also_if_a_gate_fails(write: Write, tmp_path: Path, name: str) -> None:
-    path = write(gates={"max_logit_difference": 1e-30})
+    path = write(limits={"max_logit_difference": 1e-30})
     assert run_command(["run", str(path), "--quiet"]) == 4
     assert (tmp_path / "runs" / name).is_file()
 
@@ -401,12 +401,12 @@ def test_a_run_is_benchmarked_once(write: Write, text: Path, tmp_path: Path) -> 
     section["skip"] = ["memory", "experts"]
     controls = {"static": {"static": True}, "random": {"partition": "random"}}
     never = {"max_decode_time": 1e-9, "max_prefill_time": 1e9}
-    path = write(bench=section, controls=controls, verify=False, gates=never)
+    path = write(bench=section, controls=controls, verify=False, limits=never)
     first, second = run(load_recipe(path)), run(load_recipe(path))
     assert "bench" not in first.skipped
     assert "bench" in second.skipped
-    assert first.gates == second.gates
-    assert [(gate.name, gate.passed) for gate in first.gates] == [
+    assert first.limits == second.limits
+    assert [(limit.name, limit.passed) for limit in first.limits] == [
         ("prefill time / dense at 1 x 8", True),
         ("decode time / dense at 1 x 8", False),
     ]
@@ -415,10 +415,10 @@ def test_a_run_is_benchmarked_once(write: Write, text: Path, tmp_path: Path) -> 
     assert "bench" not in run(load_recipe(path, ["bench.tokens=192"])).skipped
 
 
-def test_gates_on_times_want_times(write: Write) -> None:
+def test_limits_on_times_want_times(write: Write) -> None:
     for bench in (None, {"skip": ["speed"]}):
-        with pytest.raises(UsageError, match="gates on times need a bench section"):
-            load_recipe(write(bench=bench, gates={"max_decode_time": 1.0}))
+        with pytest.raises(UsageError, match="limits on times need a bench section"):
+            load_recipe(write(bench=bench, limits={"max_decode_time": 1.0}))
 
 
 def test_a_dry_run_settles_everything_and_writes_nothing(

@@ -231,7 +231,7 @@ def write_others(folder: Path) -> None:
     evals = [{"eval_perplexity": 108.9 - 3 * step, "step": step, "epoch": 0.1} for step in range(5)]
     steps = [{"loss": 1.0, "step": step} for step in range(5)]
     stage = {"stage": "full", "num_tokens": 4096, "before": {"perplexity": 108.9}, "after": {"perplexity": 96.9}}
-    gate = {"name": "perplexity under static on text", "found": "109", "limit": "< 100", "passed": False}
+    limit = {"name": "perplexity under static on text", "measured": "109", "allowed": "< 100", "passed": False}
     files = {
         "compare.json": {
             "schema": "moeify.compare/1",
@@ -247,7 +247,7 @@ def write_others(folder: Path) -> None:
             "frontier": points,
             "dense_perplexity": 40.0,
         },
-        "run.json": {"schema": "moeify.run/1", "out": str(folder), "gates": [gate], "evals": []},
+        "run.json": {"schema": "moeify.run/1", "out": str(folder), "limits": [limit], "evals": []},
         "moe-50/moeify.json": {"schema": "moeify.record/1", "job": job, "parameters": 1, "active_parameters": 1},
         "moe-50-finetuned/finetune.json": {
             "schema": "moeify.finetune-history/1",

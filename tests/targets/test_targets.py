@@ -22,7 +22,7 @@ from moeify.convert.layer import ConvertedFFN
 from moeify.convert.pipeline import SplitResult, split
 from moeify.convert.prepare import preview
 from moeify.errors import InputError
-from moeify.experts.mixing import Gate
+from moeify.experts.mixing import Mixing
 from moeify.models.dense import open_dense
 from moeify.models.ffn import FFNWeights
 from moeify.options import SplitOptions
@@ -216,7 +216,7 @@ def test_a_pair_that_fits_is_exact_with_all_experts_on(
     report = verify(str(convert(model, target)), str(dense(model)))
     assert report.passed, failed(report)
     assert report.max_logit_difference <= 1e-4
-    # A gate that deviates by nothing would belong to a router that is not there.
+    # A weight that deviates by nothing would belong to a router that is not there.
     assert 0 < report.max_gate_deviation <= GATE_LIMIT == 2.0**-7
 
 
@@ -347,7 +347,7 @@ def walk(out: Path, dense: Path, ids_BC: torch.Tensor) -> tuple[HiddenStream, to
         inputs_TD = stream.attend(layer.layer)
         ffn = FFNWeights(layer.layer, *(weight.float() for weight in source.ffn(layer.layer)), source.config.hidden_act)
         router = None if layer.router_RD is None else LinearRouter(layer.router_RD)
-        stream.advance(ConvertedFFN(ffn, layer, plan.layout, Gate.of(plan.options), router)(inputs_TD))
+        stream.advance(ConvertedFFN(ffn, layer, plan.layout, Mixing.of(plan.options), router)(inputs_TD))
     return stream, inputs_TD
 
 
@@ -382,28 +382,31 @@ def test_the_routed_model_computes_what_the_plan_decided(
     assert (seen[1] - inputs_TD).abs().mean() > 0.05 * scale
 
 
-GATES: list[dict[str, Any]] = [
-    {"gate": "hard", "fusion": "mean"},
-    {"gate": "softmax"},
-    {"gate": "softmax", "temperature": 0.5, "fusion": "mean"},
-    {"gate": "soft", "temperature": 2.0},
-    {"gate": "soft", "fusion": "mean"},
+MIXINGS: list[dict[str, Any]] = [
+    {"mixing": "hard", "fusion": "mean"},
+    {"mixing": "softmax"},
+    {"mixing": "softmax", "temperature": 0.5, "fusion": "mean"},
+    {"mixing": "soft", "temperature": 2.0},
+    {"mixing": "soft", "fusion": "mean"},
 ]
-GATED = [
-    (m, t, gate) for m, t in FITTING for gate in GATES if "bf16" not in m and gate["gate"] in targets.find(t).gates
+MIXED = [
+    (m, t, mixing)
+    for m, t in FITTING
+    for mixing in MIXINGS
+    if "bf16" not in m and mixing["mixing"] in targets.find(t).mixings
 ]
 
 
-@pytest.mark.parametrize(("model", "target", "gate"), GATED)
+@pytest.mark.parametrize(("model", "target", "mixing"), MIXED)
 def test_the_stock_model_gives_the_logits_of_the_gate(
-    model: str, target: str, gate: dict[str, Any], dense: Callable[[str], Path], convert: Convert
+    model: str, target: str, mixing: dict[str, Any], dense: Callable[[str], Path], convert: Convert
 ) -> None:
     """Folds and router rows included; what a refit adds is in no plan."""
-    out, ids_BC = convert(model, target, refit=False, **gate), some_ids(dense(model))
+    out, ids_BC = convert(model, target, refit=False, **mixing), some_ids(dense(model))
     stream, _ = walk(out, dense(model), ids_BC)
     expected = torch.stack(list(stream.logits(range(2))))
     found = logits(out, ids_BC)
-    if gate["gate"] == "hard":
+    if mixing["mixing"] == "hard":
         # Stock weights are within 2^-8 of one.
         assert (found - expected).abs().mean() < 0.01 * expected.abs().mean()
     else:
@@ -411,11 +414,11 @@ def test_the_stock_model_gives_the_logits_of_the_gate(
     assert (found - logits(dense(model), ids_BC)).abs().mean() > 1e-3
 
 
-@pytest.mark.parametrize(("model", "target", "gate"), [case for case in GATED if case[0] in ("llama", "qwen3")])
+@pytest.mark.parametrize(("model", "target", "mixing"), [case for case in MIXED if case[0] in ("llama", "qwen3")])
 def test_verify_passes_whatever_the_gate(
-    model: str, target: str, gate: dict[str, Any], dense: Callable[[str], Path], convert: Convert
+    model: str, target: str, mixing: dict[str, Any], dense: Callable[[str], Path], convert: Convert
 ) -> None:
-    report = verify(str(convert(model, target, **gate)), str(dense(model)))
+    report = verify(str(convert(model, target, **mixing)), str(dense(model)))
     # With a mean the weights are not one, and the fold is not that of the architecture.
     assert report.passed, failed(report)
 
@@ -425,25 +428,27 @@ def test_a_gate_that_a_target_does_not_hold_is_refused(
     model: str, dense: Callable[[str], Path], tmp_path: Path
 ) -> None:
     fitting = [targets.find(target) for m, target in FITTING if m == model]
-    refused = [(t.model_type, gate) for t in fitting for gate in ("hard", "softmax", "soft") if gate not in t.gates]
+    refused = [
+        (t.model_type, mixing) for t in fitting for mixing in ("hard", "softmax", "soft") if mixing not in t.mixings
+    ]
     assert ("glm4_moe", "softmax") in refused
-    for target, gate in refused:
-        with pytest.raises(InputError, match=f"{target} cannot hold.*weights cannot be {gate}"):
-            split(str(dense(model)), tmp_path / "out", SplitOptions(target=target, gate=gate))
+    for target, mixing in refused:
+        with pytest.raises(InputError, match=f"{target} cannot hold.*weights cannot be {mixing}"):
+            split(str(dense(model)), tmp_path / "out", SplitOptions(target=target, mixing=mixing))
     assert not list(tmp_path.iterdir())
 
 
 def test_auto_takes_a_target_that_holds_the_gate(dense: Callable[[str], Path]) -> None:
     assert preview(str(dense("qwen3"))).target == "glm4_moe"
-    found = preview(str(dense("qwen3")), SplitOptions(gate="softmax"))
+    found = preview(str(dense("qwen3")), SplitOptions(mixing="softmax"))
     assert found.target == "qwen3_moe"
     assert "glm4_moe: its experts' weights cannot be softmax" in found.target_reason
     with pytest.raises(InputError, match="qwen2_moe: its experts' weights cannot be softmax"):
-        preview(str(dense("qwen2")), SplitOptions(gate="softmax"))
+        preview(str(dense("qwen2")), SplitOptions(mixing="softmax"))
 
 
 def test_a_soft_gate_has_every_expert_active(dense: Callable[[str], Path]) -> None:
-    found = preview(str(dense("llama")), SplitOptions(gate="soft"))
+    found = preview(str(dense("llama")), SplitOptions(mixing="soft"))
     assert (found.layout.num_active, found.options.active) == (8, 8)
     assert found.num_active_parameters == found.num_parameters
 

@@ -179,8 +179,8 @@ def test_a_bfloat16_checkpoint_stays_one(cut: Cut, taught: Path, tmp_path: Path)
     assert verify(str(tmp_path / "out"), str(taught)).passed
 
 
-def test_other_gates_and_dense_layers_are_trained_too(cut: Cut, taught: Path, tmp_path: Path) -> None:
-    soft = cut("granitemoeshared", gate="softmax", temperature=3.0, fusion="mean")
+def test_other_limits_and_dense_layers_are_trained_too(cut: Cut, taught: Path, tmp_path: Path) -> None:
+    soft = cut("granitemoeshared", mixing="softmax", temperature=3.0, fusion="mean")
     dense_layer = cut("qwen2_moe", dense_layers=(0,))
     # The text alone would pull the little that a single cut layer changes away from the teacher.
     options = replace(OPTIONS, stage=("layers", "router", "full"), learning_rate=1e-4, lm=0.0)

@@ -9,7 +9,7 @@ from conftest import toy_ffn
 from torch import Tensor
 
 from moeify.convert.pipeline import split
-from moeify.experts.mixing import Gate, choose_experts
+from moeify.experts.mixing import Mixing, choose_experts
 from moeify.options import SplitOptions
 from moeify.plan import Layout, load_plan
 from moeify.training import layers as finetune_layers
@@ -33,7 +33,7 @@ def toy() -> tuple[LayerFFN, Tensor, Tensor]:
     """A routed FFN with a random router, its inputs_TD and what the dense FFN gives."""
     ffn, inputs_TD = toy_ffn(num_neurons=24, hidden=8, num_tokens=400)
     router_RD = torch.randn(LAYOUT.num_routed, 8, generator=torch.Generator().manual_seed(1))
-    return LayerFFN(ffn, LAYOUT, Gate(), router_RD), inputs_TD, ffn(inputs_TD)
+    return LayerFFN(ffn, LAYOUT, Mixing(), router_RD), inputs_TD, ffn(inputs_TD)
 
 
 def masked(ffn: LayerFFN, inputs_TD: Tensor, keep_TR: Tensor) -> Tensor:

@@ -190,7 +190,7 @@ def test_a_recipe_trains_the_split_and_its_control_and_judges_what_came_out(taug
         "finetune": {**OPTIONS, "stage": ["layers", "full"], "tokens": 16_384},
         "finetune_controls": ["static"],
         "eval": {"data": ["builtin-heldout"], "tokens": 2048, "context": 64},
-        "gates": {"beats": ["random"], "max_ratio": 3.0},
+        "limits": {"beats": ["random"], "max_ratio": 3.0},
     }
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
@@ -199,7 +199,7 @@ def test_a_recipe_trains_the_split_and_its_control_and_judges_what_came_out(taug
     assert perplexity["moe-finetuned"] < perplexity["moe"]
     assert perplexity["static-finetuned"] < perplexity["static"]
     assert "random-finetuned" not in perplexity
-    assert f"{perplexity['moe-finetuned']:.3f}" in {gate.found for gate in result.gates}
+    assert f"{perplexity['moe-finetuned']:.3f}" in {limit.measured for limit in result.limits}
     assert load_plan(tmp_path / "run" / "moe-finetuned").trained == ("layers", "full")
     assert set(run(load_recipe(file)).skipped) == {"moe", "static", "random", "moe-finetuned", "static-finetuned"}
     changed = run(load_recipe(file, ["finetune.kl=0.5"]))

@@ -1,4 +1,4 @@
-"""A model benchmark against an earlier one: what is worse past a threshold and past the noise. A gate for CI.
+"""A model benchmark against an earlier one: what is worse past a threshold and past the noise. A check for CI.
 
 Speed is compared as time over the dense model's in the same run, so that two machines differ less; perplexity as its
 ratio to dense. A row is worse if it grew past the threshold and its interval lies above the old one's; sizes have no

@@ -97,7 +97,7 @@ def _bench_models(
     against: list[str],
     values: dict[str, Any],
     both: dict[str, Any],
-    gate: tuple[Path | None, float],
+    limit: tuple[Path | None, float],
     shown: tuple[bool, bool, bool],
 ) -> None:
     from moeify.benchmark.models.inputs import BenchOptions
@@ -106,7 +106,7 @@ def _bench_models(
     from moeify.cli.tables.bench import model_bench_tables
 
     renderer = renderer_for(*shown)
-    baseline, threshold = gate
+    baseline, threshold = limit
     out: Path | None = both["out"]
     result = bench(
         models,

@@ -14,7 +14,7 @@ def run_recipe_command(
     verbose: option.Verbose = False,
     debug: option.Debug = False,  # noqa: ARG001
 ) -> None:
-    """Run a recipe: split, controls, verify, eval, gates. Finished stages are skipped."""
+    """Run a recipe: split, controls, verify, eval, limits. Finished stages are skipped."""
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.run import run_preview_table, run_tables
     from moeify.recipes.model import find_recipe, load_recipe
@@ -31,5 +31,5 @@ def run_recipe_command(
     step = f"moeify report {result.out}" if loaded.bench else ""
     renderer.result("run", {"passed": result.passed, **vars(result)}, *run_tables(result), next_step=step)
     if not result.passed:
-        failed = [gate.name for gate in result.gates if not gate.passed]
-        raise CheckError(f"gates failed: {', '.join(failed)}", f"see {result.out / 'run.json'}")
+        failed = [limit.name for limit in result.limits if not limit.passed]
+        raise CheckError(f"limits exceeded: {', '.join(failed)}", f"see {result.out / 'run.json'}")

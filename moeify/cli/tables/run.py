@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 def run_tables(run: "RunResult") -> tuple[Table, ...]:
-    gates = Table(title="gates", title_justify="left")
-    for column in ("gate", "found", "limit", ""):
-        gates.add_column(column)
-    for gate in run.gates:
-        gates.add_row(gate.name, gate.found, gate.limit, "ok" if gate.passed else "FAILED")
+    limits = Table(title="limits", title_justify="left")
+    for column in ("limit", "measured", "allowed", ""):
+        limits.add_column(column)
+    for limit in run.limits:
+        limits.add_row(limit.name, limit.measured, limit.allowed, "ok" if limit.passed else "FAILED")
     evals = (eval_table(run.evals),) if run.evals else ()
-    return (*evals, gates) if run.gates else evals
+    return (*evals, limits) if run.limits else evals
 
 
 def run_preview_table(planned: "RunPreview") -> Table:

@@ -11,7 +11,7 @@ import yaml
 from moeify.cli.app import run_command
 from moeify.models.builtin import BuiltinRecipe, builtin_model
 
-WORKFLOW = Path(__file__).parents[2] / ".github" / "workflows" / "gate.yml"
+WORKFLOW = Path(__file__).parents[2] / ".github" / "workflows" / "regression.yml"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def commands() -> list[list[str]]:
     """Every moeify command of the workflow, in order, without the environment it is run from."""
-    steps = yaml.safe_load(WORKFLOW.read_text())["jobs"]["gate"]["steps"]
+    steps = yaml.safe_load(WORKFLOW.read_text())["jobs"]["regression"]["steps"]
     lines = [line for step in steps for line in step.get("run", "").splitlines()]
     words = [shlex.split(line) for line in lines]
     return [line[1:] for line in words if Path(line[0]).name == "moeify"]
@@ -37,8 +37,8 @@ def test_the_gate_passes_and_notices_what_got_worse(
     recipe = WORKFLOW.parent.parent.parent / "recipes" / "ci-smoke.yaml"
     monkeypatch.chdir(tmp_path)
     small = ["--set", f"model={dense}", "--set", "split.tokens=2048", "--set", "eval.tokens=1024"]
-    # So small a model may miss the recipe's own gates, which test_readme.py runs on the right one.
-    small += ["--set", "gates={}", "--set", "controls={}"]
+    # So small a model may miss the recipe's own limits, which test_readme.py runs on the right one.
+    small += ["--set", "limits={}", "--set", "controls={}"]
     extra = {"run": small, "bench": ["--tokens", "512", "--seconds-per-row", "0.05", "--skip", "memory"], "report": []}
     asked = commands()
     assert [words[0] for words in asked] == ["run", "bench", "run", "bench", "report"]
@@ -56,6 +56,6 @@ def test_the_gate_passes_and_notices_what_got_worse(
         for name in ("ratio", "ratio_low", "ratio_high"):
             row[name] *= 0.5
     better.write_text(json.dumps(found))
-    gate = [str(dense) if word == "builtin" else word for word in asked[3]]
-    assert run_command([*gate, *extra["bench"], "--skip", "speed", "--overwrite"]) == 4
+    regression = [str(dense) if word == "builtin" else word for word in asked[3]]
+    assert run_command([*regression, *extra["bench"], "--skip", "speed", "--overwrite"]) == 4
     assert "perplexity" in capsys.readouterr().err
