@@ -85,7 +85,7 @@ class ActivationStats:
         weight_T: min(1, CLIP_NORM * median norm / norm) of each token's dense output.
         energy_F: mean over tokens of the squared contribution, tokens weighted by weight_T.
         massive_F: True for neurons that make up massive activations.
-        outputs_TD: the dense FFN's outputs.
+        outputs_TD: the dense FFN's outputs, without a bias of down_proj.
         inputs_ND: what the FFN sees on a sample of tokens.
         contribution_NF: what each neuron adds on them, weight * h_j * ||W_down[:, j]||, with the sign of h_j.
         gradient_ND: gradient of the language modelling loss by the FFN's output on them, if it was asked for.

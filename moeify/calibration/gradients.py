@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from moeify.models.dense import DenseCheckpoint
+from moeify.models.dense import DenseModel
 
 # Tokens whose gradients are taken.
 GRADIENT_TOKENS = 4096
 
 
-def output_gradients(dense: DenseCheckpoint, ids_BC: Tensor, device: str) -> list[Tensor]:
+def output_gradients(dense: DenseModel, ids_BC: Tensor, device: str) -> list[Tensor]:
     """gradient_GD for every layer: of the summed language modelling loss by the FFN's output, float32.
 
     Args:
@@ -36,15 +36,16 @@ def output_gradients(dense: DenseCheckpoint, ids_BC: Tensor, device: str) -> lis
 
         return hook
 
-    for number, layer in enumerate(model.model.layers):
-        layer.mlp.register_forward_hook(keep(number))
-    found: list[list[Tensor]] = [[] for _ in model.model.layers]
+    for layer in range(dense.num_layers):
+        block = model.get_submodule(dense.block(layer))
+        block.get_submodule(dense.family.write).register_forward_hook(keep(layer))
+    per_layer: list[list[Tensor]] = [[] for _ in range(dense.num_layers)]
     for ids_C in ids_BC[: max(1, GRADIENT_TOKENS // ids_BC.shape[1])].to(device):
         with torch.enable_grad():
             embedded_1CD = model.get_input_embeddings()(ids_C[None]).requires_grad_()
             logits_1CV = model(inputs_embeds=embedded_1CD, use_cache=False).logits
             loss = cross_entropy(logits_1CV[0, :-1], ids_C[1:], reduction="sum")
-            gradients = torch.autograd.grad(loss, [outputs[number] for number in range(len(found))])
-        for layer_gradients, gradient_1CD in zip(found, gradients, strict=True):
+            gradients = torch.autograd.grad(loss, [outputs[number] for number in range(dense.num_layers)])
+        for layer_gradients, gradient_1CD in zip(per_layer, gradients, strict=True):
             layer_gradients.append(gradient_1CD[0])
-    return [torch.cat(layer_gradients) for layer_gradients in found]
+    return [torch.cat(layer_gradients) for layer_gradients in per_layer]

@@ -21,7 +21,7 @@ MARKED_NEURONS = 10
 
 def markers(ffn: FFNWeights, inputs_ND: Tensor) -> tuple[Tensor, Tensor]:
     """(marker_NF of zeros and ones, neurons by falling activation rate)."""
-    unit = replace(ffn, gate_FD=normalize(ffn.gate_FD, dim=1), up_FD=normalize(ffn.up_FD, dim=1))
+    unit = unit_rows(ffn)
     score_NF = unit.hidden(normalize(inputs_ND, dim=1)).abs()
     marked = score_NF.topk(min(MARKED_NEURONS, ffn.num_neurons), dim=1).indices
     marker_NF = torch.zeros_like(score_NF).scatter_(1, marked, 1.0)
@@ -35,3 +35,9 @@ def distances(marker_Nn: Tensor, centroid_NR: Tensor) -> Tensor:
     product_nR = marker_Nn.T @ centroid_NR
     square_nR = marker_Nn.square().sum(dim=0)[:, None] - 2 * product_nR + centroid_NR.square().sum(dim=0)
     return square_nR.clamp(min=0).sqrt()
+
+
+def unit_rows(ffn: FFNWeights) -> FFNWeights:
+    """The FFN with every row into its inner width scaled to length one."""
+    gate_FD = None if ffn.gate_FD is None else normalize(ffn.gate_FD, dim=1)
+    return replace(ffn, gate_FD=gate_FD, up_FD=normalize(ffn.up_FD, dim=1))

@@ -1,115 +1,133 @@
-"""Calibration hidden states walk through the model one layer at a time; no more than one layer is ever in memory.
+"""Calibration hidden states walk through the model one block at a time; no more than one block is ever in memory.
 
-Legend: B blocks of C tokens, T = B * C tokens, D hidden size.
+    stream = HiddenStream(model, sites, ids_BC)
+    for layer in range(num_layers):
+        inputs_TD = stream.attend(layer)          # up to the FFN: what it would see
+        stream.advance(converted_ffn(inputs_TD))  # the next block is calibrated on what this one really gives
 
-    stream = HiddenStream(checkpoint, ids_BC)
-    for layer in range(checkpoint.num_layers):
-        inputs_TD = stream.attend(layer)          # attention of this layer; what its FFN would see
-        stream.advance(converted_ffn(inputs_TD))  # the next layer is calibrated on what this one really gives
+Everything but the FFN is done by the stock model's own modules, so nothing is assumed of embeddings, norms, residuals
+or heads. Where a block adds the FFN's output to its residual as it is, as llama does, attention runs once and `advance`
+is an addition; where it does not (a norm behind the FFN, a factor on it), the block runs again with the output in place.
+
+Legend: B blocks of C tokens, T = B * C tokens, D hidden size, V vocabulary.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
 
 from moeify.models.ffn import CHUNK_TOKENS
 
 
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer and notes what the model would pass to it."""
+@dataclass(frozen=True)
+class Sites:
+    """Where the FFNs of a model read and write.
 
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.arguments: Mapping[str, Any] = {}
-        # Some models choose the mask by an attribute of the layer.
-        self.attention_type = getattr(layer, "attention_type", None)
+    Args:
+        blocks: name of the list of blocks.
+        read, write: modules of a block, see moeify.families.Family.
+        beside: modules of a block that belong to its FFN and get the same input as `read`; they give nothing.
+    """
 
-    def forward(self, hidden_BCD: Tensor, **arguments: Any) -> Tensor:
-        self.arguments = arguments
-        return hidden_BCD
-
-
-class _Capture(nn.Module):
-    """Stands in for the FFN: keeps its input and adds nothing to the residual stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inputs_BCD = torch.empty(0)
-
-    def forward(self, inputs_BCD: Tensor) -> Tensor:
-        self.inputs_BCD = inputs_BCD
-        return torch.zeros_like(inputs_BCD)
+    blocks: str
+    read: str
+    write: str
+    beside: tuple[str, ...] = ()
 
 
 class Source(Protocol):
-    """What a stream needs of a model: a DenseCheckpoint on disk, or one that is loaded."""
-
-    @property
-    def config(self) -> Any: ...
+    """What a stream needs of a model: a DenseModel on disk, or one that is loaded."""
 
     @property
     def skeleton(self) -> Any: ...
 
     @property
-    def ties_embeddings(self) -> bool: ...
+    def tied(self) -> Mapping[str, str]: ...
 
     def get(self, names: Iterable[str]) -> dict[str, Tensor]: ...
+
+
+# What a block is called with beside the hidden states.
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 class HiddenStream:
     """Hidden states of the calibration text on their way through the model.
 
     Args:
-        checkpoint: the model.
+        model: the model.
+        sites: where its FFNs read and write.
         ids_BC: int64 token ids, B blocks of C consecutive tokens.
         device: where the arithmetic runs.
         dtype: in which it runs; float32 unless there is a reason.
-        ffn_modules: attributes of a decoder layer that make up its FFN, the first one given all its inputs.
     """
 
     def __init__(
         self,
-        checkpoint: Source,
+        model: Source,
+        sites: Sites,
         ids_BC: Tensor,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        *,
-        ffn_modules: tuple[str, ...] = ("mlp",),
     ) -> None:
-        self._checkpoint = checkpoint
-        self._ffn_modules = ffn_modules
-        self._device = torch.device(device)
-        self._dtype = dtype
+        self._model, self._sites = model, sites
+        self._device, self._dtype = torch.device(device), dtype
         self._num_blocks, self._context = ids_BC.shape
-        embedding = checkpoint.get(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
-        self._hidden_BCD = embedding[ids_BC].to(self._device, dtype)
-        self._arguments = _layer_arguments(checkpoint.skeleton, self._hidden_BCD[:1])
+        self._hidden_BCD, self._arguments = self._enter(ids_BC)
+        self._block: _Block | None = None
+        self._adds_up: dict[type, bool] = {}
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the block that `attend` has just run adds the FFN's output to its residual as it is."""
+        assert self._block is not None
+        return self._adds_up[self._block.kind]
 
     @torch.no_grad()
     def attend(self, layer: int) -> Tensor:
-        """Run the attention half of a layer and return its FFN inputs_TD; `advance` must follow."""
-        module = self._load(layer)
+        """Run a block up to its FFN and return inputs_TD of that; `advance` must follow."""
+        block = self._block = self._load(layer)
+        if block.kind not in self._adds_up:
+            self._adds_up[block.kind] = block.adds_up(self._hidden_BCD[:1])
         inputs = []
-        step = max(1, CHUNK_TOKENS // self._context)
-        for start in range(0, self._num_blocks, step):
-            block = slice(start, start + step)
-            self._hidden_BCD[block] = module(self._hidden_BCD[block], **self._arguments[layer])
-            inputs.append(getattr(module, self._ffn_modules[0]).inputs_BCD.flatten(0, 1))
+        for rows in self._chunks():
+            residual_BCD = block(self._hidden_BCD[rows], None)
+            if self.adds_up:
+                self._hidden_BCD[rows] = residual_BCD
+            inputs.append(block.inputs_BCD.flatten(0, 1))
         return torch.cat(inputs)
 
     @torch.no_grad()
     def advance(self, outputs_TD: Tensor) -> None:
-        """Add the FFN's output to the residual stream."""
-        self._hidden_BCD += outputs_TD.view_as(self._hidden_BCD)
+        """Leave the block with this output of its FFN."""
+        if self.adds_up:
+            self._hidden_BCD += outputs_TD.view_as(self._hidden_BCD)
+        else:
+            self._hidden_BCD = self.behind(outputs_TD, 0)
+
+    @torch.no_grad()
+    def behind(self, outputs_ED: Tensor, first: int) -> Tensor:
+        """Hidden states behind the block for the output of its FFN on some tokens; the stream stays where it is.
+
+        Args:
+            outputs_ED: for whole blocks of tokens.
+            first: number of the first of these blocks.
+        """
+        assert self._block is not None
+        outputs_BCD = outputs_ED.view(-1, *self._hidden_BCD.shape[1:])
+        hidden_BCD = self._hidden_BCD[first : first + len(outputs_BCD)]
+        if self.adds_up:
+            return hidden_BCD + outputs_BCD
+        return torch.cat([self._block(hidden_BCD[rows], outputs_BCD[rows]) for rows in self._chunks(len(outputs_BCD))])
 
     @torch.no_grad()
     def pass_through(self, layer: int, ffn: Callable[[Tensor], Tensor]) -> Tensor:
-        """Take the stream through one whole layer, attention and this FFN; returns the residual_TD after it."""
+        """Take the stream through one whole block with this FFN; returns the residual_TD after it."""
         self.advance(ffn(self.attend(layer)))
         return self.residual()
 
@@ -117,11 +135,11 @@ class HiddenStream:
         """residual_TD, the stream as it is now."""
         return self._hidden_BCD.flatten(0, 1)
 
-    def fork(self, residual_TD: Tensor) -> "HiddenStream":
-        """Another stream at the same place of the model: whole blocks, with this residual."""
+    def fork(self, hidden_BCD: Tensor) -> "HiddenStream":
+        """Another stream at the same place of the model, of these blocks."""
         forked = copy.copy(self)
-        forked._hidden_BCD = residual_TD.reshape(-1, self._context, residual_TD.shape[-1]).clone()
-        forked._num_blocks = len(forked._hidden_BCD)
+        forked._hidden_BCD = hidden_BCD.clone()
+        forked._num_blocks = len(hidden_BCD)
         return forked
 
     @torch.no_grad()
@@ -143,39 +161,171 @@ class HiddenStream:
     @torch.no_grad()
     def logits(self, blocks: Iterable[int]) -> Iterator[Tensor]:
         """After the last layer: logits_CV of these blocks, one at a time."""
-        name = "model.embed_tokens.weight" if self._checkpoint.ties_embeddings else "lm_head.weight"
-        tensors = self._checkpoint.get([name, "model.norm.weight"])
-        head_VD = tensors[name].to(self._device, self._dtype)
-        model: Any = self._checkpoint.skeleton.model
-        norm = copy.deepcopy(model.norm)
-        norm.load_state_dict({"weight": tensors["model.norm.weight"].to(self._device, self._dtype)}, assign=True)
+        outer, passages = self._outer()
+        outer.set_input_embeddings(nn.Identity())
+        self._fill(outer, "")
         for block in blocks:
-            yield norm(self._hidden_BCD[block]) @ head_VD.T
+            passages[-1].gives = self._hidden_BCD[block][None]
+            yield outer(inputs_embeds=self._hidden_BCD[block][None], use_cache=False).logits[0]
 
-    def _load(self, layer: int) -> Any:
-        """One decoder layer with weights, its FFN replaced by a capture."""
-        module = type(self._checkpoint.skeleton.model.layers[layer])
-        with torch.device("meta"):
-            loaded = module(self._checkpoint.config, layer).eval()
-        for name in self._ffn_modules:
-            setattr(loaded, name, _Capture())
-        prefix = f"model.layers.{layer}."
-        tensors = self._checkpoint.get(prefix + name for name in loaded.state_dict())
-        state = {name.removeprefix(prefix): t.to(self._device, self._dtype) for name, t in tensors.items()}
-        loaded.load_state_dict(state, assign=True)
-        return loaded
+    @torch.no_grad()
+    def _enter(self, ids_BC: Tensor) -> tuple[Tensor, list[Call]]:
+        """Hidden states in front of the first block, and what the stock model passes to each block beside them."""
+        outer, passages = self._outer()
+        base = outer.base_model
+        prefix = f"{outer.base_model_prefix}." if base is not outer else ""
+        embedding = base.get_input_embeddings()
+        name = prefix + next(name for name, module in base.named_modules() if module is embedding) + ".weight"
+        # Only rows that the text uses, under new numbers: a vocabulary in float32 may be larger than a block.
+        used, ids_BC = ids_BC.unique(return_inverse=True)
+        table_UD = self._model.get([name])[name][used].to(self._device, self._dtype)
+        embedding.weight, embedding.padding_idx = nn.Parameter(table_UD, requires_grad=False), None
+        self._fill(base, prefix)
+        hidden: list[Tensor] = []
+        for rows in (slice(0, 1), *self._chunks()):
+            base(input_ids=ids_BC[rows].to(self._device), use_cache=False)
+            if not hidden:
+                # Of one block, so that it fits any number of them.
+                calls = [passage.call for passage in passages]
+            hidden.append(passages[0].hidden_BCD)
+        return torch.cat(hidden[1:]), calls
+
+    def _outer(self) -> tuple[Any, list["_Passage"]]:
+        """The stock model with passages instead of blocks; its parameters are not filled yet."""
+        outer = _copy(self._model.skeleton, self._sites.blocks)
+        blocks: Any = self._model.skeleton.get_submodule(self._sites.blocks)
+        passages = [_Passage(block) for block in blocks]
+        outer.set_submodule(self._sites.blocks, nn.ModuleList(passages))
+        return outer, passages
+
+    def _fill(self, module: nn.Module, prefix: str) -> None:
+        """Load what is not there yet, and put the module on the device."""
+        buffers = {name for name, _ in module.named_buffers()}
+        names = [name for name, tensor in module.state_dict().items() if tensor.is_meta or name in buffers]
+        self._assign(module, {name: self._model.tied.get(prefix + name, prefix + name) for name in names})
+
+    def _assign(self, module: nn.Module, names: Mapping[str, str]) -> None:
+        tensors = self._model.get(dict.fromkeys(names.values()))
+        state = {name: tensors[stored].to(self._device, self._dtype) for name, stored in names.items()}
+        module.load_state_dict(state, assign=True, strict=False)
+        module.to(self._device)
+
+    def _load(self, layer: int) -> "_Block":
+        """One block with weights, its FFN replaced."""
+        prefix = f"{self._sites.blocks}.{layer}"
+        module = _copy(self._model.skeleton.get_submodule(prefix))
+        block = _Block(module, self._sites, self._arguments[layer])
+        self._assign(module, {name: f"{prefix}.{name}" for name in module.state_dict()})
+        return block
+
+    def _chunks(self, num_blocks: int | None = None) -> Iterator[slice]:
+        """Blocks that go through the model at once."""
+        step = max(1, CHUNK_TOKENS // self._context)
+        return (slice(start, start + step) for start in range(0, num_blocks or self._num_blocks, step))
 
 
-@torch.no_grad()
-def _layer_arguments(skeleton: PreTrainedModel, hidden_1CD: Tensor) -> list[Mapping[str, Any]]:
-    """Masks and rotary embeddings for each layer, made by the stock model itself."""
-    model: Any = skeleton.model
-    layers, norm = model.layers, model.norm
-    recorders = [_Recorder(layer) for layer in layers]
-    try:
-        model.layers, model.norm = nn.ModuleList(recorders), nn.Identity()
-        model.rotary_emb.to(hidden_1CD.device)
-        model(inputs_embeds=hidden_1CD, use_cache=False)
-    finally:
-        model.layers, model.norm = layers, norm
-    return [recorder.arguments for recorder in recorders]
+class _Passage(nn.Module):
+    """Stands in for a block: notes what the model passes to it, and lets the hidden states through."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.hidden_BCD = torch.empty(0)
+        self.call: Call = ((), {})
+        # What it gives instead of what it gets, if anything.
+        self.gives: Tensor | None = None
+        # Some models choose the mask by an attribute of the block.
+        for name in ("attention_type", "layer_type"):
+            if hasattr(block, name):
+                setattr(self, name, getattr(block, name))
+
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+        self.hidden_BCD = arguments[0] if arguments else named.pop("hidden_states")
+        self.call = (arguments[1:], named)
+        return self.hidden_BCD if self.gives is None else self.gives
+
+
+class _Site:
+    """What passes the FFN of a block: its input, and the output that it is to give; None stands for zeros."""
+
+    def __init__(self) -> None:
+        self.inputs_BCD, self.outputs_BCD = torch.empty(0), torch.empty(0)
+        self.gives_zeros = True
+
+    def give(self) -> Tensor:
+        return torch.zeros_like(self.inputs_BCD) if self.gives_zeros else self.outputs_BCD
+
+
+class _Reader(nn.Module):
+    """Stands where the FFN reads, and, if that is one module, gives its output as well."""
+
+    def __init__(self, site: _Site, *, writes: bool) -> None:
+        super().__init__()
+        self._site, self._writes = site, writes
+
+    def forward(self, inputs_BCD: Tensor, *_: Any, **__: Any) -> Tensor:
+        self._site.inputs_BCD = inputs_BCD
+        return self._site.give() if self._writes else inputs_BCD
+
+
+class _Writer(nn.Module):
+    """Stands where the FFN writes."""
+
+    def __init__(self, site: _Site) -> None:
+        super().__init__()
+        self._site = site
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self._site.give()
+
+
+class _Silent(nn.Module):
+    """Stands for a further part of the FFN."""
+
+    def forward(self, inputs_BCD: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros_like(inputs_BCD)
+
+
+class _Block:
+    """A stock block without its FFN.
+
+    Args:
+        module: the block; its FFN is replaced in place.
+        sites: where that reads and writes.
+        call: what the model calls the block with.
+    """
+
+    def __init__(self, module: nn.Module, sites: Sites, call: Call) -> None:
+        self.kind = type(module)
+        self._module, self._call, self._site = module, call, _Site()
+        module.set_submodule(sites.read, _Reader(self._site, writes=sites.read == sites.write))
+        if sites.write != sites.read:
+            module.set_submodule(sites.write, _Writer(self._site))
+        for name in sites.beside:
+            module.set_submodule(name, _Silent())
+
+    @property
+    def inputs_BCD(self) -> Tensor:
+        """What the FFN saw in the last call."""
+        return self._site.inputs_BCD
+
+    def __call__(self, hidden_BCD: Tensor, outputs_BCD: Tensor | None) -> Tensor:
+        """The block's output for an output of its FFN; None is an FFN that gives zeros."""
+        self._site.gives_zeros = outputs_BCD is None
+        if outputs_BCD is not None:
+            self._site.outputs_BCD = outputs_BCD
+        arguments, named = self._call
+        result = self._module(hidden_BCD, *arguments, **named)
+        block_BCD: Tensor = result[0] if isinstance(result, tuple) else result
+        return block_BCD
+
+    def adds_up(self, hidden_1CD: Tensor) -> bool:
+        """Whether the FFN's output is added to the rest as it is, bit for bit."""
+        generator = torch.Generator().manual_seed(0)
+        outputs_1CD = torch.randn(hidden_1CD.shape, generator=generator).to(hidden_1CD)
+        return torch.equal(self(hidden_1CD, outputs_1CD), self(hidden_1CD, None) + outputs_1CD)
+
+
+def _copy(module: nn.Module, left_out: str = "") -> Any:
+    """A copy that shares its parameters with the original, and one submodule as a whole."""
+    shared: list[Any] = [*module.parameters(), *([module.get_submodule(left_out)] if left_out else [])]
+    return copy.deepcopy(module, {id(part): part for part in shared})

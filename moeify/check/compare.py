@@ -23,6 +23,7 @@ from moeify.check.trials import Control, Trial, Trials
 from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
+from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
 from moeify.version import __version__
 
@@ -149,19 +150,20 @@ def compare(
     _check(options, budgets, data, [name for name in only if name not in known], list(known))
     # Experts of any width: no kernel limits what is only measured.
     base = replace(options, dtype="float32")
-    prepared = prepare(model, base, track, writable=False)
+    dense = open_dense(model, track)
+    prepared = prepare(dense, base, writable=False)
     blocks = calibration_text(prepared)
     texts = {source: _blocks(prepared, source, tokens) for source in data}
     trials = Trials(prepared, blocks.ids_BC, torch.cat(list(texts.values())))
-    num_neurons = int(prepared.dense.config.intermediate_size)
+    num_neurons = dense.num_neurons
     wanted = [
         (name, budget, method)
         for budget in budgets
         for name, method in known.items()
         if (name in {*only, REFERENCE} if only else _exists(method, budget, num_neurons))
     ]
-    runs = [_run(model, trials, base, asked) for asked in [(DENSE, 1.0, Method({}, control=DENSE)), *wanted]]
-    runs += [_further(model, trials, base, *row) for row in _with_static(further or {})]
+    runs = [_run(dense, trials, base, asked) for asked in [(DENSE, 1.0, Method({}, control=DENSE)), *wanted]]
+    runs += [_further(dense, trials, base, *row) for row in _with_static(further or {})]
     kept = _Kept(out, prepared.dense.fingerprint(), [blocks.ids_BC, *texts.values()])
     for run in track(runs, "comparing methods", len(runs)):
         kept.measure(run)
@@ -205,12 +207,12 @@ class _Run:
         return f"{self.name} @ {self.budget:.4f}"
 
 
-def _run(model: str, trials: Trials, base: SplitOptions, asked: tuple[str, float, Method]) -> _Run:
+def _run(dense: DenseModel, trials: Trials, base: SplitOptions, asked: tuple[str, float, Method]) -> _Run:
     """A method at a budget."""
     name, budget, method = asked
     if method.control:
         return _Run(name, budget, method.control, partial(trials.control, CONTROLS[method.control](budget)))
-    variant = prepare(model, _at(budget, base, method), writable=False)
+    variant = prepare(dense, _at(budget, base, method), writable=False)
     return _Run(name, budget, asdict(variant.options), partial(trials.split, variant))
 
 
@@ -221,9 +223,9 @@ def _at(budget: float, base: SplitOptions, method: Method) -> SplitOptions:
     return replace(base, **{**method.options, "active": active, "shared": shared})
 
 
-def _further(model: str, trials: Trials, base: SplitOptions, name: str, changes: Mapping[str, Any]) -> _Run:
+def _further(dense: DenseModel, trials: Trials, base: SplitOptions, name: str, changes: Mapping[str, Any]) -> _Run:
     """A split with a budget of its own."""
-    variant = prepare(model, replace(base, **changes), writable=False)
+    variant = prepare(dense, replace(base, **changes), writable=False)
     share = variant.layout.model_share(variant.dense.num_layers)
     return _Run(name, share, asdict(variant.options), partial(trials.split, variant))
 

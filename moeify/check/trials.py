@@ -66,7 +66,7 @@ class Trials:
         for layer in range(prepared.dense.num_layers):
             stage = walk.enter(layer)
             converted, fitted_TD = fit_layer(
-                stage.ffn, stage.inputs_TD, fit, gradient_GD=stage.gradient_GD, wanted_TD=stage.wanted_TD
+                stage.ffn, stage.inputs_TD, fit, gradient_GD=stage.gradient_GD, goal_TD=stage.goal_TD
             )
             walk.leave(fitted_TD, converted(stage.riding_ED))
             found.append(converted.plan.diagnostics)

@@ -23,9 +23,11 @@ from moeify import targets
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
-from moeify.export.in_memory import moe_parameters
+from moeify.experts.slices import slice_experts
+from moeify.export.in_memory import moe_parameters, split_ffn
 from moeify.export.writer import MoEWriter
-from moeify.models.dense import DenseCheckpoint, find_shards, load_config, locate, open_dense
+from moeify.models.dense import DenseModel, find_shards, load_config, locate, open_dense
+from moeify.models.ffn import FFNWeights
 from moeify.options import Track, untracked
 from moeify.plan import SHARED, LayerPlan, Layout, SplitPlan, load_plan
 from moeify.targets import Target
@@ -74,7 +76,9 @@ class VerifyReport:
         return all(check.passed for check in self.checks)
 
 
-def verify(moe: str, dense: str, *, tolerance: float = TOLERANCE, track: Track[Any] = untracked) -> VerifyReport:
+def verify(
+    moe: str | Path, dense: str | Path | DenseModel, *, tolerance: float = TOLERANCE, track: Track[Any] = untracked
+) -> VerifyReport:
     """Compare a converted checkpoint with the dense model it came from.
 
     Args:
@@ -86,13 +90,13 @@ def verify(moe: str, dense: str, *, tolerance: float = TOLERANCE, track: Track[A
     Raises:
         InputError: one of them cannot be read, or the plan is of another model.
     """
-    path = locate(moe)
+    path = locate(str(moe))
     plan = load_plan(path)
     source = open_dense(dense, track)
     if plan.family != source.family.model_type or len(plan.layers) != source.num_layers:
         raise InputError(
             f"{moe} was made from a {plan.family} of {len(plan.layers)} layers, "
-            f"{dense} is a {source.family.model_type} of {source.num_layers}"
+            f"{source.name} is a {source.family.model_type} of {source.num_layers}"
         )
     if plan.layout.is_static:
         raise InputError(f"{moe} is statically pruned: it has no experts to switch on", "`moeify eval` measures it")
@@ -105,7 +109,7 @@ def verify(moe: str, dense: str, *, tolerance: float = TOLERANCE, track: Track[A
     places = _place_checks(model, source, plan, target)
     checks = [keys, *(places if whole else places[:1]), *_stored_checks(path, source, plan, target)]
     if not whole:
-        return VerifyReport(moe, dense, tuple(checks), None, deviation)
+        return VerifyReport(str(moe), source.name, tuple(checks), None, deviation)
     _restore_dense(model, source, plan, target)
     difference = _logit_difference(model, source, ids, load_config(path).dtype, tolerance)
     checks += [
@@ -119,7 +123,7 @@ def verify(moe: str, dense: str, *, tolerance: float = TOLERANCE, track: Track[A
     if hard:
         found = f"max |w - 1| {deviation:.1e}"
         checks += [Check("expert weights are one", found, f"<= {GATE_LIMIT:.1e}", deviation <= GATE_LIMIT)]
-    return VerifyReport(moe, dense, tuple(checks), difference, deviation)
+    return VerifyReport(str(moe), source.name, tuple(checks), difference, deviation)
 
 
 def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
@@ -142,19 +146,20 @@ def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
     return model.eval(), check
 
 
-def _place_checks(model: Any, source: DenseCheckpoint, plan: SplitPlan, target: Target) -> list[Check]:
+def _place_checks(model: Any, source: DenseModel, plan: SplitPlan, target: Target) -> list[Check]:
     """Mixing and up rows must be the dense rows, bit for bit, each in exactly one place."""
     placed, equal, total = 0, 0, 0
     stored = load_config(Path(model.name_or_path)).dtype
     for layer in _cut_layers(plan):
-        gate_FD, up_FD, _ = source.ffn(layer.layer)
-        gate_FD, up_FD = (weight.to(stored).float() for weight in (gate_FD, up_FD))
-        total += gate_FD.shape[0]
+        ffn = source.ffn(layer.layer).map(lambda tensor: tensor.to(stored).float())
         order = torch.cat([layer.neurons(expert) for expert in range(SHARED, plan.layout.num_routed)])
-        placed += order.unique().numel()
-        found_gate, found_up = _rows(moe_parameters(model.model.layers[layer.layer], target.modules))
-        same = (found_gate == gate_FD[order]).all(1) & (found_up == up_FD[order]).all(1)
-        equal += int(same.sum())
+        total, placed = total + ffn.num_neurons, placed + order.unique().numel()
+        planned = slice_experts(ffn, layer, plan.layout)
+        block = model.get_submodule(target.block(layer.layer))
+        loaded = split_ffn(block, target.modules, layer.layer, source.activation)
+        for part, written in ((loaded.shared, planned.shared), (loaded.routed, planned.routed)):
+            if part.num_neurons == written.num_neurons:
+                equal += int(_same_rows(part, written).sum())
     return [
         Check("every neuron has one place", f"{placed:,}", f"{total:,}", placed == total),
         Check("gate and up rows are the dense ones", f"{equal:,} equal", f"{total:,}", equal == total),
@@ -165,23 +170,21 @@ def _cut_layers(plan: SplitPlan) -> list[LayerPlan]:
     return [layer for layer in plan.layers if layer.layer not in plan.layout.dense_layers]
 
 
-def _rows(parts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """All gate rows and all up rows, the shared part first, then expert after expert."""
-    gate_RfD, up_RfD = parts["gate_up"].chunk(2, dim=1)
-    gates, ups = [gate_RfD.flatten(0, 1)], [up_RfD.flatten(0, 1)]
-    if "shared_gate_up" in parts:
-        gate_sD, up_sD = parts["shared_gate_up"].chunk(2)
-        gates, ups = [gate_sD, *gates], [up_sD, *ups]
-    return torch.cat(gates), torch.cat(ups)
+def _same_rows(loaded: FFNWeights, planned: FFNWeights) -> Tensor:
+    """Which neurons have the same gate and up rows in both."""
+    same_F = (loaded.up_FD == planned.up_FD).all(1)
+    if loaded.gate_FD is None or planned.gate_FD is None:
+        return same_F & (loaded.gate_FD is planned.gate_FD)
+    return same_F & (loaded.gate_FD == planned.gate_FD).all(1)
 
 
 @torch.no_grad()
-def _restore_dense(model: Any, source: DenseCheckpoint, plan: SplitPlan, target: Target) -> None:
+def _restore_dense(model: Any, source: DenseModel, plan: SplitPlan, target: Target) -> None:
     """Dense down columns with the fold for all experts on, and routers of zero; in memory only."""
     everything = Layout(plan.layout.num_experts, plan.layout.num_shared, plan.layout.num_experts)
     for layer in _cut_layers(plan):
-        down_DF = source.ffn(layer.layer)[2].to(load_config(Path(model.name_or_path)).dtype).float()
-        parts = moe_parameters(model.model.layers[layer.layer], target.modules)
+        down_DF = source.ffn(layer.layer).down_DF.to(load_config(Path(model.name_or_path)).dtype).float()
+        parts = moe_parameters(model.get_submodule(target.block(layer.layer)), target.modules)
         parts["router"].zero_()
         routed = [down_DF[:, layer.neurons(expert)] for expert in range(plan.layout.num_routed)]
         parts["down"].copy_(torch.stack(routed) * target.routed_fold(everything))
@@ -190,7 +193,7 @@ def _restore_dense(model: Any, source: DenseCheckpoint, plan: SplitPlan, target:
 
 
 @torch.no_grad()
-def _logit_difference(model: Any, source: DenseCheckpoint, ids: Tensor, stored: torch.dtype, tolerance: float) -> float:
+def _logit_difference(model: Any, source: DenseModel, ids: Tensor, stored: torch.dtype, tolerance: float) -> float:
     """Largest difference in float32 or, if that is beyond the tolerance, in float64, which tells errors from rounding.
 
     Experts add up in another order than the dense FFN: through 30 layers of SmolLM2-135M that alone makes 0.8e-4 to
@@ -208,19 +211,18 @@ def _logit_difference(model: Any, source: DenseCheckpoint, ids: Tensor, stored: 
     return float((model.double()(ids).logits - dense.double()(ids).logits).abs().max())
 
 
-def _stored_checks(path: Path, source: DenseCheckpoint, plan: SplitPlan, target: Target) -> list[Check]:
+def _stored_checks(path: Path, source: DenseModel, plan: SplitPlan, target: Target) -> list[Check]:
     """What the plan decides must be on disk bit for bit; what a refit computed must at least be finite."""
     config = load_config(path)
     writer = MoEWriter(source, target, plan.layout, config.dtype, Mixing.of(plan.options))
     shards, total = find_shards(path), 0
     wrong: list[str] = []
     for decided in plan.layers:
-        layer = decided
+        ffn, layer = source.ffn(decided.layer).map(lambda tensor: tensor.to(config.dtype)), decided
         if (plan.options["refit"] or plan.trained) and layer.layer not in plan.layout.dense_layers:
-            _, _, down_DF = source.ffn(layer.layer)
-            layer = replace(layer, down_DF=torch.full_like(down_DF, torch.nan, dtype=config.dtype))
-        free = _trained_names(writer, layer, plan)
-        for name, planned_values in writer.layer(layer).items():
+            layer = replace(layer, down_DF=torch.full_like(ffn.down_DF, torch.nan))
+        free = _trained_names(writer, ffn, layer, plan)
+        for name, planned_values in writer.layer(layer.layer, slice_experts(ffn, layer, plan.layout)).items():
             total += 1
             expected = torch.full_like(planned_values, torch.nan) if name in free else planned_values
             found = torch.empty(0)
@@ -239,14 +241,16 @@ def _stored_checks(path: Path, source: DenseCheckpoint, plan: SplitPlan, target:
     ]
 
 
-def _trained_names(writer: MoEWriter, layer: LayerPlan, plan: SplitPlan) -> set[str]:
+def _trained_names(writer: MoEWriter, ffn: FFNWeights, layer: LayerPlan, plan: SplitPlan) -> set[str]:
     """Tensors of a layer that the plan does not decide, because training changed them."""
     if not plan.trained:
         return set()
+    experts = slice_experts(ffn, layer, plan.layout)
     # Without NaN only what no neuron and no router is in: constants that training may have moved.
     if layer.router_RD is None:
-        return set(writer.layer(layer)) if not set(plan.trained) <= KEEPS_NEURONS else set()
-    marked = writer.layer(replace(layer, router_RD=torch.full_like(layer.router_RD, torch.nan)))
+        return set(writer.layer(layer.layer, experts)) if not set(plan.trained) <= KEEPS_NEURONS else set()
+    unknown = replace(experts, router_RD=torch.full_like(layer.router_RD, torch.nan))
+    marked = writer.layer(layer.layer, unknown)
     routers = {
         name for name, tensor in marked.items() if tensor.isnan().all() and tensor.shape == layer.router_RD.shape
     }
@@ -271,13 +275,13 @@ def _gate_deviation(path: Path, ids: Tensor, target: Target, plan: SplitPlan) ->
         largest = largest if deviation <= largest else deviation
 
     for layer in _cut_layers(plan):
-        block = model.model.layers[layer.layer]
+        block = model.get_submodule(target.block(layer.layer))
         block.get_submodule(target.modules.experts).register_forward_pre_hook(look)
     model(ids)
     return largest
 
 
-def _tokens(source: DenseCheckpoint) -> Tensor:
+def _tokens(source: DenseModel) -> Tensor:
     """A few blocks of held-out text in the model's own tokens."""
     context = min(CONTEXT, int(source.config.max_position_embeddings))
     stream = evaluation_tokens("builtin-heldout", source.tokenizer(), num_tokens=BLOCKS * context)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from moeify.calibration.activations import KEEP_BYTES, sample_size
-from moeify.export.writer import EMBEDDING, HEAD, SHARD_BYTES, MoEWriter
-from moeify.models.dense import DenseCheckpoint
+from moeify.export.writer import SHARD_BYTES, MoEWriter
+from moeify.models.dense import DenseModel
 
 if TYPE_CHECKING:
     from moeify.convert.prepare import Prepared
@@ -31,24 +31,24 @@ def count_parameters(writer: MoEWriter) -> tuple[int, int]:
     """Parameters of the written checkpoint, and those a token is multiplied with (embedding look-up left out)."""
     shapes = writer.shapes()
     total = sum(tensor.numel() for tensor in shapes.values())
-    layout, config = writer.layout, writer.dense.config
-    width = layout.expert_width(config.intermediate_size)
+    layout, dense = writer.layout, writer.dense
+    width = layout.expert_width(dense.num_neurons)
     idle = 0 if layout.is_static else layout.num_routed - layout.num_routed_active
-    cut = config.num_hidden_layers - len(layout.dense_layers)
-    unused = idle * 3 * width * config.hidden_size * cut
+    cut = dense.num_layers - len(layout.dense_layers)
+    unused = idle * 3 * width * dense.hidden_size * cut
     # A tied embedding is the head's matrix too; an untied one is only looked up.
-    embedding = shapes[EMBEDDING].numel() if HEAD in shapes else 0
-    return total, total - unused - embedding
+    looked_up = shapes[dense.embedding].numel() if writer.target.untie or not dense.tied else 0
+    return total, total - unused - looked_up
 
 
 def estimate(prepared: "Prepared") -> Estimate:
     """Time, memory and size of a prepared split."""
     dense, writer = prepared.dense, prepared.writer
-    config, tokens = dense.config, prepared.options.tokens if prepared.needs_text else 0
-    hidden, neurons = config.hidden_size, config.intermediate_size
+    tokens = prepared.options.tokens if prepared.needs_text else 0
+    hidden, neurons = dense.hidden_size, dense.num_neurons
     rate = matmul_rate(prepared.options.device)
     largest_layer = 4 * sum(
-        torch.Size(shape).numel() for name, shape in dense.shapes.items() if name.startswith("model.layers.0.")
+        torch.Size(shape).numel() for name, shape in dense.shapes.items() if name.startswith(f"{dense.block(0)}.")
     )
     active = (
         neurons * prepared.layout.num_active // prepared.layout.num_experts if prepared.layout.is_static else neurons
@@ -71,9 +71,9 @@ def estimate(prepared: "Prepared") -> Estimate:
     )
 
 
-def forward_flops(dense: DenseCheckpoint, tokens: int) -> float:
+def forward_flops(dense: DenseModel, tokens: int) -> float:
     """Multiply-adds, counted twice, of one dense forward pass; attention scores are left out."""
-    weights = dense.num_parameters - (0 if dense.ties_embeddings else torch.Size(dense.shapes[EMBEDDING]).numel())
+    weights = dense.num_parameters - (0 if dense.tied else torch.Size(dense.shapes[dense.embedding]).numel())
     return 2.0 * weights * tokens
 
 

@@ -1,28 +1,36 @@
 """What a dense model is and how it can be split, from its config and its safetensors headers alone."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from moeify import targets
 from moeify.convert.estimate import Estimate, estimate
+from moeify.convert.exactness import check_target
 from moeify.convert.prepare import MAX_EXPERTS, expert_counts, prepare
 from moeify.errors import InputError
-from moeify.models.dense import open_dense
+from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import Layout, resolve_layout
 
 
 @dataclass(frozen=True)
 class TargetFit:
-    """Whether one target holds the model exactly.
+    """Whether one target represents the model exactly.
 
-    `reason` says why not; for a target that fits it names the engines that know its architecture.
+    Args:
+        target: its name.
+        fits: whether it does.
+        shared: whether it has experts that are always on.
+        reason: why it does not; of a target that does, the engines that know its architecture.
+        difference: of the logits of a toy twin, relative to the largest; None if no twin could be made.
     """
 
     target: str
     fits: bool
     shared: bool
     reason: str
+    difference: float | None
 
 
 @dataclass(frozen=True)
@@ -44,7 +52,7 @@ class Inspection:
     estimate: Estimate
 
 
-def inspect(model: str, *, experts: int = 8, track: Track[Any] = untracked) -> Inspection:
+def inspect(model: str | Path | DenseModel, *, experts: int = 8, track: Track[Any] = untracked) -> Inspection:
     """Describe a model without loading a weight.
 
     Args:
@@ -56,8 +64,7 @@ def inspect(model: str, *, experts: int = 8, track: Track[Any] = untracked) -> I
         InputError: it cannot be read or its family is not supported.
     """
     dense = open_dense(model, track)
-    config = dense.config
-    neurons, hidden, layers = config.intermediate_size, config.hidden_size, dense.num_layers
+    neurons, hidden, layers = dense.num_neurons, dense.hidden_size, dense.num_layers
     counts = expert_counts(neurons, dense.dtype)
     if not counts:
         raise InputError(f"FFNs of {neurons} neurons do not divide into 2 to {MAX_EXPERTS} experts that can run")
@@ -65,18 +72,19 @@ def inspect(model: str, *, experts: int = 8, track: Track[Any] = untracked) -> I
     for name in targets.names():
         target = targets.find(name)
         layout = resolve_layout(experts, None, None, holds_shared=target.holds_shared)
-        reason = targets.refusal(target, dense.traits, config, layout)
-        loads = "known to " + ", ".join(("transformers", *target.engines))
-        fits.append(TargetFit(name, not reason, target.holds_shared, reason or loads))
-    prepared = prepare(model, SplitOptions(experts=experts if experts in counts else counts[0]))
+        exactness = check_target(target, dense, layout)
+        reason = exactness.reason or "known to " + ", ".join(("transformers", *target.engines))
+        fits.append(TargetFit(name, exactness.exact, target.holds_shared, reason, exactness.difference))
+    options = SplitOptions(experts=experts if experts in counts else counts[0])
+    prepared = prepare(dense, options, writable=any(fit.fits for fit in fits))
     return Inspection(
-        model=model,
+        model=dense.name,
         family=dense.family.model_type,
         num_layers=layers,
         hidden_size=hidden,
         num_neurons=neurons,
         num_parameters=dense.num_parameters,
-        ffn_share=3 * neurons * hidden * layers / dense.num_parameters,
+        ffn_share=layers * sum(t.numel() for t in dense.ffn_shapes.tensors().values()) / dense.num_parameters,
         dtype=str(dense.dtype).removeprefix("torch."),
         expert_counts=counts,
         targets=tuple(fits),

@@ -62,7 +62,7 @@ class ConvertedFFN:
             weights_TR = self.mixing.weights(self.router(inputs_TD), self.layout)
             activations.mask(weights_TR, self.layout.expert_width(self.ffn.num_neurons))
         down_DF = self.ffn.down_DF if self.plan.down_DF is None else self.plan.down_DF.to(self.ffn.down_DF)
-        return _outputs(activations, down_DF[:, order])
+        return self.ffn.with_bias(_outputs(activations, down_DF[:, order]))
 
 
 def converted(ffn: FFNWeights, plan: LayerPlan, fit: LayerFit) -> ConvertedFFN:
@@ -78,7 +78,7 @@ def fit_layer(
     saved: LayerPlan | None = None,
     *,
     gradient_GD: Tensor | None = None,
-    wanted_TD: Tensor | None = None,
+    goal_TD: Tensor | None = None,
 ) -> tuple[ConvertedFFN, Tensor]:
     """Decide one layer.
 
@@ -88,7 +88,7 @@ def fit_layer(
         fit: how to decide.
         saved: labels and router to use again instead of finding new ones.
         gradient_GD: loss gradients by the FFN's output for the first G tokens, for methods that need them.
-        wanted_TD: what the refit aims for; None is what the dense FFN gives for the same inputs.
+        goal_TD: outputs that the refit aims for; None are those of the dense FFN for the same inputs.
 
     Returns:
         The converted FFN, everything in it rounded to the checkpoint's dtype, and its outputs_TD.
@@ -114,8 +114,7 @@ def fit_layer(
         diagnostics |= _oracle_gain(diagnostics)
     refit_DF = None
     if fit.refit:
-        wanted_TD = stats.outputs_TD if wanted_TD is None else wanted_TD
-        result = refit(activations, wanted_TD, down_DF, stats.weight_T, seed=seed)
+        result = refit(activations, _refit_goal(ffn, stats, goal_TD), down_DF, stats.weight_T, seed=seed)
         down_DF = result.down_DF.to(fit.dtype).to(down_DF.dtype)
         refit_DF = ffn.down_DF.to(fit.dtype, copy=True)
         refit_DF[:, order] = down_DF.to(fit.dtype)
@@ -127,7 +126,8 @@ def fit_layer(
     if isinstance(router, LinearRouter):
         plan = replace(plan, router_RD=router.rows_RD.cpu())
     plan = replace(plan, down_DF=None if refit_DF is None else refit_DF.cpu(), diagnostics=diagnostics)
-    return ConvertedFFN(ffn, plan, fit.layout, fit.mixing, router), _outputs(activations, down_DF)
+    outputs_TD = ffn.with_bias(_outputs(activations, down_DF))
+    return ConvertedFFN(ffn, plan, fit.layout, fit.mixing, router), outputs_TD
 
 
 def _route(
@@ -155,6 +155,13 @@ def _route(
     found = _router_diagnostics(norms_TR, choose_experts(scores_TR, fit.layout), shared_energy, fit.layout)
     activations.mask(fit.mixing.weights(scores_TR, fit.layout), fit.layout.expert_width(ffn.num_neurons))
     return router, found
+
+
+def _refit_goal(ffn: FFNWeights, stats: ActivationStats, goal_TD: Tensor | None) -> Tensor:
+    """What down_proj alone is to give: the bias stays as it is."""
+    if goal_TD is None:
+        return stats.outputs_TD
+    return goal_TD if ffn.down_bias_D is None else goal_TD - ffn.down_bias_D
 
 
 def active_neurons(plan: LayerPlan, layout: Layout) -> Tensor:

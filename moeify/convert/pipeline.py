@@ -21,8 +21,10 @@ from moeify.convert.search import under_budget
 from moeify.convert.walk import CalibrationWalk
 from moeify.data.text import TokenBlocks
 from moeify.errors import UsageError
+from moeify.experts.slices import SplitFFN, slice_experts
 from moeify.export.model_card import model_card
 from moeify.export.workspace import LAST_FILE, RECORD_FILE, Workspace, check_replaceable
+from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import LayerPlan, Layout, SplitPlan, load_plan
 from moeify.version import __version__
@@ -50,7 +52,7 @@ class SplitResult:
 
 
 def split(
-    model: str,
+    model: str | Path | DenseModel,
     out: str | Path,
     options: SplitOptions | None = None,
     *,
@@ -61,7 +63,7 @@ def split(
     """Convert a dense checkpoint into a native mixture-of-experts checkpoint.
 
     Args:
-        model: a folder, a .gguf file, a hub id or `builtin`.
+        model: a folder, a .gguf file, a hub id, `builtin`, or a model that is open already.
         out: where the checkpoint goes; appears only when it is complete.
         options: how to cut.
         overwrite: replace an earlier result at `out` once the new one is complete.
@@ -73,10 +75,11 @@ def split(
     """
     out = Path(out)
     options = options or SplitOptions()
+    dense = open_dense(model, track)
     if options.budget is not None:
         check_replaceable(out, overwrite=overwrite)
-        options = under_budget(model, options, track, announce)
-    prepared = prepare(model, options, track)
+        options = under_budget(dense, options, track, announce)
+    prepared = prepare(dense, options)
     if out.resolve() == prepared.dense.path.resolve():
         raise UsageError(f"{out} is the dense model itself", "choose another -o")
     check_replaceable(out, overwrite=overwrite)
@@ -102,7 +105,13 @@ def _write(
 ) -> None:
     """Everything that the finished folder holds."""
     plan, writer = _plan(prepared, layers, calibration), prepared.writer
-    writer.write(workspace, lambda layer: workspace.load_layer(layer) or layers[layer], track)
+
+    def experts_of(layer: int) -> SplitFFN:
+        ffn = prepared.dense.ffn(layer).map(lambda tensor: tensor.to(prepared.dtype))
+        # With the refit columns, which stay on disk until their shard is written.
+        return slice_experts(ffn, workspace.load_layer(layer) or layers[layer], prepared.layout)
+
+    writer.write(workspace, experts_of, track)
     workspace.write_plan(plan)
     parameters, active = count_parameters(writer)
     record = {"schema": "moeify.record/1", "job": workspace.job, "parameters": parameters, "active_parameters": active}
@@ -127,7 +136,7 @@ def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Wor
         if plan is None:
             again = saved.layers[layer] if saved else None
             fitted, outputs_TD = fit_layer(
-                stage.ffn, stage.inputs_TD, fit, again, gradient_GD=stage.gradient_GD, wanted_TD=stage.wanted_TD
+                stage.ffn, stage.inputs_TD, fit, again, gradient_GD=stage.gradient_GD, goal_TD=stage.goal_TD
             )
             plan = fitted.plan
             workspace.save_layer(plan)

@@ -9,14 +9,16 @@ import transformers
 from torch import Tensor
 
 from moeify import partition, routers, targets
+from moeify.calibration.stream import HiddenStream, Sites
 from moeify.convert.estimate import Estimate, count_parameters, estimate
+from moeify.convert.exactness import check_target, choose_target
 from moeify.convert.layer import LayerFit
 from moeify.data.text import TokenBlocks, calibration_blocks, sample_from_model
 from moeify.errors import InputError, UsageError
 from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter, check_fits
-from moeify.models.dense import DenseCheckpoint, open_dense
-from moeify.models.ffn import FFNWeights
+from moeify.models.dense import DenseModel, open_dense
+from moeify.models.ffn import FFNWeights, pack
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import Layout, SplitPlan, load_plan, resolve_layout
 from moeify.targets import Target
@@ -33,7 +35,7 @@ MAX_EXPERTS = 128
 class Prepared:
     """Everything that is known before a calibration token is read."""
 
-    dense: DenseCheckpoint
+    dense: DenseModel
     options: SplitOptions
     layout: Layout
     target: Target
@@ -68,27 +70,30 @@ class Prepared:
 
     def ffn(self, layer: int) -> FFNWeights:
         """The dense FFN as it will be written: what is fitted must fit the checkpoint, not wider numbers."""
-        rounded = [weight.to(self.dtype) for weight in self.dense.ffn(layer)]
-        for name, weight in zip(self.dense.family.ffn_names(layer), rounded, strict=True):
-            check_fits(name, weight)
-        gate_FD, up_FD, down_DF = (weight.to(self.options.device, torch.float32) for weight in rounded)
-        return FFNWeights(layer, gate_FD, up_FD, down_DF, self.dense.config.hidden_act)
+        rounded = self.dense.ffn(layer).map(lambda tensor: tensor.to(self.dtype))
+        for name, tensor in pack(self.dense.family.ffn, self.dense.block(layer), rounded).items():
+            check_fits(name, tensor)
+        return rounded.map(lambda tensor: tensor.to(self.options.device, torch.float32))
+
+    def stream(self, ids_BC: Tensor) -> HiddenStream:
+        """Hidden states of a text, in front of the first block."""
+        family = self.dense.family
+        sites = Sites(family.blocks, family.read, family.write)
+        return HiddenStream(self.dense, sites, ids_BC, self.options.device)
 
 
-def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked, *, writable: bool = True) -> Prepared:
-    """Open the model and settle target, layout and dtype; reads headers only.
+def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) -> Prepared:
+    """Settle target, layout and dtype; reads headers only.
 
     Args:
-        model: a folder, a .gguf file, a hub id or `builtin`.
+        dense: the model.
         options: how to cut.
-        track: shows the progress of making the embedded model.
         writable: refuse what no checkpoint could hold.
 
     Raises:
         InputError: the model cannot be split, or not in this way.
         UsageError: the options contradict each other.
     """
-    dense = open_dense(model, track)
     saved = load_plan(Path(options.plan)) if options.plan else None
     if saved is not None:
         options = replace(
@@ -103,7 +108,7 @@ def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked, *,
     if writable and not routers.is_linear(options.router):
         linear = ", ".join(name for name in routers.names() if routers.is_linear(name))
         raise UsageError(
-            f"no native target can hold a {options.router} router",
+            f"no native target has a {options.router} router",
             f"--router {linear} can be written; `moeify compare` measures all of them",
         )
     if writable and options.static and options.dense_layers:
@@ -123,12 +128,13 @@ def prepare(model: str, options: SplitOptions, track: Track[Any] = untracked, *,
         )
         saved = replace(saved, layers=tuple(layers))
     _check_dense_layers(layout, dense.num_layers)
-    _check_width(layout, dense.config.intermediate_size, dtype, writable=writable)
+    _check_width(layout, dense.num_neurons, dtype, writable=writable)
     limit = int(dense.config.max_position_embeddings)
     context = options.context or min(DEFAULT_CONTEXT, limit)
     if not 16 <= context <= limit:
         raise InputError(
-            f"context {context} does not fit {model}, which takes 16 to {limit} tokens", f"--context {min(512, limit)}"
+            f"context {context} does not fit {dense.name}, which takes 16 to {limit} tokens",
+            f"--context {min(512, limit)}",
         )
     if options.tokens < MIN_TOKENS:
         raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
@@ -182,7 +188,9 @@ class Preview:
     estimate: Estimate
 
 
-def preview(model: str, options: SplitOptions | None = None, *, track: Track[Any] = untracked) -> Preview:
+def preview(
+    model: str | Path | DenseModel, options: SplitOptions | None = None, *, track: Track[Any] = untracked
+) -> Preview:
     """Settle everything that a split settles before it reads text, and estimate the rest. Writes nothing.
 
     Raises:
@@ -191,15 +199,15 @@ def preview(model: str, options: SplitOptions | None = None, *, track: Track[Any
     options = options or SplitOptions()
     if options.budget is not None:
         raise UsageError("a budget is settled by scoring layers", "moeify search shows what it would choose")
-    prepared = prepare(model, options, track)
+    prepared = prepare(open_dense(model, track), options)
     return Preview(
-        model,
+        prepared.dense.name,
         prepared.dense.family.model_type,
         prepared.dense.num_layers,
         prepared.target.model_type,
         prepared.target_reason,
         prepared.layout,
-        prepared.layout.expert_width(prepared.dense.config.intermediate_size),
+        prepared.layout.expert_width(prepared.dense.num_neurons),
         *count_parameters(prepared.writer),
         str(prepared.dtype).removeprefix("torch."),
         prepared.options,
@@ -245,15 +253,15 @@ def _check_device(device: str) -> None:
         raise UsageError(f"no device {device} here", f"--device takes {', '.join(found)}") from error
 
 
-def _check_plan(plan: SplitPlan, dense: DenseCheckpoint) -> None:
+def _check_plan(plan: SplitPlan, dense: DenseModel) -> None:
     """Raise InputError unless the plan is of a model of this shape."""
     pairs = [
         ("layers", len(plan.layers), dense.num_layers),
-        ("neurons a layer", plan.layers[0].labels_F.numel(), int(dense.config.intermediate_size)),
+        ("neurons a layer", plan.layers[0].labels_F.numel(), dense.num_neurons),
     ]
     router_RD = next((layer.router_RD for layer in plan.layers if layer.router_RD is not None), None)
     if router_RD is not None:
-        pairs.append(("hidden size", router_RD.shape[1], int(dense.config.hidden_size)))
+        pairs.append(("hidden size", router_RD.shape[1], dense.hidden_size))
     for what, found, expected in pairs:
         if found != expected:
             raise InputError(
@@ -262,7 +270,7 @@ def _check_plan(plan: SplitPlan, dense: DenseCheckpoint) -> None:
             )
 
 
-def _choose_target(dense: DenseCheckpoint, options: SplitOptions, *, writable: bool) -> tuple[Layout, Target, str]:
+def _choose_target(dense: DenseModel, options: SplitOptions, *, writable: bool) -> tuple[Layout, Target, str]:
     def resolve(holds_shared: bool) -> Layout:
         experts, dense_layers = options.experts, tuple(sorted(set(options.dense_layers)))
         active = experts if options.mixing == "soft" and not options.static else options.active
@@ -274,17 +282,18 @@ def _choose_target(dense: DenseCheckpoint, options: SplitOptions, *, writable: b
         return layout, targets.static_target(dense.family), "static pruning keeps the dense architecture"
     if options.target == "auto":
         try:
-            target, layout, reason = targets.choose(dense.traits, dense.config, resolve, options.mixing)
+            target, layout, reason = choose_target(dense, resolve, options.mixing)
         except InputError:
             if writable:
                 raise
-            return resolve(True), targets.static_target(dense.family), "only measured: no target holds it"
+            return resolve(True), targets.static_target(dense.family), "only measured: no target represents it exactly"
         return layout, target, reason
     target = targets.find(options.target)
     layout = resolve(target.holds_shared)
-    reason = targets.refusal(target, dense.traits, dense.config, layout, options.mixing)
-    if reason:
+    exactness = check_target(target, dense, layout, options.mixing)
+    if not exactness.exact:
         raise InputError(
-            f"{options.target} cannot hold this model: {reason}", "`moeify inspect` lists targets that can"
+            f"{options.target} does not represent this model exactly: {exactness.reason}",
+            "`moeify inspect` lists the targets that do",
         )
     return layout, target, "asked for"

@@ -31,6 +31,7 @@ from moeify.convert.estimate import count_parameters, forward_flops, matmul_rate
 from moeify.convert.prepare import MIN_TOKENS, Prepared, calibration_text, prepare
 from moeify.convert.search_scores import OutputChange, OutputCheck, ScoredLayer, score
 from moeify.errors import InputError, UsageError
+from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import Layout, resolve_layout
 from moeify.strategies import TOLERANCE, Choice, Problem
@@ -104,7 +105,7 @@ class SearchResult:
 
 
 def search(
-    model: str,
+    model: str | DenseModel,
     budget: float,
     options: SplitOptions | None = None,
     *,
@@ -153,7 +154,7 @@ def search(
     table = _Table(prepared, layouts, scored, check)
     points = [table.best(limit, strategies.find("greedy"), "greedy", 1) for limit in _limits(table, budget) if frontier]
     return SearchResult(
-        model=model,
+        model=prepared.dense.name,
         budget=budget,
         found=table.best(budget, choose, strategy, trials),
         uniform=table.best(budget, strategies.find("uniform"), "uniform", 1),
@@ -167,7 +168,7 @@ def search(
 
 
 def under_budget(
-    model: str,
+    model: str | DenseModel,
     options: SplitOptions,
     track: Track[Any] = untracked,
     announce: Callable[[float], None] = lambda _: None,
@@ -231,7 +232,7 @@ class _Table:
         return check.joint(self._layout(i, choice), plans)
 
 
-def _prepared(model: str, options: SplitOptions, track: Track[Any]) -> Prepared:
+def _prepared(model: str | DenseModel, options: SplitOptions, track: Track[Any]) -> Prepared:
     """The split's preparation for a target that holds dense layers, with the tokens of a search."""
     if options.plan is not None or options.static or options.dense_layers:
         raise UsageError("a budget chooses the layers itself", "leave --plan, --static and --dense-layers out")
@@ -244,7 +245,7 @@ def _prepared(model: str, options: SplitOptions, track: Track[Any]) -> Prepared:
     tokens = min(options.tokens, FIT_TOKENS) + CHECK_TOKENS
     options = replace(options, budget=None)
     # One dense layer stands for any number of them: the target must hold dense layers, and not only the first ones.
-    return prepare(model, replace(options, tokens=tokens, dense_layers=(1,)), track)
+    return prepare(open_dense(model, track), replace(options, tokens=tokens, dense_layers=(1,)))
 
 
 def _layouts(prepared: Prepared) -> list[Layout]:
@@ -262,7 +263,7 @@ def _layouts(prepared: Prepared) -> list[Layout]:
 def _is_held(prepared: Prepared, layout: Layout) -> bool:
     """The target takes it also with dense layers."""
     layout, dense = replace(layout, dense_layers=prepared.layout.dense_layers), prepared.dense
-    return not targets.refusal(prepared.target, dense.traits, dense.config, layout, prepared.options.mixing)
+    return not targets.refusal(prepared.target, dense, layout, prepared.options.mixing)
 
 
 def _affordable(layouts: Sequence[Layout], budget: float) -> list[int]:

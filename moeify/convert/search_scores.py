@@ -44,7 +44,7 @@ class OutputCheck:
 
     def __init__(self, prepared: Prepared, ids_BC: Tensor) -> None:
         self._prepared, self._ids_BC = prepared, ids_BC
-        self._dense = HiddenStream(prepared.dense, ids_BC, prepared.options.device)
+        self._dense = prepared.stream(ids_BC)
         for layer in range(prepared.dense.num_layers):
             self._dense.pass_through(layer, prepared.ffn(layer))
 
@@ -60,7 +60,7 @@ class OutputCheck:
 
     def joint(self, layout: Layout, plans: Sequence[LayerPlan | None]) -> OutputChange:
         """All layers changed together; None leaves one dense."""
-        stream = HiddenStream(self._prepared.dense, self._ids_BC, self._prepared.options.device)
+        stream = self._prepared.stream(self._ids_BC)
         for layer, plan in enumerate(plans):
             ffn = self._prepared.ffn(layer)
             stream.pass_through(layer, ffn if plan is None else converted(ffn, plan, self._prepared.fit(layout)))
@@ -116,16 +116,16 @@ def score(
         layouts: the candidates beside leaving the layer dense.
         folder: keeps finished layers; it must belong to this very job.
     """
-    stream = HiddenStream(prepared.dense, ids_BC, prepared.options.device)
+    stream = prepared.stream(ids_BC)
     num_fit = ids_BC.numel() - check.num_tokens
     for layer in range(prepared.dense.num_layers):
         ffn, inputs_TD = prepared.ffn(layer), stream.attend(layer)
         file = folder / f"layer-{layer:05d}.safetensors"
         if not file.is_file():
-            residual_TD = stream.residual()[num_fit:]
+            first = num_fit // ids_BC.shape[1]
             fitted = [fit_layer(ffn, inputs_TD[:num_fit], prepared.fit(layout))[0] for layout in layouts]
-            changed_TD = torch.cat([residual_TD + candidate(inputs_TD[num_fit:]) for candidate in fitted])
-            _save(file, [found.plan for found in fitted], check.finish(stream.fork(changed_TD), layer + 1))
+            changed_BCD = torch.cat([stream.behind(candidate(inputs_TD[num_fit:]), first) for candidate in fitted])
+            _save(file, [candidate.plan for candidate in fitted], check.finish(stream.fork(changed_BCD), layer + 1))
         yield _load(file, layer)
         stream.advance(ffn(inputs_TD))
 

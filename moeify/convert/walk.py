@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moeify.calibration.stream import HiddenStream
 from moeify.convert.prepare import Prepared
+from moeify.errors import UsageError
 from moeify.models.ffn import FFNWeights
 
 
@@ -28,14 +28,14 @@ class LayerInputs:
         inputs_TD: what that sees on the calibration tokens.
         riding_ED: the same for tokens that nothing is fitted to.
         gradient_GD: the loss's gradient by its output, if the method asks for it.
-        wanted_TD: what the refit aims for, if not the dense FFN's output on these inputs.
+        goal_TD: outputs that the refit aims for, if not those of the dense FFN on these inputs.
     """
 
     ffn: FFNWeights
     inputs_TD: Tensor
     riding_ED: Tensor
     gradient_GD: Tensor | None
-    wanted_TD: Tensor | None
+    goal_TD: Tensor | None
 
 
 class CalibrationWalk:
@@ -57,20 +57,24 @@ class CalibrationWalk:
         gradients: Sequence[Tensor] = (),
     ) -> None:
         ids_BC = calibration_BC if riding_BC is None else torch.cat([calibration_BC, riding_BC])
-        device = prepared.options.device
         self._prepared, self._gradients, self._num_fit = prepared, gradients, calibration_BC.numel()
-        self.stream = HiddenStream(prepared.dense, ids_BC, device)
-        wants_dense = prepared.options.refit_to == "stream"
-        self._undisturbed = HiddenStream(prepared.dense, calibration_BC, device) if wants_dense else None
+        self.stream = prepared.stream(ids_BC)
+        self._undisturbed = prepared.stream(calibration_BC) if prepared.options.refit_to == "stream" else None
 
     def enter(self, layer: int) -> LayerInputs:
         """Go through the layer's attention; `leave` must follow."""
         inputs_TD = self.stream.attend(layer)
-        ffn, wanted_TD = self._prepared.ffn(layer), None
+        ffn, goal_TD = self._prepared.ffn(layer), None
         if self._undisturbed is not None:
-            wanted_TD = self._undisturbed.pass_through(layer, ffn) - self.stream.residual()[: self._num_fit]
+            if not self.stream.adds_up:
+                raise UsageError(
+                    f"{self._prepared.dense.config.model_type} changes the output of an FFN before it adds it to the "
+                    "residual stream, so no output brings the stream back",
+                    "--refit-to ffn works for every model",
+                )
+            goal_TD = self._undisturbed.pass_through(layer, ffn) - self.stream.residual()[: self._num_fit]
         gradient_GD = self._gradients[layer] if self._gradients else None
-        return LayerInputs(ffn, inputs_TD[: self._num_fit], inputs_TD[self._num_fit :], gradient_GD, wanted_TD)
+        return LayerInputs(ffn, inputs_TD[: self._num_fit], inputs_TD[self._num_fit :], gradient_GD, goal_TD)
 
     def leave(self, outputs_TD: Tensor, riding_ED: Tensor | None = None) -> None:
         """Add what the FFN gives, for all tokens."""

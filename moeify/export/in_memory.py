@@ -8,55 +8,48 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moeify.calibration.stream import Sites
 from moeify.experts.mixing import Mixing
+from moeify.experts.slices import SplitFFN
 from moeify.export.writer import routed_fold
+from moeify.models.ffn import FFNWeights
 from moeify.plan import Layout, SplitPlan
-from moeify.targets import ROUTER_SCALE, Modules, SplitFFN, Target
+from moeify.targets import Modules, Target
 
 
 def moe_parameters(block: nn.Module, modules: Modules) -> dict[str, Any]:
     """Parameters of one decoder layer's experts, router and, if it has one, shared part, concatenated where split."""
     experts: Any = block.get_submodule(modules.experts)
-    found: dict[str, Any] = {
+    parts: dict[str, Any] = {
         "gate_up": experts.gate_up_proj,
         "down": experts.down_proj,
         "router": block.get_submodule(modules.router).weight,
     }
     if modules.shared and getattr(block, modules.shared.split(".")[0]) is not None:
         shared = block.get_submodule(modules.shared)
-        found["shared_gate_up"] = torch.cat([_weight(shared, part) for part in modules.shared_gate_up])
-        found["shared_down"] = _weight(shared, modules.shared_down)
-    return found
+        parts["shared_gate_up"] = torch.cat([_weight(shared, name) for name in modules.shared_gate_up])
+        parts["shared_down"] = _weight(shared, modules.shared_down)
+    return parts
 
 
-def ffn_modules(modules: Modules) -> tuple[str, ...]:
-    """Attributes of a decoder layer that make up its FFN; the first one always has an input."""
-    names = [modules.experts or "mlp", *([modules.shared] if modules.shared else [])]
-    return tuple(dict.fromkeys(name.split(".")[0] for name in names))
+def sites_of(target: Target) -> Sites:
+    """Where the FFN of a converted model's blocks reads and writes: its experts, and the shared part beside them."""
+    modules = target.modules
+    names = [modules.experts, *([modules.shared] if modules.shared else [])]
+    first, *others = dict.fromkeys(name.split(".")[0] for name in names)
+    return Sites(target.blocks, first, first, tuple(others))
 
 
-def split_ffn(block: nn.Module, modules: Modules) -> SplitFFN:
-    """One layer's FFN as a target's `ffn_tensors` takes it: folds in the down weights, the router as it is stored."""
-    parts = moe_parameters(block, modules)
-    gate_RfD, up_RfD = parts["gate_up"].detach().chunk(2, dim=1)
-    hidden = gate_RfD.shape[2]
-    shared_gate_up = parts.get("shared_gate_up", gate_RfD.new_zeros(0, hidden)).detach()
-    gate_sD, up_sD = shared_gate_up.chunk(2) if len(shared_gate_up) else (shared_gate_up, shared_gate_up)
-    return SplitFFN(
-        gate_sD=gate_sD,
-        up_sD=up_sD,
-        down_Ds=parts.get("shared_down", gate_RfD.new_zeros(hidden, 0)).detach(),
-        gate_RfD=gate_RfD,
-        up_RfD=up_RfD,
-        down_RDf=parts["down"].detach(),
-        router_RD=parts["router"].detach(),
-    )
-
-
-def router_scale(plan: SplitPlan) -> float:
-    """What a router's scores were multiplied with when they were written."""
-    mixing = Mixing.of(plan.options)
-    return ROUTER_SCALE if mixing.style == "hard" else 1 / mixing.temperature
+def split_ffn(block: nn.Module, modules: Modules, layer: int, activation: str) -> SplitFFN:
+    """One layer's experts as a target's `ffn_tensors` takes them: folds in the down weights, the router as stored."""
+    parts = {name: tensor.detach() for name, tensor in moe_parameters(block, modules).items()}
+    gate_FD, up_FD = (rows_RfD.flatten(0, 1) for rows_RfD in parts["gate_up"].chunk(2, dim=1))
+    routed = FFNWeights(layer, gate_FD, up_FD, parts["down"].transpose(0, 1).flatten(1), activation)
+    shared = routed.neurons(slice(0))
+    if "shared_down" in parts:
+        gate_sD, up_sD = parts["shared_gate_up"].chunk(2)
+        shared = FFNWeights(layer, gate_sD, up_sD, parts["shared_down"], activation)
+    return SplitFFN(shared, routed, parts["router"])
 
 
 def on_disk(model: nn.Module, target: Target | None, cut_layers: list[int]) -> dict[str, Tensor]:
@@ -70,12 +63,12 @@ def on_disk(model: nn.Module, target: Target | None, cut_layers: list[int]) -> d
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if target is None:
         return tensors
-    layers: Any = model.get_submodule("model.layers")
     for layer in cut_layers:
-        prefix = f"model.layers.{layer}"
-        found = target.ffn_tensors(prefix, split_ffn(layers[layer], target.modules))
-        # What a target writes as a constant, such as selection biases, is the model's own by now.
-        tensors |= {name: tensor for name, tensor in found.items() if name not in tensors}
+        prefix = target.block(layer)
+        experts = split_ffn(model.get_submodule(prefix), target.modules, layer, "")
+        # Constants that a target writes, such as selection biases, are the model's own by now.
+        written = target.ffn_tensors(prefix, experts)
+        tensors |= {name: tensor for name, tensor in written.items() if name not in tensors}
     return tensors
 
 

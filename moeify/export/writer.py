@@ -4,7 +4,7 @@ Legend: s neurons of the shared part, R routed experts, f neurons of one, D hidd
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +15,20 @@ from transformers import AutoConfig, GenerationConfig
 
 from moeify.errors import InputError
 from moeify.experts.mixing import UNIT, Mixing
+from moeify.experts.slices import SplitFFN
 from moeify.export.workspace import Workspace
-from moeify.models.dense import INDEX_FILE, TOKENIZER_FILES, DenseCheckpoint
+from moeify.models.dense import INDEX_FILE, TOKENIZER_FILES, DenseModel
+from moeify.models.ffn import pack
 from moeify.options import Track
-from moeify.plan import SHARED, LayerPlan, Layout
-from moeify.targets import ROUTER_SCALE, SplitFFN, Target
+from moeify.plan import Layout
+from moeify.targets import ROUTER_SCALE, Target
 
 # Memory while writing is about twice this.
 SHARD_BYTES = 1 << 30
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# A tensor of the dense model, a layer whose FFN it is, or neither: a constant that the target needs.
+Source = str | int | None
+# The experts of one layer, folds not yet applied; of a layer that stays dense its FFN as the shared part.
+ExpertsOf = Callable[[int], SplitFFN]
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class MoEWriter:
         mixing: what the routed experts' outputs are multiplied with.
     """
 
-    dense: DenseCheckpoint
+    dense: DenseModel
     target: Target
     layout: Layout
     dtype: torch.dtype
@@ -46,8 +51,8 @@ class MoEWriter:
 
     def config(self) -> Any:
         """The target's transformers config."""
-        width = self.layout.expert_width(self.dense.config.intermediate_size)
-        values = self.target.config(self.dense.config, self.dense.traits, self.layout, width)
+        width = self.layout.expert_width(self.dense.num_neurons)
+        values = self.target.config(self.dense, self.layout, width)
         values["architectures"] = [self.target.architecture] if self.target.architecture else values["architectures"]
         values["dtype"] = self.dtype
         if self.target.untie:
@@ -56,62 +61,52 @@ class MoEWriter:
         return AutoConfig.for_model(self.target.model_type, **values)
 
     def shapes(self) -> dict[str, Tensor]:
-        """Every tensor of the checkpoint on the meta device, by name, in layer order."""
-        width = self.layout.expert_width(self.dense.config.intermediate_size)
-        hidden = self.dense.config.hidden_size
-        shared, routed = self.layout.num_shared * width, self.layout.num_routed
+        """Every tensor of the checkpoint on the meta device, by name."""
+        return {name: tensor for _, tensors in self._parts() for name, tensor in tensors.items()}
 
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=self.dtype, device="meta")
-
-        ffn = SplitFFN(
-            gate_sD=empty(shared, hidden),
-            up_sD=empty(shared, hidden),
-            down_Ds=empty(hidden, shared),
-            gate_RfD=empty(routed, width, hidden),
-            up_RfD=empty(routed, width, hidden),
-            down_RDf=empty(routed, hidden, width),
-            router_RD=empty(routed, hidden),
+    def _parts(self) -> Iterator[tuple[Source, dict[str, Tensor]]]:
+        """The checkpoint from front to back: a source, and what it becomes, on the meta device."""
+        ffns = {name for layer in range(self.dense.num_layers) for name in self.dense.ffn_names(layer)}
+        carried = [name for name in self.dense.shapes if name not in ffns]
+        if self.target.untie:
+            carried += self.dense.tied
+        for name in carried:
+            yield name, self._carried(name, torch.empty(self._shape(name), device="meta"))
+        whole = self.dense.ffn_shapes.map(lambda tensor: tensor.to(self.dtype))
+        width, routed = self.layout.expert_width(whole.num_neurons), self.layout.num_routed
+        router_RD = torch.empty(routed, whole.hidden_size, dtype=self.dtype, device="meta")
+        cut = SplitFFN(
+            whole.neurons(slice(self.layout.num_shared * width)), whole.neurons(slice(routed * width)), router_RD
         )
-        tensors = {name: empty(*self.dense.shapes[name]) for name in self._unchanged()}
-        if self.target.untie and self.dense.ties_embeddings:
-            tensors[HEAD] = empty(*self.dense.shapes[EMBEDDING])
-        for layer in self._cut_layers():
-            tensors |= self.target.ffn_tensors(f"model.layers.{layer}", ffn)
-        return tensors | {name: empty(*shape) for name, shape in self._extra().items()}
+        uncut = SplitFFN(whole, whole.neurons(slice(0)), router_RD[:0])
+        for layer in range(self.dense.num_layers):
+            yield layer, self.layer(layer, uncut if layer in self.layout.dense_layers else cut)
+        for layer in range(self.dense.num_layers):
+            extra = self.target.extra_tensors(self.target.block(layer), self.dense)
+            shapes = {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in extra.items()}
+            yield None, shapes
 
-    def layer(self, plan: LayerPlan) -> dict[str, Tensor]:
-        """Values of one layer's FFN: dense rows in expert order, folds applied, router scaled."""
-        gate_FD, up_FD, down_DF = (weight.to(self.dtype) for weight in self.dense.ffn(plan.layer))
-        if plan.layer in self.layout.dense_layers:
-            return dict(zip(self.dense.family.ffn_names(plan.layer), (gate_FD, up_FD, down_DF), strict=True))
-        if plan.down_DF is not None:
-            down_DF = plan.down_DF
-        shared = plan.neurons(SHARED)
-        routed = torch.cat([plan.neurons(expert) for expert in range(self.layout.num_routed)] or [shared[:0]])
-        split = (self.layout.num_routed, self.layout.expert_width(self.dense.config.intermediate_size))
-        hidden = down_DF.shape[0]
-        router_RD = plan.router_RD if plan.router_RD is not None else gate_FD.new_zeros(self.layout.num_routed, hidden)
-        ffn = SplitFFN(
-            gate_sD=gate_FD[shared],
-            up_sD=up_FD[shared],
-            down_Ds=down_DF[:, shared] * self.target.shared_fold,
-            gate_RfD=gate_FD[routed].unflatten(0, split),
-            up_RfD=up_FD[routed].unflatten(0, split),
-            down_RDf=down_DF[:, routed].unflatten(1, split).transpose(0, 1)
-            * routed_fold(self.target, self.layout, self.mixing),
-            router_RD=router_RD * (ROUTER_SCALE if self.mixing.style == "hard" else 1 / self.mixing.temperature),
+    def _shape(self, name: str) -> tuple[int, ...]:
+        return self.dense.shapes[self.dense.tied.get(name, name)]
+
+    def _carried(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """What a tensor that belongs to no FFN becomes."""
+        parts = self.target.carry(name, tensor, self.dense)
+        return {key: rows.to(self.dtype) for key, rows in parts.items()}
+
+    def layer(self, layer: int, experts: SplitFFN) -> dict[str, Tensor]:
+        """Names and values of one layer's experts, folds applied, router scaled."""
+        prefix = self.target.block(layer)
+        if layer in self.layout.dense_layers:
+            return pack(self.target.dense_ffn, prefix, experts.shared)
+        folded = experts.folded(
+            shared=self.target.shared_fold,
+            routed=routed_fold(self.target, self.layout, self.mixing),
+            router=router_scale(self.mixing),
         )
-        return self.target.ffn_tensors(f"model.layers.{plan.layer}", ffn)
+        return self.target.ffn_tensors(prefix, folded)
 
-    def _cut_layers(self) -> list[int]:
-        return [layer for layer in range(self.dense.num_layers) if layer not in self.layout.dense_layers]
-
-    def _unchanged(self) -> list[str]:
-        ffn = {name for layer in self._cut_layers() for name in self.dense.family.ffn_names(layer)}
-        return [name for name in self.dense.shapes if name not in ffn]
-
-    def write(self, workspace: Workspace, layer_plan: Callable[[int], LayerPlan], track: Track[Any]) -> None:
+    def write(self, workspace: Workspace, experts_of: ExpertsOf, track: Track[Any]) -> None:
         """Write all shards that are not there yet, then index, config, generation config and tokenizer files."""
         meta = self.shapes()
         shards = split_torch_state_dict_into_shards(
@@ -120,7 +115,7 @@ class MoEWriter:
         files = _numbered(shards.filename_to_tensors)
         for file in track(files, "writing shards", len(files)):
             if not workspace.has(file):
-                workspace.write_tensors(file, self._values(files[file], layer_plan), {"format": "pt"})
+                workspace.write_tensors(file, self.values(set(files[file]), experts_of), {"format": "pt"})
         index = {
             "metadata": {"total_size": sum(t.numel() * t.element_size() for t in meta.values())},
             "weight_map": {name: file for file, names in files.items() for name in names},
@@ -129,31 +124,28 @@ class MoEWriter:
         workspace.write_text("config.json", self.config().to_json_string(use_diff=False))
         self._copy_companions(workspace)
 
-    def _values(self, names: list[str], layer_plan: Callable[[int], LayerPlan]) -> dict[str, Tensor]:
-        """The named tensors; a layer is rebuilt for each shard that holds a part of it."""
-        wanted, unchanged, extra = set(names), set(self._unchanged()), self._extra()
-        values: dict[str, Tensor] = {}
-        for name in names:
-            if name in values:
-                continue
-            if name in unchanged:
-                values[name] = self.dense.get([name])[name].to(self.dtype)
-            elif name == HEAD:
-                values[name] = self.dense.get([EMBEDDING])[EMBEDDING].to(self.dtype)
-            elif name in extra:
-                values[name] = torch.zeros(extra[name], dtype=self.dtype)
-            else:
-                layer = self.layer(layer_plan(int(name.split(".")[2])))
-                values |= {key: tensor for key, tensor in layer.items() if key in wanted}
-        for name, tensor in values.items():
-            check_fits(name, tensor)
-        return {name: tensor.contiguous() for name, tensor in values.items()}
+    def values(self, names: Collection[str], experts_of: ExpertsOf) -> dict[str, Tensor]:
+        """The named tensors; a layer, or a matrix that is taken apart, is read again for each shard with a part of it.
 
-    def _extra(self) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {}
-        for layer in range(self.dense.num_layers):
-            shapes |= self.target.extra_tensors(f"model.layers.{layer}", self.dense.config, self.dense.traits)
-        return shapes
+        Raises:
+            InputError: a value does not fit the checkpoint's type.
+        """
+        values: dict[str, Tensor] = {}
+        for source, shapes in self._parts():
+            if not any(name in names for name in shapes):
+                continue
+            if isinstance(source, int):
+                tensors = self.layer(source, experts_of(source))
+            elif isinstance(source, str):
+                stored = self.dense.tied.get(source, source)
+                tensors = self._carried(source, self.dense.get([stored])[stored])
+            else:
+                tensors = {name: torch.zeros(meta.shape, dtype=meta.dtype) for name, meta in shapes.items()}
+            for name, tensor in tensors.items():
+                if name in names:
+                    check_fits(name, tensor)
+                    values[name] = tensor.contiguous()
+        return values
 
     def _copy_companions(self, workspace: Workspace) -> None:
         for name in TOKENIZER_FILES:
@@ -166,6 +158,11 @@ class MoEWriter:
             workspace.write_text(
                 generation.name, GenerationConfig.from_model_config(self.dense.config).to_json_string()
             )
+
+
+def router_scale(mixing: Mixing) -> float:
+    """What a router's scores are multiplied with when they are written."""
+    return ROUTER_SCALE if mixing.style == "hard" else 1 / mixing.temperature
 
 
 def routed_fold(target: Target, layout: Layout, mixing: Mixing) -> float:

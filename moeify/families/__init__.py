@@ -1,33 +1,56 @@
-"""Dense model families, one file each: where a family keeps its FFN and what its attention needs from a target.
+"""Dense model families, one file each: where the blocks are, where an FFN reads and writes, how its matrices lie.
 
-To add one, copy `llama.py` under the family's `model_type`; nothing else is edited.
+A family says nothing of embeddings, norms, residuals, attention or heads: the stock model's own modules do that work,
+and a toy twin decides which targets compute the same function (see convert/exactness.py).
+
+To add one, copy the nearest file under the family's `model_type`; nothing else is edited.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from moeify import plugins
 from moeify.errors import InputError
 
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+Modality = Literal["text"]
+
+# Sizes of a tiny model, under the names that transformers' configs share; `Family.tiny` adds to them.
+TINY: Mapping[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 @dataclass(frozen=True)
-class Traits:
-    """What a target must hold for the converted model to be exact, apart from sizes."""
+class FFNFormat:
+    """How the matrices of one FFN lie on disk, by their modules' names inside a block; biases are found by their names.
 
-    qkv_bias: bool = False
-    output_bias: bool = False
-    ffn_bias: bool = False
-    qk_norm: bool = False
-    sliding_window: int | None = None
-    sliding_layers: tuple[bool, ...] = ()
+    Args:
+        up, down: into the inner width and back.
+        gate: what the activation is applied to; None if the FFN has no gate.
+        fused: `gate` and `up` are one matrix, the gate's rows first.
+        transposed: matrices are stored as (in, out), as transformers' Conv1D does.
+    """
+
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    gate: str | None = "mlp.gate_proj"
+    fused: bool = False
+    transposed: bool = False
 
     @property
-    def slides_everywhere(self) -> bool:
-        return self.sliding_window is not None and all(self.sliding_layers)
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules, each once."""
+        return tuple(dict.fromkeys(name for name in (self.gate, self.up, self.down) if name is not None))
 
 
 @dataclass(frozen=True)
@@ -36,24 +59,29 @@ class Family:
 
     Args:
         model_type: the value in config.json; also the file's name.
-        traits: reads them from the config.
-        gate, up, down: names of the three FFN weights, with `{layer}`.
+        blocks: the list of blocks, by its name in the stock model.
+        read, write: the module of a block whose input is the FFN's input, and the one whose output is the FFN's output;
+            the same one where the FFN is a module.
+        ffn: how the matrices lie on disk.
+        activation, width: names of the activation and of the inner width in the config.
+        modality: kind of the model's inputs.
+        tiny: config values of a tiny model, beside TINY.
     """
 
     model_type: str
-    traits: Callable[[Any], Traits]
-    gate: str = "model.layers.{layer}.mlp.gate_proj.weight"
-    up: str = "model.layers.{layer}.mlp.up_proj.weight"
-    down: str = "model.layers.{layer}.mlp.down_proj.weight"
+    blocks: str = "model.layers"
+    read: str = "mlp"
+    write: str = "mlp"
+    ffn: FFNFormat = field(default_factory=FFNFormat)
+    activation: str = "hidden_act"
+    width: str = "intermediate_size"
+    modality: Modality = "text"
+    tiny: Mapping[str, Any] = field(default_factory=dict)
 
-    def ffn_names(self, layer: int) -> tuple[str, str, str]:
-        return self.gate.format(layer=layer), self.up.format(layer=layer), self.down.format(layer=layer)
-
-
-def window_traits(config: "PretrainedConfig") -> dict[str, Any]:
-    """Sliding window of the qwen families, where `layer_types` says which layers it covers."""
-    sliding = tuple(kind == "sliding_attention" for kind in config.layer_types)
-    return {"sliding_window": config.sliding_window, "sliding_layers": sliding} if any(sliding) else {}
+    @property
+    def tiny_values(self) -> dict[str, Any]:
+        """Config values of a tiny model."""
+        return {**TINY, **self.tiny}
 
 
 def find(model_type: str) -> Family:

@@ -1,11 +1,5 @@
 """Mistral: llama with an optional sliding window over all layers."""
 
-from moeify.families import Family, Traits
+from moeify.families import Family
 
-FAMILY = Family(
-    model_type="mistral",
-    traits=lambda config: Traits(
-        sliding_window=config.sliding_window,
-        sliding_layers=(config.sliding_window is not None,) * config.num_hidden_layers,
-    ),
-)
+FAMILY = Family("mistral", tiny={"sliding_window": None})

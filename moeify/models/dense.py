@@ -6,7 +6,7 @@ truncated shards, missing tensors, wrong shapes. NaN and infinite weights are fo
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from moeify import families
 from moeify.cache import cache_dir, made_once
 from moeify.errors import InputError
-from moeify.families import Family, Traits
+from moeify.families import Family
+from moeify.models.attention import Attention, attention_of
+from moeify.models.ffn import FFNWeights, tensor_names, unpack
 from moeify.options import Track, untracked
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -45,14 +47,14 @@ HUB_PATTERNS = ["*.safetensors", SINGLE_FILE + ".index.json", "config.json", "ge
 
 
 @dataclass(frozen=True)
-class DenseCheckpoint:
-    """A dense model on disk, opened but not loaded.
+class DenseModel:
+    """A dense model, opened once and handed on; no weight is loaded before it is asked for.
 
     Args:
-        name: what the user asked for.
+        name: as the user gave it.
         path: the folder it is in.
         config: its transformers config.
-        family: how to read its FFN.
+        family: where its FFNs are.
         shards: shard file of every tensor, by tensor name.
     """
 
@@ -60,19 +62,24 @@ class DenseCheckpoint:
     path: Path
     config: Any
     family: Family
-    shards: dict[str, Path]
-
-    @property
-    def traits(self) -> Traits:
-        return self.family.traits(self.config)
+    shards: Mapping[str, Path]
 
     @property
     def num_layers(self) -> int:
         return int(self.config.num_hidden_layers)
 
     @property
-    def ties_embeddings(self) -> bool:
-        return bool(self.config.tie_word_embeddings)
+    def activation(self) -> str:
+        return str(getattr(self.config, self.family.activation))
+
+    @cached_property
+    def num_neurons(self) -> int:
+        """Inner width of an FFN, from its tensors: not every config says it."""
+        return self.ffn_shapes.num_neurons
+
+    @cached_property
+    def hidden_size(self) -> int:
+        return self.ffn_shapes.hidden_size
 
     @cached_property
     def skeleton(self) -> Any:
@@ -81,21 +88,41 @@ class DenseCheckpoint:
             return AutoModelForCausalLM.from_config(self.config).eval()
 
     @cached_property
+    def tied(self) -> Mapping[str, str]:
+        """Name of a tensor that is not on disk -> name of the tensor that it shares."""
+        return dict(self.skeleton.all_tied_weights_keys)
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor the stock model needs from disk."""
-        tied = {"lm_head.weight"} if self.ties_embeddings else set()
-        return {name: tuple(t.shape) for name, t in self.skeleton.state_dict().items() if name not in tied}
+        state = self.skeleton.state_dict()
+        return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in self.tied}
+
+    @cached_property
+    def embedding(self) -> str:
+        """Name of the tensor that token ids are looked up in."""
+        module = self.skeleton.get_input_embeddings()
+        names: list[str] = [name for name, part in self.skeleton.named_modules() if part is module]
+        return f"{names[0]}.weight"
+
+    @cached_property
+    def attention(self) -> Attention:
+        return attention_of(self.config, self.shapes)
 
     @cached_property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the first layer's FFN, which the converted checkpoint keeps."""
-        name = self.family.ffn_names(0)[1]
+        name = f"{self.block(0)}.{self.family.ffn.up}.weight"
         with safe_open(self.shards[name], framework="pt") as reader:
             return FLOAT_DTYPES[reader.get_slice(name).get_dtype()]
 
     @property
     def num_parameters(self) -> int:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
+
+    def block(self, layer: int) -> str:
+        """Name of a block, which all its tensors begin with."""
+        return f"{self.family.blocks}.{layer}"
 
     def get(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors; the file is closed again so that its pages do not stay in memory.
@@ -122,11 +149,21 @@ class DenseCheckpoint:
             tensors[name] = tensor
         return tensors
 
-    def ffn(self, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """gate_FD, up_FD, down_DF of one layer, in the checkpoint's dtype."""
-        names = self.family.ffn_names(layer)
-        tensors = self.get(names)
-        return tensors[names[0]], tensors[names[1]], tensors[names[2]]
+    def ffn_names(self, layer: int) -> tuple[str, ...]:
+        """Names of the tensors of one FFN."""
+        return tensor_names(self.family.ffn, self.block(layer), self.shapes)
+
+    def ffn(self, layer: int) -> FFNWeights:
+        """One FFN in the checkpoint's dtype."""
+        return self._unpack(layer, self.get(self.ffn_names(layer)))
+
+    def _unpack(self, layer: int, tensors: Mapping[str, Tensor]) -> FFNWeights:
+        return unpack(self.family.ffn, self.block(layer), tensors, layer, self.activation)
+
+    @cached_property
+    def ffn_shapes(self) -> FFNWeights:
+        """The first FFN on the meta device: what it has, and how large."""
+        return self._unpack(0, {name: torch.empty(self.shapes[name], device="meta") for name in self.ffn_names(0)})
 
     def fingerprint(self) -> str:
         """Of its files."""
@@ -141,7 +178,7 @@ class DenseCheckpoint:
         return load_tokenizer(self.path)
 
 
-def fingerprint(path: Path, shards: dict[str, Path]) -> str:
+def fingerprint(path: Path, shards: Mapping[str, Path]) -> str:
     """sha256 over config and each shard's name, size, modification time and header; enough to notice a change."""
     digest = hashlib.sha256((path / "config.json").read_bytes())
     for shard in sorted(set(shards.values())):
@@ -152,17 +189,19 @@ def fingerprint(path: Path, shards: dict[str, Path]) -> str:
     return digest.hexdigest()
 
 
-def open_dense(model: str, track: Track[Any] = untracked) -> DenseCheckpoint:
+def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) -> DenseModel:
     """Open a dense checkpoint without loading a weight.
 
     Args:
-        model: a folder, a .gguf file, a hub id or `builtin`.
+        model: a folder, a .gguf file, a hub id or `builtin`; a model that is open already stays as it is.
         track: wraps the training of the embedded model, which happens once.
 
     Raises:
         InputError: it cannot be found, read or split; the message says which.
     """
-    path = locate(model, track)
+    if isinstance(model, DenseModel):
+        return model
+    path = locate(str(model), track)
     config = load_config(path)
     family = families.find(config.model_type)
     if getattr(config, "quantization_config", None):
@@ -170,7 +209,7 @@ def open_dense(model: str, track: Track[Any] = untracked) -> DenseCheckpoint:
             f"{model} is quantised ({config.quantization_config.get('quant_method', 'unknown method')})",
             "quantise after the conversion, not before: start from the unquantised checkpoint",
         )
-    checkpoint = DenseCheckpoint(model, path, config, family, find_shards(path))
+    checkpoint = DenseModel(str(model), path, config, family, find_shards(path))
     _check_tensors(checkpoint)
     return checkpoint
 
@@ -274,7 +313,7 @@ def find_shards(path: Path) -> dict[str, Path]:
     return shards
 
 
-def _check_tensors(checkpoint: DenseCheckpoint) -> None:
+def _check_tensors(checkpoint: DenseModel) -> None:
     missing = sorted(set(checkpoint.shapes) - set(checkpoint.shards))
     if missing:
         raise InputError(

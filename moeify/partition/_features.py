@@ -22,7 +22,7 @@ GATE_SCALE = 2.0
 def profile_and_gate(ffn: FFNWeights, stats: ActivationStats, routed: Tensor, *, seed: int) -> Tensor:
     """One row for each routed neuron: when and how much it contributes, and what it looks for."""
     profile_nP = principal(_centred(stats.contribution_NF[:, routed].T.abs()), seed=seed)
-    gate_nD = _centred(ffn.gate_FD[routed])
+    gate_nD = _centred(ffn.directions_FD[routed])
     return torch.cat([_unit(profile_nP), GATE_SCALE * _unit(gate_nD)], dim=1)
 
 

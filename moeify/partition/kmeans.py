@@ -15,5 +15,5 @@ from moeify.plan import Layout
 def partition(ffn: FFNWeights, stats: ActivationStats, layout: Layout, *, seed: int) -> Tensor:
     """labels_F; see the package for the contract."""
     routed = split_off_shared(stats, layout)
-    rows = normalize(ffn.gate_FD[routed].float(), dim=1)
+    rows = normalize(ffn.directions_FD[routed].float(), dim=1)
     return label(ffn.num_neurons, routed, balanced_kmeans(rows, layout.num_routed, seed=seed))

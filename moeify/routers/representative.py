@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
-from transformers.activations import ACT2FN
 
-from moeify.calibration.markers import distances, markers
+from moeify.calibration.markers import distances, markers, unit_rows
+from moeify.models.ffn import FFNWeights
 from moeify.routers import RoutingTask
 
 LINEAR = False
@@ -20,25 +19,18 @@ LINEAR = False
 
 @dataclass(frozen=True)
 class RepresentativeRouter:
-    """Weight rows of one neuron an expert."""
+    """The FFN of one neuron an expert, its rows of unit length."""
 
-    gate_RD: Tensor
-    up_RD: Tensor
-    activation: str
+    neurons: FFNWeights
 
     def __call__(self, inputs_TD: Tensor) -> Tensor:
-        gated_TR: Tensor = ACT2FN[self.activation](inputs_TD @ self.gate_RD.to(inputs_TD).T)
-        return (gated_TR * (inputs_TD @ self.up_RD.to(inputs_TD).T)).abs()
+        scores_TR: Tensor = self.neurons.map(lambda tensor: tensor.to(inputs_TD)).hidden(inputs_TD).abs()
+        return scores_TR
 
 
 def fit(task: RoutingTask) -> RepresentativeRouter:
     """Nothing is learned from norms_TR."""
-    chosen_R = representatives(task)
-    return RepresentativeRouter(
-        normalize(task.ffn.gate_FD[chosen_R], dim=1).to(task.inputs_TD),
-        normalize(task.ffn.up_FD[chosen_R], dim=1).to(task.inputs_TD),
-        task.ffn.activation,
-    )
+    return RepresentativeRouter(unit_rows(task.ffn.neurons(representatives(task))))
 
 
 def representatives(task: RoutingTask) -> Tensor:

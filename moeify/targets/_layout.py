@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from moeify.targets import SplitFFN
+from moeify.experts.slices import SplitFFN
 
 
 def expert_tensors(

@@ -8,19 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.families import Traits
+from moeify.experts.slices import SplitFFN
+from moeify.models.dense import DenseModel
 from moeify.plan import Layout
-from moeify.targets import Modules, SplitFFN, Target, carried, head_dim
+from moeify.targets import Modules, Target, carried
 from moeify.targets._layout import expert_tensors, shared_tensors
 
 
-def refuse(traits: Traits, config: Any, layout: Layout) -> str:
-    if traits.output_bias:
-        return "its attention has no bias on o"
-    if traits.sliding_window:
-        return "it has no sliding window"
-    if config.hidden_act != "silu":
-        return f"vLLM loads it with silu only, not {config.hidden_act}"
+def refuse(dense: DenseModel, layout: Layout) -> str:
+    if dense.activation != "silu":
+        return f"vLLM loads it with silu only, not {dense.activation}"
     if not layout.num_shared:
         return "vLLM and llama.cpp need at least one shared expert in it"
     if layout.num_routed < 2:
@@ -29,15 +26,21 @@ def refuse(traits: Traits, config: Any, layout: Layout) -> str:
     return "its dense layers can only be the first ones" if layout.dense_layers != first else ""
 
 
-def config(dense: Any, traits: Traits, layout: Layout, width: int) -> dict[str, Any]:
+def explain(dense: DenseModel) -> str:
+    if dense.attention.output_bias:
+        return "its attention has no bias on o"
+    return "it has no sliding window" if dense.attention.sliding_window else ""
+
+
+def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:
     return {
         **carried(dense),
         # Both transformers and vLLM would otherwise rotate only half of each head.
-        "rope_parameters": {**dense.rope_parameters, "partial_rotary_factor": 1.0},
-        "head_dim": head_dim(dense),
-        "attention_bias": traits.qkv_bias,
-        "use_qk_norm": traits.qk_norm,
-        "intermediate_size": dense.intermediate_size,
+        "rope_parameters": {"partial_rotary_factor": 1.0, **(dense.config.rope_parameters or {})},
+        "head_dim": dense.attention.head_dim,
+        "attention_bias": dense.attention.qkv_bias,
+        "use_qk_norm": dense.attention.qk_norm,
+        "intermediate_size": dense.num_neurons,
         "moe_intermediate_size": width,
         "n_shared_experts": layout.num_shared,
         "n_routed_experts": layout.num_routed,
@@ -64,10 +67,12 @@ def ffn_tensors(prefix: str, ffn: SplitFFN) -> dict[str, Tensor]:
 TARGET = Target(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
+    preference=3,
     holds_shared=True,
     engines=("vLLM", "SGLang"),
     engines_with_dense=("vLLM", "SGLang"),
     refuse=refuse,
+    explain=explain,
     config=config,
     routed_fold=lambda layout: 1.0,
     ffn_tensors=ffn_tensors,

@@ -1,6 +1,7 @@
 """Granite-MoE with shared experts: llama attention, plain shared experts, softmax over the selected experts' logits.
 
-All four multipliers of the granite family are neutral for a llama. llama.cpp holds this one with llama3 rope factors.
+The four multipliers of the granite family are carried, and neutral for a llama. llama.cpp has this one with llama3 rope
+factors.
 """
 
 from typing import Any
@@ -8,31 +9,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.families import Traits
+from moeify.experts.slices import SplitFFN
+from moeify.models.dense import DenseModel
 from moeify.plan import Layout
-from moeify.targets import Modules, SplitFFN, Target, carried, has_default_head_dim, head_dim
+from moeify.targets import Modules, Target, carried
 
 
-def refuse(traits: Traits, config: Any, layout: Layout) -> str:
-    if traits.qkv_bias != traits.output_bias:
+def explain(dense: DenseModel) -> str:
+    attention = dense.attention
+    if attention.qkv_bias != attention.output_bias:
         return "its attention has biases on q, k, v and o or on none"
-    if traits.qk_norm:
+    if attention.qk_norm:
         return "its attention has no q/k norm"
-    if traits.sliding_window:
+    if attention.sliding_window:
         return "it has no sliding window"
-    if not has_default_head_dim(config):
+    if not attention.has_default_head_dim:
         return "its head size is always hidden size / heads"
     return ""
 
 
-def config(dense: Any, traits: Traits, layout: Layout, width: int) -> dict[str, Any]:
+def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:
     return {
         **carried(dense),
-        "attention_bias": traits.qkv_bias,
-        "attention_multiplier": head_dim(dense) ** -0.5,
-        "embedding_multiplier": 1.0,
-        "residual_multiplier": 1.0,
-        "logits_scaling": 1.0,
+        "attention_bias": dense.attention.qkv_bias,
+        "attention_multiplier": getattr(dense.config, "attention_multiplier", dense.attention.head_dim**-0.5),
+        "embedding_multiplier": getattr(dense.config, "embedding_multiplier", 1.0),
+        "residual_multiplier": getattr(dense.config, "residual_multiplier", 1.0),
+        "logits_scaling": getattr(dense.config, "logits_scaling", 1.0),
         "intermediate_size": width,
         "shared_intermediate_size": layout.num_shared * width,
         "num_local_experts": layout.num_routed,
@@ -57,10 +60,11 @@ def ffn_tensors(prefix: str, ffn: SplitFFN) -> dict[str, Tensor]:
 TARGET = Target(
     model_type="granitemoeshared",
     architecture="GraniteMoeSharedForCausalLM",
+    preference=1,
     holds_shared=True,
     engines=("vLLM", "SGLang", "llama.cpp"),
     mixings=("hard", "softmax", "soft"),
-    refuse=refuse,
+    explain=explain,
     config=config,
     routed_fold=lambda layout: layout.num_routed_active,
     ffn_tensors=ffn_tensors,

@@ -4,27 +4,29 @@ from typing import Any
 
 from torch import Tensor
 
-from moeify.families import Traits
+from moeify.experts.slices import SplitFFN
+from moeify.models.dense import DenseModel
 from moeify.plan import Layout
-from moeify.targets import Modules, SplitFFN, Target, carried, head_dim
+from moeify.targets import Modules, Target, carried
 from moeify.targets._layout import expert_tensors
 
 
-def refuse(traits: Traits, config: Any, layout: Layout) -> str:
-    if traits.qkv_bias or traits.output_bias:
+def explain(dense: DenseModel) -> str:
+    attention = dense.attention
+    if attention.qkv_bias or attention.output_bias:
         return "its attention has no biases"
-    if traits.qk_norm:
+    if attention.qk_norm:
         return "its attention has no q/k norm"
-    if traits.sliding_window and not traits.slides_everywhere:
+    if attention.sliding_window and not attention.slides_everywhere:
         return "its sliding window covers all layers or none"
     return ""
 
 
-def config(dense: Any, traits: Traits, layout: Layout, width: int) -> dict[str, Any]:
+def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:
     return {
         **carried(dense),
-        "head_dim": head_dim(dense),
-        "sliding_window": traits.sliding_window,
+        "head_dim": dense.attention.head_dim,
+        "sliding_window": dense.attention.sliding_window,
         "intermediate_size": width,
         "num_local_experts": layout.num_routed,
         "num_experts_per_tok": layout.num_routed_active,
@@ -42,10 +44,11 @@ def ffn_tensors(prefix: str, ffn: SplitFFN) -> dict[str, Tensor]:
 TARGET = Target(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
+    preference=5,
     holds_shared=False,
     engines=("vLLM", "SGLang", "llama.cpp"),
     mixings=("hard", "softmax", "soft"),
-    refuse=refuse,
+    explain=explain,
     config=config,
     routed_fold=lambda layout: layout.num_routed_active,
     ffn_tensors=ffn_tensors,

@@ -8,33 +8,37 @@ from typing import Any
 
 from torch import Tensor
 
-from moeify.families import Traits
+from moeify.experts.slices import SplitFFN
+from moeify.models.dense import DenseModel
 from moeify.plan import Layout
-from moeify.targets import Modules, SplitFFN, Target, carried, has_default_head_dim, head_dim
+from moeify.targets import Modules, Target, carried
 from moeify.targets._layout import expert_tensors, shared_tensors
 
 
-def refuse(traits: Traits, config: Any, layout: Layout) -> str:
-    if traits.output_bias:
+def refuse(dense: DenseModel, layout: Layout) -> str:
+    return "" if layout.num_shared else "it always has a shared expert"
+
+
+def explain(dense: DenseModel) -> str:
+    attention = dense.attention
+    if attention.output_bias:
         return "its attention has no bias on o"
-    if traits.qk_norm:
+    if attention.qk_norm:
         return "its attention has no q/k norm"
-    if traits.sliding_window:
+    if attention.sliding_window:
         return "its sliding window follows another rule than the dense family's"
-    if not has_default_head_dim(config):
+    if not attention.has_default_head_dim:
         return "its head size is always hidden size / heads"
-    if not layout.num_shared:
-        return "it always has a shared expert"
     return ""
 
 
-def config(dense: Any, traits: Traits, layout: Layout, width: int) -> dict[str, Any]:
+def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:
     return {
         **carried(dense),
         # Older vLLM always expects these biases, so a model without them gets zeros.
         "qkv_bias": True,
         "use_sliding_window": False,
-        "intermediate_size": dense.intermediate_size,
+        "intermediate_size": dense.num_neurons,
         "moe_intermediate_size": width,
         "shared_expert_intermediate_size": layout.num_shared * width,
         "num_experts": layout.num_routed,
@@ -55,22 +59,24 @@ def ffn_tensors(prefix: str, ffn: SplitFFN) -> dict[str, Tensor]:
     }
 
 
-def extra_tensors(prefix: str, dense: Any, traits: Traits) -> dict[str, tuple[int, ...]]:
-    if traits.qkv_bias:
+def extra_tensors(prefix: str, dense: DenseModel) -> dict[str, tuple[int, ...]]:
+    if dense.attention.qkv_bias:
         return {}
-    kv = dense.num_key_value_heads * head_dim(dense)
-    sizes = {"q": dense.num_attention_heads * head_dim(dense), "k": kv, "v": kv}
+    keys = dense.config.num_key_value_heads * dense.attention.head_dim
+    sizes = {"q": dense.config.num_attention_heads * dense.attention.head_dim, "k": keys, "v": keys}
     return {f"{prefix}.self_attn.{name}_proj.bias": (size,) for name, size in sizes.items()}
 
 
 TARGET = Target(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
+    preference=2,
     holds_shared=True,
     engines=("vLLM", "SGLang", "llama.cpp"),
     engines_with_dense=("vLLM", "SGLang"),
     mixings=("hard", "soft"),
     refuse=refuse,
+    explain=explain,
     config=config,
     routed_fold=lambda layout: layout.num_routed,
     shared_fold=2.0,

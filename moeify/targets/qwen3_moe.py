@@ -4,30 +4,32 @@ from typing import Any
 
 from torch import Tensor
 
-from moeify.families import Traits
+from moeify.experts.slices import SplitFFN
+from moeify.models.dense import DenseModel
 from moeify.plan import Layout
-from moeify.targets import Modules, SplitFFN, Target, carried, head_dim
+from moeify.targets import Modules, Target, carried
 from moeify.targets._layout import expert_tensors
 
 
-def refuse(traits: Traits, config: Any, layout: Layout) -> str:
-    if not traits.qk_norm:
+def explain(dense: DenseModel) -> str:
+    attention = dense.attention
+    if not attention.qk_norm:
         return "its attention always has a q/k norm"
-    if traits.qkv_bias != traits.output_bias:
+    if attention.qkv_bias != attention.output_bias:
         return "its attention has biases on q, k, v and o or on none"
-    if traits.sliding_window and not traits.slides_everywhere:
+    if attention.sliding_window and not attention.slides_everywhere:
         return "its sliding window covers all layers or none"
     return ""
 
 
-def config(dense: Any, traits: Traits, layout: Layout, width: int) -> dict[str, Any]:
+def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:
     return {
         **carried(dense),
-        "head_dim": head_dim(dense),
-        "attention_bias": traits.qkv_bias,
-        "use_sliding_window": traits.sliding_window is not None,
-        "sliding_window": traits.sliding_window,
-        "intermediate_size": dense.intermediate_size,
+        "head_dim": dense.attention.head_dim,
+        "attention_bias": dense.attention.qkv_bias,
+        "use_sliding_window": dense.attention.sliding_window is not None,
+        "sliding_window": dense.attention.sliding_window,
+        "intermediate_size": dense.num_neurons,
         "moe_intermediate_size": width,
         "num_experts": layout.num_routed,
         "num_experts_per_tok": layout.num_routed_active,
@@ -45,11 +47,12 @@ def ffn_tensors(prefix: str, ffn: SplitFFN) -> dict[str, Tensor]:
 TARGET = Target(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
+    preference=4,
     holds_shared=False,
     engines=("vLLM", "SGLang", "llama.cpp"),
     engines_with_dense=("vLLM", "SGLang"),
     mixings=("hard", "softmax", "soft"),
-    refuse=refuse,
+    explain=explain,
     config=config,
     routed_fold=lambda layout: layout.num_routed_active,
     ffn_tensors=ffn_tensors,

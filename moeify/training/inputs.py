@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moeify.data.documents import read_documents
 from moeify.data.text import calibration_blocks, evaluation_tokens, sample_from_model
 from moeify.errors import InputError, UsageError
-from moeify.models.dense import DenseCheckpoint, find_shards, fingerprint, load_config, locate, open_dense
+from moeify.models.dense import DenseModel, find_shards, fingerprint, load_config, locate, open_dense
 from moeify.options import Track
 from moeify.plan import PLAN_FILE, SplitPlan, load_plan
 from moeify.training.model import check_stages
@@ -43,7 +43,7 @@ class Inputs:
     path: Path
     plan: SplitPlan | None
     fingerprint: str
-    teacher: DenseCheckpoint
+    teacher: DenseModel
     ids_BC: Tensor
     eval_BC: Tensor
     provenance: dict[str, Any]
@@ -111,7 +111,7 @@ def _check_device(options: FinetuneOptions) -> None:
         raise UsageError("no CUDA device here", "--device cpu")
 
 
-def _check_alike(name: str, tokenizer: Any, config: Any, teacher: DenseCheckpoint, data: tuple[str, ...]) -> None:
+def _check_alike(name: str, tokenizer: Any, config: Any, teacher: DenseModel, data: tuple[str, ...]) -> None:
     """Raise InputError unless both models read the text as the same tokens."""
     if not data:
         raise UsageError("no text was given", "--data builtin")

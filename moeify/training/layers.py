@@ -21,15 +21,14 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from moeify.calibration.activations import CLIP_NORM, Activations
-from moeify.calibration.stream import HiddenStream
+from moeify.calibration.stream import HiddenStream, Sites
 from moeify.convert.refit import HELD_OUT_SHARE, refit
 from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
-from moeify.export.in_memory import ffn_modules, folds, split_ffn
-from moeify.models.dense import DenseCheckpoint
-from moeify.models.ffn import FFNWeights
+from moeify.export.in_memory import folds, sites_of, split_ffn
+from moeify.models.dense import DenseModel
+from moeify.models.ffn import FFNWeights, joined, pack, unpack
 from moeify.plan import Layout
-from moeify.targets import Modules
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
 
@@ -70,7 +69,7 @@ class LayerFFN:
     def __call__(self, inputs_TD: Tensor) -> Tensor:
         """outputs_TD."""
         chunks = self.activations(inputs_TD).chunks()
-        return torch.cat([hidden_TF @ self.ffn.down_DF.T for _, hidden_TF in chunks])
+        return self.ffn.with_bias(torch.cat([hidden_TF @ self.ffn.down_DF.T for _, hidden_TF in chunks]))
 
 
 @dataclass(frozen=True)
@@ -91,15 +90,14 @@ class _Loaded:
     """A loaded stock model as `HiddenStream` wants it."""
 
     def __init__(self, model: Any) -> None:
-        self.skeleton, self.config = model, model.config
-        self.ties_embeddings = bool(model.config.tie_word_embeddings)
+        self.skeleton, self.tied = model, dict(model.all_tied_weights_keys)
         self._tensors = model.state_dict()
 
     def get(self, names: Any) -> dict[str, Tensor]:
         return {name: self._tensors[name] for name in names}
 
 
-def check_shapes(student: Student, teacher: DenseCheckpoint) -> None:
+def check_shapes(student: Student, teacher: DenseModel) -> None:
     """Raise InputError unless the teacher's layers can stand beside the student's."""
     mine, its = student.model.config, teacher.config
     for what, name in (("layers", "num_hidden_layers"), ("a hidden size of", "hidden_size")):
@@ -111,7 +109,7 @@ def check_shapes(student: Student, teacher: DenseCheckpoint) -> None:
 
 
 def fit_layers(
-    student: Student, teacher: DenseCheckpoint, ids_BC: Tensor, options: FinetuneOptions
+    student: Student, teacher: DenseModel, ids_BC: Tensor, options: FinetuneOptions
 ) -> Iterator[LayerResult]:
     """Yield every layer in order, with what it became under the names it has in memory.
 
@@ -122,16 +120,17 @@ def fit_layers(
         options: rates, seed and device.
     """
     assert student.plan is not None
-    modules = student.target.modules if student.target else Modules(experts="", router="")
-    stream = HiddenStream(_Loaded(student.model), ids_BC, options.device, ffn_modules=ffn_modules(modules))
+    family = teacher.family
+    sites = sites_of(student.target) if student.target else Sites(family.blocks, family.read, family.write)
+    stream = HiddenStream(_Loaded(student.model), sites, ids_BC, options.device)
     for layer in range(teacher.num_layers):
         inputs_TD = stream.attend(layer)
-        dense = _dense_ffn(teacher, layer, options.device)
-        mine = _student_ffn(student, layer, options.device)
+        dense = teacher.ffn(layer).map(lambda tensor: tensor.to(options.device, torch.float32))
+        current = _student_ffn(student, teacher, layer, options.device)
         if layer in student.plan.layout.dense_layers:
-            stream.advance(mine(inputs_TD))
+            stream.advance(current(inputs_TD))
             continue
-        fitted, before, after = _fit(mine, inputs_TD, dense(inputs_TD), options, seed=options.seed + layer)
+        fitted, before, after = _fit(current, inputs_TD, dense(inputs_TD), options, seed=options.seed + layer)
         stream.advance(fitted(inputs_TD))
         yield LayerResult(layer, _stored(student, layer, fitted), before, after)
 
@@ -161,9 +160,8 @@ def _fit(
             )
         # On the tokens before the boundary alone, so that the held-out ones judge what they did not make.
         fit = slice(0, boundary)
-        solved = refit(
-            candidate.activations(inputs_TD[fit]), wanted_TD[fit], candidate.ffn.down_DF, weight_T[fit], seed=seed
-        )
+        goal_TD = wanted_TD[fit] if ffn.ffn.down_bias_D is None else wanted_TD[fit] - ffn.ffn.down_bias_D
+        solved = refit(candidate.activations(inputs_TD[fit]), goal_TD, candidate.ffn.down_DF, weight_T[fit], seed=seed)
         candidate = replace(candidate, ffn=replace(candidate.ffn, down_DF=solved.down_DF))
         found = error(candidate)
         if found >= lowest:
@@ -243,38 +241,27 @@ def _boundary(values_TR: Tensor, chosen: int) -> Tensor:
     return ordered_TR[:, chosen - 1 : min(chosen + 1, ordered_TR.shape[1])].mean(dim=1, keepdim=True)
 
 
-def _dense_ffn(teacher: DenseCheckpoint, layer: int, device: str) -> FFNWeights:
-    gate_FD, up_FD, down_DF = (weight.to(device, torch.float32) for weight in teacher.ffn(layer))
-    return FFNWeights(layer, gate_FD, up_FD, down_DF, teacher.config.hidden_act)
-
-
-def _student_ffn(student: Student, layer: int, device: str) -> LayerFFN:
-    plan, block = student.plan, student.model.model.layers[layer]
-    assert plan is not None
-    mixing, activation = Mixing.of(plan.options), student.model.config.hidden_act
+def _student_ffn(student: Student, teacher: DenseModel, layer: int, device: str) -> LayerFFN:
+    assert student.plan is not None
+    plan, prefix, mixing = student.plan, f"{student.blocks}.{layer}", Mixing.of(student.plan.options)
+    block = student.model.get_submodule(prefix)
     if student.target is None or layer in plan.layout.dense_layers:
-        weights = (block.mlp.gate_proj.weight, block.mlp.up_proj.weight, block.mlp.down_proj.weight)
-        gate_FD, up_FD, down_DF = (weight.detach().to(device, torch.float32) for weight in weights)
-        return LayerFFN(FFNWeights(layer, gate_FD, up_FD, down_DF, activation), plan.layout, mixing, None)
-    parts = split_ffn(block, student.target.modules)
+        tensors = {f"{prefix}.{name}": parameter.detach() for name, parameter in block.named_parameters()}
+        ffn = unpack(student.dense_ffn, prefix, tensors, layer, teacher.activation)
+        return LayerFFN(ffn.map(lambda tensor: tensor.to(device, torch.float32)), plan.layout, mixing, None)
+    experts = split_ffn(block, student.target.modules, layer, teacher.activation)
     shared_fold, routed_fold = folds(plan, student.target)
-    ffn = FFNWeights(
-        layer,
-        torch.cat([parts.gate_sD, parts.gate_RfD.flatten(0, 1)]).to(device, torch.float32),
-        torch.cat([parts.up_sD, parts.up_RfD.flatten(0, 1)]).to(device, torch.float32),
-        torch.cat([parts.down_Ds / shared_fold, parts.down_RDf.transpose(0, 1).flatten(1) / routed_fold], dim=1)
-        .contiguous()
-        .to(device, torch.float32),
-        activation,
-    )
-    return LayerFFN(ffn, plan.layout, mixing, parts.router_RD.to(device, torch.float32) / student.scale)
+    experts = experts.folded(shared=1 / shared_fold, routed=1 / routed_fold, router=1 / student.scale)
+    ffn = joined(experts.shared, experts.routed).map(lambda tensor: tensor.to(device, torch.float32))
+    return LayerFFN(ffn, plan.layout, mixing, experts.router_RD.to(device, torch.float32))
 
 
 def _stored(student: Student, layer: int, fitted: LayerFFN) -> dict[str, Tensor]:
     """down_proj, folded, and the router, scaled, under the names they have in the loaded model."""
-    prefix, down_DF = f"model.layers.{layer}", fitted.ffn.down_DF.cpu()
+    prefix, down_DF = f"{student.blocks}.{layer}", fitted.ffn.down_DF.cpu()
     if student.target is None or fitted.router_RD is None:
-        return {f"{prefix}.mlp.down_proj.weight": down_DF.contiguous()}
+        name = f"{prefix}.{student.dense_ffn.down}.weight"
+        return {name: pack(student.dense_ffn, prefix, fitted.ffn)[name].cpu().contiguous()}
     assert student.plan is not None
     modules, num_routed = student.target.modules, fitted.layout.num_routed
     shared_fold, routed_fold = folds(student.plan, student.target)

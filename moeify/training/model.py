@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeify import targets
+from moeify import families, targets
 from moeify.check.evaluate import load
 from moeify.errors import InputError, UsageError
-from moeify.export.in_memory import cut_layers, router_scale
+from moeify.experts.mixing import Mixing
+from moeify.export.in_memory import cut_layers
+from moeify.export.writer import router_scale
+from moeify.families import FFNFormat
 from moeify.plan import SplitPlan
 from moeify.targets import Target
 from moeify.training.options import FinetuneOptions, Stage
@@ -47,9 +50,19 @@ class Student:
         student = cls(path, model, plan, target)
         if target is not None:
             student.routers = [
-                model.model.layers[layer].get_submodule(target.modules.router) for layer in student.cut_layers
+                model.get_submodule(f"{target.block(layer)}.{target.modules.router}") for layer in student.cut_layers
             ]
         return student
+
+    @property
+    def blocks(self) -> str:
+        """The list of blocks, by its name in the model."""
+        return families.find(self.model.config.model_type).blocks if self.target is None else self.target.blocks
+
+    @property
+    def dense_ffn(self) -> FFNFormat:
+        """How FFNs lie that are not cut into experts."""
+        return families.find(self.model.config.model_type).ffn if self.target is None else self.target.dense_ffn
 
     @property
     def cut_layers(self) -> list[int]:
@@ -61,7 +74,7 @@ class Student:
     @property
     def scale(self) -> float:
         """Of stored router scores."""
-        return 1.0 if self.plan is None else router_scale(self.plan)
+        return 1.0 if self.plan is None else router_scale(Mixing.of(self.plan.options))
 
     @property
     def has_selection_bias(self) -> bool:
@@ -139,18 +152,16 @@ def _inject_lora(student: Student, options: FinetuneOptions) -> Any:
         from peft.tuners.lora import LoraModel
     except ImportError as error:
         raise UsageError("--stage lora needs the peft package", "pip install 'moeify[train]'") from error
-    layers = student.model.get_submodule("model.layers")
+    blocks = student.blocks
     names = [
-        f"model.layers.{name}"
-        for name, module in layers.named_modules()
+        f"{blocks}.{name}"
+        for name, module in student.model.get_submodule(blocks).named_modules()
         # A gate of one output has no rank to speak of.
         if isinstance(module, nn.Linear) and module.out_features > 1
     ]
     experts = "" if student.target is None else student.target.modules.experts
     parameters = [
-        f"model.layers.{layer}.{experts}.{part}"
-        for layer in student.cut_layers
-        for part in ("gate_up_proj", "down_proj")
+        f"{blocks}.{layer}.{experts}.{part}" for layer in student.cut_layers for part in ("gate_up_proj", "down_proj")
     ]
     torch.manual_seed(options.seed)
     config = LoraConfig(

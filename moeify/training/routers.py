@@ -39,7 +39,7 @@ class RouterWatch:
             # After the notes, which are of what the router itself gives.
             for number, router in enumerate(student.routers):
                 handles += explorer.attach(number, router)
-        for number, layer in enumerate(student.model.model.layers):
+        for number, layer in enumerate(student.model.get_submodule(student.blocks)):
             handles.append(layer.register_forward_hook(self._layer_hook(number)))
         self._handles = handles
 

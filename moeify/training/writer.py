@@ -1,6 +1,7 @@
 """From a trained student to a checkpoint with the names, types and shards of the one it came from."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def _trained_plan(student: Student, plan: SplitPlan, options: FinetuneOptions, d
     layers = list(plan.layers)
     if student.target is not None:
         for layer in student.cut_layers:
-            block = student.model.model.layers[layer]
+            block = student.model.get_submodule(student.target.block(layer))
             stored_RD: Tensor = moe_parameters(block, student.target.modules)["router"].detach().to(dtype)
             layers[layer] = replace(layers[layer], router_RD=_unscaled(stored_RD, student.scale))
     return replace(plan, layers=tuple(layers), trained=(*plan.trained, *options.stage))
@@ -75,8 +76,9 @@ def _unscaled(stored_RD: Tensor, scale: float) -> Tensor:
     return router_RD if torch.equal(router_RD * scale, stored_RD) else stored_RD.double() / scale
 
 
-def _dtype(shards: dict[str, Path]) -> torch.dtype:
-    name = "model.embed_tokens.weight"
+def _dtype(shards: Mapping[str, Path]) -> torch.dtype:
+    """Of the weights: every tensor but a few constants has it."""
+    name = next(name for name in sorted(shards) if name.endswith(".weight"))
     with safe_open(shards[name], framework="pt") as reader:
         return FLOAT_DTYPES[reader.get_slice(name).get_dtype()]
 

@@ -1,0 +1,268 @@
+"""Whether a target computes the same function as a dense model: a toy twin of the model is converted and compared.
+
+The twin has the model's very config, but for its sizes, and random weights; norms and biases are far from trivial. It
+is cut into experts, written under the target's names, loaded by stock transformers with every expert on, and its logits
+are compared with those of the dense twin. That takes a fraction of a second, reads no weight of the model, and knows
+what no list of traits does: a norm that adds one to its weight, a factor on residuals, a rotation of other pairs.
+
+Legend: L layers, D hidden size, C tokens.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import logging
+
+from moeify import families, targets
+from moeify.errors import InputError
+from moeify.experts.slices import SplitFFN, slice_experts
+from moeify.export.writer import MoEWriter
+from moeify.families import Family
+from moeify.models.dense import DenseModel
+from moeify.options import Style
+from moeify.plan import SHARED, LayerPlan, Layout
+from moeify.targets import Target
+
+# Largest difference of a logit relative to the largest logit. Exact twins stay under 1e-6, wrong ones exceed 1e-2.
+TOLERANCE = 1e-4
+NUM_EXPERTS = 4
+# At most so many layers; every kind of layer that the config lists is among them.
+MAX_LAYERS = 4
+# Long enough to tell rotations of low frequency apart.
+CONTEXT = 256
+WINDOW = 32
+# As small as trained embeddings, so that a wrong epsilon in a norm shows.
+EMBEDDING_SCALE = 0.02
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """Whether a target represents a model exactly.
+
+    Args:
+        exact: with every expert on, it computes the same function.
+        reason: why not, or "".
+        difference: of the twins' logits, relative to the largest; None if the target was ruled out before, or cannot
+            be loaded.
+    """
+
+    exact: bool
+    reason: str = ""
+    difference: float | None = None
+
+
+def check_target(target: Target, dense: DenseModel, layout: Layout, style: Style = "hard") -> Exactness:
+    """Whether `target` represents the model exactly in this layout; from its config alone."""
+    reason = targets.refusal(target, dense, layout, style)
+    if reason:
+        return Exactness(False, reason)
+    config = json.dumps(twin_values(dense.config, dense.family), sort_keys=True, default=str)
+    found = _compare(target.model_type, config, _twin_layout(layout))
+    if found.exact:
+        return found
+    words = target.explain(dense)
+    return Exactness(False, f"{words} ({found.reason})" if words else found.reason, found.difference)
+
+
+def choose_target(
+    dense: DenseModel, resolve: Callable[[bool], Layout], style: Style = "hard"
+) -> tuple[Target, Layout, str]:
+    """The preferred target that represents the model exactly, its layout, and why it was taken.
+
+    Args:
+        dense: the model.
+        resolve: gives the layout for a target with (True) or without (False) shared experts.
+        style: how the experts' outputs are weighted.
+
+    Raises:
+        InputError: there is none; the message gives each target's reason.
+    """
+    reasons: list[str] = []
+    candidates = [targets.find(name) for name in targets.names()]
+    for target in sorted(candidates, key=lambda target: not target.holds_shared):
+        layout = resolve(target.holds_shared)
+        exactness = check_target(target, dense, layout, style)
+        if exactness.exact:
+            engines = target.engines_with_dense if layout.dense_layers else target.engines
+            shared = f"{'with' if layout.num_shared else 'without'} shared experts"
+            why = f"represents the model exactly, {shared}; known to {', '.join(('transformers', *engines))}"
+            return target, layout, why + (f" ({'; '.join(reasons)})" if reasons else "")
+        reasons.append(f"{target.model_type}: {exactness.reason}")
+    raise InputError("no target represents this model exactly: " + "; ".join(reasons), "see `moeify inspect`")
+
+
+def twin_values(config: Any, family: Family) -> dict[str, Any]:
+    """Config values of the twin: the model's own, with the sizes of a tiny one.
+
+    Args:
+        config: the dense model's.
+        family: names the sizes.
+    """
+    values: dict[str, Any] = config.to_dict()
+    heads, keys = int(config.num_attention_heads), int(getattr(config, "num_key_value_heads", 0) or 0)
+    # Relations between sizes that an architecture may rely on stay what they are.
+    sizes = {
+        **families.TINY,
+        family.width: families.TINY["intermediate_size"],
+        "num_key_value_heads": {heads: 4, 1: 1}.get(keys, 2),
+        "pad_token_id": None if config.pad_token_id is None else 0,
+    }
+    if getattr(config, "head_dim", None) is not None:
+        default = int(config.head_dim) * heads == int(config.hidden_size)
+        sizes["head_dim"] = 8 if default else 16
+    if getattr(config, "sliding_window", None) is not None:
+        sizes["sliding_window"] = WINDOW
+    sizes["max_position_embeddings"] = max(CONTEXT, int(config.max_position_embeddings))
+    for name, size in sizes.items():
+        if hasattr(config, name):
+            values[config.attribute_map.get(name, name)] = size
+    layers = int(config.num_hidden_layers)
+    listed = {name: value for name, value in values.items() if isinstance(value, list | tuple) and len(value) == layers}
+    kept = _kinds(listed, layers)
+    values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(kept)
+    values |= {name: [value[layer] for layer in kept] for name, value in listed.items()}
+    _shorten_rotation(values, sizes.get("head_dim", 8))
+    return values
+
+
+def _kinds(listed: Mapping[str, Any], num_layers: int) -> list[int]:
+    """Layers that the twin keeps: the first of every kind, and at least two."""
+    first: dict[str, int] = {}
+    for layer in range(num_layers):
+        first.setdefault(repr([value[layer] for value in listed.values()]), layer)
+    kept = sorted(first.values())[:MAX_LAYERS]
+    further = [layer for layer in range(num_layers) if layer not in kept]
+    return sorted([*kept, *further[: max(0, 2 - len(kept))]])
+
+
+def _shorten_rotation(values: dict[str, Any], head_dim: int) -> None:
+    """Factors of single frequencies, in place: as many as the twin's heads have."""
+    rope = values.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    pairs = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+    for name in ("short_factor", "long_factor"):
+        if name in rope:
+            values["rope_parameters"] = rope = {**rope, name: rope[name][:pairs]}
+
+
+def _twin_layout(layout: Layout) -> Layout:
+    """Every expert on; shared experts and dense layers where the layout has them."""
+    leading = layout.dense_layers == tuple(range(len(layout.dense_layers)))
+    dense_layers = ((0,) if leading else (1,)) if layout.dense_layers else ()
+    return Layout(NUM_EXPERTS, min(1, layout.num_shared), NUM_EXPERTS, dense_layers)
+
+
+@dataclass(frozen=True)
+class Twin(DenseModel):
+    """A small dense model in memory."""
+
+    tensors: Mapping[str, Tensor]
+
+    def get(self, names: Any) -> dict[str, Tensor]:
+        return {name: self.tensors[name] for name in names}
+
+
+def make_twin(values: Mapping[str, Any]) -> Twin:
+    """A dense model of these config values with random weights, the same ones every time."""
+    rest = {name: value for name, value in values.items() if name != "model_type"}
+    config = AutoConfig.for_model(values["model_type"], **rest)
+    family = families.find(values["model_type"])
+    empty = Twin("twin", Path(), config, family, {}, {})
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for name, shape in empty.shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) > 1:
+            small = "embed" in name or ".wte." in name or ".wpe." in name
+            tensors[name] = noise * (EMBEDDING_SCALE if small else shape[-1] ** -0.5)
+        else:
+            tensors[name] = 1 + 0.1 * noise if name.endswith("weight") else 0.3 * noise
+    return Twin("twin", Path(), config, family, {}, tensors)
+
+
+@lru_cache(maxsize=256)
+def _compare(target_name: str, config: str, layout: Layout) -> Exactness:
+    """Convert the twin of this config and compare logits."""
+    twin, target = make_twin(json.loads(config)), targets.find(target_name)
+
+    def experts_of(layer: int) -> SplitFFN:
+        return slice_experts(twin.ffn(layer), _scattered(layer, twin, layout), layout)
+
+    try:
+        writer = MoEWriter(twin, target, layout, torch.float32)
+        converted = writer.values(list(writer.shapes()), experts_of)
+        ids_1C = torch.randint(3, int(twin.config.vocab_size), (1, CONTEXT), generator=torch.Generator().manual_seed(1))
+        logits_1CV, wrong = _logits(writer.config(), converted, ids_1C)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+        # Whatever stops a conversion that nobody has seen before is the reason why it is not done.
+        return Exactness(False, f"transformers cannot make one of its config: {str(error).splitlines()[0]:.160}")
+    if wrong:
+        return Exactness(False, wrong)
+    dense_1CV, wrong = _logits(twin.config, twin.tensors, ids_1C)
+    assert not wrong, wrong
+    difference = float((logits_1CV - dense_1CV).abs().max() / dense_1CV.abs().max())
+    if difference <= TOLERANCE:
+        return Exactness(True, "", difference)
+    return Exactness(False, f"a toy twin's logits differ by {difference:.2g} of the largest", difference)
+
+
+def _scattered(layer: int, twin: Twin, layout: Layout) -> LayerPlan:
+    """Neurons dealt out at random; a router of zeros, which gives every expert the architecture's constant weight."""
+    if layer in layout.dense_layers:
+        return LayerPlan(layer, torch.full((twin.num_neurons,), SHARED, dtype=torch.int16), None)
+    shuffled_F = torch.randperm(twin.num_neurons, generator=torch.Generator().manual_seed(layer))
+    labels_F = (shuffled_F % layout.num_experts - layout.num_shared).clamp(min=SHARED).to(torch.int16)
+    return LayerPlan(layer, labels_F, torch.zeros(layout.num_routed, twin.hidden_size))
+
+
+@torch.no_grad()
+def _logits(config: Any, tensors: Mapping[str, Tensor], ids_1C: Tensor) -> tuple[Tensor, str]:
+    """Logits of the stock model with these tensors, and in words the first tensor that does not belong to it."""
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    with _silence():
+        loaded: Any = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(tensors),
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    model, info = loaded
+    for kind, words in (
+        ("unexpected_keys", "has no place for"),
+        ("missing_keys", "also needs"),
+        ("mismatched_keys", "has another shape of"),
+    ):
+        if names := sorted(map(str, info[kind])):
+            return torch.empty(0), f"{words} {names[0]}"
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    logits_1CV: Tensor = model.eval()(input_ids=ids_1C, use_cache=False).logits
+    if not math.isfinite(float(logits_1CV.abs().max())):
+        return logits_1CV, "a toy twin's logits are not finite"
+    return logits_1CV, ""
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keys that do not fit are read from the loader's report; its table of them is not for the user."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()

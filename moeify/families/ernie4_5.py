@@ -1,0 +1,5 @@
+"""Ernie 4.5: llama whose rotary attention turns neighbouring pairs."""
+
+from moeify.families import Family
+
+FAMILY = Family("ernie4_5", tiny={"head_dim": 8})

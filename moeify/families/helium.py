@@ -1,0 +1,5 @@
+"""Helium: llama whose rotary attention turns neighbouring pairs."""
+
+from moeify.families import Family
+
+FAMILY = Family("helium", tiny={"head_dim": 8})

@@ -1,0 +1,5 @@
+"""Seed-OSS: llama with biases on q, k and v."""
+
+from moeify.families import Family
+
+FAMILY = Family("seed_oss", tiny={"head_dim": 8})
