@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from moeify.convert.pipeline import split
 from moeify.convert.prepare import calibration_text, prepare
+from moeify.models.dense import open_dense
 from moeify.options import SplitOptions
 
 STEPS = {
@@ -72,7 +73,7 @@ if __name__ == "__main__":
     path, text = sys.argv[1:3]
     repeats = int(sys.argv[3]) if len(sys.argv) > 3 else 3
     asked = SplitOptions(experts=int(sys.argv[4]) if len(sys.argv) > 4 else 8, calibration=(text,))
-    prepared = prepare(path, asked)
+    prepared = prepare(open_dense(path), asked)
     ids = calibration_text(prepared).ids_BC
     dense = AutoModelForCausalLM.from_pretrained(prepared.dense.path, dtype=torch.float32).eval()
     forward_seconds(dense, ids[:4])

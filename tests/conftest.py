@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ from moeify.models.ffn import FFNWeights
 MakeDense = Callable[..., Path]
 
 CONTEXT = 64
-# Where transformers' defaults do not fit a hidden size of 32, or differ from the plain case of the family.
-DEFAULTS: Mapping[str, Mapping[str, Any]] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 8}}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -108,20 +106,18 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Make
         key = repr((family, seed, dtype, sorted(overrides.items())))
         if key not in made:
             folder = tmp_path_factory.mktemp(f"dense-{family}-")
+            found = families.find(family)
             values = {
+                **found.tiny_values,
                 "vocab_size": len(tokenizer),
-                "hidden_size": 32,
-                "intermediate_size": 64,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
                 "max_position_embeddings": CONTEXT,
                 "bos_token_id": tokenizer.bos_token_id,
                 "eos_token_id": tokenizer.eos_token_id,
-                "pad_token_id": None,
                 "tie_word_embeddings": True,
+                **overrides,
             }
-            config = AutoConfig.for_model(family, **{**values, **DEFAULTS.get(family, {}), **overrides})
+            values[found.width] = overrides.get("intermediate_size", 64)
+            config = AutoConfig.for_model(family, **values)
             model = AutoModelForCausalLM.from_config(config).eval()
             fill(model, seed)
             model.to(getattr(torch, dtype)).save_pretrained(folder)
@@ -148,10 +144,19 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return builtin_model(tmp_path_factory.mktemp("taught"), recipe=recipe)
 
 
+class DenseModels(dict[str, Path]):
+    """One plain model of a family, made when it is asked for."""
+
+    def __init__(self, make: MakeDense) -> None:
+        self._make = make
+
+    def __missing__(self, family: str) -> Path:
+        return self.setdefault(family, self._make(family))
+
+
 @pytest.fixture(scope="session")
 def dense_models(make_dense: MakeDense) -> dict[str, Path]:
-    """One plain model of every family moeify knows."""
-    return {family: make_dense(family) for family in families.names()}
+    return DenseModels(make_dense)
 
 
 @torch.no_grad()
@@ -164,7 +169,7 @@ def fill(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(1 + 0.1 * noise)
         elif parameter.ndim == 1:
             parameter.copy_(0.3 * noise)
-        elif "embed" in name or "lm_head" in name:
+        elif "embed" in name or "lm_head" in name or ".wte." in name or ".wpe." in name:
             parameter.copy_(0.5 * noise)
         else:
             parameter.copy_(noise / parameter.shape[1] ** 0.5)

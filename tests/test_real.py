@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moeify import targets
 from moeify.check.evaluate import evaluate
 from moeify.check.verify import verify
+from moeify.convert.exactness import check_target
 from moeify.convert.pipeline import split
 from moeify.kernels import register
 from moeify.models.dense import locate, open_dense
@@ -65,7 +66,7 @@ def fitting(dense: Path, experts: int, active: int) -> list[str]:
     for name in targets.names():
         target = targets.find(name)
         layout = resolve_layout(experts, None, active, holds_shared=target.holds_shared)
-        if not targets.refusal(target, opened.traits, opened.config, layout):
+        if check_target(target, opened, layout).exact:
             found.append(name)
     return found
 

@@ -1,47 +1,34 @@
 """Calibration hidden states walk through the model one block at a time; no more than one block is ever in memory.
 
-    stream = HiddenStream(model, sites, ids_BC)
+    stream = HiddenStream(model, ids_BC)
     for layer in range(num_layers):
         inputs_TD = stream.attend(layer)          # up to the FFN: what it would see
         stream.advance(converted_ffn(inputs_TD))  # the next block is calibrated on what this one really gives
 
 Everything but the FFN is done by the stock model's own modules, so nothing is assumed of embeddings, norms, residuals
 or heads. Where a block adds the FFN's output to its residual as it is, as llama does, attention runs once and `advance`
-is an addition; where it does not (a norm behind the FFN, a factor on it), the block runs again with the output in place.
+is an addition; where it does not (a norm behind the FFN, a factor on it), the block runs again with the output given.
 
 Legend: B blocks of C tokens, T = B * C tokens, D hidden size, V vocabulary.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from moeify.families import Sites
 from moeify.models.ffn import CHUNK_TOKENS
-
-
-@dataclass(frozen=True)
-class Sites:
-    """Where the FFNs of a model read and write.
-
-    Args:
-        blocks: name of the list of blocks.
-        read, write: modules of a block, see moeify.families.Family.
-        beside: modules of a block that belong to its FFN and get the same input as `read`; they give nothing.
-    """
-
-    blocks: str
-    read: str
-    write: str
-    beside: tuple[str, ...] = ()
 
 
 class Source(Protocol):
     """What a stream needs of a model: a DenseModel on disk, or one that is loaded."""
+
+    @property
+    def sites(self) -> Sites: ...
 
     @property
     def skeleton(self) -> Any: ...
@@ -61,7 +48,6 @@ class HiddenStream:
 
     Args:
         model: the model.
-        sites: where its FFNs read and write.
         ids_BC: int64 token ids, B blocks of C consecutive tokens.
         device: where the arithmetic runs.
         dtype: in which it runs; float32 unless there is a reason.
@@ -70,12 +56,11 @@ class HiddenStream:
     def __init__(
         self,
         model: Source,
-        sites: Sites,
         ids_BC: Tensor,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self._model, self._sites = model, sites
+        self._model, self._sites = model, model.sites
         self._device, self._dtype = torch.device(device), dtype
         self._num_blocks, self._context = ids_BC.shape
         self._hidden_BCD, self._arguments = self._enter(ids_BC)
@@ -112,7 +97,7 @@ class HiddenStream:
 
     @torch.no_grad()
     def behind(self, outputs_ED: Tensor, first: int) -> Tensor:
-        """Hidden states behind the block for the output of its FFN on some tokens; the stream stays where it is.
+        """Hidden states_BCD behind the block for the output of its FFN on some tokens; the stream stays where it is.
 
         Args:
             outputs_ED: for whole blocks of tokens.
@@ -135,11 +120,11 @@ class HiddenStream:
         """residual_TD, the stream as it is now."""
         return self._hidden_BCD.flatten(0, 1)
 
-    def fork(self, hidden_BCD: Tensor) -> "HiddenStream":
-        """Another stream at the same place of the model, of these blocks."""
+    def fork(self, residual_TD: Tensor) -> "HiddenStream":
+        """Another stream at the same place of the model: whole blocks, with this residual."""
         forked = copy.copy(self)
-        forked._hidden_BCD = hidden_BCD.clone()
-        forked._num_blocks = len(hidden_BCD)
+        forked._hidden_BCD = residual_TD.reshape(-1, self._context, residual_TD.shape[-1]).clone()
+        forked._num_blocks = len(forked._hidden_BCD)
         return forked
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 from moeify import partition, routers, targets
-from moeify.calibration.stream import HiddenStream, Sites
+from moeify.calibration.stream import HiddenStream
 from moeify.convert.estimate import Estimate, count_parameters, estimate
 from moeify.convert.exactness import check_target, choose_target
 from moeify.convert.layer import LayerFit
@@ -77,9 +77,7 @@ class Prepared:
 
     def stream(self, ids_BC: Tensor) -> HiddenStream:
         """Hidden states of a text, in front of the first block."""
-        family = self.dense.family
-        sites = Sites(family.blocks, family.read, family.write)
-        return HiddenStream(self.dense, sites, ids_BC, self.options.device)
+        return HiddenStream(self.dense, ids_BC, self.options.device)
 
 
 def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) -> Prepared:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeify.calibration.stream import Sites
 from moeify.experts.mixing import Mixing
 from moeify.experts.slices import SplitFFN
 from moeify.export.writer import routed_fold
+from moeify.families import Sites
 from moeify.models.ffn import FFNWeights
 from moeify.plan import Layout, SplitPlan
 from moeify.targets import Modules, Target

@@ -54,6 +54,22 @@ class FFNFormat:
 
 
 @dataclass(frozen=True)
+class Sites:
+    """Where the FFNs of a model read and write.
+
+    Args:
+        blocks: name of the list of blocks.
+        read, write: modules of a block, as in `Family`.
+        beside: modules of a block that belong to its FFN and get the same input as `read`; they give nothing.
+    """
+
+    blocks: str
+    read: str
+    write: str
+    beside: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """One dense architecture of transformers.
 
@@ -77,6 +93,10 @@ class Family:
     width: str = "intermediate_size"
     modality: Modality = "text"
     tiny: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sites(self) -> Sites:
+        return Sites(self.blocks, self.read, self.write)
 
     @property
     def tiny_values(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from moeify import families
 from moeify.cache import cache_dir, made_once
 from moeify.errors import InputError
-from moeify.families import Family
+from moeify.families import Family, Sites
 from moeify.models.attention import Attention, attention_of
 from moeify.models.ffn import FFNWeights, tensor_names, unpack
 from moeify.options import Track, untracked
@@ -71,6 +71,10 @@ class DenseModel:
     @property
     def activation(self) -> str:
         return str(getattr(self.config, self.family.activation))
+
+    @property
+    def sites(self) -> Sites:
+        return self.family.sites
 
     @cached_property
     def num_neurons(self) -> int:

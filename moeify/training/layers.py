@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from moeify.calibration.activations import CLIP_NORM, Activations
-from moeify.calibration.stream import HiddenStream, Sites
+from moeify.calibration.stream import HiddenStream
 from moeify.convert.refit import HELD_OUT_SHARE, refit
 from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
 from moeify.export.in_memory import folds, sites_of, split_ffn
+from moeify.families import Sites
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import FFNWeights, joined, pack, unpack
 from moeify.plan import Layout
@@ -89,8 +90,8 @@ class LayerResult:
 class _Loaded:
     """A loaded stock model as `HiddenStream` wants it."""
 
-    def __init__(self, model: Any) -> None:
-        self.skeleton, self.tied = model, dict(model.all_tied_weights_keys)
+    def __init__(self, model: Any, sites: Sites) -> None:
+        self.sites, self.skeleton, self.tied = sites, model, dict(model.all_tied_weights_keys)
         self._tensors = model.state_dict()
 
     def get(self, names: Any) -> dict[str, Tensor]:
@@ -120,9 +121,8 @@ def fit_layers(
         options: rates, seed and device.
     """
     assert student.plan is not None
-    family = teacher.family
-    sites = sites_of(student.target) if student.target else Sites(family.blocks, family.read, family.write)
-    stream = HiddenStream(_Loaded(student.model), sites, ids_BC, options.device)
+    sites = sites_of(student.target) if student.target else teacher.sites
+    stream = HiddenStream(_Loaded(student.model, sites), ids_BC, options.device)
     for layer in range(teacher.num_layers):
         inputs_TD = stream.attend(layer)
         dense = teacher.ffn(layer).map(lambda tensor: tensor.to(options.device, torch.float32))

@@ -13,7 +13,7 @@ from moeify import families
 from moeify.calibration import stream as calibration
 from moeify.calibration.stream import HiddenStream
 from moeify.models.dense import open_dense
-from moeify.models.ffn import FFNWeights
+from moeify.models.ffn import pack
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2-window": ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
     "qwen3": ("qwen3", {}),
     "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}),
+    **{family: (family, {}) for family in families.names() if family not in ("llama", "mistral", "qwen2", "qwen3")},
 }
 
 
@@ -34,8 +35,10 @@ def stock_ffn(folder: Path, ids_BC: torch.Tensor) -> list[tuple[torch.Tensor, to
     """Inputs and outputs of every FFN of the stock model."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    for layer in model.model.layers:
-        layer.mlp.register_forward_hook(
+    sites = families.find(model.config.model_type).sites
+    for block in model.get_submodule(sites.blocks):
+        assert sites.read == sites.write
+        block.get_submodule(sites.read).register_forward_hook(
             lambda _, inputs, output: seen.append((inputs[0].flatten(0, 1), output.flatten(0, 1)))
         )
     model(ids_BC)
@@ -61,6 +64,36 @@ def test_inputs_of_every_ffn_are_the_stock_models(case: str, make_dense: MakeDen
         assert found.dtype == torch.float32
         assert torch.equal(found, inputs_TD)
         stream.advance(outputs_TD)
+
+
+@pytest.mark.parametrize(
+    ("family", "adds_up"), [("llama", True), ("cohere", True), ("olmo2", False), ("granite", False)]
+)
+def test_attention_runs_once_only_where_the_output_is_added_as_it_is(
+    family: str, adds_up: bool, make_dense: MakeDense
+) -> None:
+    """A norm behind the FFN, or a factor on it, makes the block run again; logits are the stock model's all the same."""
+    folder, ids_BC = make_dense(family), ids(2, 32)
+    dense = open_dense(str(folder))
+    stream = HiddenStream(dense, ids_BC)
+    for layer in range(dense.num_layers):
+        outputs_TD = dense.ffn(layer)(stream.attend(layer))
+        assert stream.adds_up is adds_up
+        behind_BCD = stream.behind(outputs_TD[32:], 1)
+        stream.advance(outputs_TD)
+        assert torch.equal(behind_BCD[0], stream.residual()[32:])
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids_BC).logits
+    torch.testing.assert_close(torch.stack(list(stream.logits(range(2)))), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_an_ffn_of_every_family_is_packed_as_it_was_unpacked(family: str, make_dense: MakeDense) -> None:
+    dense = open_dense(str(make_dense(family)))
+    packed = pack(dense.family.ffn, dense.block(1), dense.ffn(1))
+    stored = dense.get(dense.ffn_names(1))
+    assert packed.keys() == stored.keys()
+    assert all(torch.equal(packed[name], stored[name]) for name in stored)
 
 
 def test_a_window_is_felt(make_dense: MakeDense) -> None:
@@ -124,7 +157,7 @@ def test_dense_ffns_give_the_stock_models_logits_and_losses(tied: bool, make_den
     checkpoint = open_dense(str(folder))
     stream = HiddenStream(checkpoint, ids_BC)
     for layer in range(3):
-        ffn = FFNWeights(layer, *checkpoint.ffn(layer), checkpoint.config.hidden_act)
+        ffn = checkpoint.ffn(layer)
         residual_TD = stream.pass_through(layer, ffn)
         assert torch.equal(residual_TD, stream.residual())
     with torch.no_grad():

@@ -20,6 +20,7 @@ from moeify.convert.pipeline import split
 from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.data.text import evaluation_tokens
 from moeify.models.builtin import builtin_documents
+from moeify.models.dense import open_dense
 from moeify.options import SplitOptions
 
 BLOCKS = 6
@@ -35,7 +36,7 @@ class Bench:
     evaluation_BC: Tensor
 
     def prepare(self, **changed: Any) -> Prepared:
-        return prepare(str(self.model), SplitOptions(**{**self.options, **changed}), writable=False)
+        return prepare(open_dense(str(self.model)), SplitOptions(**{**self.options, **changed}), writable=False)
 
     def trials(self, evaluation_BC: Tensor | None = None) -> Trials:
         evaluation_BC = self.evaluation_BC if evaluation_BC is None else evaluation_BC
@@ -48,7 +49,7 @@ def bench(
 ) -> Bench:
     model = make_dense(request.param, num_hidden_layers=3, intermediate_size=128)
     options = {"calibration": (str(calibration_file),), "tokens": 1024, "dtype": "float32"}
-    prepared = prepare(str(model), SplitOptions(**options))
+    prepared = prepare(open_dense(str(model)), SplitOptions(**options))
     heldout = tmp_path_factory.mktemp("heldout") / "text.txt"
     heldout.write_text("\n\n".join(builtin_documents(heldout=True)))
     ids_T = evaluation_tokens(str(heldout), prepared.dense.tokenizer(), num_tokens=BLOCKS * CONTEXT).ids_T

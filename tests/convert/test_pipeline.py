@@ -21,7 +21,7 @@ from moeify.convert.pipeline import SplitResult, split
 from moeify.convert.prepare import calibration_text, prepare, preview
 from moeify.errors import UsageError
 from moeify.export import writer
-from moeify.models.dense import DenseCheckpoint, open_dense
+from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions
 from moeify.plan import SHARED, Layout, load_plan
 from moeify.targets import ROUTER_SCALE
@@ -193,11 +193,11 @@ def test_without_refit_every_dense_number_is_kept(dense: Path, run: Run, static:
         result = run(static=static, refit=refit)
         written, layout = weights(result.out), result.layout
         for layer in result.plan.layers:
-            gate_FD, up_FD, down_DF = source.ffn(layer.layer)
+            ffn = source.ffn(layer.layer)
             prefix = f"model.layers.{layer.layer}"
             shared = layer.neurons(SHARED)
             if static:
-                names = source.family.ffn_names(layer.layer)
+                names = source.ffn_names(layer.layer)
                 gates, ups, downs = ([written[name]] for name in names)
             else:
                 inner = written[f"{prefix}.block_sparse_moe.input_linear.weight"]
@@ -209,9 +209,9 @@ def test_without_refit_every_dense_number_is_kept(dense: Path, run: Run, static:
             owners = [shared] if static else [shared, *(layer.neurons(i) for i in range(layout.num_routed))]
             same = []
             for gate, up, down, neurons in zip(gates, ups, downs, owners, strict=True):
-                assert torch.equal(gate, gate_FD[neurons])
-                assert torch.equal(up, up_FD[neurons])
-                same.append(torch.equal(down, down_DF[:, neurons]))
+                assert torch.equal(gate, ffn.directions_FD[neurons])
+                assert torch.equal(up, ffn.up_FD[neurons])
+                same.append(torch.equal(down, ffn.down_DF[:, neurons]))
             assert all(same) is not refit
             assert any(same) is not refit
 
@@ -436,14 +436,14 @@ def test_no_more_than_one_layer_is_read_at_a_time(
 ) -> None:
     """While splitting: the embedding, then layer after layer. While writing: one tensor, or one layer's FFN."""
     read: list[list[str]] = []
-    really_get = DenseCheckpoint.get
+    really_get = DenseModel.get
 
-    def get(self: DenseCheckpoint, names: Iterable[str]) -> dict[str, Tensor]:
+    def get(self: DenseModel, names: Iterable[str]) -> dict[str, Tensor]:
         read.append(list(names))
         return really_get(self, read[-1])
 
     with monkeypatch.context() as patch:
-        patch.setattr(DenseCheckpoint, "get", get)
+        patch.setattr(DenseModel, "get", get)
         patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
         assert tree(run().out) == tree(plain.out)
 
@@ -477,7 +477,7 @@ def test_more_active_experts_bring_the_result_closer_to_the_dense_model(dense: P
 def stream_error(dense: Path, result: SplitResult, calibration_file: Path) -> float:
     """Mean squared distance of the residual stream before the last norm on the calibration tokens."""
     options = SplitOptions(calibration=(str(calibration_file),), tokens=1024)
-    ids_BC = calibration_text(prepare(str(dense), options)).ids_BC
+    ids_BC = calibration_text(prepare(open_dense(str(dense)), options)).ids_BC
     seen = []
     for folder in (dense, result.out):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -534,4 +534,4 @@ def test_a_router_that_no_target_holds_is_refused_but_can_be_measured(
     assert written == [name for name in routers.names() if routers.is_linear(name)]
     assert not list(tmp_path.iterdir())
     options = SplitOptions(router=router, calibration=(str(calibration_file),), tokens=1024)
-    assert prepare(str(dense), options, writable=False).fit().router is routers.find(router)
+    assert prepare(open_dense(str(dense)), options, writable=False).fit().router is routers.find(router)

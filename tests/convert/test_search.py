@@ -24,6 +24,7 @@ from moeify.convert.pipeline import split
 from moeify.convert.prepare import prepare, preview
 from moeify.convert.search import FRONTIER, SHARES, SearchResult, search, under_budget
 from moeify.errors import InputError, UsageError
+from moeify.models.dense import open_dense
 from moeify.options import SplitOptions, untracked
 from moeify.plan import load_plan
 
@@ -271,7 +272,7 @@ def test_whatever_is_offered_can_be_written(
         for dense_layers in ((), (0,), (3,), (1, 3)):
             wanted = replace(layout, dense_layers=dense_layers)
             changed = {"active": wanted.num_active, "shared": wanted.num_shared, "dense_layers": dense_layers}
-            assert prepare(model, replace(options, **changed)).layout == wanted
+            assert prepare(open_dense(model), replace(options, **changed)).layout == wanted
 
 
 def test_a_split_under_a_budget(plant: Plant, options: SplitOptions, tmp_path: Path) -> None:

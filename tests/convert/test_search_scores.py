@@ -17,6 +17,7 @@ from moeify.convert import search_scores as budget
 from moeify.convert.layer import converted
 from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.convert.search_scores import OutputChange, OutputCheck, ScoredLayer, score
+from moeify.models.dense import open_dense
 from moeify.options import SplitOptions
 from moeify.plan import Layout
 
@@ -47,7 +48,7 @@ class Bench:
 def bench(make_dense: MakeDense, calibration_file: Path) -> Bench:
     model = make_dense("llama", num_hidden_layers=LAYERS, intermediate_size=64)
     options = SplitOptions(calibration=(str(calibration_file),), tokens=1024, dense_layers=(1,), dtype="float32")
-    prepared = prepare(str(model), options)
+    prepared = prepare(open_dense(str(model)), options)
     return Bench(model, prepared, calibration_text(prepared).ids_BC)
 
 

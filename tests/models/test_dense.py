@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from moeify.convert.pipeline import split
 from moeify.errors import InputError
-from moeify.models.dense import DenseCheckpoint, open_dense
+from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -93,7 +93,7 @@ def refused(tmp_path: Path, options: SplitOptions) -> Refused:
 
 
 def test_a_whole_checkpoint_is_opened_without_reading_a_weight(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DenseCheckpoint, "get", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(DenseModel, "get", lambda *_: pytest.fail("a weight was read"))
     checkpoint = open_dense(str(dense))
     assert (checkpoint.family.model_type, checkpoint.num_layers, checkpoint.dtype) == ("llama", 2, torch.float32)
     assert checkpoint.num_parameters == sum(tensor.numel() for tensor in load_file(dense / WEIGHTS).values())

@@ -18,13 +18,13 @@ from moeify import families, targets
 from moeify.calibration.stream import HiddenStream
 from moeify.check.evaluate import load
 from moeify.check.verify import GATE_LIMIT, VerifyReport, verify
+from moeify.convert.exactness import check_target, choose_target
 from moeify.convert.layer import ConvertedFFN
 from moeify.convert.pipeline import SplitResult, split
 from moeify.convert.prepare import preview
 from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
 from moeify.models.dense import open_dense
-from moeify.models.ffn import FFNWeights
 from moeify.options import SplitOptions
 from moeify.plan import Layout, load_plan, resolve_layout
 from moeify.routers import LinearRouter
@@ -40,9 +40,12 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 WINDOW = {"use_sliding_window": True, "sliding_window": 16}
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+# Nothing that is there computes what they compute.
+REFUSED = ("cohere", "ernie4_5", "gemma", "gpt2", "helium", "hunyuan_v1_dense", "olmo2", "stablelm", "starcoder2")
 ALL_LLAMA = {"glm4_moe", "granitemoeshared", "mixtral", "qwen2_moe"}
 
-# name: (family, config, targets that hold it). A new family or target shows up here as a failing test.
+# name: (family, config, targets that represent it exactly). A new family or target shows up here as a failing test.
 MODELS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "llama": ("llama", {}, ALL_LLAMA),
     "llama-untied": ("llama", {"tie_word_embeddings": False}, ALL_LLAMA),
@@ -62,6 +65,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "qwen3-attention-bias": ("qwen3", {"attention_bias": True}, {"qwen3_moe"}),
     "qwen3-window": ("qwen3", {**WINDOW, "max_window_layers": 0}, {"qwen3_moe"}),
     "qwen3-mixed-window": ("qwen3", {**WINDOW, "max_window_layers": 1}, set()),
+    "seed_oss": ("seed_oss", {}, {"glm4_moe", "qwen2_moe"}),
+    "granite": ("granite", {}, {"granitemoeshared"}),
+    "phi3": ("phi3", {}, ALL_LLAMA),
+    "phi3-window": ("phi3", {"sliding_window": 16}, {"mixtral"}),
+    "phi3-partial-rotary": ("phi3", {"rope_parameters": PARTIAL_ROPE}, {"glm4_moe"}),
+    **{family: (family, {}, set()) for family in REFUSED},
 }
 PAIRS = [(model, target) for model in MODELS for target in targets.names()]
 FITTING = [(model, target) for model, target in PAIRS if target in MODELS[model][2]]
@@ -201,7 +210,7 @@ def test_a_pair_that_does_not_fit_is_refused_with_a_reason(
 ) -> None:
     checkpoint = open_dense(str(dense(model)))
     layout = resolve_layout(8, None, None, holds_shared=targets.find(target).holds_shared)
-    reason = targets.refusal(targets.find(target), checkpoint.traits, checkpoint.config, layout)
+    reason = check_target(targets.find(target), checkpoint, layout).reason
     assert len(reason) > 10
     with pytest.raises(InputError, match=target) as caught:
         split(str(dense(model)), tmp_path / "out", SplitOptions(target=target))
@@ -345,7 +354,7 @@ def walk(out: Path, dense: Path, ids_BC: torch.Tensor) -> tuple[HiddenStream, to
     inputs_TD = torch.empty(0)
     for layer in plan.layers:
         inputs_TD = stream.attend(layer.layer)
-        ffn = FFNWeights(layer.layer, *(weight.float() for weight in source.ffn(layer.layer)), source.config.hidden_act)
+        ffn = source.ffn(layer.layer).map(torch.Tensor.float)
         router = None if layer.router_RD is None else LinearRouter(layer.router_RD)
         stream.advance(ConvertedFFN(ffn, layer, plan.layout, Mixing.of(plan.options), router)(inputs_TD))
     return stream, inputs_TD
@@ -433,7 +442,7 @@ def test_a_gate_that_a_target_does_not_hold_is_refused(
     ]
     assert ("glm4_moe", "softmax") in refused
     for target, mixing in refused:
-        with pytest.raises(InputError, match=f"{target} cannot hold.*weights cannot be {mixing}"):
+        with pytest.raises(InputError, match=f"{target} does not represent.*weights cannot be {mixing}"):
             split(str(dense(model)), tmp_path / "out", SplitOptions(target=target, mixing=mixing))
     assert not list(tmp_path.iterdir())
 
@@ -483,7 +492,7 @@ def test_dense_layers_stay_as_they_are(
     assert load_plan(out).layout.dense_layers == layers
     written, before = tensors_of(out), tensors_of(dense)
     for layer in range(4):
-        names = open_dense(str(dense)).family.ffn_names(layer)
+        names = open_dense(str(dense)).ffn_names(layer)
         same = [name in written and torch.equal(written[name], before[name]) for name in names]
         assert same == [layer in layers] * 3
     loaded: Any = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
@@ -557,9 +566,8 @@ def test_a_plan_of_another_model_is_seen_though_its_first_layer_is_dense(
 
 def settle(dense: Path, shared: int | None = None) -> tuple[str, str]:
     checkpoint = open_dense(str(dense))
-    target, _, why = targets.choose(
-        checkpoint.traits,
-        checkpoint.config,
+    target, _, why = choose_target(
+        checkpoint,
         lambda holds_shared: resolve_layout(8, shared, None, holds_shared=holds_shared),
     )
     return target.model_type, why
@@ -571,7 +579,7 @@ def settle(dense: Path, shared: int | None = None) -> tuple[str, str]:
         ("llama", None, "granitemoeshared", "with shared experts; .*vLLM, SGLang, llama.cpp"),
         ("llama", 0, "granitemoeshared", "without shared experts"),
         ("llama-wide-heads", None, "glm4_moe", "granitemoeshared: its head size is always hidden size / heads"),
-        ("mistral", None, "granitemoeshared", "holds the model exactly"),
+        ("mistral", None, "granitemoeshared", "represents the model exactly"),
         ("mistral-window", None, "mixtral", "without shared experts.*glm4_moe: it has no sliding window"),
         ("qwen2", None, "qwen2_moe", "with shared experts.*granitemoeshared: its attention has biases"),
         ("qwen3", None, "glm4_moe", "with shared experts.*qwen2_moe: its attention has no q/k norm"),
@@ -590,7 +598,7 @@ def test_choose_gives_every_reason_when_nothing_fits(dense: Callable[[str], Path
     with pytest.raises(InputError) as caught:
         settle(dense("mistral-window"), shared=2)
     assert all(f"{name}: " in str(caught.value) for name in targets.names())
-    with pytest.raises(InputError, match="biases inside its experts"):
+    with pytest.raises(InputError, match="a gate and no biases"):
         settle(dense("llama-ffn-bias"))
 
 
