@@ -72,7 +72,7 @@ def test_inputs_of_every_ffn_are_the_stock_models(case: str, make_dense: MakeDen
 def test_attention_runs_once_only_where_the_output_is_added_as_it_is(
     family: str, adds_up: bool, make_dense: MakeDense
 ) -> None:
-    """A norm behind the FFN, or a factor on it, makes the block run again; logits are the stock model's all the same."""
+    """A norm behind the FFN, or a factor on it, makes the block run again; the logits stay right."""
     folder, ids_BC = make_dense(family), ids(2, 32)
     dense = open_dense(str(folder))
     stream = HiddenStream(dense, ids_BC)
