@@ -99,7 +99,13 @@ def test_a_refusal_says_what_is_in_the_way(
 
 def test_a_large_model_has_a_small_twin_of_its_own_kind() -> None:
     config = AutoConfig.for_model(
-        "qwen2", **LARGE, num_hidden_layers=28, num_key_value_heads=8, use_sliding_window=True, sliding_window=4096
+        "qwen2",
+        **LARGE,
+        num_hidden_layers=28,
+        num_key_value_heads=8,
+        use_sliding_window=True,
+        sliding_window=4096,
+        max_window_layers=14,
     )
     assert {"full_attention", "sliding_attention"} == set(config.layer_types)
     values = twin_values(config, families.find("qwen2"))
