@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
+from typing import Any
 
 from moeify.benchmark.models.results import Interval, Kind, Model, ModelBench, Phase, Quality, Verdict
 
@@ -108,25 +109,22 @@ def quality_of(bench: ModelBench, name: str) -> Quality | None:
         return rows[0] if rows else None
     total = sum(row.num_tokens for row in rows)
     weights = [row.num_tokens / total for row in rows]
-    perplexity = _pooled([Interval(row.perplexity, row.perplexity_low, row.perplexity_high) for row in rows], weights)
-    ratio = _pooled([ratio_of(row) for row in rows], weights)
-    kl = _pooled([Interval(row.kl_nats, row.kl_low, row.kl_high) for row in rows], weights, float, float)
-    controls = [name for name in rows[0].over_static if all(name in row.over_static for row in rows)]
+
+    def pooled(name: str, prefix: str, *maps: Callable[[float], float]) -> dict[str, Any]:
+        names = (name, f"{prefix}_low", f"{prefix}_high")
+        one = _pooled([Interval(*(getattr(row, part) for part in names)) for row in rows], weights, *maps)
+        return dict(zip(names, astuple(one), strict=True))
+
+    controls = [control for control in rows[0].over_static if all(control in row.over_static for row in rows)]
     return Quality(
         model=name,
         data=ALL_TEXTS,
         num_tokens=total,
-        perplexity=perplexity.value,
-        perplexity_low=perplexity.low,
-        perplexity_high=perplexity.high,
-        ratio=ratio.value,
-        ratio_low=ratio.low,
-        ratio_high=ratio.high,
-        kl_nats=kl.value,
-        kl_low=kl.low,
-        kl_high=kl.high,
+        **pooled("perplexity", "perplexity"),
+        **pooled("ratio", "ratio"),
+        **pooled("kl_nats", "kl", float, float),
         top1_agreement=sum(weight * row.top1_agreement for weight, row in zip(weights, rows, strict=True)),
-        over_static={name: _pooled([row.over_static[name] for row in rows], weights) for name in controls},
+        over_static={control: _pooled([row.over_static[control] for row in rows], weights) for control in controls},
     )
 
 

@@ -248,13 +248,10 @@ def _linear_ticks(low: float, high: float) -> tuple[float, ...]:
 
 
 def _log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """At most eight round numbers within the values, as fine as it takes for three; equal steps where all are close."""
-    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    coarse = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7))
-    for nice in (*coarse, (1, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8)):
-        values = [round(factor * 10.0**power, 9 - power) for power in powers for factor in nice]
-        ticks = [value for value in values if low * 0.999 <= value <= high * 1.001]
-        if len(ticks) >= 3:
-            return tuple(ticks[:: -(-len(ticks) // 8)])
-    close = [value for value in _linear_ticks(low, high) if low * 0.999 <= value <= high * 1.001]
-    return tuple(close or ticks or [low])
+    """At most eight round numbers within the values: equal steps where all are close, else 1, 2 and 5."""
+    ticks = _linear_ticks(low, high)
+    if high > 5 * low:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = tuple(round(nice * 10.0**power, 9 - power) for power in powers for nice in (1, 2, 5))
+    inside = [value for value in ticks if low * 0.999 <= value <= high * 1.001] or [low]
+    return tuple(inside[:: -(-len(inside) // 8)])

@@ -11,7 +11,7 @@ from typing import Literal
 
 from moeify.benchmark.models.results import Interval, Outcome, Verdict
 from moeify.reporting.facts import Facts, active_parameters, parameters, speeds
-from moeify.words import count, factor, listing, percent
+from moeify.words import count, factor, fixed, listing, percent
 
 Level = Literal["yes", "partly", "no", "unknown"]
 
@@ -74,11 +74,10 @@ def advise(facts: Facts) -> Advice:
     if ratio is None or not facts.regimes:
         return Advice("unknown", f"Its {'quality' if ratio is None else 'speed'} was not measured.")
     if facts.control and facts.over_control and is_beaten(facts):
-        both = ", and is mostly as fast or faster" if facts.control.regimes else ""
         control = f"plain pruning to the same active size ({facts.control.model.name}) loses less"
-        return Advice(
-            "no", f"Do not use it: {control}{both}. Perplexity is {factor(facts.over_control.value)} times its."
-        )
+        both = ", and is mostly as fast or faster" * bool(facts.control.regimes)
+        ratio_words = f"Perplexity is {fixed(facts.over_control.value, 3)} times its."
+        return Advice("no", f"Do not use it: {control}{both}. {ratio_words}")
     faster = _where(facts, "faster")
     gain = "; ".join([f"faster for {faster}"] * bool(faster) + _smaller(facts))
     if gain:
@@ -117,7 +116,7 @@ def control_words(facts: Facts) -> str:
     over = facts.over_control
     if over is None:
         return ""
-    numbers = f"perplexity is {factor(over.value)} times its ({factor(over.low)} to {factor(over.high)})"
+    numbers = f"perplexity is {fixed(over.value, 3)} times its ({fixed(over.low, 3)} to {fixed(over.high, 3)})"
     if over.high < 1:
         closed = facts.gap_closed
         share = f", {percent(closed)} of the way to dense" if closed is not None and closed > 0 else ""
@@ -170,8 +169,7 @@ def _smaller(facts: Facts) -> list[str]:
 
 
 def _not_faster(facts: Facts) -> str:
-    shown = "shown to be " if _where(facts, "cannot tell") else ""
-    return f"nowhere {shown}faster than the dense model"
+    return f"nowhere {'shown to be ' * bool(_where(facts, 'cannot tell'))}faster than the dense model"
 
 
 def _where(facts: Facts, outcome: Outcome) -> str:

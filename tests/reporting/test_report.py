@@ -132,8 +132,8 @@ def test_what_was_lost_and_gained() -> None:
     # Not shown to be better is no loss.
     same = answers(facts(moe=60.0, static=60.0))
     assert not any("plain pruning" in line for line in same.lost)
-    said = "Not shown to be better than plain pruning to the same active size: perplexity is 1.00 times its"
-    assert same.gained[-1] == f"{said} (0.99 to 1.01)."
+    said = "Not shown to be better than plain pruning to the same active size: perplexity is 1.000 times its"
+    assert same.gained[-1] == f"{said} (0.990 to 1.010)."
     alone = answers(facts(moe=60.0, static=60.0, paired=None))
     assert not any("plain pruning" in line for line in (*alone.lost, *alone.gained))
 

@@ -24,17 +24,17 @@ def grids(result: LayerBench) -> list[Grid]:
     for rows in by_case.values():
         row = next(iter(rows.values()))
         groups.setdefault((row.pass_name, row.routing), []).append(rows)
-    found = []
+    tables = []
     for (pass_name, routing), cases in groups.items():
         title = f"{pass_name}, {routing} routing"
         compared = ("/floor", "/dense", "ahead") if OURS in peers else ()
         columns = ("case", "T", "hit", "floor", *peers, *compared)
-        found.append(Grid(f"{title}, us", columns, tuple(_times(rows, peers) for rows in cases)))
+        tables.append(Grid(f"{title}, us", columns, tuple(_times(rows, peers) for rows in cases)))
         ours = [rows[OURS] for rows in cases if OURS in rows and rows[OURS].us is not None]
         if ours:
             details = tuple(_details(row) for row in ours)
-            found.append(Grid(f"{title}, {OURS}", ("case", "T", *DETAILS), details))
-    return found
+            tables.append(Grid(f"{title}, {OURS}", ("case", "T", *DETAILS), details))
+    return tables
 
 
 def notes(result: LayerBench) -> list[str]:
@@ -42,22 +42,22 @@ def notes(result: LayerBench) -> list[str]:
     ceilings = result.ceilings
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in result.versions.items())
     bandwidth, rate = ceilings.copy_bytes_per_second / 1e9, ceilings.matmul_flops_per_second / 1e12
-    found = [
+    lines = [
         f"{result.machine['device']}, {result.dtype}, {result.date[:10]}, {packages}",
         f"measured in this run: copy {bandwidth:,.0f} GB/s, {ceilings.dtype} matrix product {rate:,.1f} TFLOP/s",
     ]
     if result.command:
-        found.append(result.command)
+        lines.append(result.command)
     reasons = Counter((row.peer, f"{row.status}: {row.reason}") for row in result.rows if row.status != "ok")
     reasons.update((row.peer, f"no graph (s): {row.method_reason}") for row in result.rows if row.method == "stream")
-    found += [f"{peer}, {_cases(count)}: {reason}" for (peer, reason), count in reasons.items()]
+    lines += [f"{peer}, {_cases(count)}: {reason}" for (peer, reason), count in reasons.items()]
     ours = [row for row in result.rows if row.peer == OURS]
     if ours:
         ahead = sum(row.beaten_by == () for row in ours)
-        found.append(f"{OURS} is ahead of every peer on {ahead} of {_cases(len(ours))}, {MARK} marks the others")
+        lines.append(f"{OURS} is ahead of every peer on {ahead} of {_cases(len(ours))}, {MARK} marks the others")
     if result.not_run:
-        found.append(f"{_cases(len(result.not_run))} not run: {result.stopped or 'interrupted'}")
-    return found
+        lines.append(f"{_cases(len(result.not_run))} not run: {result.stopped or 'interrupted'}")
+    return lines
 
 
 def text(result: LayerBench) -> str:

@@ -209,6 +209,7 @@ def _row(
     dense: Samples | None,
     ceilings: Ceilings | None,
 ) -> Speed:
+    """One row; `dense` are the samples that it is compared with."""
     batch, prompt = regime
     row = Speed(who.name, who.implementation, phase, batch, prompt, experts_hit=one.experts_hit, reason=one.reason)
     if one.reason:
@@ -223,9 +224,8 @@ def _row(
         element_bytes=who.model.dtype.itemsize,
     )
     floor_ms = work.floor_ms(ceilings) if ceilings else None
-    p10, p50, p90 = (
-        1e3 * value for value in (one.samples.quantile(0.1), one.samples.median, one.samples.quantile(0.9))
-    )
+    quantile, median = one.samples.quantile, one.samples.median
+    p10, p50, p90 = (1e3 * seconds for seconds in (quantile(0.1), median, quantile(0.9)))
     ratio = over(one.samples, dense) if dense is not None and dense.seconds else (None, None, None)
     return replace(
         row,
