@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -91,6 +92,17 @@ def test_a_wrong_suffix_is_found_before_the_search(
     out, err = capfd.readouterr()
     assert out == ""
     assert "does not end in .json" in err
+
+
+def test_the_command_writes_both_files(
+    result: SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.import_module("moeify.convert.search"), "search", lambda *_, **__: result)
+    assert run_command(["search", "some/model", "-o", str(tmp_path / "a.json")]) == 0
+    assert "moeify split some/model --experts 8 --active 5" in capfd.readouterr().out
+    assert json.loads((tmp_path / "a.json").read_text())["model"] == "some/model"
+    drawing = ElementTree.parse(tmp_path / "a.svg").getroot()
+    assert "chosen: knapsack" in {text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")}
 
 
 def absent(file: Path) -> None:
