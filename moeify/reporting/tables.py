@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
-from moeify.benchmark.models.results import PARTS, Interval, Model, ModelBench, Part, Quality, Speed
+from moeify.benchmark.models.results import PARTS, Interval, Model, ModelBench, Part, Quality, Speed, Verdict
 from moeify.reporting.facts import ALL_TEXTS, Facts, active_parameters, parameters, quality_of, ratio_of
 from moeify.reporting.reader import Source, Tuned
 from moeify.words import count, factor, number, percent, size
@@ -154,6 +154,16 @@ def _part(part: Part | None) -> Cell:
     return Cell(MISSING) if part is None else cell(part.parameters, count, f"{count(part.active_parameters)} active")
 
 
+def _regime() -> list[tuple[str, Callable[[Speed | Verdict], Cell]]]:
+    return [
+        ("model", lambda row: Cell(row.model)),
+        ("implementation", lambda row: Cell(row.implementation)),
+        ("phase", lambda row: Cell(row.phase)),
+        ("prompt tokens", lambda row: cell(row.prompt_tokens, whole)),
+        ("batch", lambda row: cell(row.batch, whole)),
+    ]
+
+
 def verdicts(all_facts: Sequence[Facts]) -> Table:
     """Where each model is faster or slower than the dense one, and why."""
     return table(
@@ -161,13 +171,9 @@ def verdicts(all_facts: Sequence[Facts]) -> Table:
         "Each model on its fastest implementation, regime by regime",
         [regime for facts in all_facts for regime in facts.regimes],
         [
-            ("model", lambda row: Cell(row.model)),
-            ("phase", lambda row: Cell(row.phase)),
-            ("prompt tokens", lambda row: cell(row.prompt_tokens, whole)),
-            ("batch", lambda row: cell(row.batch, whole)),
+            *_regime(),
             ("speed / dense", lambda row: cell(1 / row.time_over_dense, factor)),
             ("verdict", lambda row: Cell(OUTCOMES[row.outcome])),
-            ("implementation", lambda row: Cell(row.implementation)),
             ("why", lambda row: Cell(row.why)),
         ],
     )
@@ -184,11 +190,7 @@ def timings(bench: ModelBench) -> Table:
         "Each implementation that was timed; below it the 10 % and 90 % quantiles, or the 95 % interval",
         bench.speed,
         [
-            ("model", lambda row: Cell(row.model)),
-            ("implementation", lambda row: Cell(row.implementation)),
-            ("phase", lambda row: Cell(row.phase)),
-            ("prompt tokens", lambda row: cell(row.prompt_tokens, whole)),
-            ("batch", lambda row: cell(row.batch, whole)),
+            *_regime(),
             ("ms", lambda row: cell(row.ms_p50, note=_edges(row.ms_p10, row.ms_p90))),
             ("tokens / s", lambda row: cell(row.tokens_per_second)),
             ("time / dense", over_dense),
