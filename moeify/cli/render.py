@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from moeify.cli.tables.words import duration
 from moeify.errors import MoeifyError
+from moeify.words import duration
 
 # A loop shows its bar once it has taken this long.
 PATIENCE_S = 2.0

@@ -1,19 +1,15 @@
-"""What the experts do, as drawings: load of every expert, what the router misses, which experts work together.
+"""Experts at work: load of every expert, the router against the best choice, experts that work together, their tokens.
 
-A heat map has one path for each of a few shades, which takes fewer bytes than a rectangle a cell. Co-activation is one
-letter a pair, drawn by the page for the layer that is looked at.
-
-Legend: E routed experts.
+Co-activation is one letter a pair, drawn by the page for the layer that is looked at.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moeify.benchmark.models.results import LayerExperts
-from moeify.reporting import plots
+from moeify.benchmark.models.results import LayerExperts, ModelBench
 from moeify.reporting.plots import Axis, Plot, Point, Series
-from moeify.reporting.words import factor, percent, token
+from moeify.words import factor, percent
 
 # Upper ends of the shades of load, relative to an even one; the last shade has none.
 LOAD_SHADES = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0)
@@ -23,48 +19,25 @@ STEP = 0.1
 MIDDLE = len(LETTERS) // 2
 # An expert that gets less than this share of an even load is all but unused.
 UNUSED = 0.1
-SIDE = 360.0
-DISPLAY_SCALE = 1.1
-# Of few experts or layers the cells would be posters.
-MAX_CELL = 36.0
+# Stand-ins for characters that cannot be seen; the last two blanks keep a token from looking empty.
+VISIBLE = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5", "\r": "\u240d", "\u00a0": "\u237d"}
 
 
 @dataclass(frozen=True)
-class HeatMap:
-    """Load of every expert.
+class LayerPart:
+    """One layer of a model.
 
     Args:
-        key: unique in the page.
-        description: for those who cannot see it.
-        width, height: of the cells, in the drawing's units; cell_width and cell_height of one.
-        shades: one path each, empty if no cell has it.
-        layers: index of each row; num_experts columns.
-        rows: shares of each layer, in percent.
+        layer: its index.
+        load: of each expert the shade and the share of all choices, in percent.
+        pairs: one letter for each pair of experts i < j, row by row.
+        preferences: of each expert its share of all choices and its tokens.
     """
 
-    key: str
-    description: str
-    width: float
-    height: float
-    cell_width: float
-    cell_height: float
-    shades: tuple[str, ...]
-    layers: tuple[int, ...]
-    num_experts: int
-    rows: tuple[tuple[str, ...], ...]
-
-    @property
-    def display_width(self) -> int:
-        """CSS pixels at which labels have the size of the page's small text."""
-        return round(DISPLAY_SCALE * (self.width + 36))
-
-
-@dataclass(frozen=True)
-class Preferences:
-    """What the experts of a layer prefer: for each its load and tokens."""
-
     layer: int
-    experts: tuple[tuple[str, tuple[str, ...]], ...]
+    load: tuple[tuple[int, str], ...]
+    pairs: str
+    preferences: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -74,45 +47,41 @@ class ExpertsPart:
     key: str
     model: str
     num_experts: int
-    load: HeatMap
+    layers: tuple[LayerPart, ...]
     load_words: str
     gap: Plot
-    gap_words: str
-    pairs: dict[str, str]
-    preferences: tuple[Preferences, ...]
+
+    @property
+    def pairs(self) -> dict[int, str]:
+        return {layer.layer: layer.pairs for layer in self.layers}
 
 
-def experts_part(key: str, model: str, layers: Sequence[LayerExperts]) -> ExpertsPart:
-    """Drawings of one model; `layers` is not empty."""
-    gap, gap_words = _gap(key, layers)
-    load, load_words = _load(key, layers)
-    return ExpertsPart(
-        key=key,
-        model=model,
-        num_experts=len(layers[0].load),
-        load=load,
-        load_words=load_words,
-        gap=gap,
-        gap_words=gap_words,
-        pairs={str(layer.layer): encode_pairs(layer.coactivation) for layer in layers},
+def experts_parts(bench: ModelBench) -> list[ExpertsPart]:
+    """One a model whose experts were measured; all layers of it have as many experts."""
+    return [
+        ExpertsPart(key, model, len(layers[0].load), tuple(map(_layer, layers)), _load_words(layers), _gap(key, layers))
+        for index, (model, layers) in enumerate(bench.experts.items())
+        for key in [f"experts-{index}"]
+        if layers
+    ]
+
+
+def _layer(layer: LayerExperts) -> LayerPart:
+    even = 1 / len(layer.load)
+    return LayerPart(
+        layer=layer.layer,
+        load=tuple((sum(share / even > limit for limit in LOAD_SHADES), f"{share * 100:.1f}") for share in layer.load),
+        pairs=encode_pairs(layer.coactivation),
         preferences=tuple(
-            Preferences(
-                layer.layer,
-                tuple(
-                    (percent(share), tuple(map(token, tokens)))
-                    for share, tokens in zip(layer.load, layer.top_tokens, strict=True)
-                ),
-            )
-            for layer in layers
+            (percent(share), tuple(map(visible, tokens)))
+            for share, tokens in zip(layer.load, layer.top_tokens, strict=True)
         ),
     )
 
 
 def encode_pairs(coactivation: Sequence[Sequence[float]]) -> str:
     """One letter for each pair of experts i < j, row by row."""
-    return "".join(
-        LETTERS[_level(coactivation[i][j])] for i in range(len(coactivation)) for j in range(i + 1, len(coactivation))
-    )
+    return "".join(LETTERS[_level(excess)] for i, row in enumerate(coactivation) for excess in row[i + 1 :])
 
 
 def _level(excess: float) -> int:
@@ -122,39 +91,22 @@ def _level(excess: float) -> int:
     return min(max(MIDDLE + round(math.log2(1 + excess) / STEP), 0), len(LETTERS) - 1)
 
 
-def _load(key: str, layers: Sequence[LayerExperts]) -> tuple[HeatMap, str]:
-    num_experts = max(len(layer.load) for layer in layers)
-    cell_width = min(SIDE / num_experts, MAX_CELL)
-    cell_height = min(SIDE / len(layers), MAX_CELL)
-    paths = [""] * (len(LOAD_SHADES) + 1)
-    for row, layer in enumerate(layers):
-        for column, share in enumerate(layer.load):
-            relative = share * len(layer.load)
-            shade = sum(relative > limit for limit in LOAD_SHADES)
-            corner = f"M{column * cell_width:.5g} {row * cell_height:.5g}"
-            paths[shade] += f"{corner}h{cell_width:.4g}v{cell_height:.4g}h-{cell_width:.4g}z"
+def visible(token: str) -> str:
+    """A token's text with its blanks visible; control characters and halves of a code point become U+FFFD."""
+    text = "".join(VISIBLE.get(letter, letter) for letter in token)
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text) or "\u2205"
+
+
+def _load_words(layers: Sequence[LayerExperts]) -> str:
     relatives = [share * len(layer.load) for layer in layers for share in layer.load]
     unused = sum(relative < UNUSED for relative in relatives)
-    words = (
+    return (
         f"The busiest expert gets {factor(max(relatives))} times an even share, the idlest {min(relatives):.2f}. "
         f"{unused} of {len(relatives)} experts are all but unused (under {percent(UNUSED)} of an even share)."
     )
-    heat = HeatMap(
-        key=f"{key}-load",
-        description=f"Load of {num_experts} experts in {len(layers)} layers. {words}",
-        width=round(cell_width * num_experts, 1),
-        height=round(cell_height * len(layers), 1),
-        cell_width=cell_width,
-        cell_height=cell_height,
-        shades=tuple(paths),
-        layers=tuple(layer.layer for layer in layers),
-        num_experts=num_experts,
-        rows=tuple(tuple(f"{share * 100:.1f}" for share in layer.load) for layer in layers),
-    )
-    return heat, words
 
 
-def _gap(key: str, layers: Sequence[LayerExperts]) -> tuple[Plot, str]:
+def _gap(key: str, layers: Sequence[LayerExperts]) -> Plot:
     """How near the router comes to the best possible choice."""
     router = sum(layer.oracle_capture for layer in layers) / len(layers)
     chance = sum(layer.random_capture for layer in layers) / len(layers)
@@ -171,15 +123,15 @@ def _gap(key: str, layers: Sequence[LayerExperts]) -> tuple[Plot, str]:
             for layer, value in zip(layers, values, strict=True)
         )
 
-    drawn = plots.plot(
+    return Plot(
         f"{key}-gap",
         "How near the router comes to the best choice of experts",
         words,
-        (Axis("layer"), Axis("share of the best choice", include=(1.0,))),
-        [
+        Axis("layer"),
+        Axis("share of the best choice", include=(1.0,)),
+        (
             Series("best possible choice", "dense", line([1.0] * len(layers), "best"), shape=None),
             Series("random choice", "static", line([layer.random_capture for layer in layers], "random"), shape=None),
             Series("router", "moe", line([layer.oracle_capture for layer in layers], "router"), "dot"),
-        ],
+        ),
     )
-    return drawn, words

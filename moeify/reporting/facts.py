@@ -1,65 +1,15 @@
-"""What the numbers of a benchmark come to: quality over all texts, speed over all regimes, the fair static control."""
+"""The numbers of a benchmark put together: quality over all texts, speed over all regimes, the fair static control."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
 
-from moeify.benchmark.models.results import Kind, Model, ModelBench, Phase, Quality, Verdict
+from moeify.benchmark.models.results import Interval, Kind, Model, ModelBench, Phase, Quality, Verdict
 
 # A static model is a fair control if a token uses as many of its parameters, to within this share.
 SAME_SIZE = 0.05
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A ratio and its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class ModelQuality:
-    """A model over all texts, each weighted by its tokens.
-
-    Args:
-        perplexity: of all tokens together.
-        ratio: to the dense model. Of several texts the intervals' halves, in logarithms, are added in quadrature, as
-            for independent texts.
-        kl_nats, top1_agreement: means; see moeify.benchmark.model_results.Quality.
-        num_tokens: of all texts.
-        rows: one a text.
-    """
-
-    perplexity: float
-    ratio: Interval
-    kl_nats: float
-    top1_agreement: float
-    num_tokens: int
-    rows: tuple[Quality, ...]
-
-
-@dataclass(frozen=True)
-class PhaseSpeed:
-    """A model's prefill or decode against the dense model's, each regime on the fastest implementation.
-
-    Args:
-        phase: prefill or decode.
-        regimes: of the run, in the order of prompt length and batch.
-    """
-
-    phase: Phase
-    regimes: tuple[Verdict, ...]
-
-    def having(self, outcome: str) -> tuple[Verdict, ...]:
-        return tuple(regime for regime in self.regimes if regime.outcome == outcome)
-
-    @property
-    def speeds(self) -> tuple[float, float]:
-        """Least and largest speed as a multiple of the dense model's."""
-        found = [1 / regime.time_over_dense for regime in self.regimes]
-        return min(found), max(found)
+ALL_TEXTS = "all texts"
 
 
 @dataclass(frozen=True)
@@ -68,26 +18,42 @@ class Facts:
 
     Args:
         model, dense: the two.
-        quality: None if it was not measured.
-        prefill, decode: speeds; without regimes if they were not measured.
-        control: the fair static control, and None for a model that has none.
-        control_quality, control_prefill, control_decode: the same figures of it.
+        quality: over all texts; None if it was not measured.
+        decode, prefill: each regime on the fastest implementation, in the order of prompt length and batch; empty if
+            they were not measured.
+        control: of a mixture of experts the fair static control; None if there is none.
     """
 
     model: Model
     dense: Model
-    quality: ModelQuality | None
-    prefill: PhaseSpeed
-    decode: PhaseSpeed
-    control: Model | None
-    control_quality: ModelQuality | None
-    control_prefill: PhaseSpeed
-    control_decode: PhaseSpeed
+    quality: Quality | None
+    decode: tuple[Verdict, ...]
+    prefill: tuple[Verdict, ...]
+    control: "Facts | None"
 
     @property
-    def phases(self) -> tuple[PhaseSpeed, ...]:
-        """Those that were measured."""
-        return tuple(phase for phase in (self.decode, self.prefill) if phase.regimes)
+    def regimes(self) -> tuple[Verdict, ...]:
+        return self.decode + self.prefill
+
+    @property
+    def ratio(self) -> Interval | None:
+        """Perplexity over the dense model's."""
+        return None if self.quality is None else ratio_of(self.quality)
+
+    @property
+    def over_control(self) -> Interval | None:
+        """Perplexity over the control's, from the same blocks of text; None if that was not measured."""
+        if self.quality is None or self.control is None:
+            return None
+        return self.quality.over_static.get(self.control.model.name)
+
+    @property
+    def gap_closed(self) -> float | None:
+        """Share of the way from the control to the dense model, in log-perplexity."""
+        control = self.control.ratio if self.control else None
+        if self.ratio is None or control is None or control.value <= 1:
+            return None
+        return 1 - math.log(self.ratio.value) / math.log(control.value)
 
     @property
     def memory(self) -> float | None:
@@ -100,12 +66,11 @@ class Facts:
         """Bytes on disk over the dense model's."""
         return self.model.bytes_on_disk / self.dense.bytes_on_disk if self.dense.bytes_on_disk else None
 
-    @property
-    def gap_closed(self) -> float | None:
-        """Share of the way from the control to the dense model, in log-perplexity."""
-        if self.quality is None or self.control_quality is None or self.control_quality.ratio.value <= 1:
-            return None
-        return 1 - math.log(self.quality.ratio.value) / math.log(self.control_quality.ratio.value)
+
+def speeds(regimes: Sequence[Verdict]) -> tuple[float, float] | None:
+    """Least and largest speed as a multiple of the dense model's; None if nothing was timed."""
+    values = [1 / regime.time_over_dense for regime in regimes]
+    return (min(values), max(values)) if values else None
 
 
 def parameters(model: Model) -> int:
@@ -123,52 +88,63 @@ def of_kind(bench: ModelBench, kind: Kind) -> list[Model]:
 def facts_of(bench: ModelBench, model: Model) -> Facts:
     """All that is known of a model; `bench` has a dense one."""
     control = _control(bench, model) if model.kind == "moe" else None
-    name = control.name if control else ""
     return Facts(
         model=model,
         dense=of_kind(bench, "dense")[0],
         quality=quality_of(bench, model.name),
-        prefill=_speed(bench, model.name, "prefill"),
-        decode=_speed(bench, model.name, "decode"),
-        control=control,
-        control_quality=quality_of(bench, name),
-        control_prefill=_speed(bench, name, "prefill"),
-        control_decode=_speed(bench, name, "decode"),
+        decode=_regimes(bench, model.name, "decode"),
+        prefill=_regimes(bench, model.name, "prefill"),
+        control=facts_of(bench, control) if control else None,
     )
 
 
-def quality_of(bench: ModelBench, name: str) -> ModelQuality | None:
-    """A model over all texts of the run; None if it was measured on none."""
-    rows = tuple(row for row in bench.quality if row.model == name)
+def ratio_of(row: Quality) -> Interval:
+    return Interval(row.ratio, row.ratio_low, row.ratio_high)
+
+
+def quality_of(bench: ModelBench, name: str) -> Quality | None:
+    """A model over all texts of the run, each weighted by its tokens; None if it was measured on none."""
+    rows = [row for row in bench.quality if row.model == name]
+    if len(rows) < 2:
+        return rows[0] if rows else None
     total = sum(row.num_tokens for row in rows)
-    if not total:
-        return None
     weights = [row.num_tokens / total for row in rows]
 
-    def mean(values: Sequence[float]) -> float:
-        return sum(weight * value for weight, value in zip(weights, values, strict=True))
+    def pooled(name: str, prefix: str, *maps: Callable[[float], float]) -> dict[str, Any]:
+        names = (name, f"{prefix}_low", f"{prefix}_high")
+        one = _pooled([Interval(*(getattr(row, part) for part in names)) for row in rows], weights, *maps)
+        return dict(zip(names, astuple(one), strict=True))
 
-    def edge(values: Sequence[float]) -> float:
-        return math.sqrt(sum((weight * value) ** 2 for weight, value in zip(weights, values, strict=True)))
-
-    ratio = mean([math.log(row.ratio) for row in rows])
-    return ModelQuality(
-        perplexity=math.exp(mean([math.log(row.perplexity) for row in rows])),
-        ratio=Interval(
-            math.exp(ratio),
-            math.exp(ratio - edge([math.log(row.ratio / row.ratio_low) for row in rows])),
-            math.exp(ratio + edge([math.log(row.ratio_high / row.ratio) for row in rows])),
-        ),
-        kl_nats=mean([row.kl_nats for row in rows]),
-        top1_agreement=mean([row.top1_agreement for row in rows]),
+    controls = [control for control in rows[0].over_static if all(control in row.over_static for row in rows)]
+    return Quality(
+        model=name,
+        data=ALL_TEXTS,
         num_tokens=total,
-        rows=rows,
+        **pooled("perplexity", "perplexity"),
+        **pooled("ratio", "ratio"),
+        **pooled("kl_nats", "kl", float, float),
+        top1_agreement=sum(weight * row.top1_agreement for weight, row in zip(weights, rows, strict=True)),
+        over_static={control: _pooled([row.over_static[control] for row in rows], weights) for control in controls},
     )
 
 
-def _speed(bench: ModelBench, name: str, phase: Phase) -> PhaseSpeed:
-    found = [row for row in bench.verdicts if row.model == name and row.phase == phase]
-    return PhaseSpeed(phase, tuple(sorted(found, key=lambda row: (row.prompt_tokens, row.batch))))
+def _pooled(
+    parts: Sequence[Interval],
+    weights: Sequence[float],
+    warp: Callable[[float], float] = math.log,
+    back: Callable[[float], float] = math.exp,
+) -> Interval:
+    """The weighted mean of logarithms; halves of intervals add in quadrature, as texts are independent."""
+    pairs = list(zip(weights, parts, strict=True))
+    middle = sum(weight * warp(part.value) for weight, part in pairs)
+    below = math.hypot(*(weight * (warp(part.value) - warp(part.low)) for weight, part in pairs))
+    above = math.hypot(*(weight * (warp(part.high) - warp(part.value)) for weight, part in pairs))
+    return Interval(back(middle), back(middle - below), back(middle + above))
+
+
+def _regimes(bench: ModelBench, name: str, phase: Phase) -> tuple[Verdict, ...]:
+    rows = [row for row in bench.verdicts if row.model == name and row.phase == phase]
+    return tuple(sorted(rows, key=lambda row: (row.prompt_tokens, row.batch)))
 
 
 def _control(bench: ModelBench, model: Model) -> Model | None:

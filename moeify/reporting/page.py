@@ -14,66 +14,43 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from moeify.reporting import drawings, grids, provenance, verdict
-from moeify.reporting.experts import LETTERS, LOAD_SHADES, MIDDLE, STEP, ExpertsPart, experts_part
-from moeify.reporting.facts import Facts, PhaseSpeed, active_parameters, facts_of, of_kind
-from moeify.reporting.plots import Plot
-from moeify.reporting.reader import RunFolder, Tuned
-from moeify.reporting.verdict import Answers
-from moeify.reporting.words import count, factor, number, percent, size
+from moeify.benchmark.models.results import Outcome, Verdict
+from moeify.reporting import drawings, experts, provenance, tables, verdict
+from moeify.reporting.facts import Facts, active_parameters, facts_of, of_kind, speeds
+from moeify.reporting.reader import RunFolder
 from moeify.version import __version__
+from moeify.words import count, factor, number, percent, size
 
-TEMPLATE = "report.html.j2"
 LEVELS = {"yes": "Yes", "partly": "In part", "no": "No", "unknown": "Cannot say"}
 
 
 @dataclass(frozen=True)
-class Subject:
-    """One mixture of experts that the report is about."""
-
-    facts: Facts
-    answers: Answers
-
-
-@dataclass(frozen=True)
 class Tile:
-    """A headline number: what, how much, and what it is compared with."""
+    """A headline number: its name, its value, and a comparison."""
 
     label: str
-    value: str
-    note: str
+    value: str = "not measured"
+    note: str = ""
 
 
-@dataclass(frozen=True)
-class TrainingPart:
-    """The fine-tuning of one checkpoint."""
-
-    file: str
-    plot: Plot | None
-    grid: grids.Grid
-
-
-def render(run: RunFolder, subjects: Sequence[Subject], *, command: str) -> str:
+def render(run: RunFolder, subjects: Sequence[tuple[Facts, verdict.Answers]], *, command: str) -> str:
     """The page as text.
 
     Args:
         run: all results.
-        subjects: mixtures of experts, the main one first; not empty.
+        subjects: mixtures of experts and the answers about them, the main one first; not empty.
         command: that makes the page again.
     """
     bench = run.bench.value
     script = _asset("report.js")
+    loader = PackageLoader("moeify", "reporting")
     environment = Environment(
-        loader=PackageLoader("moeify", "reporting"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    others = [*(subject.facts for subject in subjects), *(facts_of(bench, model) for model in of_kind(bench, "static"))]
-    return environment.get_template(TEMPLATE).render(
+    measured = [*(facts for facts, _ in subjects), *(facts_of(bench, model) for model in of_kind(bench, "static"))]
+    return environment.get_template("report.html.j2").render(
         version=__version__,
-        style=Markup(_asset("report.css")),
+        style=Markup(_asset("plot.css") + _asset("report.css")),
         script=Markup(script),
         policy=_policy(script),
         bench=bench,
@@ -81,20 +58,23 @@ def render(run: RunFolder, subjects: Sequence[Subject], *, command: str) -> str:
         subjects=subjects,
         levels=LEVELS,
         dense_name=Path(bench.models[0].path).name or bench.models[0].name,
-        tiles=tiles(subjects[0].facts),
+        tiles=tiles(subjects[0][0]),
         rules=verdict.RULES,
         convention=verdict.CONVENTION,
         frontier=drawings.frontier(run),
         speeds=drawings.speeds(bench),
-        sizes=grids.sizes(bench),
-        qualities=grids.qualities(bench),
-        parts=grids.parts(bench),
-        verdicts=grids.verdicts(others),
-        timings=grids.timings(bench),
-        experts=_experts(run),
-        letters={"letters": LETTERS, "middle": MIDDLE, "step": STEP},
-        load_shades=LOAD_SHADES,
-        trainings=[_training(index, source.file, source.value) for index, source in enumerate(run.tuned)],
+        sizes=tables.sizes(bench),
+        qualities=tables.qualities(bench),
+        parts=tables.parts(bench),
+        verdicts=tables.verdicts(measured),
+        timings=tables.timings(bench),
+        experts=experts.experts_parts(bench),
+        letters={"letters": experts.LETTERS, "middle": experts.MIDDLE, "step": experts.STEP},
+        load_shades=experts.LOAD_SHADES,
+        trainings=[
+            (drawings.training(f"training-{index}", source), tables.training(f"training-{index}", source))
+            for index, source in enumerate(run.tuned)
+        ],
         measurement=provenance.measurement(run),
         checkpoints=provenance.checkpoints(run),
         command=command,
@@ -106,7 +86,7 @@ def _asset(name: str) -> str:
 
 
 def _policy(script: str) -> str:
-    """What the browser may do with the page: run this very script, use its styles, fetch nothing."""
+    """Tells the browser to run this very script, to use the page's styles and to fetch nothing."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return (
         f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:; "
@@ -115,60 +95,37 @@ def _policy(script: str) -> str:
 
 
 def tiles(facts: Facts) -> list[Tile]:
-    """The headline numbers of a model; what was not measured says so."""
+    """The headline numbers of a model; those that were not measured say so."""
     model, dense = facts.model, facts.dense
-    active, of = active_parameters(model), active_parameters(dense)
-    found = [Tile("Active parameters", count(active), f"{percent(active / of)} of the dense model's {count(of)}")]
-    if facts.quality is None:
-        found.append(Tile("Perplexity / dense", "not measured", ""))
-    else:
-        ratio = facts.quality.ratio
-        note = f"95 %: {factor(ratio.low)} to {factor(ratio.high)}; perplexity {number(facts.quality.perplexity)}"
-        found.append(Tile("Perplexity / dense", f"\u00d7{factor(ratio.value)}", note))
-    found += [_speed_tile("Decode speed", facts.decode), _speed_tile("Prefill speed", facts.prefill)]
-    found.append(_size_tile("Peak memory", model.peak_memory_bytes, dense.peak_memory_bytes))
-    found.append(_size_tile("On disk", model.bytes_on_disk, dense.bytes_on_disk))
-    return found
+    active, dense_active = active_parameters(model), active_parameters(dense)
+    share = f"{percent(active / dense_active)} of the dense model's {count(dense_active)}"
+    perplexity = Tile("Perplexity / dense")
+    if facts.quality is not None and facts.ratio is not None:
+        ends = f"{factor(facts.ratio.low)} to {factor(facts.ratio.high)}"
+        note = f"95 %: {ends}; perplexity {number(facts.quality.perplexity)}"
+        perplexity = Tile("Perplexity / dense", f"\u00d7{factor(facts.ratio.value)}", note)
+    return [
+        Tile("Active parameters", count(active), share),
+        perplexity,
+        _speed_tile("Decode speed", facts.decode),
+        _speed_tile("Prefill speed", facts.prefill),
+        _size_tile("Peak memory", model.peak_memory_bytes, dense.peak_memory_bytes),
+        _size_tile("On disk", model.bytes_on_disk, dense.bytes_on_disk),
+    ]
 
 
-def _speed_tile(label: str, speed: PhaseSpeed) -> Tile:
-    if not speed.regimes:
-        return Tile(label, "not measured", "")
-    least, most = (factor(value) for value in speed.speeds)
-    value = f"\u00d7{least}" if least == most else f"\u00d7{least}\u2013{most}"
-    counts = [f"{len(speed.having(outcome))} {outcome}" for outcome in ("faster", "same", "slower")]
-    counts = [words for words in counts if not words.startswith("0 ")]
-    plural = "s" if len(speed.regimes) > 1 else ""
-    return Tile(label, value, f"{len(speed.regimes)} batch size{plural}: {', '.join(counts)}")
+def _speed_tile(label: str, regimes: Sequence[Verdict]) -> Tile:
+    span = speeds(regimes)
+    if span is None:
+        return Tile(label)
+    value = "\u2013".join(dict.fromkeys(map(factor, span)))
+    outcomes: tuple[Outcome, ...] = ("faster", "same", "slower", "cannot tell")
+    counts = [(sum(regime.outcome == outcome for regime in regimes), outcome) for outcome in outcomes]
+    words = ", ".join(f"{times} {outcome}" for times, outcome in counts if times)
+    return Tile(label, f"\u00d7{value}", f"{len(regimes)} regime{'s' if len(regimes) > 1 else ''}: {words}")
 
 
 def _size_tile(label: str, own: int | None, dense: int | None) -> Tile:
     if own is None:
-        return Tile(label, "not measured", "")
-    note = f"dense: {size(dense)} (\u00d7{factor(own / dense)})" if dense else ""
-    return Tile(label, size(own), note)
-
-
-def _experts(run: RunFolder) -> list[ExpertsPart]:
-    found = run.bench.value.experts.items()
-    return [experts_part(f"experts-{index}", name, layers) for index, (name, layers) in enumerate(found) if layers]
-
-
-def _training(index: int, file: str, tuned: Tuned) -> TrainingPart:
-    rows = tuple(
-        (
-            grids.Cell(stage.stage),
-            grids.Cell(figure.replace("_", " ")),
-            grids.Cell(number(before), before),
-            grids.Cell(number(stage.after[figure]), stage.after[figure]),
-            grids.Cell(f"{stage.num_tokens:,}", stage.num_tokens),
-        )
-        for stage in tuned.stages
-        for figure, before in stage.before.items()
-        if figure in stage.after
-    )
-    key = f"training-{index}"
-    columns = ("stage", "figure", "before", "after", "tokens")
-    return TrainingPart(
-        file, drawings.training(key, file, tuned), grids.Grid(f"{key}-table", f"Fine-tuning: {file}", columns, rows)
-    )
+        return Tile(label)
+    return Tile(label, size(own), f"dense: {size(dense)} (\u00d7{factor(own / dense)})" if dense else "")

@@ -1,19 +1,26 @@
-"""Line and point plots as plain geometry: the template draws it as SVG, whose colours follow the page's theme."""
+"""Line and point plots as SVG, for the report's page and as files of their own.
+
+Classes give every mark its colour, so that plot.css draws them in the reader's light or dark theme.
+"""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
 from typing import Literal
 
-from moeify.reporting.words import number
+from markupsafe import Markup
+
+from moeify.reporting.tables import Cell, Table, cell
+from moeify.words import number
 
 # The drawing's own units; the page scales it. Narrow enough that text can be read on a phone.
-WIDTH, HEIGHT = 440, 270
-LEFT, RIGHT, TOP, BOTTOM = 46, 16, 26, 38
+WIDTH, HEIGHT = 420, 260
+LEFT, RIGHT, TOP, BOTTOM = 46, 404, 26, 222
 # Least distance of two labels' base lines, and width of one letter of a label.
-LINE_HEIGHT, LETTER_WIDTH = 14, 6.2
+LINE_HEIGHT, LETTER_WIDTH = 14, 6.6
 # How far a label may move to be free, nearest first.
-OFFSETS = tuple(sorted(range(-60, 62, 2), key=abs))
+MOVES = sorted(range(-60, 62, 2), key=abs)
 
 Scale = Literal["linear", "log"]
 Shape = Literal["circle", "square", "diamond", "dot"]
@@ -25,7 +32,7 @@ class Point:
 
     Args:
         x, y: in the units of the axes.
-        title: what it is, shown when pointed at.
+        title: its description, told when it is pointed at.
         label: written beside it; empty for none.
         interval: of y, drawn as a bar; None if there is none.
     """
@@ -43,7 +50,7 @@ class Series:
 
     Args:
         name: of the legend.
-        style: CSS class: dense, moe, static, other, floor.
+        style: CSS class: dense, moe, static, search, ours, other, floor.
         points: in the order of the line.
         shape: of their marks; None draws the line alone.
         line: whether they are joined.
@@ -58,7 +65,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: what it measures, how it is scaled, and values that it must reach or mark."""
+    """One axis: its quantity, its scale, and values that it must reach or mark."""
 
     label: str
     scale: Scale = "linear"
@@ -67,123 +74,158 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Table:
-    """The numbers behind a drawing."""
-
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class Tick:
-    at: float
-    label: str
-
-
-@dataclass(frozen=True)
-class Mark:
-    """A point in the drawing's units; the label stands at (label_x, label_y) and ends there if `end`.
-
-    The bar is the path of the interval, empty if there is none.
-    """
-
-    x: float
-    y: float
-    title: str
-    label: str
-    label_x: float
-    label_y: float
-    end: bool
-    bar: str
-
-
-@dataclass(frozen=True)
-class Trace:
-    """A series in the drawing's units."""
-
-    name: str
-    style: str
-    shape: Shape | None
-    path: str
-    marks: tuple[Mark, ...]
-
-
-@dataclass(frozen=True)
 class Plot:
-    """A drawing, what it shows in words, and its numbers."""
-
-    key: str
-    title: str
-    description: str
-    x_label: str
-    y_label: str
-    x_ticks: tuple[Tick, ...]
-    y_ticks: tuple[Tick, ...]
-    traces: tuple[Trace, ...]
-    table: Table
-    width: int = WIDTH
-    height: int = HEIGHT
-    left: int = LEFT
-    right: int = WIDTH - RIGHT
-    top: int = TOP
-    bottom: int = HEIGHT - BOTTOM
-
-    @property
-    def legend(self) -> tuple[Trace, ...]:
-        """One series for each name."""
-        return tuple({trace.name: trace for trace in self.traces}.values())
-
-
-def plot(key: str, title: str, description: str, axes: tuple[Axis, Axis], series: Sequence[Series]) -> Plot:
-    """Lay out a plot; values that a scale cannot show are left out of the drawing, not of the table.
+    """A drawing, a description of it in words, and its numbers.
 
     Args:
         key: unique in the page.
         title, description: for those who cannot see it, and for the caption.
-        axes: x and y.
-        series: what is drawn, the most important last, which lies on top.
+        x, y: the axes; values that a scale cannot show are left out of the drawing, not of the table.
+        series: the most important last, which lies on top.
     """
-    x_axis, y_axis = axes
-    to_x = _Map(x_axis, [point.x for one in series for point in one.points], LEFT, WIDTH - RIGHT)
-    heights = [value for one in series for point in one.points for value in (point.y, *(point.interval or ()))]
-    to_y = _Map(y_axis, heights, HEIGHT - BOTTOM, TOP)
-    traces = [_trace(one, to_x, to_y) for one in series]
-    rows = [
-        (one.name, number(point.x), number(point.y), _interval_words(point), point.title)
-        for one in series
-        for point in one.points
+
+    key: str
+    title: str
+    description: str
+    x: Axis
+    y: Axis
+    series: tuple[Series, ...]
+
+    @property
+    def table(self) -> Table:
+        """All numbers."""
+        columns = ("series", self.x.label, self.y.label, "95 % interval", "point")
+        rows = tuple(
+            (
+                *(Cell(series.name), cell(point.x), cell(point.y)),
+                *(Cell(" to ".join(map(number, point.interval or ()))), Cell(point.title)),
+            )
+            for series in self.series
+            for point in series.points
+        )
+        return Table(f"{self.key}-table", self.title, columns, rows)
+
+    def drawing(self) -> Markup:
+        """For a page with a title and a description under the ids KEY-title and KEY-words."""
+        names = f"{self.key}-title {self.key}-words"
+        return _element("svg", *_inside(self), class_="plot", role="img", aria_labelledby=names, viewBox=_box(self))
+
+    def file(self) -> str:
+        """An SVG file that needs no other."""
+        style = (resources.files("moeify.reporting") / "plot.css").read_text(encoding="utf-8")
+        words = (_element("title", self.title), _element("desc", self.description), _element("style", Markup(style)))
+        paper = _element("rect", class_="paper", width="100%", height="100%")
+        xmlns = "http://www.w3.org/2000/svg"
+        return str(_element("svg", *words, paper, *_inside(self), xmlns=xmlns, role="img", viewBox=_box(self))) + "\n"
+
+
+def _element(tag: str, *inner: str, **attributes: object) -> Markup:
+    """One element; text is escaped, `class_` is class, and attributes that are None are left out."""
+    words = [
+        Markup(' {}="{}"').format(name.rstrip("_").replace("_", "-"), f"{value:g}" if type(value) is float else value)
+        for name, value in attributes.items()
+        if value is not None
     ]
-    return Plot(
-        key=key,
-        title=title,
-        description=description,
-        x_label=x_axis.label,
-        y_label=y_axis.label,
-        x_ticks=to_x.ticks,
-        y_ticks=to_y.ticks,
-        traces=tuple(_spread(traces)),
-        table=Table(("series", x_axis.label, y_axis.label, "95 % interval", "point"), tuple(rows)),
-    )
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(tag), Markup("").join(words), Markup("").join(inner))
 
 
-class _Map:
+def _inside(plot: Plot) -> Iterator[Markup]:
+    """Axes, lines, marks, labels, legend: what comes later lies on top."""
+    points = [point for series in plot.series for point in series.points]
+    to_x = _Scale(plot.x, [point.x for point in points], LEFT, RIGHT)
+    to_y = _Scale(plot.y, [y for point in points for y in (point.y, *(point.interval or ()))], BOTTOM, TOP)
+    yield from _axes(plot, to_x, to_y)
+    placed = []
+    for series in plot.series:
+        drawn = [point for point in series.points if to_x.shows(point.x) and to_y.shows(point.y)]
+        placed.append((series, [(point, to_x(point.x), to_y(point.y)) for point in drawn]))
+    for series, marks in placed:
+        if series.line and len(marks) > 1:
+            path = "M" + "L".join(f"{x:g} {y:g}" for _, x, y in marks)
+            yield _element("path", class_=f"line {series.style}", d=path)
+    for series, marks in placed:
+        for point, x, y in marks if series.shape else ():
+            edges = [to_y(edge) for edge in point.interval or () if to_y.shows(edge)]
+            if len(edges) == 2:
+                yield _element("path", class_=f"bar {series.style}", d=f"M{x:g} {edges[0]:g}V{edges[1]:g}")
+            yield _mark(series, x, y, point.title)
+    yield from _labels([(point.label, x, y) for _, marks in placed for point, x, y in marks if point.label])
+    for series, x, y in _legend(plot):
+        if series.line:
+            yield _element("path", class_=f"line {series.style}", d=f"M{x:g} {y - 4:g}h24")
+        if series.shape:
+            yield _mark(series, x + 12, y - 4, "")
+        yield _element("text", series.name, x=x + 30, y=y)
+
+
+def _axes(plot: Plot, to_x: "_Scale", to_y: "_Scale") -> Iterator[Markup]:
+    for value in to_y.ticks:
+        y = to_y(value)
+        yield _element("path", class_="rule", d=f"M{LEFT} {y:g}H{RIGHT}")
+        yield _element("text", f"{value:,.10g}", x=LEFT - 7, y=y + 4, text_anchor="end")
+    for value in to_x.ticks:
+        yield _element("text", f"{value:,.10g}", x=to_x(value), y=BOTTOM + 16, text_anchor="middle")
+    yield _element("text", plot.y.label, x=2, y=12)
+    yield _element("text", plot.x.label, x=RIGHT, y=HEIGHT - 4, text_anchor="end")
+
+
+def _mark(series: Series, x: float, y: float, title: str) -> Markup:
+    inner = [_element("title", title)] if title else []
+    style = f"mark {series.style}"
+    if series.shape == "square":
+        return _element("rect", *inner, class_=style, x=x - 4.5, y=y - 4.5, width=9, height=9)
+    if series.shape == "diamond":
+        return _element("path", *inner, class_=style, d=f"M{x:g} {y - 6:g}l6 6l-6 6l-6-6z")
+    return _element("circle", *inner, class_=style, cx=x, cy=y, r=2.6 if series.shape == "dot" else 5)
+
+
+def _labels(labels: Sequence[tuple[str, float, float]]) -> Iterator[Markup]:
+    """Each beside its point, on the side where it fits, moved up or down to where it lies on no other."""
+    taken: list[tuple[float, float, float]] = []
+    for label, x, y in labels:
+        width = LETTER_WIDTH * len(label)
+        end = x + 10 + width > WIDTH
+        left = x - 9 - width if end else x + 9
+        near = [base for other, wide, base in taken if left < other + wide and other < left + width]
+        free = (y + 4 + move for move in MOVES if all(abs(y + 4 + move - base) >= LINE_HEIGHT for base in near))
+        taken.append((left, width, next(free, y + 4)))
+        anchor = "end" if end else None
+        yield _element("text", label, class_="label", x=x - 9 if end else x + 9, y=taken[-1][2], text_anchor=anchor)
+
+
+def _legend(plot: Plot) -> list[tuple[Series, float, float]]:
+    """One series of each name and where its entry begins, in lines as wide as the drawing."""
+    entries: list[tuple[Series, float, float]] = []
+    x, y = 2.0, HEIGHT + 16.0
+    for series in {series.name: series for series in plot.series}.values():
+        width = 42 + LETTER_WIDTH * len(series.name)
+        if x > 2 and x + width > WIDTH:
+            x, y = 2.0, y + 18
+        entries.append((series, x, y))
+        x += width
+    return entries
+
+
+def _box(plot: Plot) -> str:
+    return f"0 0 {WIDTH} {_legend(plot)[-1][2] + 8:g}"
+
+
+class _Scale:
     """From values to the drawing's units."""
 
     def __init__(self, axis: Axis, values: Sequence[float], start: float, end: float) -> None:
         self._log = axis.scale == "log"
         self._start, self._end = start, end
-        shown = [value for value in (*values, *axis.include, *axis.ticks) if self.shows(value)] or [1.0]
-        low, high = min(shown), max(shown)
-        marks = axis.ticks or (_log_ticks(low, high) if self._log else _linear_ticks(low, high))
-        low, high = min(low, *marks), max(high, *marks)
+        drawn = [value for value in (*values, *axis.include, *axis.ticks) if self.shows(value)] or [1.0]
+        low, high = min(drawn), max(drawn)
+        self.ticks = axis.ticks or (_log_ticks(low, high) if self._log else _linear_ticks(low, high))
+        low, high = min(low, *self.ticks), max(high, *self.ticks)
         if low == high:
             low, high = (low / 2, high * 2) if self._log else (low - 1, high + 1)
+        low, high = self._warp(low), self._warp(high)
         # Linear axes end at a tick; at the end of others marks would be cut in half.
-        space = 0.04 if axis.ticks or self._log else 0.0
-        self._low, self._high = self._warp(low), self._warp(high)
-        margin = space * (self._high - self._low)
-        self._low, self._high = self._low - margin, self._high + margin
-        self.ticks = tuple(Tick(self(value), f"{value:,.10g}") for value in marks)
+        margin = (high - low) * (0.04 if axis.ticks or self._log else 0.0)
+        self._low, self._high = low - margin, high + margin
 
     def shows(self, value: float) -> bool:
         return math.isfinite(value) and (value > 0 or not self._log)
@@ -198,8 +240,7 @@ class _Map:
 
 def _linear_ticks(low: float, high: float) -> tuple[float, ...]:
     """Four to seven round numbers that enclose the values."""
-    span = (high - low) or abs(high) or 1.0
-    raw = span / 5
+    raw = ((high - low) or abs(high) or 1.0) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -207,62 +248,10 @@ def _linear_ticks(low: float, high: float) -> tuple[float, ...]:
 
 
 def _log_ticks(low: float, high: float) -> tuple[float, ...]:
-    """At most eight round numbers within the values, as fine as it takes for three; equal steps where all are close."""
-    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
-    found: list[float] = []
-    for nice in (
-        (1,),
-        (1, 3),
-        (1, 2, 5),
-        (1, 1.5, 2, 3, 5, 7),
-        (1, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8),
-    ):
-        values = [round(factor * 10.0**power, 9 - power) for power in powers for factor in nice]
-        found = [value for value in values if low * 0.999 <= value <= high * 1.001]
-        if len(found) >= 3:
-            return tuple(found[:: -(-len(found) // 8)])
-    close = tuple(value for value in _linear_ticks(low, high) if low * 0.999 <= value <= high * 1.001)
-    return close or tuple(found) or (low,)
-
-
-def _trace(series: Series, to_x: _Map, to_y: _Map) -> Trace:
-    marks = []
-    for point in series.points:
-        if not (to_x.shows(point.x) and to_y.shows(point.y)):
-            continue
-        x, y = to_x(point.x), to_y(point.y)
-        # On the side where the label fits.
-        end = x + 10 + LETTER_WIDTH * len(point.label) > WIDTH
-        edges = [to_y(edge) for edge in point.interval or () if to_y.shows(edge)]
-        bar = f"M{x:g} {edges[0]:g}V{edges[1]:g}" if len(edges) == 2 else ""
-        marks.append(Mark(x, y, point.title, point.label, x - 9 if end else x + 9, y + 4, end, bar))
-    path = "M" + "L".join(f"{mark.x:g} {mark.y:g}" for mark in marks) if series.line and len(marks) > 1 else ""
-    return Trace(series.name, series.style, series.shape, path, tuple(marks))
-
-
-def _interval_words(point: Point) -> str:
-    return "" if point.interval is None else f"{number(point.interval[0])} to {number(point.interval[1])}"
-
-
-def _spread(traces: Sequence[Trace]) -> list[Trace]:
-    """Move each label up or down to the nearest place where it lies on no other."""
-    placed: list[Mark] = []
-    spread = []
-    for trace in traces:
-        marks = []
-        for mark in trace.marks:
-            moves = (replace(mark, label_y=mark.label_y + offset) for offset in OFFSETS)
-            free = next((one for one in moves if not any(_overlap(one, other) for other in placed)), mark)
-            marks.append(free)
-            placed += [free] if free.label else []
-        spread.append(replace(trace, marks=tuple(marks)))
-    return spread
-
-
-def _overlap(one: Mark, other: Mark) -> bool:
-    def span(mark: Mark) -> tuple[float, float]:
-        width = LETTER_WIDTH * len(mark.label)
-        return (mark.label_x - width, mark.label_x) if mark.end else (mark.label_x, mark.label_x + width)
-
-    (left, right), (other_left, other_right) = span(one), span(other)
-    return left < other_right and other_left < right and abs(one.label_y - other.label_y) < LINE_HEIGHT
+    """At most eight round numbers within the values: equal steps where all are close, else 1, 2 and 5."""
+    ticks = _linear_ticks(low, high)
+    if high > 5 * low:
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = tuple(round(nice * 10.0**power, 9 - power) for power in powers for nice in (1, 2, 5))
+    inside = [value for value in ticks if low * 0.999 <= value <= high * 1.001] or [low]
+    return tuple(inside[:: -(-len(inside) // 8)])

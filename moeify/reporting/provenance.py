@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from moeify.benchmark.models.results import ModelBench
 from moeify.options import SplitOptions
-from moeify.reporting.reader import Record, RunFolder, Source
-from moeify.reporting.words import number, size
+from moeify.reporting.reader import RunFolder
+from moeify.words import number, size
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Checkpoint:
     """How one checkpoint was made: facts, all its options as JSON, and the command if it can be told."""
 
     file: str
-    facts: tuple[tuple[str, str], ...]
+    facts: list[tuple[str, str]]
     options: str
     command: str
 
@@ -26,13 +25,14 @@ class Checkpoint:
 def measurement(run: RunFolder) -> list[tuple[str, str]]:
     """The circumstances of the benchmark."""
     bench = run.bench.value
+    tokens = {row.data: f"{row.data} ({row.num_tokens:,} tokens)" for row in bench.quality}
     rows = [
         ("measured", bench.date),
         ("machine", _pairs(bench.machine)),
         ("versions", _pairs(bench.versions)),
         ("dtype of weights", bench.dtype),
         ("context", f"{bench.context:,} tokens a block"),
-        ("texts", _texts(bench)),
+        ("texts", ", ".join(tokens.values()) or "none"),
     ]
     if bench.ceilings is not None:
         copied = f"{size(bench.ceilings.copy_bytes_per_second)}/s copied"
@@ -40,34 +40,29 @@ def measurement(run: RunFolder) -> list[tuple[str, str]]:
         shape = f"{bench.ceilings.matmul_size:,} in {bench.ceilings.dtype}"
         rows.append(("reached by the machine", f"{copied}, {rate} at matrix products of {shape}"))
     rows += [(f"model {model.name}", f"{model.path} ({model.model_type})") for model in bench.models]
-    rows += [(f"result of {kind}", file) for kind, file in run.sources.items()]
-    return rows
+    return rows + [(f"result of {kind}", file) for kind, file in run.sources.items()]
 
 
 def checkpoints(run: RunFolder) -> list[Checkpoint]:
     """The records of the checkpoints in the folder."""
     dense = run.bench.value.models[0].path
-    return [_checkpoint(record, dense) for record in run.records]
+    return [_checkpoint(record.file, record.value.job, dense) for record in run.records]
 
 
-def _checkpoint(record: Source[Record], dense: str) -> Checkpoint:
-    job = record.value.job
+def _checkpoint(file: str, job: Mapping[str, Any], dense: str) -> Checkpoint:
     text = job.get("calibration") or job.get("text") or {}
-    facts = [
-        ("target", str(job.get("target", ""))),
-        ("dtype", str(job.get("dtype", "")).removeprefix("torch.")),
-        ("text", _pairs(text) if isinstance(text, Mapping) else json.dumps(text)),
-        ("hash of the source model", str(job.get("model", ""))),
-        ("hash of the teacher", str(job.get("teacher", ""))),
-        ("versions", _pairs(job.get("versions") or {})),
-    ]
+    facts = {
+        "target": str(job.get("target", "")),
+        "dtype": str(job.get("dtype", "")).removeprefix("torch."),
+        "text": _pairs(text) if isinstance(text, Mapping) else json.dumps(text),
+        "hash of the source model": str(job.get("model", "")),
+        "hash of the teacher": str(job.get("teacher", "")),
+        "versions": _pairs(job.get("versions") or {}),
+    }
     options = job.get("options") or {}
-    return Checkpoint(
-        file=record.file,
-        facts=tuple((key, value) for key, value in facts if value),
-        options=json.dumps(options, indent=1, sort_keys=True),
-        command=split_command(options, dense, record.file) if "experts" in options else "",
-    )
+    command = split_command(options, dense, file) if "experts" in options else ""
+    known = [(key, value) for key, value in facts.items() if value]
+    return Checkpoint(file, known, json.dumps(options, indent=1, sort_keys=True), command)
 
 
 def split_command(options: Mapping[str, Any], dense: str, file: str) -> str:
@@ -87,11 +82,6 @@ def split_command(options: Mapping[str, Any], dense: str, file: str) -> str:
             words += [word for item in (value if isinstance(value, list) else [value]) for word in (flag, str(item))]
     folder = file.rpartition("/")[0]
     return shlex.join([*words, *(["-o", folder] if folder else [])])
-
-
-def _texts(bench: ModelBench) -> str:
-    tokens = {row.data: row.num_tokens for row in bench.quality}
-    return ", ".join(f"{name} ({number:,} tokens)" for name, number in tokens.items()) or "none"
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -1,30 +1,25 @@
 "use strict";
 (() => {
-  const SVG = "http://www.w3.org/2000/svg";
-
   // Tables: a click or Enter on a header sorts; rows without a value come last either way.
-  function keyOf(row, column) {
+  function keyOf(row, column, isNumeric) {
     const cell = row.cells[column];
-    return cell.dataset.value === undefined ? cell.textContent.trim() : Number(cell.dataset.value);
+    if (cell.dataset.value !== undefined) return Number(cell.dataset.value);
+    return isNumeric ? undefined : cell.textContent.trim();
   }
 
   function compare(one, other) {
-    if (typeof one === "number" && typeof other === "number") return one - other;
-    return String(one).localeCompare(String(other), undefined, { numeric: true });
+    return typeof one === "number" ? one - other : one.localeCompare(other, undefined, { numeric: true });
   }
 
   function sortBy(table, header) {
-    const column = header.cellIndex;
     const up = header.getAttribute("aria-sort") !== "ascending";
     for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
     header.setAttribute("aria-sort", up ? "ascending" : "descending");
-    const body = table.tBodies[0];
     const isNumeric = header.classList.contains("number");
-    const rows = [...body.rows].map((row) => ({ row, key: keyOf(row, column) }));
-    const missing = ({ key }) => isNumeric && typeof key !== "number";
-    const sorted = rows.filter((entry) => !missing(entry));
-    sorted.sort((one, other) => (up ? 1 : -1) * compare(one.key, other.key));
-    body.append(...[...sorted, ...rows.filter(missing)].map(({ row }) => row));
+    const rows = [...table.tBodies[0].rows].map((row) => ({ row, key: keyOf(row, header.cellIndex, isNumeric) }));
+    const known = rows.filter(({ key }) => key !== undefined);
+    known.sort((one, other) => (up ? 1 : -1) * compare(one.key, other.key));
+    table.tBodies[0].append(...[...known, ...rows.filter(({ key }) => key === undefined)].map(({ row }) => row));
   }
 
   for (const table of document.querySelectorAll("table.sortable")) {
@@ -37,30 +32,23 @@
     }
   }
 
-  // Where the pointer is, in the drawing's units.
-  function place(svg, event) {
-    return new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
+  // Heat maps are tables; words(row, column, cell) reads the cell that is pointed at.
+  function read(figure, words) {
+    figure.querySelector(".heat").addEventListener("pointerover", ({ target }) => {
+      const cell = target.closest("td");
+      if (cell) figure.querySelector(".readout").textContent = words(cell.parentNode.cells[0], cell.cellIndex - 1, cell);
+    });
   }
 
-  for (const svg of document.querySelectorAll("svg.heat[data-table]")) {
-    const rows = document.getElementById(svg.dataset.table).tBodies[0].rows;
-    const [width, height] = svg.dataset.cell.split(" ").map(Number);
-    const readout = svg.parentNode.querySelector(".readout");
-    svg.addEventListener("pointermove", (event) => {
-      const at = place(svg, event);
-      const cells = rows[Math.floor(at.y / height)]?.cells;
-      const expert = Math.floor(at.x / width);
-      if (!cells || expert < 0 || expert + 1 >= cells.length) return;
-      const share = Number(cells[expert + 1].textContent);
-      const even = ((share * (cells.length - 1)) / 100).toFixed(2);
-      readout.textContent = `Layer ${cells[0].textContent}, expert ${expert}: ${share.toFixed(1)} % of all choices, ${even} times an even share`;
+  for (const figure of document.querySelectorAll("figure.load")) {
+    read(figure, (layer, expert, cell) => {
+      const even = ((cell.textContent * (cell.parentNode.cells.length - 1)) / 100).toFixed(2);
+      return `Layer ${layer.textContent}, expert ${expert}: ${cell.textContent} % of all choices, ${even} times an even share`;
     });
   }
 
   // Pairs of experts: one letter a pair, a step of log2(observed / independent).
   const { letters, middle, step } = JSON.parse(document.getElementById("letters").textContent);
-  const SIDE = 360;
-  const MARGIN = 28;
   // Four times more often, or more seldom, has the full colour.
   const FULL = 2;
 
@@ -71,54 +59,34 @@
     return `${times.toFixed(1)} times ${log2 > 0 ? "as often as chance" : "more seldom than chance"}`;
   }
 
-  function element(name, attributes, text) {
-    const made = document.createElementNS(SVG, name);
-    for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-    if (text !== undefined) made.textContent = text;
-    return made;
+  function color(log2) {
+    if (Math.abs(log2) < step / 2) return "";
+    const share = Math.min(100, 6 + (94 * Math.abs(log2)) / FULL);
+    return `color-mix(in srgb, var(--${log2 > 0 ? "accent" : "second"}) ${share.toFixed(0)}%, transparent)`;
   }
 
-  function decode(text, experts) {
-    const levels = Array.from({ length: experts }, () => new Array(experts).fill(0));
-    const pairs = [];
-    let index = 0;
-    for (let i = 0; i < experts; i += 1) {
-      for (let j = i + 1; j < experts; j += 1, index += 1) {
-        const log2 = (letters.indexOf(text[index]) - middle) * step;
-        levels[i][j] = levels[j][i] = log2;
-        pairs.push({ i, j, log2 });
+  function head(expert, experts) {
+    const cell = document.createElement("th");
+    cell.textContent = expert % Math.max(1, Math.floor(experts / 8)) ? "" : expert;
+    return cell;
+  }
+
+  function draw(table, experts, levelOf) {
+    const indices = [...Array(experts).keys()];
+    table.replaceChildren();
+    table.width = Math.min(30 + 36 * experts, 390);
+    table.insertRow().append(document.createElement("th"), ...indices.map((i) => head(i, experts)));
+    for (const i of indices) {
+      const row = table.insertRow();
+      row.style.height = `${Math.min(36, 360 / experts)}px`;
+      row.append(head(i, experts));
+      for (const j of indices) {
+        const cell = row.insertCell();
+        if (i === j) continue;
+        cell.className = "neutral";
+        cell.style.background = color(levelOf(i, j));
       }
     }
-    return { levels, pairs };
-  }
-
-  function draw(svg, levels) {
-    const experts = levels.length;
-    const cell = Math.min(SIDE / experts, 36);
-    const side = cell * experts;
-    const paths = new Map();
-    levels.forEach((row, i) => row.forEach((log2, j) => {
-      const key = i === j ? "self" : log2.toFixed(1);
-      const path = `M${(j * cell).toFixed(2)} ${(i * cell).toFixed(2)}h${cell.toFixed(2)}v${cell.toFixed(2)}h${-cell.toFixed(2)}z`;
-      paths.set(key, (paths.get(key) || "") + path);
-    }));
-    const drawn = [...paths].filter(([key]) => key !== "self").map(([key, path]) => {
-      const log2 = Number(key);
-      const name = Math.abs(log2) < step / 2 ? "neutral" : log2 > 0 ? "together" : "apart";
-      const attributes = { class: name, d: path };
-      if (name !== "neutral") attributes["fill-opacity"] = Math.min(1, 0.06 + (0.94 * Math.abs(log2)) / FULL).toFixed(2);
-      return element("path", attributes);
-    });
-    const every = Math.max(1, Math.floor(experts / 8));
-    for (let expert = 0; expert < experts; expert += every) {
-      const at = (expert + 0.5) * cell;
-      drawn.push(element("text", { x: at, y: -6, "text-anchor": "middle" }, expert));
-      drawn.push(element("text", { x: -6, y: at + 4, "text-anchor": "end" }, expert));
-    }
-    svg.setAttribute("width", Math.round(1.1 * (side + MARGIN + 2)));
-    svg.setAttribute("viewBox", `${-MARGIN} -20 ${side + MARGIN + 2} ${side + 22}`);
-    svg.replaceChildren(...drawn);
-    return cell;
   }
 
   function strongest(pairs) {
@@ -128,9 +96,9 @@
       ["Most often together: ", sorted.slice(0, 3).filter(({ log2 }) => log2 > 0)],
       ["Most seldom: ", sorted.slice(-3).reverse().filter(({ log2 }) => log2 < 0)],
     ];
-    return lines.filter(([, found]) => found.length).map(([label, found]) => {
+    return lines.filter(([, some]) => some.length).map(([label, some]) => {
       const line = document.createElement("p");
-      line.textContent = `${label}${found.map(words).join("; ")}.`;
+      line.textContent = `${label}${some.map(words).join("; ")}.`;
       return line;
     });
   }
@@ -138,20 +106,20 @@
   for (const figure of document.querySelectorAll("figure.pairs")) {
     const data = JSON.parse(figure.querySelector("script").textContent);
     const experts = Number(figure.dataset.experts);
-    const [svg, select] = [figure.querySelector("svg.heat"), figure.querySelector("select")];
-    const readout = figure.querySelector(".readout");
-    let shown;
+    const select = figure.querySelector("select");
+    const upper = [...Array(experts).keys()].flatMap((i) => [...Array(experts - i - 1).keys()].map((k) => [i, i + 1 + k]));
+    let levels = new Map();
+    const levelOf = (i, j) => levels.get(Math.min(i, j) * experts + Math.max(i, j));
     const show = () => {
-      shown = decode(data[select.value], experts);
-      shown.cell = draw(svg, shown.levels);
-      figure.querySelector(".strongest").replaceChildren(...strongest(shown.pairs));
+      const pairs = upper.map(([i, j], at) => ({ i, j, log2: (letters.indexOf(data[select.value][at]) - middle) * step }));
+      levels = new Map(pairs.map(({ i, j, log2 }) => [i * experts + j, log2]));
+      draw(figure.querySelector(".heat"), experts, levelOf);
+      figure.querySelector(".strongest").replaceChildren(...strongest(pairs));
     };
     select.addEventListener("change", show);
-    svg.addEventListener("pointermove", (event) => {
-      const at = place(svg, event);
-      const [i, j] = [Math.floor(at.y / shown.cell), Math.floor(at.x / shown.cell)];
-      if (i === j || shown.levels[i]?.[j] === undefined) return;
-      readout.textContent = `Experts ${i} and ${j}: ${chance(shown.levels[i][j])}`;
+    read(figure, (_, j, cell) => {
+      const i = cell.parentNode.rowIndex - 1;
+      return i === j ? "" : `Experts ${i} and ${j}: ${chance(levelOf(i, j))}`;
     });
     show();
   }

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeify.benchmark.models.results import Interval
 from moeify.errors import InputError
-from moeify.reporting.facts import Facts, Interval, active_parameters, facts_of, of_kind, parameters
-from moeify.reporting.page import Subject, render
-from moeify.reporting.reader import RunFolder, read_run
+from moeify.reporting.facts import Facts, active_parameters, facts_of, of_kind, parameters, speeds
+from moeify.reporting.page import render
+from moeify.reporting.reader import read_run
 from moeify.reporting.verdict import Answers, answers
 
 PAGE = "report.html"
@@ -21,13 +22,14 @@ PAGE = "report.html"
 
 @dataclass(frozen=True)
 class Headline:
-    """What the first screen of the report says about one model.
+    """The first screen of the report about one model.
 
     Args:
         model: its name in the benchmark.
         active_parameters, parameters, dense_parameters: of this model for a token, stored, and of the dense one.
         ratio: perplexity over the dense model's, over all texts; None if it was not measured.
         static_ratio: the same of the static control of the same active size; None without one.
+        over_static: perplexity over that control's, from the same blocks of text; None if that was not measured.
         decode_speed, prefill_speed: least and largest multiple of the dense model's; None if not measured.
         memory_ratio, disk_ratio: peak memory and bytes on disk over the dense model's.
         answers: what was lost, what was gained, and whether to use it.
@@ -39,6 +41,7 @@ class Headline:
     dense_parameters: int
     ratio: Interval | None
     static_ratio: Interval | None
+    over_static: Interval | None
     decode_speed: tuple[float, float] | None
     prefill_speed: tuple[float, float] | None
     memory_ratio: float | None
@@ -48,14 +51,14 @@ class Headline:
 
 @dataclass(frozen=True)
 class ReportResult:
-    """What was written.
+    """The page and its headlines.
 
     Args:
         out: the page.
         num_bytes: its size.
         headlines: one a mixture of experts, in the order of the benchmark.
         sources: kind of result -> file that it was taken from.
-        notes: what was left out, and why.
+        notes: results that were left out, and why.
     """
 
     out: Path
@@ -78,7 +81,8 @@ def report(run_dir: str | Path, out: Path | None = None) -> ReportResult:
     folder = Path(run_dir)
     run = read_run(folder)
     out = folder / PAGE if out is None else out
-    subjects = [Subject(facts, answers(facts)) for facts in _mixtures(run)]
+    bench = run.bench.value
+    subjects = [(facts, answers(facts)) for facts in (facts_of(bench, model) for model in of_kind(bench, "moe"))]
     page = render(run, subjects, command=shlex.join(["moeify", "report", str(folder), "-o", str(out)]))
     # Names come from files: half a code point cannot be encoded.
     data = page.encode("utf-8", "replace")
@@ -89,26 +93,22 @@ def report(run_dir: str | Path, out: Path | None = None) -> ReportResult:
         temporary.replace(out)
     except OSError as error:
         raise InputError(f"cannot write {out}: {error.strerror}", "name another file with -o") from error
-    headlines = tuple(_headline(subject.facts, subject.answers) for subject in subjects)
+    headlines = tuple(_headline(*subject) for subject in subjects)
     return ReportResult(out, len(data), headlines, run.sources, run.notes)
 
 
-def _mixtures(run: RunFolder) -> list[Facts]:
-    bench = run.bench.value
-    return [facts_of(bench, model) for model in of_kind(bench, "moe")]
-
-
-def _headline(facts: Facts, found: Answers) -> Headline:
+def _headline(facts: Facts, said: Answers) -> Headline:
     return Headline(
         model=facts.model.name,
         active_parameters=active_parameters(facts.model),
         parameters=parameters(facts.model),
         dense_parameters=parameters(facts.dense),
-        ratio=facts.quality.ratio if facts.quality else None,
-        static_ratio=facts.control_quality.ratio if facts.control_quality else None,
-        decode_speed=facts.decode.speeds if facts.decode.regimes else None,
-        prefill_speed=facts.prefill.speeds if facts.prefill.regimes else None,
+        ratio=facts.ratio,
+        static_ratio=facts.control.ratio if facts.control else None,
+        over_static=facts.over_control,
+        decode_speed=speeds(facts.decode),
+        prefill_speed=speeds(facts.prefill),
         memory_ratio=facts.memory,
         disk_ratio=facts.disk,
-        answers=found,
+        answers=said,
     )

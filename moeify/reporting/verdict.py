@@ -1,4 +1,4 @@
-"""What was lost, what was gained, and whether to use it: sentences that follow from the numbers by fixed rules.
+"""Losses, gains, and whether to use a model: sentences that follow from the numbers by fixed rules.
 
 RULES says which; the page prints them. `Faster` and `slower` are the benchmark's verdicts: the 95 % interval of the
 time ratio leaves out one. The limits are conventions, not measurements: 5 % is taken for a loss that a user accepts
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from moeify.benchmark.models.results import Verdict
-from moeify.reporting.facts import Facts, Interval, active_parameters, parameters
-from moeify.reporting.words import count, factor, listing, percent
+from moeify.benchmark.models.results import Interval, Outcome, Verdict
+from moeify.reporting.facts import Facts, active_parameters, parameters, speeds
+from moeify.words import count, factor, fixed, listing, percent
 
 Level = Literal["yes", "partly", "no", "unknown"]
 
@@ -29,10 +29,11 @@ RULES = (
     "Otherwise: only if the gain is worth the loss.",
 )
 CONVENTION = (
-    "Pruning is the static control: by rule 2 its interval of perplexity lies below the model's, without overlap, and "
-    "its time is no longer in at least half of the regimes that both were measured in. Faster and slower mean that the "
-    "95 % interval of the time ratio leaves out one. Over several texts perplexities are pooled by tokens. The limits "
-    "are conventions of this report, not measurements."
+    "Pruning is the static control: by rule 2 the 95 % interval of the ratio of both perplexities, drawn from the same "
+    "blocks of text, lies above one, and its time is no longer in at least half of the regimes that both were measured "
+    "in. Faster and slower mean that the 95 % interval of the time ratio leaves out one, same that it ends near one; "
+    "otherwise the run cannot tell. Each regime is the model's fastest implementation. Over several texts perplexities "
+    "are pooled by tokens. The limits are conventions of this report, not measurements."
 )
 
 
@@ -69,28 +70,25 @@ def answers(facts: Facts) -> Answers:
 
 def advise(facts: Facts) -> Advice:
     """The first rule that applies."""
-    if facts.quality is None or not facts.phases:
-        missing = "quality" if facts.quality is None else "speed"
-        return Advice("unknown", f"Its {missing} was not measured.")
-    ratio = facts.quality.ratio
-    if facts.control is not None and facts.control_quality is not None and is_beaten(facts):
-        times = f"{factor(facts.control_quality.ratio.value)} against {factor(ratio.value)} times the dense perplexity"
-        both = (
-            ", and is mostly as fast or faster" if facts.control_decode.regimes + facts.control_prefill.regimes else ""
-        )
-        why = f"plain pruning to the same active size ({facts.control.name}) loses less, {times}{both}"
-        return Advice("no", f"Do not use it: {why}.")
+    ratio = facts.ratio
+    if ratio is None or not facts.regimes:
+        return Advice("unknown", f"Its {'quality' if ratio is None else 'speed'} was not measured.")
+    if facts.control and facts.over_control and is_beaten(facts):
+        control = f"plain pruning to the same active size ({facts.control.model.name}) loses less"
+        both = ", and is mostly as fast or faster" * bool(facts.control.regimes)
+        ratio_words = f"Perplexity is {fixed(facts.over_control.value, 3)} times its."
+        return Advice("no", f"Do not use it: {control}{both}. {ratio_words}")
     faster = _where(facts, "faster")
     gain = "; ".join([f"faster for {faster}"] * bool(faster) + _smaller(facts))
     if gain:
         return _weigh(ratio, gain, _where(facts, "slower"))
     if ratio.low > 1:
-        return Advice("no", f"Do not use it: nowhere faster than the dense model, and {quality_words(ratio)}.")
-    return Advice("no", f"No reason to use it: nowhere faster than the dense model; {quality_words(ratio)}.")
+        return Advice("no", f"Do not use it: {_not_faster(facts)}, and {quality_words(ratio)}.")
+    return Advice("no", f"No reason to use it: {_not_faster(facts)}; {quality_words(ratio)}.")
 
 
 def _weigh(ratio: Interval, gain: str, slower: str) -> Advice:
-    """What the gain is worth, by rules 4 to 6."""
+    """The gain against the loss, by rules 4 to 6."""
     if ratio.value > LARGE_LOSS:
         what = "Fine-tune it first (moeify finetune), or let more experts be active"
         return Advice("no", f"Not as it is: {gain}, but {quality_words(ratio)}. {what}.")
@@ -105,28 +103,26 @@ def _weigh(ratio: Interval, gain: str, slower: str) -> Advice:
 
 def is_beaten(facts: Facts) -> bool:
     """Whether the static control is certainly better, and mostly no slower."""
-    own, other = facts.quality, facts.control_quality
-    if own is None or other is None or other.ratio.high >= own.ratio.low:
+    over = facts.over_control
+    if facts.control is None or over is None or over.low <= 1:
         return False
-    times = _times(facts.decode.regimes + facts.prefill.regimes)
-    others = _times(facts.control_decode.regimes + facts.control_prefill.regimes)
+    times, others = _times(facts.regimes), _times(facts.control.regimes)
     both = times.keys() & others.keys()
     return 2 * sum(others[regime] <= times[regime] for regime in both) >= len(both)
 
 
 def control_words(facts: Facts) -> str:
-    """How the model stands to its static control; empty if there is none or quality is missing."""
-    own, other = facts.quality, facts.control_quality
-    if facts.control is None or own is None or other is None:
+    """The model against its static control; empty if they were not compared on the same blocks."""
+    over = facts.over_control
+    if over is None:
         return ""
-    numbers = f"{factor(own.ratio.value)} against {factor(other.ratio.value)} times the dense perplexity"
-    if own.ratio.high < other.ratio.low:
+    numbers = f"perplexity is {fixed(over.value, 3)} times its ({fixed(over.low, 3)} to {fixed(over.high, 3)})"
+    if over.high < 1:
         closed = facts.gap_closed
         share = f", {percent(closed)} of the way to dense" if closed is not None and closed > 0 else ""
         return f"Better than plain pruning to the same active size: {numbers}{share}."
-    if other.ratio.high < own.ratio.low:
-        return f"Worse than plain pruning to the same active size: {numbers}."
-    return f"No better than plain pruning to the same active size, within the noise: {numbers}."
+    how = "Worse" if over.low > 1 else "Not shown to be better"
+    return f"{how} than plain pruning to the same active size: {numbers}."
 
 
 def quality_words(ratio: Interval) -> str:
@@ -142,37 +138,29 @@ def quality_words(ratio: Interval) -> str:
 
 
 def _lost(facts: Facts) -> list[str]:
-    found = []
-    if facts.quality is not None:
-        ratio = facts.quality.ratio
-        edges = f"95 % interval of the ratio: {factor(ratio.low)} to {factor(ratio.high)}"
-        found.append(f"{_capital(quality_words(ratio))} ({edges}).")
-        found.append(
-            f"Its likeliest next token is the dense model's at {percent(facts.quality.top1_agreement)} of positions."
-        )
+    lines = []
+    if facts.quality is not None and facts.ratio is not None:
+        edges = f"95 % interval of the ratio: {factor(facts.ratio.low)} to {factor(facts.ratio.high)}"
+        agreement = percent(facts.quality.top1_agreement)
+        lines.append(f"{_capital(quality_words(facts.ratio))} ({edges}).")
+        lines.append(f"Its likeliest next token is the dense model's at {agreement} of positions.")
     if slower := _where(facts, "slower"):
-        least = min(phase.speeds[0] for phase in facts.phases)
-        found.append(f"Slower for {slower}, down to {factor(least)}x.")
-    for what, ratio_or_none in (("Peak memory", facts.memory), ("The checkpoint", facts.disk)):
-        if ratio_or_none is not None and ratio_or_none > 1 + NOTABLE:
-            found.append(f"{what} is {factor(ratio_or_none)} times as large.")
-    if words := control_words(facts):
-        found += [words] if not words.startswith("Better") else []
-    return found
+        lines.append(f"Slower for {slower}, down to {factor(min(speeds(facts.regimes) or ()))}x.")
+    for what, ratio in (("Peak memory", facts.memory), ("The checkpoint", facts.disk)):
+        if ratio is not None and ratio > 1 + NOTABLE:
+            lines.append(f"{what} is {factor(ratio)} times as large.")
+    return lines + [words for words in [control_words(facts)] if words.startswith("Worse")]
 
 
 def _gained(facts: Facts) -> list[str]:
     active, dense = active_parameters(facts.model), active_parameters(facts.dense)
-    found = [f"A token uses {count(active)} of {count(parameters(facts.model))} parameters; dense: {count(dense)}."]
+    lines = [f"A token uses {count(active)} of {count(parameters(facts.model))} parameters; dense: {count(dense)}."]
     if faster := _where(facts, "faster"):
-        most = max(phase.speeds[1] for phase in facts.phases)
-        found.append(f"Faster for {faster}, up to {factor(most)}x.")
-    elif facts.phases:
-        found.append("No speed: nowhere faster than the dense model.")
-    found += [f"{_capital(words)}." for words in _smaller(facts)]
-    if (words := control_words(facts)).startswith("Better"):
-        found.append(words)
-    return found
+        lines.append(f"Faster for {faster}, up to {factor(max(speeds(facts.regimes) or ()))}x.")
+    elif facts.regimes:
+        lines.append(f"No speed: {_not_faster(facts)}.")
+    lines += [f"{_capital(words)}." for words in _smaller(facts)]
+    return lines + [words for words in [control_words(facts)] if words and not words.startswith("Worse")]
 
 
 def _smaller(facts: Facts) -> list[str]:
@@ -180,23 +168,26 @@ def _smaller(facts: Facts) -> list[str]:
     return [f"{percent(1 - share)} less {what}" for what, share in shares if share and share < 1 - NOTABLE]
 
 
-def _where(facts: Facts, outcome: str) -> str:
+def _not_faster(facts: Facts) -> str:
+    return f"nowhere {'shown to be ' * bool(_where(facts, 'cannot tell'))}faster than the dense model"
+
+
+def _where(facts: Facts, outcome: Outcome) -> str:
     """The regimes with an outcome: `decode at batch 1 and 4, and prefill everywhere`."""
-    found = []
-    for phase in facts.phases:
-        regimes = phase.having(outcome)
+    places = []
+    for phase in (facts.decode, facts.prefill):
+        regimes = [regime for regime in phase if regime.outcome == outcome]
         if regimes:
-            everywhere = len(regimes) == len(phase.regimes) > 1
-            found.append(f"{phase.phase} {'everywhere' if everywhere else _regimes(regimes, phase.regimes)}")
-    return ", and ".join(found)
+            everywhere = len(regimes) == len(phase) > 1
+            places.append(f"{regimes[0].phase} {'everywhere' if everywhere else _regimes(regimes, phase)}")
+    return ", and ".join(places)
 
 
 def _regimes(regimes: Sequence[Verdict], of: Sequence[Verdict]) -> str:
     """`at batch 1 and 4`, for each prompt length if the run has several."""
-    lengths = sorted({regime.prompt_tokens for regime in regimes})
     several = len({regime.prompt_tokens for regime in of}) > 1
     groups = []
-    for length in lengths:
+    for length in sorted({regime.prompt_tokens for regime in regimes}):
         batches = listing([regime.batch for regime in regimes if regime.prompt_tokens == length])
         groups.append(f"at batch {batches}" + (f" of {length:,} tokens" if several else ""))
     return ", ".join(groups)

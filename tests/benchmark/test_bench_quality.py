@@ -16,6 +16,7 @@ from moeify.benchmark.models import quality as quality_module
 from moeify.benchmark.models.anatomy import experts_modules
 from moeify.benchmark.models.expert_use import SMALLEST_COUNT, expert_use, output_energies, top_places
 from moeify.benchmark.models.quality import block_scores, measure_quality
+from moeify.benchmark.models.results import Interval
 from moeify.check.bootstrap import RESAMPLES, draws, interval
 from moeify.check.evaluate import evaluate, load
 from moeify.data.text import evaluation_tokens
@@ -74,6 +75,18 @@ def test_perplexity_is_that_of_evaluate(make_dense: MakeDense, calibration_file:
     assert other.perplexity_low < other.perplexity < other.perplexity_high
     assert 0 < other.kl_low < other.kl_nats < other.kl_high
     assert 0 <= other.top1_agreement < 1
+
+
+def test_a_ratio_to_a_static_model_is_of_the_same_blocks(make_dense: MakeDense) -> None:
+    """Blocks differ more than models: two ratios to dense may overlap where this one is sure."""
+    models = {name: load(str(make_dense("llama", seed=seed))) for name, seed in (("dense", 0), ("moe", 1), ("cut", 2))}
+    dense, moe, cut = measure_quality(models, "dense", {"text": ids_of()}, static=["cut"])
+    assert dense.over_static == cut.over_static == {}
+    over = moe.over_static["cut"]
+    assert over.value == pytest.approx(moe.perplexity / cut.perplexity)
+    assert over.low < over.value < over.high
+    (_, same) = measure_quality({**models, "cut": models["moe"]}, "dense", {"text": ids_of()}, static=["cut"])[:2]
+    assert same.over_static["cut"] == Interval(1, 1, 1)
 
 
 def test_a_model_that_overflows_has_no_finite_perplexity(make_dense: MakeDense) -> None:

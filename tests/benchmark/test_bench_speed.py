@@ -18,7 +18,7 @@ from moeify.benchmark.models.memory import measure_memory
 from moeify.benchmark.models.results import Model, Part, Speed
 from moeify.benchmark.models.routing import ExpertsHit, watching
 from moeify.benchmark.models.speed import measure_speed, over, prompts, unchanged
-from moeify.benchmark.models.verdicts import verdicts
+from moeify.benchmark.models.verdicts import fastest, verdicts
 from moeify.benchmark.timing import MIN_SAMPLES, CpuTimer, Samples
 from moeify.errors import UsageError
 
@@ -230,16 +230,34 @@ def row(name: str, ratio: float | None, *, spread: float = 0.02, hit: float | No
     return dataclasses.replace(Speed(name, "eager", "decode", 8, 64), **{**values, **changes})
 
 
+def test_the_fastest_implementation_has_the_least_ratio_to_dense_or_time_without_ratios() -> None:
+    # Drift made the better one look slower.
+    drifted = row("moe", 1.2, implementation="grouped_mm", ms_p50=30.0)
+    rows = [row("moe", 1.3, ms_p50=10.0), drifted, Speed("moe", "moeify", "decode", 8, 64, reason="no GPU")]
+    assert fastest(rows, "moe") == drifted
+    assert fastest([row("dense", None), row("dense", None, ms_p50=9.0)], "dense") == row("dense", None, ms_p50=9.0)
+    assert fastest(rows, "dense") is None
+
+
 def test_a_verdict_is_about_the_fastest_implementation() -> None:
     slow = row("moe", 2.0, hit=0.5, implementation="batched_mm")
     (found,) = verdicts([DENSE, MOE], [row("dense", None), slow, row("moe", 1.2, hit=0.5)])
     assert (found.model, found.implementation, found.outcome, found.time_over_dense) == ("moe", "eager", "slower", 1.2)
 
 
-@pytest.mark.parametrize(("ratio", "outcome"), [(0.9, "faster"), (0.99, "same"), (1.01, "same"), (1.1, "slower")])
-def test_an_interval_that_holds_one_is_no_difference(ratio: float, outcome: str) -> None:
-    (found,) = verdicts([DENSE, MOE], [row("dense", None), row("moe", ratio, hit=1.0)])
-    assert found.outcome == outcome
+@pytest.mark.parametrize(
+    ("ratio", "spread", "outcome"),
+    [
+        *((0.9, 0.02, "faster"), (0.99, 0.02, "same"), (1.01, 0.02, "same"), (1.1, 0.02, "slower")),
+        # The interval holds one, but also differences that a user would care for.
+        *((1.01, 0.06, "cannot tell"), (0.97, 0.04, "cannot tell"), (1.7, 0.8, "cannot tell"), (1.7, 0.6, "slower")),
+    ],
+)
+def test_an_interval_that_holds_one_is_no_difference_and_a_wide_one_says_nothing(
+    ratio: float, spread: float, outcome: str
+) -> None:
+    (verdict,) = verdicts([DENSE, MOE], [row("dense", None), row("moe", ratio, spread=spread, hit=1.0)])
+    assert verdict.outcome == outcome
 
 
 def test_verdicts_say_what_was_read_and_why() -> None:
@@ -260,6 +278,10 @@ def test_verdicts_say_what_was_read_and_why() -> None:
 def test_a_verdict_blames_nothing_for_noise() -> None:
     noisy = row("moe", 1.4, hit=0.5, bytes_read=800, flops=800, spread=0.6)
     (found,) = verdicts([DENSE, MOE], [row("dense", None), noisy])
+    assert found.outcome == "cannot tell"
+    assert found.why.endswith("the noise of this run is too large to tell: the 95 % interval is 0.80 to 2.00")
+    near = row("moe", 1.0, hit=0.5, bytes_read=950, flops=950)
+    (found,) = verdicts([DENSE, MOE], [row("dense", None), near])
     assert found.outcome == "same"
     assert found.why.endswith("the difference is within the noise of this run")
 

@@ -11,12 +11,13 @@ from xml.etree import ElementTree
 import pytest
 
 from moeify.cli.app import run_command
-from moeify.convert import search_results as frontier
 from moeify.convert.search import Point, SearchResult
 from moeify.convert.search_results import SCHEMA, check_drawable, searched_rows, write_frontier
 from moeify.errors import InputError, UsageError
 from moeify.options import SplitOptions
 from moeify.plan import Layout
+
+DRAWING = "<svg/>"
 
 
 def point(strategy: str, active: int, dense_layers: tuple[int, ...], perplexity: float) -> Point:
@@ -40,8 +41,9 @@ def result() -> SearchResult:
 
 def test_the_file_says_what_was_found(result: SearchResult, tmp_path: Path) -> None:
     file = tmp_path / "new" / "found.json"
-    write_frontier(result, file)
+    write_frontier(result, file, DRAWING)
     assert sorted(path.name for path in file.parent.iterdir()) == ["found.json", "found.svg"]
+    assert file.with_suffix(".svg").read_text() == DRAWING
     found = json.loads(file.read_text())
     assert found["schema"] == SCHEMA == "moeify.search/1"
     assert found["options"] == {"experts": 8, "shared": 1, "active": 5, "dense_layers": [0]}
@@ -50,8 +52,8 @@ def test_the_file_says_what_was_found(result: SearchResult, tmp_path: Path) -> N
 
 def test_rows_are_read_back_as_options_of_a_split(result: SearchResult, tmp_path: Path) -> None:
     other = replace(result, budget=0.5, found=point("greedy", 4, (), 40.0))
-    write_frontier(result, tmp_path / "a.json")
-    write_frontier(other, tmp_path / "b.json")
+    write_frontier(result, tmp_path / "a.json", DRAWING)
+    write_frontier(other, tmp_path / "b.json", DRAWING)
     rows = searched_rows([tmp_path / "a.json", tmp_path / "b.json"])
     assert list(rows) == ["moeify, 8 experts, searched (a)", "moeify, 8 experts, searched (b)"]
     assert list(rows.values()) == [result.options, other.options]
@@ -59,21 +61,9 @@ def test_rows_are_read_back_as_options_of_a_split(result: SearchResult, tmp_path
     assert searched_rows([]) == {}
 
 
-def test_the_drawing_is_xml_with_all_series(result: SearchResult, tmp_path: Path) -> None:
-    write_frontier(result, tmp_path / "a.json")
-    root = ElementTree.parse(tmp_path / "a.svg").getroot()
-    assert root.tag.endswith("svg")
-    text = (tmp_path / "a.svg").read_text()
-    # Glyphs are outlines; the texts themselves stand in comments.
-    for label in ("dense", "greedy", "every layer alike, 70%", "knapsack", "active parameters (million)"):
-        assert f"<!-- {label} -->" in text, label
-    write_frontier(replace(result, found=point("greedy", 5, (0,), 32.0)), tmp_path / "b.json")
-    assert "<!-- knapsack -->" not in (tmp_path / "b.svg").read_text()
-
-
 def test_the_same_result_gives_the_same_files(result: SearchResult, tmp_path: Path) -> None:
     for name in ("a", "b"):
-        write_frontier(result, tmp_path / f"{name}.json")
+        write_frontier(result, tmp_path / f"{name}.json", DRAWING)
     for suffix in ("json", "svg"):
         assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
 
@@ -83,7 +73,7 @@ def test_a_wrong_suffix(result: SearchResult, tmp_path: Path, name: str) -> None
     with pytest.raises(UsageError, match=r"does not end in \.json"):
         check_drawable(tmp_path / name)
     with pytest.raises(UsageError, match=r"does not end in \.json"):
-        write_frontier(result, tmp_path / name)
+        write_frontier(result, tmp_path / name, DRAWING)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,15 +94,15 @@ def test_a_wrong_suffix_is_found_before_the_search(
     assert "does not end in .json" in err
 
 
-def test_without_matplotlib_a_drawing_is_refused_before_the_search(
-    tmp_path: Path, no_search: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_the_command_writes_both_files(
+    result: SearchResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(frontier, "find_spec", lambda _: None)
-    assert run_command(["search", "some/model", "-o", str(tmp_path / "found.json")]) == 2
-    assert 'pip install "moeify[search]"' in capfd.readouterr().err
-    # Without a drawing nothing needs it.
-    assert run_command(["search", "some/model"]) == 1
-    assert "the search began" in capfd.readouterr().err
+    monkeypatch.setattr(importlib.import_module("moeify.convert.search"), "search", lambda *_, **__: result)
+    assert run_command(["search", "some/model", "-o", str(tmp_path / "a.json")]) == 0
+    assert "moeify split some/model --experts 8 --active 5" in capfd.readouterr().out
+    assert json.loads((tmp_path / "a.json").read_text())["model"] == "some/model"
+    drawing = ElementTree.parse(tmp_path / "a.svg").getroot()
+    assert "chosen: knapsack" in {text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")}
 
 
 def absent(file: Path) -> None:
@@ -142,7 +132,7 @@ def test_a_broken_file(tmp_path: Path, kind: str) -> None:
 
 
 def test_a_file_of_another_schema(result: SearchResult, tmp_path: Path) -> None:
-    write_frontier(result, tmp_path / "found.json")
+    write_frontier(result, tmp_path / "found.json", DRAWING)
     text = (tmp_path / "found.json").read_text()
     (tmp_path / "found.json").write_text(text.replace("moeify.search/1", "moeify.search/2"))
     with pytest.raises(InputError, match=r"moeify\.search/2.*expected.*moeify\.search/1"):

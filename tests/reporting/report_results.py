@@ -12,6 +12,7 @@ import numpy as np
 from moeify.benchmark.ceilings import Ceilings
 from moeify.benchmark.models.results import (
     SCHEMA,
+    Interval,
     Kind,
     LayerExperts,
     Model,
@@ -83,8 +84,13 @@ def model(name: str, kind: Kind, active_share: float = 1.0, stored_share: float 
     return dataclasses.replace(found, **changes)
 
 
+def over(ratio: float, spread: float = 0.01) -> Interval:
+    """An interval of `spread` in logarithms."""
+    return Interval(ratio, ratio * math.exp(-spread), ratio * math.exp(spread))
+
+
 def quality(
-    name: str, perplexity: float, dense: float = 49.6, data: str = "moby-dick", spread: float = 0.02
+    name: str, perplexity: float, dense: float = 49.6, data: str = "moby-dick", spread: float = 0.02, **static: Interval
 ) -> Quality:
     """Intervals of `spread` in logarithms; without any for the dense model's ratio to itself."""
     own = name == "dense"
@@ -104,6 +110,7 @@ def quality(
         kl_low=kl * 0.97,
         kl_high=kl * 1.03,
         top1_agreement=math.exp(-kl),
+        over_static=static,
     )
 
 
@@ -182,7 +189,10 @@ def smollm2(num_layers: int = 30, num_experts: int = 32, tokens: Sequence[str] =
         context=512,
         models=[model("dense", "dense"), model("moe-50", "moe", 0.5), model("static-50", "static", 0.5, 0.5)],
         quality=[
-            quality(name, value * scale, 49.6 * scale, data)
+            dataclasses.replace(
+                quality(name, value * scale, 49.6 * scale, data),
+                over_static={"static-50": over(108.9 / 146.6)} if name == "moe-50" else {},
+            )
             for name, value in perplexities.items()
             for data, scale in texts.items()
         ],

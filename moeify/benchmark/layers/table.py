@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from moeify.benchmark.grid import Grid
 from moeify.benchmark.layers.results import LayerBench, Row
+from moeify.words import fixed
 
 OURS = "moeify"
 # Where ours is not ahead of every peer.
@@ -23,17 +24,17 @@ def grids(result: LayerBench) -> list[Grid]:
     for rows in by_case.values():
         row = next(iter(rows.values()))
         groups.setdefault((row.pass_name, row.routing), []).append(rows)
-    found = []
+    tables = []
     for (pass_name, routing), cases in groups.items():
         title = f"{pass_name}, {routing} routing"
         compared = ("/floor", "/dense", "ahead") if OURS in peers else ()
         columns = ("case", "T", "hit", "floor", *peers, *compared)
-        found.append(Grid(f"{title}, us", columns, tuple(_times(rows, peers) for rows in cases)))
+        tables.append(Grid(f"{title}, us", columns, tuple(_times(rows, peers) for rows in cases)))
         ours = [rows[OURS] for rows in cases if OURS in rows and rows[OURS].us is not None]
         if ours:
             details = tuple(_details(row) for row in ours)
-            found.append(Grid(f"{title}, {OURS}", ("case", "T", *DETAILS), details))
-    return found
+            tables.append(Grid(f"{title}, {OURS}", ("case", "T", *DETAILS), details))
+    return tables
 
 
 def notes(result: LayerBench) -> list[str]:
@@ -41,22 +42,22 @@ def notes(result: LayerBench) -> list[str]:
     ceilings = result.ceilings
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in result.versions.items())
     bandwidth, rate = ceilings.copy_bytes_per_second / 1e9, ceilings.matmul_flops_per_second / 1e12
-    found = [
+    lines = [
         f"{result.machine['device']}, {result.dtype}, {result.date[:10]}, {packages}",
         f"measured in this run: copy {bandwidth:,.0f} GB/s, {ceilings.dtype} matrix product {rate:,.1f} TFLOP/s",
     ]
     if result.command:
-        found.append(result.command)
+        lines.append(result.command)
     reasons = Counter((row.peer, f"{row.status}: {row.reason}") for row in result.rows if row.status != "ok")
     reasons.update((row.peer, f"no graph (s): {row.method_reason}") for row in result.rows if row.method == "stream")
-    found += [f"{peer}, {_cases(count)}: {reason}" for (peer, reason), count in reasons.items()]
+    lines += [f"{peer}, {_cases(count)}: {reason}" for (peer, reason), count in reasons.items()]
     ours = [row for row in result.rows if row.peer == OURS]
     if ours:
         ahead = sum(row.beaten_by == () for row in ours)
-        found.append(f"{OURS} is ahead of every peer on {ahead} of {_cases(len(ours))}, {MARK} marks the others")
+        lines.append(f"{OURS} is ahead of every peer on {ahead} of {_cases(len(ours))}, {MARK} marks the others")
     if result.not_run:
-        found.append(f"{_cases(len(result.not_run))} not run: {result.stopped or 'interrupted'}")
-    return found
+        lines.append(f"{_cases(len(result.not_run))} not run: {result.stopped or 'interrupted'}")
+    return lines
 
 
 def text(result: LayerBench) -> str:
@@ -83,13 +84,13 @@ def markdown(result: LayerBench) -> str:
 def _times(rows: Mapping[str, Row], peers: Sequence[str]) -> tuple[str, ...]:
     """The floor and the experts that are hit are those of the experts, not of the dense FFN."""
     known = next((row for row in rows.values() if row.experts_hit is not None), next(iter(rows.values())))
-    head = (known.shape, str(known.tokens), _number(known.experts_hit), _number(known.floor_us))
+    head = (known.shape, str(known.tokens), fixed(known.experts_hit, 1), fixed(known.floor_us, 1))
     times = tuple(_time(rows[name]) if name in rows else "" for name in peers)
     if OURS not in peers:
         return (*head, *times)
     ours = rows[OURS]
     ahead = "yes" if ours.beaten_by == () else MARK
-    return (*head, *times, _number(ours.time_over_floor, 2), _number(ours.time_over_dense, 2), ahead)
+    return (*head, *times, fixed(ours.time_over_floor, 2), fixed(ours.time_over_dense, 2), ahead)
 
 
 def _details(row: Row) -> tuple[str, ...]:
@@ -97,12 +98,12 @@ def _details(row: Row) -> tuple[str, ...]:
     return (
         row.shape,
         str(row.tokens),
-        _number(row.tflops_per_second),
-        _number(row.gb_per_second, 0),
-        _number(row.launch_us),
-        _number(row.first_use_seconds, 2),
-        _number(peak),
-        _number(row.saved_bytes_per_token, 0),
+        fixed(row.tflops_per_second, 1),
+        fixed(row.gb_per_second, 0),
+        fixed(row.launch_us, 1),
+        fixed(row.first_use_seconds, 2),
+        fixed(peak, 1),
+        fixed(row.saved_bytes_per_token, 0),
         _errors(row.error, row.gradient_error),
         _errors(row.eager_error, row.eager_gradient_error),
     )
@@ -112,16 +113,11 @@ def _time(row: Row) -> str:
     """Behind a time, `s` says that the calls could not be held in a graph."""
     if row.status != "ok":
         return MISSING[row.status]
-    return f"{_number(row.us)}{' s' if row.method == 'stream' else ''}"
+    return f"{fixed(row.us, 1)}{' s' if row.method == 'stream' else ''}"
 
 
 def _errors(output: float | None, gradients: float | None) -> str:
     return " ".join(f"{error:.1e}" for error in (output, gradients) if error is not None)
-
-
-def _number(value: float | None, digits: int = 1) -> str:
-    """Digits behind the point only where they matter."""
-    return "" if value is None else f"{value:,.{digits if abs(value) < 100 else 0}f}"
 
 
 def _cases(count: int) -> str:

@@ -11,6 +11,7 @@ from moeify.benchmark.ceilings import Ceilings
 from moeify.benchmark.models.results import (
     SCHEMA,
     Change,
+    Interval,
     LayerExperts,
     Model,
     ModelBench,
@@ -85,7 +86,7 @@ def _result(values: dict[str, Any]) -> ModelBench:
             Model(**{**row, "parts": {part: Part(**sizes) for part, sizes in row["parts"].items()}})
             for row in values["models"]
         ],
-        "quality": [Quality(**row) for row in values["quality"]],
+        "quality": [_quality(row) for row in values["quality"]],
         "speed": [Speed(**row) for row in values["speed"]],
         "verdicts": [Verdict(**row) for row in values["verdicts"]],
         "experts": {
@@ -100,6 +101,11 @@ def _result(values: dict[str, Any]) -> ModelBench:
         changes = tuple(Change(**change) for change in kept["changes"])
         rows["regressions"] = Regressions(**{**kept, "changes": changes, "missing": tuple(kept["missing"])})
     return ModelBench(**{**values, **rows})
+
+
+def _quality(row: dict[str, Any]) -> Quality:
+    over_static = {name: Interval(**ratio) for name, ratio in row.get("over_static", {}).items()}
+    return Quality(**{**row, "over_static": over_static})
 
 
 def _tuples(value: Any) -> Any:

@@ -6,13 +6,13 @@ Legend: B blocks, C tokens of a block, L = C - 1 predictions, V vocabulary, S re
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeify.benchmark.models.results import Quality
+from moeify.benchmark.models.results import Interval, Quality
 from moeify.check.bootstrap import draws, interval
 from moeify.options import Track, untracked
 
@@ -20,7 +20,12 @@ CHUNK_TOKENS = 64
 
 
 def measure_quality(
-    models: Mapping[str, Any], dense: str, texts: Mapping[str, Tensor], *, track: Track[Any] = untracked
+    models: Mapping[str, Any],
+    dense: str,
+    texts: Mapping[str, Tensor],
+    *,
+    static: Sequence[str] = (),
+    track: Track[Any] = untracked,
 ) -> list[Quality]:
     """One row a text and model.
 
@@ -28,9 +33,10 @@ def measure_quality(
         models: loaded, by name; all with one vocabulary.
         dense: name of the one that others are compared with.
         texts: ids_BC by name.
+        static: names of static models, with which the others are compared as well.
         track: wraps the loop over blocks.
     """
-    found = []
+    rows: list[Quality] = []
     for data, ids_BC in texts.items():
         scores: dict[str, list[Tensor]] = {name: [] for name in models}
         for ids_C in track(ids_BC, f"quality on {data}", len(ids_BC)):
@@ -38,10 +44,14 @@ def measure_quality(
             for name, model in models.items():
                 logits_LV = reference_LV if name == dense else _logits(model, ids_C)
                 scores[name].append(block_scores(logits_LV, reference_LV, ids_C[1:].to(logits_LV.device)))
-        tables = {name: torch.stack(rows) for name, rows in scores.items()}
+        tables = {name: torch.stack(blocks) for name, blocks in scores.items()}
         size = ids_BC.shape[0] * (ids_BC.shape[1] - 1)
-        found += [_row(name, data, size, table_B3, tables[dense]) for name, table_B3 in tables.items()]
-    return found
+        controls = {name: tables[name] for name in static}
+        rows += [
+            _row(name, data, size, table_B3, tables[dense], controls={} if name in {dense, *static} else controls)
+            for name, table_B3 in tables.items()
+        ]
+    return rows
 
 
 def block_scores(logits_LV: Tensor, reference_LV: Tensor, ids_L: Tensor) -> Tensor:
@@ -49,10 +59,10 @@ def block_scores(logits_LV: Tensor, reference_LV: Tensor, ids_L: Tensor) -> Tens
     total_3 = torch.zeros(3, dtype=torch.float64)
     for first in range(0, len(ids_L), CHUNK_TOKENS):
         rows = slice(first, first + CHUNK_TOKENS)
-        model_LV, its_LV = (logits[rows].float().log_softmax(dim=-1) for logits in (logits_LV, reference_LV))
+        model_LV, dense_LV = (logits[rows].float().log_softmax(dim=-1) for logits in (logits_LV, reference_LV))
         losses_L = -model_LV.gather(1, ids_L[rows, None])
-        kl_LV = torch.nn.functional.kl_div(model_LV, its_LV, reduction="none", log_target=True)
-        agree_L = model_LV.argmax(dim=-1) == its_LV.argmax(dim=-1)
+        kl_LV = torch.nn.functional.kl_div(model_LV, dense_LV, reduction="none", log_target=True)
+        agree_L = model_LV.argmax(dim=-1) == dense_LV.argmax(dim=-1)
         total_3 += torch.stack([part.double().sum().cpu() for part in (losses_L, kl_LV, agree_L)])
     return total_3 / len(ids_L)
 
@@ -64,13 +74,14 @@ def _logits(model: Any, ids_C: Tensor) -> Tensor:
     return logits_CV[:-1]
 
 
-def _row(name: str, data: str, num_tokens: int, table_B3: Tensor, dense_B3: Tensor) -> Quality:
+def _row(
+    name: str, data: str, num_tokens: int, table_B3: Tensor, dense_B3: Tensor, *, controls: Mapping[str, Tensor]
+) -> Quality:
     """Means over blocks, and their intervals from the same draws for every model."""
     draws_SB = draws(len(table_B3))
     losses_B, kl_B, agree_B = table_B3.unbind(dim=1)
-    above_B = losses_B - dense_B3[:, 0]
+    ratio = _over(table_B3, dense_B3)
     low, high = interval(losses_B[draws_SB].mean(dim=1))
-    ratio_low, ratio_high = interval(above_B[draws_SB].mean(dim=1))
     kl_low, kl_high = interval(kl_B[draws_SB].mean(dim=1))
     return Quality(
         model=name,
@@ -79,14 +90,22 @@ def _row(name: str, data: str, num_tokens: int, table_B3: Tensor, dense_B3: Tens
         perplexity=_exp(float(losses_B.mean())),
         perplexity_low=_exp(low),
         perplexity_high=_exp(high),
-        ratio=_exp(float(above_B.mean())),
-        ratio_low=_exp(ratio_low),
-        ratio_high=_exp(ratio_high),
+        ratio=ratio.value,
+        ratio_low=ratio.low,
+        ratio_high=ratio.high,
         kl_nats=float(kl_B.mean()),
         kl_low=kl_low,
         kl_high=kl_high,
         top1_agreement=float(agree_B.mean()),
+        over_static={control: _over(table_B3, control_B3) for control, control_B3 in controls.items()},
     )
+
+
+def _over(table_B3: Tensor, other_B3: Tensor) -> Interval:
+    """Ratio of two perplexities of the same blocks; the bootstrap draws a block for both at once."""
+    above_B = table_B3[:, 0] - other_B3[:, 0]
+    low, high = interval(above_B[draws(len(above_B))].mean(dim=1))
+    return Interval(_exp(float(above_B.mean())), _exp(low), _exp(high))
 
 
 def _exp(value: float) -> float:

@@ -1,4 +1,4 @@
-"""What a model benchmark found: compression, quality, speed and memory of a few checkpoints, and what experts do.
+"""The result of a model benchmark: compression, quality, speed and memory of a few checkpoints, and what experts do.
 
 Everything is a plain number with its unit in the name; what could not be measured is None, and a reason says why.
 """
@@ -13,9 +13,20 @@ SCHEMA = "moeify.bench/1"
 
 Kind = Literal["dense", "moe", "static"]
 Phase = Literal["prefill", "decode"]
-Outcome = Literal["faster", "same", "slower"]
+Outcome = Literal["faster", "same", "slower", "cannot tell"]
+# Two times are the same if their ratio is certainly that near to one; a convention, as is the threshold of --baseline.
+SAME_WITHIN = 0.05
 # Where parameters are.
 PARTS = ("embedding", "attention", "ffn", "router", "norm", "head")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A ratio and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,7 @@ class Quality:
         ratio, ratio_low, ratio_high: perplexity over the dense model's; one for itself.
         kl_nats, kl_low, kl_high: mean divergence of the model's next token distribution from the dense model's.
         top1_agreement: share of positions where both find the same token likeliest.
+        over_static: of a mixture of experts, name of a static model -> perplexity over that model's.
     """
 
     model: str
@@ -95,6 +107,7 @@ class Quality:
     kl_low: float
     kl_high: float
     top1_agreement: float
+    over_static: Mapping[str, Interval] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -146,7 +159,8 @@ class Verdict:
 
     Args:
         model, implementation, phase, batch, prompt_tokens: of the row that it is about.
-        outcome: `same` if the interval of the ratio holds one.
+        outcome: of the interval of the ratio: `faster` or `slower` if it leaves out one; `same` if it holds one and
+            ends within SAME_WITHIN of it on both sides; `cannot tell` if it is wider.
         time_over_dense: of that row.
         why: a sentence, e.g. which share of the experts the batch hit.
     """

@@ -149,7 +149,13 @@ def _measure(
         for one in track(asked, "loading", len(asked))
     }
     if "quality" not in options.skip:
-        result.quality = measure_quality(loaded, DENSE, texts.blocks, track=track)
+        result.quality = measure_quality(
+            loaded,
+            DENSE,
+            texts.blocks,
+            static=[model.name for model in result.models if model.kind == "static"],
+            track=track,
+        )
     if "experts" not in options.skip:
         ids_BC = torch.cat(list(texts.blocks.values()))
         result.experts = {

@@ -52,7 +52,7 @@ class _Pass:
 
 @torch.no_grad()
 def measure_speed(
-    found: Sequence[Contender],
+    contenders: Sequence[Contender],
     text_T: Tensor,
     regimes: Sequence[tuple[int, int]],
     timer: Timer,
@@ -65,7 +65,7 @@ def measure_speed(
     """One row a contender, phase and regime; one that cannot run says why.
 
     Args:
-        found: who takes part; `dense` must be among them.
+        contenders: models and implementations; `dense` must be among them.
         text_T: tokens of a text, enough for the largest regime.
         regimes: (batch, prompt tokens).
         timer: of the device.
@@ -78,42 +78,40 @@ def measure_speed(
     slow: set[tuple[str, str, Phase]] = set()
     # From few tokens to many.
     regimes = sorted(regimes, key=lambda regime: regime[0] * regime[1])
-    for batch, prompt in track(regimes, "speed", len(regimes)):
-        ids_BP = prompts(text_T, batch, prompt).to(timer.device)
+    for regime in track(regimes, "speed", len(regimes)):
+        ids_BP = prompts(text_T, *regime).to(timer.device)
         caches: dict[str, Any] = {}
         for phase in get_args(Phase):
             passes = [
                 _Pass(release_memory, ids_BP, reason="it was left out at fewer tokens, where it was slow")
                 if (who.name, who.implementation, phase) in slow
                 else _prepare(who, phase, ids_BP, caches, timer)
-                for who in found
+                for who in contenders
             ]
-            for who in _leave_out_slow(found, passes, max(SLOWEST_SECONDS, SLOW_FACTOR * seconds)):
+            for who in _leave_out_slow(contenders, passes, max(SLOWEST_SECONDS, SLOW_FACTOR * seconds)):
                 slow.add((who.name, who.implementation, phase))
-            ready = {str(number): one for number, one in enumerate(passes) if not one.reason}
-            samples = take_turns(
-                {key: partial(_sample, found[int(key)], one, timer) for key, one in ready.items()}, seconds=seconds
-            )
-            for key, one in ready.items():
-                one.samples = samples[key]
-                failure = samples[key].failure
-                one.reason = first_line(failure) if failure else ""
-            (reference,) = (one for one, who in zip(passes, found, strict=True) if who.name == dense)
+            _time(contenders, passes, timer, seconds)
+            (reference,) = (one.samples for one, who in zip(passes, contenders, strict=True) if who.name == dense)
             rows += [
-                _row(
-                    who,
-                    phase,
-                    (batch, prompt),
-                    one,
-                    dense=None if who.name == dense else reference.samples,
-                    ceilings=ceilings,
-                )
-                for who, one in zip(found, passes, strict=True)
+                _row(who, phase, regime, one, dense=None if who.name == dense else reference, ceilings=ceilings)
+                for who, one in zip(contenders, passes, strict=True)
             ]
-            del passes, ready, reference
+            del passes
         del caches
         release_memory()
     return rows
+
+
+def _time(contenders: Sequence[Contender], passes: Sequence[_Pass], timer: Timer, seconds: float) -> None:
+    """Let all that can run take turns; their passes hold the samples, or why there are none."""
+    ready = {str(number): one for number, one in enumerate(passes) if not one.reason}
+    samples = take_turns(
+        {key: partial(_sample, contenders[int(key)], one, timer) for key, one in ready.items()}, seconds=seconds
+    )
+    for key, one in ready.items():
+        one.samples = samples[key]
+        failure = samples[key].failure
+        one.reason = first_line(failure) if failure else ""
 
 
 def prompts(text_T: Tensor, batch: int, prompt: int) -> Tensor:
@@ -164,10 +162,10 @@ def _decode(model: Any, ids_B1: Tensor, cache: Any) -> Any:
     return model(ids_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
-def _leave_out_slow(found: Sequence[Contender], passes: Sequence[_Pass], limit: float) -> list[Contender]:
+def _leave_out_slow(contenders: Sequence[Contender], passes: Sequence[_Pass], limit: float) -> list[Contender]:
     """Who is left out; every model keeps its fastest implementation, however slow that is."""
     fastest: dict[str, float] = {}
-    ran = [(who, one) for who, one in zip(found, passes, strict=True) if not one.reason]
+    ran = [(who, one) for who, one in zip(contenders, passes, strict=True) if not one.reason]
     for who, one in ran:
         fastest[who.name] = min(one.seconds, fastest.get(who.name, one.seconds))
     left_out = []
@@ -211,6 +209,7 @@ def _row(
     dense: Samples | None,
     ceilings: Ceilings | None,
 ) -> Speed:
+    """One row; `dense` are the samples that it is compared with."""
     batch, prompt = regime
     row = Speed(who.name, who.implementation, phase, batch, prompt, experts_hit=one.experts_hit, reason=one.reason)
     if one.reason:
@@ -225,9 +224,8 @@ def _row(
         element_bytes=who.model.dtype.itemsize,
     )
     floor_ms = work.floor_ms(ceilings) if ceilings else None
-    p10, p50, p90 = (
-        1e3 * value for value in (one.samples.quantile(0.1), one.samples.median, one.samples.quantile(0.9))
-    )
+    quantile, median = one.samples.quantile, one.samples.median
+    p10, p50, p90 = (1e3 * seconds for seconds in (quantile(0.1), median, quantile(0.9)))
     ratio = over(one.samples, dense) if dense is not None and dense.seconds else (None, None, None)
     return replace(
         row,
@@ -248,7 +246,7 @@ def _row(
 
 def over(samples: Samples, dense: Samples) -> tuple[float, float, float]:
     """Median of the ratios of passes of one round, and its interval (bootstrap over rounds)."""
-    ratios = [mine / its for mine, its in zip(samples.seconds, dense.seconds, strict=False)]
+    ratios = [own / reference for own, reference in zip(samples.seconds, dense.seconds, strict=False)]
     ratios_S = torch.tensor(ratios, dtype=torch.float64)[draws(len(ratios))]
     low, high = interval(ratios_S.quantile(0.5, dim=1))
     return statistics.median(ratios), low, high

@@ -5,20 +5,21 @@ from pathlib import Path
 
 from moeify.benchmark.grid import Grid
 from moeify.benchmark.models.results import PARTS, Model, ModelBench, Speed, Verdict
+from moeify.words import between, fixed
 
 DENSE = "dense"
 # So many models stand beside the dense one in a table of sizes: more do not fit a terminal.
 BESIDE = 2
 # Columns that are no numbers.
-WORDS = ("size", "model", "text", "on", "row", "what", "")
+WORDS = ("size", "model", "static", "text", "on", "row", "what", "")
 
 
 def grids(result: ModelBench) -> list[Grid]:
     """In the order in which they are shown; those without lines are left out."""
     dense, *others = result.models
     sizes = [_compression([dense, *others[first : first + BESIDE]]) for first in range(0, len(others), BESIDE)]
-    found = [*sizes, *_quality(result), *_speed(result), _experts(result), _changes(result)]
-    return [grid for grid in found if grid.lines]
+    tables = [*sizes, *_quality(result), _against_static(result), *_speed(result), _experts(result), _changes(result)]
+    return [grid for grid in tables if grid.lines]
 
 
 def verdict_lines(result: ModelBench) -> list[str]:
@@ -35,23 +36,23 @@ def notes(result: ModelBench) -> list[str]:
     """Where it was measured, what could not be, and what an earlier run had."""
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in result.versions.items())
     threads = f", {result.machine['threads']} threads" if "threads" in result.machine else ""
-    found = [f"{result.machine['device']}{threads}, {result.dtype}, {result.date[:10]}, {packages}"]
+    lines = [f"{result.machine['device']}{threads}, {result.dtype}, {result.date[:10]}, {packages}"]
     if result.ceilings:
         bandwidth = result.ceilings.copy_bytes_per_second / 1e9
         rate = result.ceilings.matmul_flops_per_second / 1e12
-        found.append(f"measured in this run: copy {bandwidth:,.1f} GB/s, matrix product {rate:,.2f} TFLOP/s")
-    found += [
+        lines.append(f"measured in this run: copy {bandwidth:,.1f} GB/s, matrix product {rate:,.2f} TFLOP/s")
+    lines += [
         f"{model.name}: memory not known, {model.memory_reason}" for model in result.models if model.memory_reason
     ]
-    found += [f"{_row_name(row)}: {row.reason}" for row in result.speed if row.reason]
+    lines += [f"{_row_name(row)}: {row.reason}" for row in result.speed if row.reason]
     if result.regressions:
-        found += [f"only in {result.regressions.baseline}: {name}" for name in result.regressions.missing]
+        lines += [f"only in {result.regressions.baseline}: {name}" for name in result.regressions.missing]
         worse = len(result.regressions.worse)
-        found.append(
+        lines.append(
             f"{worse} of {len(result.regressions.changes)} numbers worse than in {result.regressions.baseline} by more "
             f"than {result.regressions.threshold:g} and the noise"
         )
-    return found
+    return lines
 
 
 def _compression(models: Sequence[Model]) -> Grid:
@@ -62,9 +63,9 @@ def _compression(models: Sequence[Model]) -> Grid:
     lines = []
     for label, values in _sizes(models):
         if any(value is not None for value in values):
-            dense, line = values[0], [label, _size(values[0])]
+            dense, line = values[0], [label, fixed(values[0], 3)]
             for value in values[1:]:
-                line += [_size(value), "" if not dense or value is None else f"{value / dense:.3f}"]
+                line += [fixed(value, 3), "" if not dense or value is None else fixed(value / dense, 3)]
             lines.append(tuple(line))
     lines.append(("experts", "", *(cell for model in models[1:] for cell in (_layout(model), ""))))
     return Grid("compression", tuple(columns), tuple(lines), WORDS)
@@ -90,8 +91,8 @@ def _sizes(models: Sequence[Model]) -> Iterator[tuple[str, list[float | None]]]:
         ("peak memory loading, MB", "load_peak_memory_bytes"),
         ("peak memory, MB", "peak_memory_bytes"),
     ):
-        found = [getattr(model, name) for model in models]
-        yield label, [None if value is None else value / 1e6 for value in found]
+        sizes = [getattr(model, name) for model in models]
+        yield label, [None if value is None else value / 1e6 for value in sizes]
 
 
 def _layout(model: Model) -> str:
@@ -107,11 +108,11 @@ def _quality(result: ModelBench) -> Iterator[Grid]:
         lines = tuple(
             (
                 row.model,
-                _number(row.perplexity, 2),
-                _number(row.ratio, 3),
-                _between(row.ratio_low, row.ratio_high, 3),
-                _number(row.kl_nats, 4),
-                _between(row.kl_low, row.kl_high, 3),
+                fixed(row.perplexity, 2),
+                fixed(row.ratio, 3),
+                between(row.ratio_low, row.ratio_high, 3),
+                fixed(row.kl_nats, 4),
+                between(row.kl_low, row.kl_high, 3),
                 f"{row.top1_agreement:.1%}",
             )
             for row in rows
@@ -119,6 +120,16 @@ def _quality(result: ModelBench) -> Iterator[Grid]:
         title = f"quality on {Path(data).name}, {rows[0].num_tokens:,} tokens in blocks of {result.context}"
         columns = ("model", "perplexity", "ratio", "95 %", "KL, nats", "95 %", "top 1")
         yield Grid(title, columns, lines, WORDS)
+
+
+def _against_static(result: ModelBench) -> Grid:
+    """Perplexity over a static model's, from the same blocks."""
+    lines = tuple(
+        (row.model, control, Path(row.data).name, fixed(ratio.value, 3), between(ratio.low, ratio.high, 3))
+        for row in result.quality
+        for control, ratio in row.over_static.items()
+    )
+    return Grid("perplexity over a static model's", ("model", "static", "text", "ratio", "95 %"), lines, WORDS)
 
 
 def _speed(result: ModelBench) -> Iterator[Grid]:
@@ -131,13 +142,13 @@ def _speed(result: ModelBench) -> Iterator[Grid]:
                 cells = (
                     row.model,
                     row.implementation,
-                    _number(row.ms_p50, 2),
-                    _number(row.tokens_per_second, 1),
-                    _number(row.time_over_dense, 2),
-                    _between(row.time_over_dense_low, row.time_over_dense_high, 2),
+                    fixed(row.ms_p50, 2),
+                    fixed(row.tokens_per_second, 1),
+                    fixed(row.time_over_dense, 2),
+                    between(row.time_over_dense_low, row.time_over_dense_high, 2),
                     "" if row.experts_hit is None else f"{row.experts_hit:.0%}",
                 )
-                lines.append((*cells, _number(row.time_over_floor, 1)) if floor else cells)
+                lines.append((*cells, fixed(row.time_over_floor, 1)) if floor else cells)
         columns = ("model", "on", "ms", "tokens/s", "/dense", "95 %", "hit", *floor)
         yield Grid(regime, columns, tuple(lines), WORDS)
 
@@ -170,7 +181,7 @@ def _changes(result: ModelBench) -> Grid:
     """What is worse, and all ratios of time and perplexity."""
     regressions = result.regressions
     lines = tuple(
-        (change.row, change.what, _number(change.old, 3), _number(change.new, 3), _number(change.ratio, 3), mark)
+        (change.row, change.what, fixed(change.old, 3), fixed(change.new, 3), fixed(change.ratio, 3), mark)
         for change in (regressions.changes if regressions else ())
         for mark in ["WORSE" if change.worse else "ok"]
     )
@@ -184,16 +195,3 @@ def _row_name(row: Speed) -> str:
 
 def _regime(row: Speed | Verdict) -> str:
     return f"{row.phase} {row.batch} x {row.prompt_tokens}"
-
-
-def _number(value: float | None, digits: int) -> str:
-    """Digits behind the point only where they matter."""
-    return "" if value is None else f"{value:,.{digits if abs(value) < 100 else 1}f}"
-
-
-def _size(value: float | None) -> str:
-    return "" if value is None else f"{value:,.1f}" if value >= 10 else f"{value:,.3f}"
-
-
-def _between(low: float | None, high: float | None, digits: int) -> str:
-    return "" if low is None or high is None else f"{_number(low, digits)} {_number(high, digits)}"

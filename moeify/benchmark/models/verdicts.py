@@ -1,13 +1,24 @@
 """Where each model stands at each regime, and why, in a sentence made of the numbers beside it."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
-from moeify.benchmark.models.results import Model, Outcome, Speed, Verdict
+from moeify.benchmark.models.results import SAME_WITHIN, Model, Outcome, Speed, Verdict
+from moeify.words import factor, percent
 
 # Nearly all experts.
 MOST = 0.9
 # A pass that takes so much longer than both its bytes and its operations say has something else to pay for.
 UNEXPLAINED = 1.1
+
+
+def fastest(rows: Iterable[Speed], model: str) -> Speed | None:
+    """The row of a model's fastest implementation among rows of one regime; None if it has no time.
+
+    Ratios to the dense model decide where there are any: the machine's drift is taken out of them.
+    """
+    timed = [row for row in rows if row.model == model and row.ms_p50 is not None]
+    return min(timed, key=lambda row: (row.time_over_dense or math.inf, row.ms_p50), default=None)
 
 
 def verdicts(models: Sequence[Model], speed: Sequence[Speed]) -> list[Verdict]:
@@ -18,22 +29,19 @@ def verdicts(models: Sequence[Model], speed: Sequence[Speed]) -> list[Verdict]:
         speed: rows.
     """
     dense = models[0]
-    found = []
-    for model in models[1:]:
-        regimes = dict.fromkeys((row.phase, row.batch, row.prompt_tokens) for row in speed)
-        for regime in regimes:
-            rows = [row for row in speed if (row.phase, row.batch, row.prompt_tokens) == regime]
-            its = next((row for row in rows if row.model == dense.name and row.ms_p50 is not None), None)
-            mine = [row for row in rows if row.model == model.name and row.time_over_dense is not None]
-            if its is None or not mine:
-                continue
-            # Ratios have the machine's drift taken out.
-            fastest = min(mine, key=lambda row: row.time_over_dense or 0.0)
-            found.append(_verdict(model, dense, fastest, its))
-    return found
+    regimes: dict[tuple[str, int, int], list[Speed]] = {}
+    for row in speed:
+        regimes.setdefault((row.phase, row.batch, row.prompt_tokens), []).append(row)
+    return [
+        _verdict(model, dense, row, dense_row)
+        for model in models[1:]
+        for rows in regimes.values()
+        for row, dense_row in [(fastest(rows, model.name), fastest(rows, dense.name))]
+        if row and dense_row and row.time_over_dense is not None
+    ]
 
 
-def _verdict(model: Model, dense: Model, row: Speed, its: Speed) -> Verdict:
+def _verdict(model: Model, dense: Model, row: Speed, dense_row: Speed) -> Verdict:
     assert row.time_over_dense is not None
     return Verdict(
         model=row.model,
@@ -43,38 +51,46 @@ def _verdict(model: Model, dense: Model, row: Speed, its: Speed) -> Verdict:
         prompt_tokens=row.prompt_tokens,
         outcome=outcome(row),
         time_over_dense=row.time_over_dense,
-        why=why(model, dense, row, its),
+        why=why(model, dense, row, dense_row),
     )
 
 
 def outcome(row: Speed) -> Outcome:
-    """`same` if the interval of the ratio holds one."""
-    assert row.time_over_dense_low is not None
-    assert row.time_over_dense_high is not None
-    if row.time_over_dense_high < 1:
+    """By the interval of the ratio, see Verdict; the row has one."""
+    low, high = row.time_over_dense_low, row.time_over_dense_high
+    assert low is not None
+    assert high is not None
+    if high < 1:
         return "faster"
-    return "slower" if row.time_over_dense_low > 1 else "same"
+    if low > 1:
+        return "slower"
+    return "same" if low >= 1 - SAME_WITHIN and high <= 1 + SAME_WITHIN else "cannot tell"
 
 
-def why(model: Model, dense: Model, row: Speed, its: Speed) -> str:
-    """What a pass reads and computes relative to the dense model's, and what follows from that."""
+def why(model: Model, dense: Model, row: Speed, dense_row: Speed) -> str:
+    """Bytes and operations of a pass relative to the dense model's, and what follows from them."""
     assert row.bytes_read is not None
     assert row.flops is not None
-    assert its.bytes_read is not None
-    assert its.flops is not None
+    assert dense_row.bytes_read is not None
+    assert dense_row.flops is not None
     assert row.time_over_dense_low is not None
-    num_bytes, flops = row.bytes_read / its.bytes_read, row.flops / its.flops
+    assert row.time_over_dense_high is not None
+    num_bytes, flops = row.bytes_read / dense_row.bytes_read, row.flops / dense_row.flops
     work = f"it reads {num_bytes:.2f} of the dense model's bytes and computes {flops:.2f} of its operations"
     sentences = [_hit(row, num_bytes), work] if row.experts_hit is not None else [work]
-    if row.time_over_dense_low > UNEXPLAINED * max(num_bytes, flops):
+    result = outcome(row)
+    if result == "cannot tell":
+        ends = f"{factor(row.time_over_dense_low)} to {factor(row.time_over_dense_high)}"
+        sentences.append(f"the noise of this run is too large to tell: the 95 % interval is {ends}")
+    elif row.time_over_dense_low > UNEXPLAINED * max(num_bytes, flops):
         sentences.append(
             "what is left is the price of sorting tokens by expert and of many small matrix products"
             if row.experts_hit is not None
             else "smaller matrix products run at a lower rate, and what is not the FFN takes as long as before"
         )
-    elif outcome(row) == "faster":
+    elif result == "faster":
         sentences.append(_bound(model, dense, row))
-    elif outcome(row) == "same":
+    elif result == "same":
         sentences.append("the difference is within the noise of this run")
     return "; ".join(sentences)
 
@@ -97,7 +113,3 @@ def _bound(model: Model, dense: Model, row: Speed) -> str:
     share = costs["ffn"] / sum(costs.values())
     left = f"{percent(model.active_share)} of the FFN is {'active' if model.num_experts else 'left'}"
     return f"{left}, and the FFN is {percent(share)} of the {what} of a dense token"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"

@@ -42,6 +42,7 @@ def search_command(
     from moeify.cli.tables.search import search_tables
     from moeify.convert.search import search
     from moeify.convert.search_results import check_drawable, write_frontier
+    from moeify.reporting.drawings import search_plot
 
     renderer = renderer_for(json, quiet, verbose)
     if out is not None:
@@ -50,7 +51,7 @@ def search_command(
         model, budget, options, strategy=strategy, trials=trials, track=renderer.track, announce=renderer.announce
     )
     if out is not None:
-        write_frontier(result, out)
+        write_frontier(result, out, search_plot(result).file())
     layout = result.found.layout
     step = f"moeify split {model} --experts {layout.num_experts} --active {layout.num_active}"
     step += f" --shared {layout.num_shared} --partition {partition} --router {router} --tokens {tokens}"

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from moeify.cli.tables.words import duration, key_value_table, layout_words, size
+from moeify.cli.tables.words import key_value_table, layout_words
+from moeify.words import duration, size
 
 if TYPE_CHECKING:
     from moeify.convert.inspection import Inspection

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from moeify.cli.tables.words import key_value_table, size
+from moeify.cli.tables.words import key_value_table
+from moeify.words import size
 
 if TYPE_CHECKING:
     from moeify.reporting.report import ReportResult

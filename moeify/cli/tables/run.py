@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from moeify.cli.tables.eval import eval_table
-from moeify.cli.tables.words import duration, size
+from moeify.words import duration, size
 
 if TYPE_CHECKING:
     from moeify.recipes.run import RunPreview, RunResult

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from moeify.cli.tables.words import ranges
+from moeify.words import ranges
 
 if TYPE_CHECKING:
     from moeify.convert.search import SearchResult

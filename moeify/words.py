@@ -1,0 +1,73 @@
+"""How numbers, sizes, times and lists are written: for tables, sentences and the report alike."""
+
+import math
+from collections.abc import Sequence
+
+
+def number(value: float) -> str:
+    """Three significant digits, no exponent for what people read: 0.0123, 1.23, 12.3, 1,230."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    digits = 2 - math.floor(math.log10(abs(value)))
+    return f"{value:.1e}" if digits > 6 else f"{round(value, digits):,.{max(0, digits)}f}"
+
+
+def fixed(value: float | None, digits: int) -> str:
+    """So many digits behind the point, half as many from 100 on: columns of a table; empty for None."""
+    return "" if value is None else f"{value:,.{digits if abs(value) < 100 else digits // 2}f}"
+
+
+def between(low: float | None, high: float | None, digits: int) -> str:
+    """The two ends of an interval: 1.18 1.22; empty without them."""
+    return "" if low is None or high is None else f"{fixed(low, digits)} {fixed(high, digits)}"
+
+
+def factor(value: float) -> str:
+    """A ratio to two decimals; three significant digits where two decimals would say nothing."""
+    return f"{value:,.2f}" if 0.1 <= value < 100 else number(value)
+
+
+def percent(share: float) -> str:
+    """0.694 is 69 %; below 10 % one decimal."""
+    return f"{share:.0%}".replace("%", " %") if share >= 0.0995 or share == 0 else f"{share * 100:.1f} %"
+
+
+def count(value: float) -> str:
+    """134,515,008 is 134.5 M."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.1f} {unit}"
+    return f"{value:,.0f}"
+
+
+def size(num_bytes: float) -> str:
+    """Decimal units, as disks are sold."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if num_bytes >= limit:
+            return f"{number(num_bytes / limit)} {unit}"
+    return f"{num_bytes:.0f} B"
+
+
+def duration(seconds: float) -> str:
+    """In seconds up to two minutes, in minutes up to two hours."""
+    for limit, unit, name in ((120, 1, "s"), (7200, 60, "min")):
+        if seconds < limit:
+            return f"{seconds / unit:.0f} {name}"
+    return f"{seconds / 3600:,.0f} h"
+
+
+def listing(items: Sequence[object]) -> str:
+    """1, 2 and 4."""
+    words = [str(item) for item in items]
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1] if words else "none"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Rising whole numbers: 0-3, 7."""
+    parts: list[list[int]] = []
+    for value in numbers:
+        if parts and value == parts[-1][-1] + 1:
+            parts[-1].append(value)
+        else:
+            parts.append([value])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts) or "none"
