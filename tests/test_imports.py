@@ -42,7 +42,7 @@ FLOORS = (
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # What everybody knows; plug-ins are files of their room.
-NOUNS = {"cache", "errors", "options", "plan", "plugin_list", "plugins", "version"}
+NOUNS = {"cache", "command_line", "errors", "options", "plan", "plugin_list", "plugins", "results", "version"}
 
 
 def room_of(name: str) -> str:

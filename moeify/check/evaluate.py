@@ -45,6 +45,13 @@ class EvalResult:
     sha256: str
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """All models on all texts, in the order they were measured."""
+
+    results: tuple[EvalResult, ...]
+
+
 def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: Any) -> Any:
     """Load a dense or converted checkpoint with stock transformers, ready for inference.
 

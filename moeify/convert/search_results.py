@@ -1,16 +1,13 @@
 """What a search found, on disk: JSON, and the frontier as a drawing."""
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from moeify.convert.search import Point, SearchResult
-from moeify.errors import InputError, UsageError
-
-SCHEMA = "moeify.search/1"
+from moeify.errors import UsageError
+from moeify.results import read, write
 
 
 def check_drawable(file: Path) -> None:
@@ -29,9 +26,7 @@ def write_frontier(result: SearchResult, file: Path) -> None:
     mpl.use("svg")
     from matplotlib import pyplot
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    values = {"schema": SCHEMA, **asdict(result), "options": result.options}
-    file.write_text(json.dumps(values, indent=1) + "\n")
+    write(result, file)
     figure, axes = pyplot.subplots(figsize=(6, 4))
     axes.axhline(result.dense_perplexity, color="gray", linestyle=":", label="dense")
     axes.plot(*_line(result.frontier), marker="o", label="greedy")
@@ -43,7 +38,7 @@ def write_frontier(result: SearchResult, file: Path) -> None:
     axes.set_title(f"{Path(result.model).name}: {result.found.layout.num_experts} experts")
     axes.legend()
     # Names inside the drawing would otherwise be random.
-    with mpl.rc_context({"svg.hashsalt": SCHEMA}):
+    with mpl.rc_context({"svg.hashsalt": "moeify.search/1"}):
         figure.savefig(file.with_suffix(".svg"), metadata={"Date": None})
     pyplot.close(figure)
 
@@ -60,14 +55,6 @@ def searched_rows(files: Sequence[Path]) -> Mapping[str, Mapping[str, Any]]:
     """
     rows = {}
     for file in files:
-        try:
-            found = json.loads(file.read_text())
-            options = dict(found["options"])
-            name = f"moeify, {options['experts']} experts, searched ({file.stem})"
-            rows[name] = {**options, "dense_layers": tuple(options["dense_layers"])}
-            schema = found["schema"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{file} is not the result of a search: {error}", "moeify search -o FILE.json") from error
-        if schema != SCHEMA:
-            raise InputError(f"{file} has schema {schema!r}, expected {SCHEMA!r}", "moeify search -o FILE.json")
+        options = read(file, SearchResult, "moeify search -o FILE.json").options
+        rows[f"moeify, {options['experts']} experts, searched ({file.stem})"] = options
     return rows

@@ -1,13 +1,21 @@
 """The plots of a report: perplexity against size, speed against batch size, and fine-tuning."""
 
+import math
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from moeify.benchmark.models.results import Model, ModelBench, Speed
 from moeify.reporting import plots
 from moeify.reporting.facts import active_parameters, quality_of
 from moeify.reporting.plots import Axis, Plot, Point, Series, Shape
-from moeify.reporting.reader import Compared, RunFolder, Searched, SearchPoint, Tuned
+from moeify.reporting.reader import RunFolder
 from moeify.reporting.words import count, factor, number, percent
+
+if TYPE_CHECKING:
+    from moeify.check.compare import Comparison
+    from moeify.convert.search import Point as SearchPoint
+    from moeify.convert.search import SearchResult
+    from moeify.training.finetune import FinetuneHistory
 
 # Methods of a comparison that lost more than this many times what the measured models lost are named, not drawn: they
 # would press all others into one line.
@@ -75,10 +83,10 @@ def _further_points(run: RunFolder, limit: float) -> tuple[list[Series], list[st
     return series, words
 
 
-def _search_points(searched: Searched) -> list[Series]:
+def _search_points(searched: "SearchResult") -> list[Series]:
     """The frontier with the choice on it, and every layer cut alike."""
 
-    def points(found: Iterable[SearchPoint]) -> tuple[Point, ...]:
+    def points(found: "Iterable[SearchPoint]") -> tuple[Point, ...]:
         return tuple(
             Point(
                 point.active_parameters / MILLION,
@@ -86,7 +94,7 @@ def _search_points(searched: Searched) -> list[Series]:
                 f"{point.strategy}, {percent(point.share)} of the FFN active",
             )
             for point in found
-            if point.perplexity is not None
+            if math.isfinite(point.perplexity)
         )
 
     line = {point.active_parameters: point for point in (*searched.frontier, searched.found)}
@@ -97,7 +105,7 @@ def _search_points(searched: Searched) -> list[Series]:
     ]
 
 
-def _method_points(compared: Compared, dense: Model, limit: float) -> tuple[list[Series], list[str]]:
+def _method_points(compared: "Comparison", dense: Model, limit: float) -> tuple[list[Series], list[str]]:
     """The methods beside the dense model, and those that are too far up to be drawn."""
     reference = next((row.perplexity for row in compared.rows if row.method == "dense"), None)
     ffn = dense.parts["ffn"].active_parameters if "ffn" in dense.parts else 0
@@ -109,7 +117,7 @@ def _method_points(compared: Compared, dense: Model, limit: float) -> tuple[list
         if row.method == "dense" or reference is None:
             continue
         title = f"{row.method} at {percent(row.budget)}"
-        if row.perplexity is None or row.perplexity / reference > limit:
+        if not row.perplexity / reference <= limit:
             left_out.append(title)
         else:
             point = Point((rest + row.budget * ffn) / MILLION, row.perplexity / reference, title)
@@ -182,7 +190,7 @@ def _fastest(model: Model, rows: Sequence[Speed]) -> list[Speed]:
     return [best[batch] for batch in sorted(best)]
 
 
-def training(key: str, file: str, tuned: Tuned) -> Plot | None:
+def training(key: str, file: str, tuned: "FinetuneHistory") -> Plot | None:
     """Perplexity on held-out text while a checkpoint was trained, stage after stage; None if no stage measured it."""
     series: list[Series] = []
     begin = 0.0

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -18,10 +19,13 @@ from moeify.reporting import drawings, grids, provenance, verdict
 from moeify.reporting.experts import LETTERS, LOAD_SHADES, MIDDLE, STEP, ExpertsPart, experts_part
 from moeify.reporting.facts import Facts, PhaseSpeed, active_parameters, facts_of, of_kind
 from moeify.reporting.plots import Plot
-from moeify.reporting.reader import RunFolder, Tuned
+from moeify.reporting.reader import RunFolder
 from moeify.reporting.verdict import Answers
 from moeify.reporting.words import count, factor, number, percent, size
 from moeify.version import __version__
+
+if TYPE_CHECKING:
+    from moeify.training.finetune import FinetuneHistory
 
 TEMPLATE = "report.html.j2"
 LEVELS = {"yes": "Yes", "partly": "In part", "no": "No", "unknown": "Cannot say"}
@@ -154,7 +158,7 @@ def _experts(run: RunFolder) -> list[ExpertsPart]:
     return [experts_part(f"experts-{index}", name, layers) for index, (name, layers) in enumerate(found) if layers]
 
 
-def _training(index: int, file: str, tuned: Tuned) -> TrainingPart:
+def _training(index: int, file: str, tuned: "FinetuneHistory") -> TrainingPart:
     rows = tuple(
         (
             grids.Cell(stage.stage),

@@ -478,7 +478,7 @@ def test_the_command_prints_the_headline(folder: Path, tmp_path: Path, capfd: py
 
 def test_the_command_of_a_split_is_told_again() -> None:
     options = {"experts": 16, "dense_layers": [0, 29], "refit": False, "static": False, "calibration": ["a b", "c"]}
-    found = split_command({**options, "unknown": 3, "seed": 0}, "some/model", "out/moeify.json")
+    found = split_command({**options, "unknown": 3, "seed": 0, "budget": 0.5}, "some/model", "out/moeify.json")
     assert found == (
         "moeify split some/model --experts 16 --dense-layers 0,29 --no-refit --calibration 'a b' --calibration c -o out"
     )
@@ -491,7 +491,9 @@ def test_everything_the_page_needs_is_packaged() -> None:
     assert all(any(fnmatch.fnmatch(file, one) for one in patterns["moeify.reporting"]) for file in files)
 
 
-def test_reading_results_imports_no_transformers(folder: Path, tmp_path: Path) -> None:
+def test_reading_a_benchmark_imports_no_transformers(tmp_path: Path) -> None:
+    """Other results import what made them, once there is one."""
+    folder = _plain(tmp_path)
     code = (
         "import sys; from moeify.reporting.report import report\n"
         "report(sys.argv[1], None)\n"

@@ -2,18 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from moeify.benchmark.models.anatomy import Anatomy, experts_modules
+from moeify.benchmark.options import Implementation
 from moeify.errors import UsageError
 from moeify.kernels import register
 from moeify.kernels.experts import NAME as OURS
 from moeify.kernels.experts import first_projection, unsupported
 
 DENSE = "dense"
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", OURS)
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 # batched_mm copies the weights of every token's experts: no more than this share of the memory that is left.
 COPIES_SHARE = 0.5
 
