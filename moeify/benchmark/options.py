@@ -46,5 +46,5 @@ class LayerBenchOptions(Options):
     )
     seconds_per_row: float = option(0.3, "How long an implementation is timed on a case.", least=0)
     limit_seconds: float | None = option(None, "Begin no case after that; the most important ones come first.", least=0)
-    dtype: DType = option("auto", "Of weights and tokens; auto is bfloat16 on cuda and float32 on cpu.")
+    dtype: DType = option("auto", DTYPE)
     device: str = option("auto", DEVICE)
