@@ -22,6 +22,9 @@ from moeify.training.options import FinetuneOptions
 
 WORDS = ["plain", "two words", "quote's", 'double "quotes"', "$HOME", "a,b;c", "-x", "--json", "ä", "back\\slash", "#"]
 
+# Items that may stand in one word.
+SIMPLE = ["plain", "two words", "quote's", "64x256-8/2+2"]
+
 
 def options_of(command: Callable[..., None]) -> dict[str, tuple[type[Options], list[str]]]:
     """Parameter -> the class of its options and the names of those that the command has."""
@@ -52,9 +55,7 @@ def value_of(field: dataclasses.Field[Any], draw: random.Random) -> Any:
 
     def item() -> Any:
         if kind is str:
-            return draw.choice(
-                WORDS if not field.metadata["commas"] else [word for word in WORDS if word[0] not in "-a"]
-            )
+            return draw.choice(SIMPLE if field.metadata["commas"] else WORDS)
         return draw.choice(choices(field)) if choices(field) else number_in(field, draw)
 
     if isinstance(field.default, tuple):
