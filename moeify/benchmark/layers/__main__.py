@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from moeify.benchmark.layers import table
 from moeify.benchmark.layers.cases import cases
 from moeify.benchmark.layers.run import layer_bench
-from moeify.benchmark.layers.table import text
 from moeify.benchmark.options import LayerBenchOptions
 from moeify.command_line import command_line, fields, flag, help_text, is_repeated, parse
 from moeify.errors import MoeifyError
@@ -36,8 +36,9 @@ def parsed(arguments: Sequence[str] | None) -> tuple[LayerBenchOptions, Path | N
         prog="python -m moeify.benchmark.layers", description="Time one layer on every peer."
     )
     for field in fields(LayerBenchOptions):
-        shown = "" if field.default in ((), None) else f" [default: {field.default}]"
-        parser.add_argument(flag(field.name), action="append", dest=field.name, help=help_text(field) + shown)
+        default = ", ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text = help_text(field) + (f" [default: {default}]" if default not in ("", None) else "")
+        parser.add_argument(flag(field.name), action="append", dest=field.name, help=text)
     parser.add_argument("-o", "--out", type=Path, help="FILE.json; written after every case.")
     parser.add_argument("--overwrite", action="store_true")
     words = vars(parser.parse_args(arguments))
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MoeifyError as error:
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
         return error.exit_code
-    print(text(result))
+    print(table.text(result))
     return 0
 
 
