@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from moeify.version import __version__
 
 if TYPE_CHECKING:
-    from moeify.benchmark.models.inputs import BenchOptions
     from moeify.benchmark.models.results import ModelBench
     from moeify.benchmark.models.run import bench
+    from moeify.benchmark.options import BenchOptions
     from moeify.check.compare import Comparison, compare
     from moeify.check.evaluate import EvalResult, evaluate, load
     from moeify.check.verify import VerifyReport, verify
@@ -64,9 +64,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "benchmark.models.inputs": ("BenchOptions",),
     "benchmark.models.results": ("ModelBench",),
     "benchmark.models.run": ("bench",),
+    "benchmark.options": ("BenchOptions",),
     "check.compare": ("Comparison", "compare"),
     "check.evaluate": ("EvalResult", "evaluate", "load"),
     "check.verify": ("VerifyReport", "verify"),

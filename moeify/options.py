@@ -1,9 +1,13 @@
-"""Options of `moeify split`, in one place for the command line, recipes and the Python API. Imports nothing heavy."""
+"""Options of the commands that read a model, for the command line, recipes and the Python API. Imports nothing heavy.
+
+Those of fine-tuning and of benchmarks stand in training/options.py and benchmark/options.py.
+"""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from moeify.command_line import Options, option
 from moeify.errors import UsageError
 
 Item = TypeVar("Item")
@@ -15,6 +19,15 @@ Style = Literal["hard", "softmax", "soft"]
 Fusion = Literal["sum", "mean"]
 RefitTo = Literal["ffn", "stream"]
 
+# Help of options that several commands have.
+DATA = "Text, jsonl or parquet file, folder, hub data set, builtin or builtin-heldout, to measure or to train on."
+CONTEXT = "Tokens in a block of text; 512, or as many as the model takes."
+SEED = "Of sampling, data order, clustering and projections."
+DTYPE = "Of the weights; auto keeps the checkpoint's; without one, bfloat16 on cuda and float32 on cpu."
+DEVICE = "Where the arithmetic runs: cpu, cuda, cuda:1; benchmarks take auto as well."
+# Every layer adds its number to a seed, and scikit-learn's generators take 32 bits.
+SEEDS = 1 << 31
+
 
 def untracked(items: Iterable[Any], label: str, total: int) -> Iterable[Any]:  # noqa: ARG001
     """The progress of a caller who wants none."""
@@ -22,69 +35,86 @@ def untracked(items: Iterable[Any], label: str, total: int) -> Iterable[Any]:  #
 
 
 @dataclass(frozen=True)
-class SplitOptions:
-    """How to cut a model.
+class SplitOptions(Options):
+    """How to cut a model."""
 
-    Args:
-        experts: equal slices of each FFN.
-        shared: slices that are always on; None lets the layout choose.
-        active: slices that run for a token, shared ones included; None means three quarters.
-        static: keep the active slices and drop the rest, as an ordinary smaller dense model: the control.
-        dense_layers: layers whose FFN stays whole.
-        budget: share of all FFN parameters that may be active per token; shared, active and dense layers follow from
-            it by a greedy search.
-        partition, router: names of plug-ins.
-        mixing: `hard` gives every chosen expert weight one, `softmax` weights them by their scores, `soft` runs all of
-            them, weighted.
-        temperature: scores are divided by it before a softmax.
-        fusion: the chosen experts' weights add up to their number (`sum`) or to one (`mean`).
-        refit: fit down_proj in closed form.
-        refit_to: what the refit aims for: what the dense FFN gives on the same input (`ffn`), or whatever brings the
-            residual stream back to the dense model's (`stream`).
-        target: a MoE architecture or `auto`.
-        calibration: text sources; each gives an equal share of the tokens.
-        tokens: calibration tokens.
-        context: tokens of one calibration block; None means 512 or as many as the model takes.
-        seed: of text sampling, clustering and projections.
-        dtype: of the written checkpoint; `auto` keeps the dense one's.
-        device: where the arithmetic runs.
-        plan: a saved plan whose partition and routers are used again.
-    """
-
-    experts: int = 8
-    shared: int | None = None
-    active: int | None = None
-    static: bool = False
-    dense_layers: tuple[int, ...] = ()
-    budget: float | None = None
-    partition: str = "routed"
-    router: str = "ridge"
-    mixing: Style = "hard"
-    temperature: float = 1.0
-    fusion: Fusion = "sum"
-    refit: bool = True
-    refit_to: RefitTo = "ffn"
-    target: str = "auto"
-    calibration: tuple[str, ...] = ("builtin",)
-    tokens: int = 16384
-    context: int | None = None
-    seed: int = 0
-    dtype: DType = "auto"
-    device: str = "cpu"
-    plan: str | None = None
-
-    # For pydantic, which validates this class inside a recipe.
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+    experts: int = option(8, "Equal slices of each FFN that is cut.")
+    shared: int | None = option(None, "Slices that are always on; a quarter of the active ones.")
+    active: int | None = option(None, "Slices that run for a token, shared ones included; 3/4 of all.")
+    static: bool = option(False, "Prune instead: keep the active slices alone, as a smaller dense model.")
+    partition: str = option("routed", "How neurons are grouped: moeify ls partitions.")
+    router: str = option("ridge", "How experts are chosen: moeify ls routers.")
+    budget: float | None = option(
+        None, "Share of all FFN parameters active per token; a search chooses shared, active and dense layers."
+    )
+    dense_layers: tuple[int, ...] = option((), "Layers whose FFN stays whole, such as 0,1,29.")
+    mixing: Style = option(
+        "hard", "Weights of the chosen experts: hard (all one), softmax (of their scores), or soft (all experts)."
+    )
+    temperature: float = option(1.0, "Scores are divided by it before a softmax.", above=0)
+    fusion: Fusion = option("sum", "Weights add up to the number of chosen experts (sum) or to one (mean).")
+    refit: bool = option(True, "Fit down_proj in closed form.")
+    refit_to: RefitTo = option("ffn", "What the refit restores: the FFN's output or the dense model's residual stream.")
+    target: str = option("auto", "MoE architecture to write: moeify ls targets.")
+    calibration: tuple[str, ...] = option(
+        ("builtin",),
+        "Text, jsonl or parquet file, folder, hub data set, builtin, or self (text the model samples); each gives an "
+        "equal share of the tokens.",
+    )
+    tokens: int = option(16384, "Calibration tokens; a search uses 8,192 of them.")
+    context: int | None = option(None, CONTEXT)
+    seed: int = option(0, SEED, least=0, below=SEEDS)
+    dtype: DType = option("auto", DTYPE)
+    device: str = option("cpu", DEVICE)
+    plan: str | None = option(None, "Use the partition and routers of a saved plan again.")
 
     def __post_init__(self) -> None:
-        # Every layer adds its number, and scikit-learn's generators take 32 bits.
-        if not 0 <= self.seed < 1 << 31:
-            raise UsageError(f"seed {self.seed} is out of range", "--seed takes 0 to 2,147,483,647")
-        if not self.temperature > 0:
-            raise UsageError(f"temperature {self.temperature} is out of range", "--temperature takes more than zero")
+        super().__post_init__()
         if self.static and self.shared is not None:
             raise UsageError("--static keeps every active slice always on", "leave --shared out")
         if self.static and self.target != "auto":
             raise UsageError("--static writes the dense model's own architecture", "leave --target out")
         if self.static and self.plan is not None:
             raise UsageError("--static and --plan exclude each other", "leave one of them out")
+
+
+@dataclass(frozen=True)
+class SearchOptions(Options):
+    """What a search for layers spends, beside how its candidates are cut."""
+
+    budget: float = option(0.75, "Share of all FFN parameters active per token.", above=0, below=1)
+    strategy: str = option("greedy", "How layers are chosen: moeify ls strategies.")
+    trials: int = option(32, "Whole choices that a strategy may measure.")
+
+
+@dataclass(frozen=True)
+class CompareOptions(Options):
+    """Which methods are compared on which text, beside how they are calibrated."""
+
+    budget: tuple[float, ...] = option((0.75,), "Share of the FFN active per token.", above=0, below=1)
+    data: tuple[str, ...] = option(("builtin-heldout",), DATA)
+    data_tokens: int = option(10_240, "At most so many tokens of each text.", least=2)
+    method: tuple[str, ...] = option((), "Only these rows, and static + refit.")
+
+
+@dataclass(frozen=True)
+class EvalOptions(Options):
+    """What perplexity is measured on."""
+
+    data: tuple[str, ...] = option(("builtin-heldout",), DATA)
+    tokens: int = option(8192, "At most so many tokens of each text.", least=2)
+    context: int | None = option(None, CONTEXT, least=2)
+    stride: int | None = option(None, "Tokens the window moves by; half the context.", least=1)
+    dtype: DType = option("auto", DTYPE)
+    device: str = option("cpu", DEVICE)
+
+
+@dataclass(frozen=True)
+class TuneOptions(Options):
+    """Which calls of the kernels are tuned."""
+
+    tokens: tuple[int, ...] = option(
+        (1, 8, 32, 64, 128, 512, 2048, 8192), "Tokens of a call, the most important last.", least=1
+    )
+    device: str = option("cuda", DEVICE)
+    backward: bool = option(True, "Tune the backward pass as well.")

@@ -27,9 +27,11 @@ from transformers import AutoModelForCausalLM, StaticCache
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moeify.benchmark.layers.run import ask, layer_bench
+from moeify.benchmark.layers.cases import cases
+from moeify.benchmark.layers.run import layer_bench
 from moeify.benchmark.layers.table import text
 from moeify.benchmark.machine import device_by_name, dtype_by_name, machine_facts, versions
+from moeify.benchmark.options import LayerBenchOptions
 from moeify.benchmark.timing import first_line, release_memory
 from moeify.kernels.tune import Shape, tune
 
@@ -286,17 +288,22 @@ def part_test(out: Path, device: torch.device) -> int:
 
 def part_layers(out: Path, device: torch.device, *, part: str, size: str, peers: str) -> int:
     """One layer. liger-kernel tunes itself for every shape, so it has one shape and a part of its own."""
-    shapes, tokens, routings, others = "", "", "", "eager,batched_mm"
+    chosen: dict[str, Any] = {}
     if part == "liger":
-        shapes, tokens, routings, others = "llama3-8b-8/2", "1,32,512,8192", "uniform", "liger"
+        chosen = {"cases": ("llama3-8b-8/2",), "tokens": (1, 32, 512, 8192), "routings": ("uniform",)}
     if size == "tiny":
-        shapes, tokens = "64x256-8/2", "1,16"
-    result = layer_bench(
-        ask(shapes, tokens, routings, ""),
-        peers=(peers or f"moeify,dense,grouped_mm,{others}").split(","),
+        chosen |= {"cases": ("64x256-8/2",), "tokens": (1, 16)}
+    others = "liger" if part == "liger" else "eager,batched_mm"
+    options = LayerBenchOptions(
+        **chosen,
+        peers=tuple((peers or f"moeify,dense,grouped_mm,{others}").split(",")),
         device=str(device),
         seconds_per_row=0.02 if size == "tiny" else 0.2,
         limit_seconds=LIMIT_SECONDS,
+    )
+    result = layer_bench(
+        cases(options),
+        options,
         out=out / f"{part}.json",
         overwrite=True,
         command=shlex.join(["python", *sys.argv]),

@@ -60,16 +60,15 @@ def share_of_cores() -> int:
 def _json_follows_its_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever a command prints with --json, in any test, is what its schema says."""
     from moeify.cli import render
-    from moeify.cli.schemas import json_schema
+    from moeify.results import json_schema, to_json
 
-    really_printed = render.printed
+    def checked(value: Any) -> dict[str, Any]:
+        printed = to_json(value)
+        name = printed["schema"].removeprefix("moeify.").removesuffix("/1")
+        jsonschema.validate(json.loads(json.dumps(printed)), json_schema(name))
+        return printed
 
-    def printed(command: str, value: Any) -> dict[str, Any]:
-        found = really_printed(command, value)
-        jsonschema.validate(json.loads(json.dumps(found)), json_schema(command))
-        return found
-
-    monkeypatch.setattr(render, "printed", printed)
+    monkeypatch.setattr(render, "to_json", checked)
 
 
 @pytest.fixture(scope="session", autouse=True)

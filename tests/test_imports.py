@@ -42,7 +42,18 @@ FLOORS = (
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # What everybody knows; plug-ins are files of their room.
-NOUNS = {"cache", "errors", "options", "plan", "plugin_list", "plugins", "version", "words"}
+NOUNS = {
+    "cache",
+    "command_line",
+    "errors",
+    "options",
+    "plan",
+    "plugin_list",
+    "plugins",
+    "results",
+    "version",
+    "words",
+}
 
 
 def room_of(name: str) -> str:

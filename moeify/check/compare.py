@@ -25,6 +25,7 @@ from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
+from moeify.results import write
 from moeify.version import __version__
 
 DENSE = "dense"
@@ -174,7 +175,7 @@ def compare(
         {"tokens": {name: ids_BC.numel() for name, ids_BC in texts.items()}, "context": prepared.options.context},
     )
     if out is not None:
-        out.write_text(json.dumps({"schema": "moeify.compare/1", **asdict(comparison)}, indent=1) + "\n")
+        write(comparison, out)
     return comparison
 
 

@@ -18,10 +18,9 @@ from moeify.data.text import TokenStream, evaluation_tokens
 from moeify.errors import InputError
 from moeify.kernels import register
 from moeify.models.dense import load_config, locate
-from moeify.options import Track, untracked
+from moeify.options import EvalOptions, Track, untracked
 
 DEFAULT_CONTEXT = 512
-DEFAULT_TOKENS = 8192
 BATCH_TOKENS = 2048
 
 
@@ -43,6 +42,13 @@ class EvalResult:
     num_tokens: int
     tokens_per_second: float
     sha256: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All models on all texts, in the order they were measured."""
+
+    results: tuple[EvalResult, ...]
 
 
 def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: Any) -> Any:
@@ -72,13 +78,13 @@ def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: A
 
 def evaluate(
     models: Sequence[str],
-    data: Sequence[str] = ("builtin-heldout",),
+    data: Sequence[str] = EvalOptions.data,
     *,
-    tokens: int = DEFAULT_TOKENS,
-    context: int | None = None,
-    stride: int | None = None,
-    dtype: str = "auto",
-    device: str = "cpu",
+    tokens: int = EvalOptions.tokens,
+    context: int | None = EvalOptions.context,
+    stride: int | None = EvalOptions.stride,
+    dtype: str = EvalOptions.dtype,
+    device: str = EvalOptions.device,
     track: Track[Any] = untracked,
 ) -> list[EvalResult]:
     """Measure each model on each text.

@@ -12,6 +12,7 @@ import typer
 
 from moeify.cli import options as option
 from moeify.cli.commands.bench import bench_command
+from moeify.cli.commands.bench_layer import bench_layer_command
 from moeify.cli.commands.compare import compare_command
 from moeify.cli.commands.eval import eval_command
 from moeify.cli.commands.finetune import finetune_command
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "eval": eval_command,
     "tune": tune_command,
     "bench": bench_command,
+    "bench-layer": bench_layer_command,
     "report": report_command,
     "run": run_recipe_command,
     "ls": list_command,
@@ -111,7 +113,7 @@ def root(
 
 
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name)(option.expanded(_command))
 
 
 if __name__ == "__main__":

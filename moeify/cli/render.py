@@ -1,19 +1,18 @@
 """The only file that prints: tables and one JSON object on stdout, progress and errors on stderr."""
 
-import dataclasses
 import json
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from moeify.cli.options import Output
 from moeify.errors import MoeifyError
+from moeify.results import to_json
 from moeify.words import duration
 
 # A loop shows its bar once it has taken this long.
@@ -78,10 +77,10 @@ class Renderer:
         """Print one JSON object."""
         print(json.dumps(value, indent=1, allow_nan=False))
 
-    def result(self, command: str, value: Any, *tables: Table, next_step: str = "") -> None:
+    def result(self, value: Any, *tables: Table, next_step: str = "") -> None:
         """Show a result: as one JSON object with its schema, or as tables and the command that comes next."""
         if self._as_json:
-            self.document(printed(command, value))
+            self.document(to_json(value))
             return
         if self._quiet:
             return
@@ -91,35 +90,14 @@ class Renderer:
             self._out.print(f"next: {next_step}", markup=False, highlight=False, soft_wrap=True)
 
 
-def renderer_for(as_json: bool, quiet: bool, verbose: bool, *, loads_models: bool = True) -> Renderer:
+def renderer_for(output: Output, *, loads_models: bool = True) -> Renderer:
     """The renderer of a command; unless it is verbose, the libraries below keep silent."""
-    if loads_models and not verbose:
+    if loads_models and not output.verbose:
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-    return Renderer(as_json=as_json, quiet=quiet)
-
-
-def printed(command: str, value: Any) -> dict[str, Any]:
-    """What `--json` prints of a command's result; moeify.schemas describes it."""
-    return {"schema": f"moeify.{command}/1", **_plain(value)}
-
-
-def _plain(value: Any) -> Any:
-    """JSON-able copy of dataclasses, paths and tensors' owners; a plan's tensors are left out."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [field for field in dataclasses.fields(value) if "Tensor" not in str(field.type)]
-        return {field.name: _plain(getattr(value, field.name)) for field in fields}
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+    return Renderer(as_json=output.json, quiet=output.quiet)
 
 
 def traceback_of(error: BaseException) -> None:

@@ -1,14 +1,15 @@
 """The model card of a converted checkpoint: what it is, how it was made, how to load it, how to make it again."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moeify.command_line import command_line
 from moeify.options import SplitOptions
 from moeify.plan import SplitPlan
 from moeify.version import __version__
 
-DEFAULTS = SplitOptions()
 CARD = """---
 base_model: {source}
 library_name: transformers
@@ -36,8 +37,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # {architec
 `split_plan.safetensors` holds every neuron's expert and the routers, `moeify.json` the resolved options and versions.
 
 ```bash
-moeify split {source} {flags} -o OUT
-moeify verify OUT --dense {source}
+{split}
+{verify}
 ```
 
 ## Limits
@@ -86,26 +87,15 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int]) 
         active=parameters[1],
         architecture=architecture,
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
-        flags=_flags(plan),
+        split=_split_again(plan),
+        verify=command_line("verify", "OUT", dense=plan.source),
     )
 
 
-def _flags(plan: SplitPlan) -> str:
-    options = plan.options
-    flags = [f"--experts {options['experts']}"]
-    flags += ["--static"] if options["static"] else [f"--shared {options['shared']}", f"--target {plan.target}"]
-    flags += [f"--active {options['active']}", f"--partition {options['partition']}", f"--router {options['router']}"]
-    flags += [f"--calibration {source}" for source in options["calibration"]]
-    flags += [f"--tokens {options['tokens']}", f"--context {options['context']}", f"--seed {options['seed']}"]
-    if plan.layout.dense_layers:
-        flags.append(f"--dense-layers {','.join(map(str, plan.layout.dense_layers))}")
-    for name in ("mixing", "temperature", "fusion", "refit_to"):
-        if name in options and options[name] != getattr(DEFAULTS, name):
-            flags.append(f"--{name.replace('_', '-')} {options[name]}")
-    flags += [] if options["refit"] else ["--no-refit"]
-    flags += [] if options["dtype"] == "auto" else [f"--dtype {options['dtype']}"]
-    flags += [] if options["plan"] is None else [f"--plan {options['plan']}"]
-    return " ".join(flags)
+def _split_again(plan: SplitPlan) -> str:
+    """The command that makes the checkpoint again: a budget has become a layout by now."""
+    options = replace(SplitOptions.of(plan.options), budget=None, dense_layers=plan.layout.dense_layers)
+    return command_line("split", plan.source, options, out="OUT")
 
 
 FINETUNED = """---

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from moeify.kernels.launch import DECODE_TOKENS, Launch, backward_rows, forward_rows, launch_for, launching
 from moeify.kernels.ops import moe_ffn
+from moeify.options import TuneOptions
 
 Time = Callable[[Callable[[], Any]], float]
 # A candidate replaces a launch if it saves more than this share of the call: less is within the noise of a busy device.
 MIN_GAIN = 0.01
-DEFAULT_TOKENS = (1, 8, 32, 64, 128, 512, 2048, 8192)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def candidates(key: str, launch: Launch) -> Iterator[Launch]:
 
 def tune(
     shape: Shape,
-    tokens: Sequence[int] = DEFAULT_TOKENS,
+    tokens: Sequence[int] = TuneOptions.tokens,
     *,
     device: torch.device,
     backward: bool = True,

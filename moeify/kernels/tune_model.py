@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from moeify.errors import InputError
 from moeify.kernels import experts, launch
-from moeify.kernels.tune import DEFAULT_TOKENS, Shape, Tuned, keys_of, tune
+from moeify.kernels.tune import Shape, Tuned, keys_of, tune
 from moeify.models.dense import load_config, locate
-from moeify.options import Track, untracked
+from moeify.options import Track, TuneOptions, untracked
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class TuneResult:
 
 def tune_model(
     model: str,
-    tokens: Sequence[int] = DEFAULT_TOKENS,
+    tokens: Sequence[int] = TuneOptions.tokens,
     *,
-    device: str = "cuda",
-    backward: bool = True,
+    device: str = TuneOptions.device,
+    backward: bool = TuneOptions.backward,
     track: Track[Any] = untracked,
 ) -> TuneResult:
     """Tune the kernels for the experts of a model and keep what was found.

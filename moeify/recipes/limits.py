@@ -34,14 +34,14 @@ def check_quality(recipe: Recipe, report: VerifyReport | None, evals: Sequence[E
         failed = [check.name for check in report.checks if not check.passed]
         limits.append(Limit("verify", ", ".join(failed) or "all checks hold", "all checks hold", report.passed))
     for data in recipe.eval.data if recipe.eval else ():
-        found = perplexity[main, data]
+        own = perplexity[main, data]
         if recipe.limits.max_ratio is not None:
-            ratio = found / perplexity[recipe.model, data]
+            ratio = own / perplexity[recipe.model, data]
             limit = recipe.limits.max_ratio
             limits.append(Limit(f"perplexity / dense on {data}", f"{ratio:.3f}", f"<= {limit:g}", ratio <= limit))
         for name in recipe.limits.beats:
             other = perplexity[judged(recipe, name), data]
-            limits.append(Limit(f"perplexity under {name} on {data}", f"{found:.3f}", f"< {other:.3f}", found < other))
+            limits.append(Limit(f"perplexity under {name} on {data}", f"{own:.3f}", f"< {other:.3f}", own < other))
     return tuple(limits)
 
 

@@ -1,4 +1,4 @@
-"""Recipes: one YAML a result; what may stand in one. stages.py runs them.
+"""Recipes: one YAML a result; what may stand in one. run.py runs them.
 
 version: 1
 model: builtin
@@ -8,8 +8,8 @@ controls: {static: {static: true}}           # further splits of the same model,
 finetune: {tokens: 65536}                    # the options of `moeify finetune`; the dense model is the teacher
 finetune_controls: [static]                  # controls that are trained in the same way
 verify: true
-compare: {budgets: [0.5]}                    # published methods beside ours, as `moeify compare` measures them
-eval: {data: [builtin-heldout]}
+compare: {budget: [0.5]}                     # the options of `moeify compare`: published methods beside ours
+eval: {data: [builtin-heldout]}              # the options of `moeify eval`
 bench: {batch: [1]}                          # the options of `moeify bench`: beside dense and the static controls
 limits: {max_ratio: 1.5, beats: [static], max_decode_time: 1.0}
 """
@@ -20,16 +20,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
-from moeify.benchmark.models.inputs import BenchOptions
 from moeify.benchmark.models.results import Phase
+from moeify.benchmark.options import BenchOptions
 from moeify.errors import InputError, UsageError
-from moeify.options import SplitOptions
+from moeify.options import CompareOptions, EvalOptions, SplitOptions
 from moeify.plugin_list import recipe_folders
 from moeify.training.options import FinetuneOptions
 
 MAIN = "moe"
+# Shaped like the recipe, so that errors name the place in it.
+_CONTROLS = TypeAdapter(dict[str, dict[str, SplitOptions]])
 NOT_STATIC = ("budget", "dense_layers", "mixing", "temperature", "fusion")
 TRAINED = "-finetuned"
 DENSE = "dense"
@@ -39,26 +50,6 @@ class Strict(BaseModel):
     """A section that knows all its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class EvalSection(Strict):
-    """Options of `moeify eval`."""
-
-    data: tuple[str, ...] = ("builtin-heldout",)
-    tokens: int = Field(default=8192, ge=2)
-    context: int | None = Field(default=None, ge=2)
-    stride: int | None = Field(default=None, ge=1)
-    dtype: str = "auto"
-    device: str = "cpu"
-
-
-class CompareSection(Strict):
-    """Options of `moeify compare`; calibration, experts, seed and device are the main split's."""
-
-    budgets: tuple[float, ...] = (0.75,)
-    methods: tuple[str, ...] = ()
-    data: tuple[str, ...] = ("builtin-heldout",)
-    tokens: int = Field(default=10_240, ge=2)
 
 
 class Limits(Strict):
@@ -88,7 +79,10 @@ class Limits(Strict):
 
 
 class Recipe(Strict):
-    """A whole recipe; keys are the command line's option names."""
+    """A whole recipe; keys are the command line's option names.
+
+    `compare` calibrates like the main split, with as many experts, the same seed and device.
+    """
 
     version: Literal[1]
     model: str
@@ -98,10 +92,19 @@ class Recipe(Strict):
     finetune: FinetuneOptions | None = None
     finetune_controls: tuple[str, ...] = ()
     verify: bool = True
-    compare: CompareSection | None = None
-    eval: EvalSection | None = None
+    compare: CompareOptions | None = None
+    eval: EvalOptions | None = None
     bench: BenchOptions | None = None
     limits: Limits = Limits()
+
+    @field_validator("split", "finetune", "compare", "eval", "bench", mode="wrap")
+    @classmethod
+    def _name_the_section(cls, value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """Options refuse values by their names on the command line, which several sections share."""
+        try:
+            return validate(value)
+        except UsageError as error:
+            raise UsageError(f"{info.field_name}: {error}", error.hint) from error
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -113,8 +116,8 @@ def find_recipe(name: str) -> Path:
     """The file itself, or the recipe of that name which comes with moeify."""
     if Path(name).suffix in (".yaml", ".yml"):
         return Path(name)
-    found = [folder / f"{name}.yaml" for folder in recipe_folders()]
-    return next((path for path in found if path.is_file()), Path(name))
+    files = [folder / f"{name}.yaml" for folder in recipe_folders()]
+    return next((file for file in files if file.is_file()), Path(name))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -194,8 +197,4 @@ def control_options(recipe: Recipe, name: str, control: Mapping[str, Any]) -> Sp
         base["active"] = recipe.split.active if budget is None else max(1, round(budget * recipe.split.experts))
         # A pruned model has FFNs of one width and nothing to weight.
         base = {key: value for key, value in base.items() if key not in NOT_STATIC}
-
-    class Wrapper(Strict):
-        controls: SplitOptions
-
-    return Wrapper.model_validate({"controls": {**base, **control}}).controls
+    return _CONTROLS.validate_python({"controls": {name: {**base, **control}}})["controls"][name]

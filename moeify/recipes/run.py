@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from moeify.benchmark.models import file as model_file
-from moeify.benchmark.models.inputs import BenchOptions
 from moeify.benchmark.models.results import ModelBench
-from moeify.benchmark.models.run import bench
+from moeify.benchmark.models.run import FILE as BENCH_FILE
+from moeify.benchmark.models.run import bench, load_bench
+from moeify.benchmark.options import BenchOptions
 from moeify.check.compare import compare
 from moeify.check.evaluate import EvalResult, evaluate
 from moeify.check.verify import TOLERANCE, VerifyReport, verify
@@ -23,6 +22,7 @@ from moeify.models.dense import open_dense
 from moeify.options import SplitOptions, Track, untracked
 from moeify.recipes.limits import Limit, check_quality, check_times, judged
 from moeify.recipes.model import MAIN, TRAINED, Recipe, control_options
+from moeify.results import write
 from moeify.training.finetune import finetune
 from moeify.training.options import FinetuneOptions
 from moeify.version import __version__
@@ -89,14 +89,12 @@ def run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunResult:
     if recipe.eval is not None:
         names = [*splits, *(name + TRAINED for name in recipe.trained)]
         models = [recipe.model, *(str(out / name) for name in names)]
-        evals = tuple(evaluate(models, **recipe.eval.model_dump(), track=track))
-    measured = _bench(recipe, source, splits, skipped, track) if recipe.bench else None
-    limits = (*check_quality(recipe, report, evals), *check_times(recipe, measured))
+        evals = tuple(evaluate(models, **asdict(recipe.eval), track=track))
+    speeds = _bench(recipe, source, splits, skipped, track) if recipe.bench else None
+    limits = (*check_quality(recipe, report, evals), *check_times(recipe, speeds))
     result = RunResult(out, tuple(skipped), report, evals, limits)
     (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    (out / "run.json").write_text(
-        json.dumps({"schema": "moeify.run/1", **asdict(result)}, indent=1, default=str) + "\n"
-    )
+    write(result, out / "run.json")
     return result
 
 
@@ -117,12 +115,17 @@ def _finetune(recipe: Recipe, name: str, source: str, skipped: list[str], track:
 def _compare(recipe: Recipe, track: Track[Any]) -> None:
     """Published methods; the losses of finished ones are kept beside the result, so they are not measured again."""
     assert recipe.compare is not None
-    asked = recipe.compare
-    # Budgets say how much is active.
-    options = replace(recipe.split, active=None, shared=None, budget=None)
-    out = recipe.out / "compare.json"
+    methods = recipe.compare
     compare(
-        recipe.model, asked.budgets, asked.data, options, tokens=asked.tokens, only=asked.methods, out=out, track=track
+        recipe.model,
+        methods.budget,
+        methods.data,
+        # Budgets say how much is active.
+        replace(recipe.split, active=None, shared=None, budget=None),
+        tokens=methods.data_tokens,
+        only=methods.method,
+        out=recipe.out / "compare.json",
+        track=track,
     )
 
 
@@ -134,26 +137,15 @@ def _bench(
     controls = [name for name, options in splits.items() if options.static]
     main, *others = (judged(recipe, name) for name in (MAIN, *controls))
     records = [(Path(folder) / "moeify.json").read_text() for folder in (main, *others)]
-    key, marker = (
-        _key(source + "".join(records), recipe.bench, recipe.bench.data),
-        recipe.out / f"{model_file.FILE}.done",
-    )
-    if (recipe.out / model_file.FILE).is_file() and marker.is_file() and marker.read_text() == key:
+    key = _key(source + "".join(records), recipe.bench, recipe.bench.data)
+    marker = recipe.out / f"{BENCH_FILE}.done"
+    if (recipe.out / BENCH_FILE).is_file() and marker.is_file() and marker.read_text() == key:
         skipped.append("bench")
-        return model_file.load(recipe.out)
+        return load_bench(recipe.out)
     marker.unlink(missing_ok=True)
-    words = ["moeify", "bench", main, *(word for model in (recipe.model, *others) for word in ("--against", model))]
-    found = bench(
-        [main],
-        [recipe.model, *others],
-        recipe.bench,
-        out=recipe.out,
-        overwrite=True,
-        command=shlex.join(words),
-        track=track,
-    )
+    result = bench([main], [recipe.model, *others], recipe.bench, out=recipe.out, overwrite=True, track=track)
     marker.write_text(key)
-    return found
+    return result
 
 
 def preview_run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunPreview:

@@ -1,5 +1,6 @@
 """The plots of a report: perplexity against size, speed against batch size, and fine-tuning."""
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -7,13 +8,15 @@ from moeify.benchmark.models.results import Model, ModelBench, Speed
 from moeify.benchmark.models.verdicts import fastest
 from moeify.reporting.facts import active_parameters, quality_of
 from moeify.reporting.plots import Axis, Plot, Point, Series, Shape
-from moeify.reporting.reader import Compared, RunFolder, Searched, SearchPoint, Source, Tuned
+from moeify.reporting.reader import RunFolder, Source
 from moeify.reporting.tables import KINDS
 from moeify.words import count, factor, number, percent
 
 if TYPE_CHECKING:
-    from moeify.convert.search import Point as Choice
+    from moeify.check.compare import Comparison
+    from moeify.convert.search import Point as SearchPoint
     from moeify.convert.search import SearchResult
+    from moeify.training.finetune import FinetuneHistory
 
 # Methods of a comparison that lost more than this many times what the measured models lost are named, not drawn: they
 # would press all others into one line.
@@ -68,7 +71,7 @@ def _further_points(run: RunFolder, limit: float) -> tuple[list[Series], list[st
     return series, words
 
 
-def search_plot(result: "Searched | SearchResult") -> Plot:
+def search_plot(result: "SearchResult") -> Plot:
     """The frontier of a search alone."""
     words = (
         f"Down and to the left is better. Perplexity on the check text over the dense model's, which is "
@@ -78,10 +81,10 @@ def search_plot(result: "Searched | SearchResult") -> Plot:
     return Plot("search", f"Search under a budget: {result.model}", words, SIZE_AXIS, RATIO_AXIS, series)
 
 
-def _search_points(result: "Searched | SearchResult") -> list[Series]:
+def _search_points(result: "SearchResult") -> list[Series]:
     """The frontier with the choice on it, and every layer cut alike."""
 
-    def points(choices: "Iterable[SearchPoint | Choice]") -> tuple[Point, ...]:
+    def points(choices: "Iterable[SearchPoint]") -> tuple[Point, ...]:
         return tuple(
             Point(
                 choice.active_parameters / MILLION,
@@ -90,7 +93,7 @@ def _search_points(result: "Searched | SearchResult") -> list[Series]:
                 f"chosen: {choice.strategy}" if choice is result.found else "",
             )
             for choice in choices
-            if choice.perplexity is not None
+            if math.isfinite(choice.perplexity)
         )
 
     by_size = {choice.active_parameters: choice for choice in (*result.frontier, result.found)}
@@ -100,7 +103,7 @@ def _search_points(result: "Searched | SearchResult") -> list[Series]:
     ]
 
 
-def _method_points(compared: Compared, dense: Model, limit: float) -> tuple[list[Series], list[str]]:
+def _method_points(compared: "Comparison", dense: Model, limit: float) -> tuple[list[Series], list[str]]:
     """The methods beside the dense model, and those that are too far up to be drawn."""
     reference = next((row.perplexity for row in compared.rows if row.method == "dense"), None)
     ffn = dense.parts["ffn"].active_parameters if "ffn" in dense.parts else 0
@@ -111,7 +114,7 @@ def _method_points(compared: Compared, dense: Model, limit: float) -> tuple[list
         if row.method == "dense" or reference is None:
             continue
         title = f"{row.method} at {percent(row.budget)}"
-        if row.perplexity is None or row.perplexity / reference > limit:
+        if not row.perplexity / reference <= limit:
             left_out.append(title)
         else:
             active = active_parameters(dense) - (1 - row.budget) * ffn
@@ -171,7 +174,7 @@ def _speed_point(row: Speed) -> Point:
     return Point(row.batch, 1 / (row.time_over_dense or 1.0), title, interval=interval)
 
 
-def training(key: str, source: Source[Tuned]) -> Plot | None:
+def training(key: str, source: "Source[FinetuneHistory]") -> Plot | None:
     """Perplexity on held-out text while a checkpoint was trained, stage after stage; None if no stage measured it."""
     series: list[Series] = []
     begin = 0.0

@@ -1,12 +1,11 @@
 """Where the numbers of a report are from: machine, versions, texts, how checkpoints were made, how to do it again."""
 
-import dataclasses
 import json
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from moeify.command_line import command_line
 from moeify.options import SplitOptions
 from moeify.reporting.reader import RunFolder
 from moeify.words import number, size
@@ -66,22 +65,10 @@ def _checkpoint(file: str, job: Mapping[str, Any], dense: str) -> Checkpoint:
 
 
 def split_command(options: Mapping[str, Any], dense: str, file: str) -> str:
-    """The `moeify split` that has these options; defaults are left out."""
-    words = ["moeify", "split", dense]
-    for field in dataclasses.fields(SplitOptions):
-        value = options.get(field.name)
-        default = list(field.default) if isinstance(field.default, tuple) else field.default
-        if field.name not in options or value in (default, None):
-            continue
-        flag = "--" + field.name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        elif field.name == "dense_layers":
-            words += [flag, ",".join(map(str, value))]
-        else:
-            words += [word for item in (value if isinstance(value, list) else [value]) for word in (flag, str(item))]
-    folder = file.rpartition("/")[0]
-    return shlex.join([*words, *(["-o", folder] if folder else [])])
+    """The `moeify split` that has these options."""
+    # A budget has become a layout by then.
+    known = replace(SplitOptions.of(options), budget=None)
+    return command_line("split", dense, known, out=file.rpartition("/")[0] or None)
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

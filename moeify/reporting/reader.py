@@ -4,113 +4,39 @@ Looked at are the .json files of the folder and of the folders in it. Of benchma
 the newest counts; fine-tuning histories and checkpoint records are one a checkpoint, and all of them count.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-
-from moeify.benchmark.models.results import SCHEMA as BENCH_SCHEMA
 from moeify.benchmark.models.results import ModelBench
+from moeify.command_line import command_line
 from moeify.errors import InputError
+from moeify.results import find_kind, load_json, parse
+
+if TYPE_CHECKING:
+    from moeify.check.compare import Comparison
+    from moeify.convert.search import SearchResult
+    from moeify.recipes.run import RunResult
+    from moeify.training.finetune import FinetuneHistory
 
 T = TypeVar("T")
 MENTIONS_SCHEMA = re.compile(rb'"moeify\.[a-z-]+/\d+"')
+# Of these the newest counts.
+SINGLE = ("bench", "compare", "search", "run")
+# Of these each checkpoint has its own.
+SEVERAL = ("finetune-history", "finetune", "record")
 
 
-class _Shown(BaseModel):
-    """The part of a result that the report shows; what else the file holds is left alone."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class CompareRow(_Shown):
-    """One method at one budget: see moeify.check.compare.Row."""
-
-    method: str
-    budget: float
-    perplexity: float | None
-
-
-class Compared(_Shown):
-    """What `moeify compare -o` wrote."""
-
-    model: str
-    rows: tuple[CompareRow, ...]
-
-
-class SearchPoint(_Shown):
-    """One choice: see moeify.convert.search.Point."""
-
-    strategy: str
-    share: float
-    active_parameters: int
-    perplexity: float | None
-
-
-class Searched(_Shown):
-    """What `moeify search -o` wrote."""
-
-    model: str
-    budget: float
-    found: SearchPoint
-    uniform: SearchPoint
-    frontier: tuple[SearchPoint, ...]
-    dense_perplexity: float
-
-
-class Limit(_Shown):
-    """One limit of a recipe."""
-
-    name: str
-    measured: str
-    allowed: str
-    passed: bool
-
-
-class Ran(_Shown):
-    """What `moeify run` wrote."""
-
-    out: str
-    limits: tuple[Limit, ...]
-
-
-class Stage(_Shown):
-    """One stage of fine-tuning; the history is the trainer's, one entry a step or evaluation."""
-
-    stage: str
-    num_tokens: int
-    before: Mapping[str, float]
-    after: Mapping[str, float]
-    history: tuple[Mapping[str, Any], ...] = ()
-
-
-class Tuned(_Shown):
-    """What `moeify finetune` wrote."""
-
-    stages: tuple[Stage, ...]
-
-
-class Record(_Shown):
-    """moeify.json of a checkpoint: how it was made."""
+@dataclass(frozen=True)
+class Record:
+    """moeify.json of a checkpoint: how it was made, and its numbers of parameters if it was cut."""
 
     job: Mapping[str, Any]
-
-
-# What is read, by the name in its schema, and the version that is understood.
-KINDS: Mapping[str, tuple[str, Any]] = {
-    "bench": (BENCH_SCHEMA, ModelBench),
-    "compare": ("moeify.compare/1", Compared),
-    "search": ("moeify.search/1", Searched),
-    "run": ("moeify.run/1", Ran),
-    "finetune-history": ("moeify.finetune-history/1", Tuned),
-    "finetune": ("moeify.finetune/1", Tuned),
-    "record": ("moeify.record/1", Record),
-}
+    parameters: int | None = None
+    active_parameters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -135,10 +61,10 @@ class RunFolder:
 
     path: Path
     bench: Source[ModelBench]
-    compared: Source[Compared] | None
-    searched: Source[Searched] | None
-    ran: Source[Ran] | None
-    tuned: tuple[Source[Tuned], ...]
+    compared: Source["Comparison"] | None
+    searched: Source["SearchResult"] | None
+    ran: Source["RunResult"] | None
+    tuned: tuple[Source["FinetuneHistory"], ...]
     records: tuple[Source[Record], ...]
     notes: tuple[str, ...]
 
@@ -158,39 +84,37 @@ def read_run(path: Path) -> RunFolder:
     if not path.is_dir():
         what = "a file" if path.exists() else "no folder"
         raise InputError(f"{path} is {what}, expected the folder of a run", "name the folder that holds bench.json")
-    found: dict[str, list[Source[Any]]] = {kind: [] for kind in KINDS}
+    sources: dict[str, list[Source[Any]]] = {name: [] for name in (*SINGLE, *SEVERAL)}
     others: list[str] = []
     for file in _files(path):
-        values = _parse(file)
+        values = _load(file)
         schema = str(values.get("schema", "")) if isinstance(values, dict) else ""
-        kind = schema.removeprefix("moeify.").split("/")[0] if schema.startswith("moeify.") else ""
-        name = str(file.relative_to(path))
-        if kind in KINDS:
-            found[kind].append(_source(file, name, KINDS[kind], values))
-        elif kind:
-            others.append(f"{name} ({schema}) is not shown.")
-    if not found["bench"]:
-        seen = (
-            ", ".join(sorted({schema for kind, (schema, _) in KINDS.items() if found[kind]})) or "no result of moeify"
-        )
+        name = schema.removeprefix("moeify.").split("/")[0] if schema.startswith("moeify.") else ""
+        place = str(file.relative_to(path))
+        if name in sources:
+            value = parse(values, find_kind(name), file, finite=name == "bench")
+            sources[name].append(Source(place, _when(file, values.get("date")), value))
+        elif name:
+            others.append(f"{place} ({schema}) is not shown.")
+    if not sources["bench"]:
+        seen = ", ".join(sorted(f"moeify.{name}/1" for name, files in sources.items() if files))
         raise InputError(
-            f"{path} holds no model benchmark ({BENCH_SCHEMA}), found: {seen}",
-            f"moeify bench MOE --against MODEL -o {path}",
+            f"{path} holds no model benchmark (moeify.bench/1), found: {seen or 'no result of moeify'}",
+            command_line("bench", "MOE", against="MODEL", out=path),
         )
     notes: list[str] = []
-    newest = {kind: _newest(kind, found[kind], notes) for kind in ("bench", "compare", "search", "run")}
+    newest = {name: _newest(name, sources[name], notes) for name in SINGLE}
     bench = newest["bench"]
     assert bench is not None
     _check_bench(path / bench.file, bench.value)
-    tuned = [*found["finetune-history"], *_without_history(found, notes)]
     return RunFolder(
         path=path,
         bench=bench,
         compared=newest["compare"],
         searched=newest["search"],
         ran=newest["run"],
-        tuned=tuple(tuned),
-        records=tuple(found["record"]),
+        tuned=_histories(sources, notes),
+        records=tuple(sources["record"]),
         notes=(*notes, *others),
     )
 
@@ -205,33 +129,13 @@ def _files(folder: Path) -> list[Path]:
         raise InputError(f"cannot read {error.filename}: {error.strerror}", "is it readable?") from error
 
 
-def _parse(file: Path) -> Any:
+def _load(file: Path) -> Any:
     """The JSON of a file that names a schema of moeify; None for any other file, whatever it holds."""
-    hint = "measure it again, or move the file away"
     try:
-        data = file.read_bytes()
-        return json.loads(data, parse_constant=lambda _: None) if MENTIONS_SCHEMA.search(data) else None
+        is_result = MENTIONS_SCHEMA.search(file.read_bytes())
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}", "is it readable?") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} names a schema of moeify but is not JSON: {error}", hint) from error
-
-
-def _source(file: Path, name: str, kind: tuple[str, Any], values: dict[str, Any]) -> Source[Any]:
-    expected, shape = kind
-    if values["schema"] != expected:
-        raise InputError(
-            f"{file} has schema {values['schema']}, expected {expected}",
-            "another version of moeify wrote it: measure again, or move the file away",
-        )
-    try:
-        value = TypeAdapter(shape).validate_python({key: item for key, item in values.items() if key != "schema"})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        message = f"{file}: {where}: {first['msg']}, found {first['input']!r:.60}"
-        raise InputError(message, "measure it again, or move the file away") from error
-    return Source(name, _when(file, values.get("date")), value)
+    return load_json(file) if is_result else None
 
 
 def _check_bench(file: Path, bench: ModelBench) -> None:
@@ -247,8 +151,8 @@ def _check_bench(file: Path, bench: ModelBench) -> None:
             num_experts = len(layer.load)
             widths = {num_experts, len(layer.coactivation), len(layer.top_tokens), *map(len, layer.coactivation)}
             if len(widths) > 1 or num_experts != len(layers[0].load):
-                found = ", ".join(map(str, sorted(widths)))
-                message = f"{file}: {name}, layer {layer.layer} has tables of {found} experts"
+                sizes = ", ".join(map(str, sorted(widths)))
+                message = f"{file}: {name}, layer {layer.layer} has tables of {sizes} experts"
                 raise InputError(f"{message}, expected {len(layers[0].load)} everywhere", "measure it again")
 
 
@@ -261,21 +165,20 @@ def _when(file: Path, date: Any) -> datetime:
     return when if when.tzinfo else when.replace(tzinfo=UTC)
 
 
-def _newest(kind: str, found: Sequence[Source[Any]], notes: list[str]) -> Source[Any] | None:
+def _newest(name: str, sources: Sequence[Source[Any]], notes: list[str]) -> Source[Any] | None:
     """The newest; a note says what it was preferred to."""
-    if not found:
+    if not sources:
         return None
-    chosen = max(found, key=lambda source: (source.when, source.file))
-    if len(found) > 1:
-        rest = ", ".join(source.file for source in found if source is not chosen)
-        notes.append(f"Of {len(found)} results of {kind} the newest counts: {chosen.file}, not {rest}.")
-    return chosen
+    newest = max(sources, key=lambda source: (source.when, source.file))
+    if len(sources) > 1:
+        rest = ", ".join(source.file for source in sources if source is not newest)
+        notes.append(f"Of {len(sources)} results of {name} the newest counts: {newest.file}, not {rest}.")
+    return newest
 
 
-def _without_history(found: Mapping[str, Sequence[Source[Any]]], notes: list[str]) -> list[Source[Any]]:
-    """What `moeify finetune --json` printed says less than the histories that the checkpoints hold."""
-    printed = list(found["finetune"])
-    if found["finetune-history"] and printed:
+def _histories(sources: Mapping[str, Sequence[Source[Any]]], notes: list[str]) -> "tuple[Source[FinetuneHistory], ...]":
+    """Those that the checkpoints hold; without any, those that `moeify finetune --json` printed, which say less."""
+    histories, printed = sources["finetune-history"], sources["finetune"]
+    if histories and printed:
         notes.append(f"{', '.join(source.file for source in printed)}: the histories in the checkpoints count instead.")
-        return []
-    return printed
+    return tuple(histories or (replace(source, value=source.value.history) for source in printed))

@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from moeify.benchmark.models.results import PARTS, Interval, Model, ModelBench, Part, Quality, Speed, Verdict
 from moeify.reporting.facts import ALL_TEXTS, Facts, active_parameters, parameters, quality_of, ratio_of
-from moeify.reporting.reader import Source, Tuned
+from moeify.reporting.reader import Source
 from moeify.words import count, factor, number, percent, size
+
+if TYPE_CHECKING:
+    from moeify.training.finetune import FinetuneHistory
 
 T = TypeVar("T")
 MISSING = "\u2013"
@@ -201,7 +204,7 @@ def timings(bench: ModelBench) -> Table:
     )
 
 
-def training(key: str, source: Source[Tuned]) -> Table:
+def training(key: str, source: "Source[FinetuneHistory]") -> Table:
     """Figures on held-out text before and after each stage of fine-tuning."""
     return table(
         f"{key}-stages",

@@ -13,7 +13,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -30,6 +30,7 @@ from torch import Tensor
 from moeify.errors import UsageError
 from moeify.export.workspace import Workspace, check_replaceable
 from moeify.options import Track, untracked
+from moeify.results import read, to_json
 from moeify.training.inputs import Inputs, open_inputs
 from moeify.training.layers import check_shapes, fit_layers
 from moeify.training.model import Student
@@ -57,10 +58,33 @@ class StageResult:
 
     stage: str
     num_tokens: int
-    before: dict[str, float]
-    after: dict[str, float]
+    before: Mapping[str, float]
+    after: Mapping[str, float]
     seconds: float | None
     peak_memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class StageHistory:
+    """What a stage did, without times, so that the same run writes the same file.
+
+    Args:
+        stage, before, after, num_tokens: see StageResult.
+        history: one entry for each layer, or for each step and evaluation as the Trainer logs them.
+    """
+
+    stage: str
+    before: Mapping[str, float]
+    after: Mapping[str, float]
+    num_tokens: int
+    history: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class FinetuneHistory:
+    """What a fine-tuned checkpoint holds of its training."""
+
+    stages: tuple[StageHistory, ...]
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,11 @@ class FinetuneResult:
     out: Path
     teacher: str
     stages: tuple[StageResult, ...]
+
+    @property
+    def history(self) -> FinetuneHistory:
+        """Its figures alone."""
+        return FinetuneHistory(tuple(StageHistory(s.stage, s.before, s.after, s.num_tokens) for s in self.stages))
 
 
 def finetune(
@@ -112,7 +141,7 @@ def finetune(
                 student = _student(inputs, options, workspace, len(options.stage))
                 write_trained(student, inputs, options, workspace)
         else:
-            results = tuple(_finished(workspace.path / HISTORY_FILE))
+            results = _finished(workspace.path / HISTORY_FILE)
         processes.wait_for_everyone()
         if processes.is_main_process:
             workspace.commit()
@@ -131,7 +160,7 @@ class _Run:
 
     def stages(self) -> tuple[StageResult, ...]:
         results: list[StageResult] = []
-        history: list[dict[str, Any]] = []
+        history: list[StageHistory] = []
         targets: tuple[Teacher, list[Blocks]] | None = None
         for number, stage in enumerate(self.options.stage):
             seconds, peak = None, None
@@ -143,11 +172,11 @@ class _Run:
                     targets = targets or self._teacher()
                     self._train(number, stage, targets)
                 seconds, peak = time.perf_counter() - began, _peak_memory_bytes()
-            found = json.loads((self.workspace.path / _figures_file(number, stage)).read_text())
-            history.append(found)
-            results.append(StageResult(stage, found["num_tokens"], found["before"], found["after"], seconds, peak))
+            figures = json.loads((self.workspace.path / _figures_file(number, stage)).read_text())
+            history.append(StageHistory(**figures))
+            results.append(_stage_result(history[-1], seconds, peak))
         if self.processes.is_main_process:
-            text = json.dumps({"schema": "moeify.finetune-history/1", "stages": history}, indent=1)
+            text = json.dumps(to_json(FinetuneHistory(tuple(history))), indent=1)
             self.workspace.write_text(HISTORY_FILE, text + "\n")
         return tuple(results)
 
@@ -228,9 +257,12 @@ def _student(inputs: Inputs, options: FinetuneOptions, workspace: Workspace, num
     return student
 
 
-def _finished(file: Path) -> list[StageResult]:
-    stages = json.loads(file.read_text())["stages"]
-    return [StageResult(s["stage"], s["num_tokens"], s["before"], s["after"], None, None) for s in stages]
+def _finished(file: Path) -> tuple[StageResult, ...]:
+    return tuple(_stage_result(stage, None, None) for stage in read(file, FinetuneHistory).stages)
+
+
+def _stage_result(stage: StageHistory, seconds: float | None, peak_memory_bytes: int | None) -> StageResult:
+    return StageResult(stage.stage, stage.num_tokens, stage.before, stage.after, seconds, peak_memory_bytes)
 
 
 def _job(inputs: Inputs, options: FinetuneOptions, num_processes: int) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import pytest
 
 from moeify.benchmark.ceilings import Ceilings
 from moeify.benchmark.models import baseline
-from moeify.benchmark.models import file as model_file
 from moeify.benchmark.models.results import LayerExperts, Model, ModelBench, Part, Quality, Regressions, Speed, Verdict
+from moeify.benchmark.models.run import check_folder, load_bench
 from moeify.errors import InputError, UsageError
+from moeify.results import write
 
 
 def model(name: str, **changes: Any) -> Model:
@@ -121,18 +122,14 @@ def test_a_file_is_read_back_as_it_was(tmp_path: Path) -> None:
     full.regressions = compared(full, bench(speed=[speed("moe", 1.0), speed("moe", 1.0, batch=8)]))
     for number, one in enumerate((full, bench())):
         folder = tmp_path / str(number)
-        model_file.check(folder, overwrite=False)
-        model_file.save(one, folder)
-        assert model_file.load(folder) == model_file.load(folder / "bench.json") == one
-        with pytest.raises(InputError, match="exists"):
-            model_file.check(folder, overwrite=False)
-        model_file.check(folder, overwrite=True)
+        write(one, folder / "bench.json")
+        assert load_bench(folder) == load_bench(folder / "bench.json") == one
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
-    model_file.save(bench(quality=[quality("moe", math.inf)]), tmp_path)
+    write(bench(quality=[quality("moe", math.inf)]), tmp_path / "bench.json")
     assert json.loads((tmp_path / "bench.json").read_text())["quality"][0]["ratio"] is None
-    old = model_file.load(tmp_path)
+    old = load_bench(tmp_path)
     assert [change.what for change in compared(bench(), old).changes].count("perplexity over dense") == 0
 
 
@@ -140,10 +137,10 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (None, "cannot read"),
-        ("no json", "cannot read"),
-        ('{"schema": "moeify.layer-bench/1"}', "has schema moeify.layer-bench/1, not moeify.bench/1"),
+        ("no json", "is not JSON"),
+        ('{"schema": "moeify.layer-bench/1"}', "has schema moeify.layer-bench/1, expected moeify.bench/1"),
         ("[]", "has schema None"),
-        ('{"schema": "moeify.bench/1", "models": []}', "no complete result"),
+        ('{"schema": "moeify.bench/1", "models": []}', "date: Field required"),
     ],
 )
 def test_another_file_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
@@ -151,11 +148,11 @@ def test_another_file_is_refused(content: str | None, message: str, tmp_path: Pa
     if content is not None:
         file.write_text(content)
     with pytest.raises(InputError, match=message) as caught:
-        model_file.load(file)
+        load_bench(file)
     assert "bench" in caught.value.hint
 
 
 def test_a_folder_that_cannot_be_made_is_said_before_anything_is_measured(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write"):
-        model_file.check(tmp_path / "file", overwrite=False)
+        check_folder(tmp_path / "file", overwrite=False)

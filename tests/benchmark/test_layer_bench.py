@@ -20,7 +20,6 @@ from moeify.benchmark.layers import table as layer_table
 from moeify.benchmark.layers.accuracy import Error, Reference, outputs_and_gradients, saved_bytes
 from moeify.benchmark.layers.cases import (
     SHAPES,
-    TOKENS,
     Batch,
     Case,
     Layer,
@@ -32,18 +31,29 @@ from moeify.benchmark.layers.cases import (
     work,
 )
 from moeify.benchmark.layers.peers import DENSE, EAGER, PEERS, Forward, find_peers, peer
-from moeify.benchmark.layers.results import SCHEMA, LayerBench, Row, compared, load
+from moeify.benchmark.layers.results import LayerBench, Row, compared
+from moeify.benchmark.options import LayerBenchOptions
 from moeify.benchmark.timing import MAX_SAMPLES, MIN_SAMPLES, CpuTimer, take_turns, timer_for
 from moeify.cli.app import run_command
 from moeify.errors import InputError, UsageError
+from moeify.results import read, to_json, write
 
 bench_module = importlib.import_module("moeify.benchmark.layers.run")
 layer_bench, main = bench_module.layer_bench, importlib.import_module("moeify.benchmark.layers.__main__").main
 
 SMALL = "32x96-6/1+2"
 CPU_PEERS = ("dense", "grouped_mm", "eager", "batched_mm")
-QUICK: dict[str, Any] = {"device": "cpu", "seconds_per_row": 0.01}
 CEILINGS = Ceilings(copy_bytes_per_second=4e12, matmul_flops_per_second=800e12, matmul_size=8192, dtype="bfloat16")
+
+
+def quick(**changes: Any) -> LayerBenchOptions:
+    return LayerBenchOptions(
+        **{"cases": (SMALL,), "routings": ("uniform",), "device": "cpu", "seconds_per_row": 0.01, **changes}
+    )
+
+
+def load(file: Path) -> LayerBench:
+    return read(file, LayerBench)
 
 
 def one(shape: str = SMALL, tokens: int = 8, routing: str = "uniform", pass_name: str = "forward") -> Case:
@@ -59,8 +69,8 @@ def draw(case: Case, dtype: torch.dtype = torch.float32) -> tuple[Layer, Batch]:
 def result(tmp_path_factory: pytest.TempPathFactory) -> LayerBench:
     """Two cases on every peer that runs on a CPU."""
     out = tmp_path_factory.mktemp("bench") / "layer.json"
-    found = cases([SMALL], [8], ["uniform"])
-    measured: LayerBench = layer_bench(found, peers=CPU_PEERS, out=out, command="test", **QUICK)
+    options = quick(tokens=(8,), peers=CPU_PEERS)
+    measured: LayerBench = layer_bench(cases(options), options, out=out, command="test")
     assert load(out) == measured
     return measured
 
@@ -83,8 +93,8 @@ def test_a_shape_that_is_none_is_refused(name: str) -> None:
 
 
 def test_the_most_important_cases_come_first_and_none_is_lost() -> None:
-    found = cases()
-    assert len(found) == len(set(found)) == len(SHAPES) * len(TOKENS) * 2 * 2
+    found = cases(LayerBenchOptions())
+    assert len(found) == len(set(found)) == len(SHAPES) * 10 * 2 * 2
     head = found[: len(found) // 10]
     assert {"llama3-8b-8/2 T=1 uniform forward", "llama3-8b-64/16 T=8192 uniform training"} <= {
         case.name for case in head
@@ -95,9 +105,9 @@ def test_the_most_important_cases_come_first_and_none_is_lost() -> None:
 
 
 def test_unknown_routings_and_passes_are_named() -> None:
-    for options in ({"routings": ["even"]}, {"passes": ["back"]}, {"tokens": [0]}):
+    for options in ({"routings": ("even",)}, {"passes": ("back",)}, {"tokens": (0,)}):
         with pytest.raises(UsageError):
-            cases([SMALL], **options)  # type: ignore[arg-type]
+            quick(**options)
 
 
 def test_floor_by_hand() -> None:
@@ -232,9 +242,9 @@ def test_what_peers_keep_for_backward_is_measured(result: LayerBench) -> None:
 
 
 def test_json_has_its_schema_and_says_where_it_was_measured(result: LayerBench, tmp_path: Path) -> None:
-    result.save(tmp_path / "again.json")
+    write(result, tmp_path / "again.json")
     stored = json.loads((tmp_path / "again.json").read_text())
-    assert stored["schema"] == SCHEMA
+    assert stored == json.loads(json.dumps(to_json(result)))
     assert {"machine", "versions", "date", "command", "dtype", "ceilings", "rows", "not_run", "stopped"} <= set(stored)
     assert stored["versions"]["torch"] == torch.__version__
     assert stored["ceilings"]["copy_bytes_per_second"] > 1e8
@@ -253,19 +263,18 @@ def test_a_killed_run_keeps_its_rows(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
             yield item
 
-    out = tmp_path / "layer.json"
+    out, options = tmp_path / "layer.json", quick(tokens=(1, 2), peers=("dense",))
     with pytest.raises(KeyboardInterrupt):
-        layer_bench(cases([SMALL], [1, 2], ["uniform"]), peers=["dense"], out=out, track=killed, **QUICK)
-    kept = load(out)
-    assert [(row.tokens, row.peer, row.status) for row in kept.rows] == [(1, "dense", "ok")]
+        layer_bench(cases(options), options, out=out, track=killed)
+    assert [(row.tokens, row.peer, row.status) for row in load(out).rows] == [(1, "dense", "ok")]
     assert not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_run_stops_at_its_limit_and_says_what_is_missing(tmp_path: Path) -> None:
-    found = cases([SMALL], [1, 2], ["uniform"])
-    stopped = layer_bench(found, peers=["dense"], limit_seconds=0, out=tmp_path / "layer.json", **QUICK)
+    options = quick(tokens=(1, 2), peers=("dense",), limit_seconds=0)
+    stopped = layer_bench(cases(options), options, out=tmp_path / "layer.json")
     assert stopped.rows == []
-    assert stopped.not_run == [case.name for case in found]
+    assert stopped.not_run == [case.name for case in cases(options)]
     assert "limit of 0 s" in stopped.stopped
     assert load(tmp_path / "layer.json") == stopped
 
@@ -274,9 +283,9 @@ def test_an_existing_result_is_not_replaced_unasked(tmp_path: Path) -> None:
     out = tmp_path / "layer.json"
     out.write_text("mine")
     with pytest.raises(InputError):
-        layer_bench([], out=out, **QUICK)
+        layer_bench([], quick(), out=out)
     assert out.read_text() == "mine"
-    layer_bench([], out=out, overwrite=True, **QUICK)
+    layer_bench([], quick(), out=out, overwrite=True)
     assert load(out).rows == []
 
 
@@ -312,7 +321,7 @@ def broken(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("broken")
 def test_a_peer_that_cannot_run_or_is_wrong_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["dense", "raises", "twice", "later"]
-    measured = layer_bench([one()], peers=names, **{**QUICK, "seconds_per_row": 0.2})
+    measured = layer_bench([one()], quick(peers=tuple(names), seconds_per_row=0.2))
     rows = {row.peer: row for row in measured.rows}
     assert list(rows) == [name for name in peers_module.PEERS if name in names]
     assert rows["raises"].status == "failed"
@@ -338,11 +347,11 @@ def test_an_unknown_peer_is_named_with_those_there_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"device": "tpu9"}, {"device": "cuda:77"}, {"dtype": "int8"}, {"peers": ["vllm"]}], ids=str
+    "options", [{"device": "tpu9"}, {"device": "cuda:77"}, {"dtype": "int8"}, {"peers": ("vllm",)}], ids=str
 )
 def test_what_is_not_there_is_a_usage_error(options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
-        layer_bench([one()], **{**QUICK, **options})
+        layer_bench([one()], quick(**options))
 
 
 def row(name: str, us: float | None, launch_us: float | None = None, **more: Any) -> Row:
@@ -435,16 +444,15 @@ def test_ceilings_are_measured() -> None:
 def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--cases", SMALL, "--tokens", "2", "--routings", "zipf", "--peers", "dense,eager", "--seconds-per-row"]
     options = [*small, "0.01", "--device", "cpu", "--out", str(tmp_path / "layer.json")]
-    assert run_command(["bench", "--layer", *options, "--json"]) == 0
+    assert run_command(["bench-layer", *options, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["schema"] == SCHEMA
+    assert found["schema"] == "moeify.layer-bench/1"
     assert len(found["rows"]) == 4
-    assert run_command(["bench", "--layer", *options]) == 3
-    assert run_command(["bench", "--layer", *options, "--overwrite"]) == 0
+    assert run_command(["bench-layer", *options]) == 3
+    assert run_command(["bench-layer", *options, "--overwrite"]) == 0
     assert "training, zipf routing" in capsys.readouterr().out
-    assert run_command(["bench"]) == 2
-    assert run_command(["bench", "--layer", "--tokens", "many"]) == 2
-    assert run_command(["bench", "--layer", "--cases", "nothing"]) == 2
+    assert run_command(["bench-layer", "--tokens", "many"]) == 2
+    assert run_command(["bench-layer", "--cases", "nothing"]) == 2
 
 
 def test_module_runs_with_few_dependencies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -460,14 +468,14 @@ def test_module_runs_with_few_dependencies(tmp_path: Path, capsys: pytest.Captur
     assert done.returncode == 0, done.stderr
     assert "forward, uniform routing, us" in done.stdout
     assert "4/4" in done.stderr
-    assert load(out).command.startswith("python -m moeify.benchmark.layers")
+    assert load(out).command.startswith("python -m moeify.benchmark.layers --cases ")
     assert main(["--peers", "vllm"]) == 2
     assert "hint: there are" in capsys.readouterr().err
 
 
 def test_ours_takes_part_on_a_cpu() -> None:
-    found = cases(["32x64-4/2"], [2], ["uniform"])
-    measured = layer_bench(found, peers=["moeify", "dense"], device="cpu", seconds_per_row=0.01)
+    options = quick(cases=("32x64-4/2",), tokens=(2,), peers=("moeify", "dense"))
+    measured = layer_bench(cases(options), options)
     forward, training = (row for row in measured.rows if row.peer == "moeify")
     assert (forward.status, training.status) == ("ok", "ok"), (forward.reason, training.reason)
     for row in (forward, training):
@@ -481,8 +489,9 @@ def test_ours_takes_part_on_a_cpu() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_graphs_hold_what_can_be_captured() -> None:
-    found = cases(["512x2048-8/2"], [4, 512], ["uniform"])
-    measured = layer_bench(found, peers=["moeify", "dense", "eager", "batched_mm"], device="cuda", seconds_per_row=0.1)
+    peers = ("moeify", "dense", "eager", "batched_mm")
+    options = quick(cases=("512x2048-8/2",), tokens=(4, 512), peers=peers, device="cuda", seconds_per_row=0.1)
+    measured = layer_bench(cases(options), options)
     methods = {(row.peer, row.pass_name): (row.method, row.method_reason) for row in measured.rows}
     assert all(row.status == "ok" for row in measured.rows), [row.reason for row in measured.rows]
     assert methods["dense", "forward"] == ("graph", "")

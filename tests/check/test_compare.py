@@ -20,10 +20,13 @@ from moeify.cli.app import run_command
 from moeify.cli.tables.compare import compare_tables
 from moeify.convert.pipeline import split
 from moeify.convert.prepare import prepare
+from moeify.convert.search import Point, SearchResult
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
 from moeify.models.builtin import builtin_documents
 from moeify.options import SplitOptions
+from moeify.plan import Layout
+from moeify.results import write
 
 compare_module = importlib.import_module("moeify.check.compare")
 compare = compare_module.compare
@@ -328,9 +331,8 @@ def test_the_command_prints_one_object(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    searched = {"schema": "moeify.search/1", "budget": 0.6}
-    searched |= {"options": {"experts": 8, "shared": 1, "active": 4, "dense_layers": [0]}}
-    (tmp_path / "searched.json").write_text(json.dumps(searched))
+    point = Point("greedy", 0.6, 1, Layout(8, 1, 4, (0,)), 0.1, 0.1, 9.0)
+    write(SearchResult(str(dense), 0.6, point, point, (), 8.0, {}), tmp_path / "searched.json")
     command = ["compare", str(dense), "--method", "static", "--data", texts[0], "--data-tokens", "512"]
     command += ["--calibration", options.calibration[0], "--tokens", "1024", "--budget", "0.75"]
     command += ["--searched", str(tmp_path / "searched.json"), "-o", str(tmp_path / "found.json")]

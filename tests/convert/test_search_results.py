@@ -12,10 +12,11 @@ import pytest
 
 from moeify.cli.app import run_command
 from moeify.convert.search import Point, SearchResult
-from moeify.convert.search_results import SCHEMA, check_drawable, searched_rows, write_frontier
+from moeify.convert.search_results import check_drawable, searched_rows, write_frontier
 from moeify.errors import InputError, UsageError
 from moeify.options import SplitOptions
 from moeify.plan import Layout
+from moeify.results import read
 
 DRAWING = "<svg/>"
 
@@ -45,9 +46,10 @@ def test_the_file_says_what_was_found(result: SearchResult, tmp_path: Path) -> N
     assert sorted(path.name for path in file.parent.iterdir()) == ["found.json", "found.svg"]
     assert file.with_suffix(".svg").read_text() == DRAWING
     found = json.loads(file.read_text())
-    assert found["schema"] == SCHEMA == "moeify.search/1"
+    assert found["schema"] == "moeify.search/1"
     assert found["options"] == {"experts": 8, "shared": 1, "active": 5, "dense_layers": [0]}
-    assert found == json.loads(json.dumps({"schema": SCHEMA, **asdict(result), "options": result.options}))
+    assert found == json.loads(json.dumps({**found, **asdict(result)}))
+    assert read(file, SearchResult) == result
 
 
 def test_rows_are_read_back_as_options_of_a_split(result: SearchResult, tmp_path: Path) -> None:
@@ -109,24 +111,22 @@ def absent(file: Path) -> None:
     pass
 
 
-BROKEN: dict[str, Callable[[Path], Any]] = {
-    "absent": absent,
-    "folder": Path.mkdir,
-    "empty": Path.touch,
-    "half": lambda file: file.write_text('{"schema": "moeify.sea'),
-    "binary": lambda file: file.write_bytes(b"\xff\xfe\x00\x81"),
-    "list": lambda file: file.write_text("[1, 2]"),
-    "number": lambda file: file.write_text("3"),
-    "something else": lambda file: file.write_text('{"schema": "moeify.search/1"}'),
-    "options of no split": lambda file: file.write_text('{"schema": "moeify.search/1", "budget": 1, "options": 7}'),
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "absent": (absent, "cannot read"),
+    "folder": (Path.mkdir, "cannot read"),
+    "empty": (Path.touch, "is not JSON"),
+    "half": (lambda file: file.write_text('{"schema": "moeify.sea'), "is not JSON"),
+    "list": (lambda file: file.write_text("[1, 2]"), "has schema None"),
+    "something else": (lambda file: file.write_text('{"schema": "moeify.search/1"}'), "model: Field required"),
 }
 
 
 @pytest.mark.parametrize("kind", BROKEN)
 def test_a_broken_file(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "found.json"
-    BROKEN[kind](file)
-    with pytest.raises(InputError, match="is not the result of a search") as caught:
+    damage, message = BROKEN[kind]
+    damage(file)
+    with pytest.raises(InputError, match=message) as caught:
         searched_rows([file])
     assert caught.value.hint == "moeify search -o FILE.json"
 
@@ -147,4 +147,4 @@ def test_a_broken_file_is_found_before_the_comparison(
 
     monkeypatch.setattr(importlib.import_module("moeify.check.compare"), "compare", fail)
     assert run_command(["compare", "some/model", "--searched", str(tmp_path / "nothing.json")]) == 3
-    assert "is not the result of a search" in capfd.readouterr().err
+    assert "cannot read" in capfd.readouterr().err

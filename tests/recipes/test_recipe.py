@@ -103,13 +103,13 @@ def test_a_recipe_holds_the_defaults_of_the_command_line(write: Write) -> None:
         ({"split": {"tokens": None}}, r"split\.tokens"),
         ({"split": {"dtype": "int8"}}, r"split\.dtype.*'int8'"),
         ({"split": [8]}, "split"),
-        ({"eval": {"tokens": 1}}, r"eval\.tokens"),
+        ({"eval": {"tokens": 1}}, "eval: --tokens 1 is out of range"),
         ({"limits": {"max_ratio": 0}}, r"limits\.max_ratio"),
         ({"version": 2}, "version"),
         ({"version": None}, "version"),
         ({"model": None}, "model"),
         ({"out": None}, "out"),
-        ({"split": {"static": True, "shared": 2}}, "--static"),
+        ({"split": {"static": True, "shared": 2}}, "split: --static"),
         ({"limits": {"max_ratio": 2}}, "eval"),
         ({"limits": {"beats": ["static"]}, "eval": {}}, "static"),
         ({"limits": {"max_logit_difference": 1e-5}, "verify": False}, "max_logit_difference"),
@@ -387,7 +387,7 @@ def test_errors_of_a_stage_keep_their_exit_code(write: Write) -> None:
 
 
 def test_methods_are_compared_in_a_run(write: Write, text: Path, tmp_path: Path) -> None:
-    section = {"budgets": [0.5], "methods": ["static"], "data": [str(text)], "tokens": 128}
+    section = {"budget": [0.5], "method": ["static"], "data": [str(text)], "data_tokens": 128}
     path = write(compare=section, verify=False)
     run(load_recipe(path))
     found = json.loads((tmp_path / "runs" / "compare.json").read_text())

@@ -11,7 +11,6 @@ import numpy as np
 
 from moeify.benchmark.ceilings import Ceilings
 from moeify.benchmark.models.results import (
-    SCHEMA,
     Interval,
     Kind,
     LayerExperts,
@@ -24,6 +23,14 @@ from moeify.benchmark.models.results import (
     Speed,
     Verdict,
 )
+from moeify.check.compare import Comparison, Row
+from moeify.convert.search import Point, SearchResult
+from moeify.plan import Layout
+from moeify.recipes.limits import Limit
+from moeify.recipes.run import RunResult
+from moeify.reporting.reader import Record
+from moeify.results import to_json
+from moeify.training.finetune import FinetuneHistory, StageHistory
 
 MILLION = 1_000_000
 WORDS = [
@@ -214,57 +221,45 @@ def smollm2(num_layers: int = 30, num_experts: int = 32, tokens: Sequence[str] =
 
 def write(folder: Path, bench: ModelBench, name: str = "bench.json", **changes: Any) -> Path:
     """Store a result as `moeify bench` does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / name
-    path.write_text(json.dumps({"schema": SCHEMA, **dataclasses.asdict(bench), **changes}, allow_nan=False))
+    return write_json(folder / name, to_json(bench) | changes)
+
+
+def write_json(path: Path, values: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, allow_nan=False))
     return path
+
+
+def row(method: str, budget: float, perplexity: float) -> Row:
+    return Row(method, budget, perplexity, perplexity, perplexity, 1.0, 1.0, 1.0, 0.0, {}, {})
 
 
 def write_others(folder: Path) -> None:
     """What other commands leave in a run's folder."""
     rows = [("dense", 1.0, 36.0), ("CMoE", 0.5, 98.0), ("random", 0.5, 1990.0), ("moeify, 32 experts", 0.5, 70.0)]
-    layout = {"num_experts": 32, "num_shared": 4, "num_active": 16, "dense_layers": [0]}
-    points = [
-        {"strategy": "greedy", "share": share, "active_parameters": round((54.8 + share * 79.6) * MILLION)}
-        | {"layout": layout, "predicted": 0.1, "divergence": 0.1, "perplexity": perplexity}
+    greedy = [
+        Point("greedy", share, round((54.8 + share * 79.6) * MILLION), Layout(32, 4, 16, (0,)), 0.1, 0.1, perplexity)
         for share, perplexity in ((0.75, 44.0), (0.5, 60.0), (0.4, 80.0))
     ]
-    options = {"experts": 32, "active": 16, "refit": False, "seed": 0}
+    uniform = dataclasses.replace(greedy[1], strategy="uniform", perplexity=66.0)
     job = {
         "model": "feed" * 16,
         "target": "granitemoeshared",
         "dtype": "torch.float32",
         "calibration": {"source": "builtin", "num_tokens": 16384, "sha256": "abc123"},
-        "options": options,
+        "options": {"experts": 32, "active": 16, "refit": False, "seed": 0},
         "versions": {"moeify": "0.1.0"},
     }
     evals = [{"eval_perplexity": 108.9 - 3 * step, "step": step, "epoch": 0.1} for step in range(5)]
     steps = [{"loss": 1.0, "step": step} for step in range(5)]
-    stage = {"stage": "full", "num_tokens": 4096, "before": {"perplexity": 108.9}, "after": {"perplexity": 96.9}}
-    limit = {"name": "perplexity under static on text", "measured": "109", "allowed": "< 100", "passed": False}
-    files = {
-        "compare.json": {
-            "schema": "moeify.compare/1",
-            "model": "smollm2-135m.gguf",
-            "rows": [{"method": name, "budget": budget, "perplexity": value} for name, budget, value in rows],
-        },
-        "search.json": {
-            "schema": "moeify.search/1",
-            "model": "smollm2-135m.gguf",
-            "budget": 0.5,
-            "found": points[1],
-            "uniform": {**points[1], "strategy": "uniform", "perplexity": 66.0},
-            "frontier": points,
-            "dense_perplexity": 40.0,
-        },
-        "run.json": {"schema": "moeify.run/1", "out": str(folder), "limits": [limit], "evals": []},
-        "moe-50/moeify.json": {"schema": "moeify.record/1", "job": job, "parameters": 1, "active_parameters": 1},
-        "moe-50-finetuned/finetune.json": {
-            "schema": "moeify.finetune-history/1",
-            "stages": [{**stage, "history": [*steps, *evals]}],
-        },
+    stage = StageHistory("full", {"perplexity": 108.9}, {"perplexity": 96.9}, 4096, (*steps, *evals))
+    limit = Limit("perplexity under static on text", "109", "< 100", passed=False)
+    results = {
+        "compare.json": Comparison("smollm2-135m.gguf", tuple(row(*values) for values in rows), {}, {}),
+        "search.json": SearchResult("smollm2-135m.gguf", 0.5, greedy[1], uniform, tuple(greedy), 40.0, {}),
+        "run.json": RunResult(folder, (), None, (), (limit,)),
+        "moe-50/moeify.json": Record(job, 1, 1),
+        "moe-50-finetuned/finetune.json": FinetuneHistory((stage,)),
     }
-    for name, values in files.items():
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(values))
+    for name, value in results.items():
+        write_json(folder / name, to_json(value))

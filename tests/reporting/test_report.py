@@ -572,7 +572,7 @@ def test_the_command_prints_the_headline(folder: Path, tmp_path: Path, capfd: py
 
 def test_the_command_of_a_split_is_told_again() -> None:
     options = {"experts": 16, "dense_layers": [0, 29], "refit": False, "static": False, "calibration": ["a b", "c"]}
-    found = split_command({**options, "unknown": 3, "seed": 0}, "some/model", "out/moeify.json")
+    found = split_command({**options, "unknown": 3, "seed": 0, "budget": 0.5}, "some/model", "out/moeify.json")
     assert found == (
         "moeify split some/model --experts 16 --dense-layers 0,29 --no-refit --calibration 'a b' --calibration c -o out"
     )
@@ -585,7 +585,9 @@ def test_everything_the_page_needs_is_packaged() -> None:
     assert all(any(fnmatch.fnmatch(file, one) for one in patterns["moeify.reporting"]) for file in files)
 
 
-def test_reading_results_imports_no_transformers(folder: Path, tmp_path: Path) -> None:
+def test_reading_a_benchmark_imports_no_transformers(tmp_path: Path) -> None:
+    """Other results import what made them, once there is one."""
+    folder = _plain(tmp_path)
     code = (
         "import sys; from moeify.reporting.report import report\n"
         "report(sys.argv[1], None)\n"
@@ -593,3 +595,19 @@ def test_reading_results_imports_no_transformers(folder: Path, tmp_path: Path) -
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
     assert done.stdout == "[]\n", done.stderr
+
+
+def test_a_perplexity_that_was_not_finite_is_named_and_not_drawn(tmp_path: Path) -> None:
+    results.write(tmp_path, results.smollm2(2, 4))
+    results.write_others(tmp_path)
+    for name, place in (("compare.json", "rows"), ("search.json", "frontier")):
+        values = json.loads((tmp_path / name).read_text())
+        values[place][1]["perplexity"] = None
+        (tmp_path / name).write_text(json.dumps(values))
+    run = read_run(tmp_path)
+    assert run.compared is not None
+    assert run.searched is not None
+    assert math.isnan(run.compared.value.rows[1].perplexity)
+    assert math.isnan(run.searched.value.frontier[1].perplexity)
+    page = Page(report(tmp_path).out.read_text())
+    assert "not drawn: CMoE at 50 %, random at 50 %" in page.text

@@ -4,17 +4,17 @@ python -m moeify.benchmark.layers --cases llama3-8b-8/2 --tokens 1,8192 --out la
 """
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeify.benchmark.layers.cases import PASSES, ROUTINGS, SHAPES, TOKENS
-from moeify.benchmark.layers.peers import PEERS
-from moeify.benchmark.layers.run import SECONDS_PER_ROW, ask, layer_bench, names_of
-from moeify.benchmark.layers.table import text
+from moeify.benchmark.layers import table
+from moeify.benchmark.layers.cases import cases
+from moeify.benchmark.layers.run import layer_bench
+from moeify.benchmark.options import LayerBenchOptions
+from moeify.command_line import command_line, fields, flag, help_text, is_repeated, parse
 from moeify.errors import MoeifyError
 
 
@@ -26,41 +26,41 @@ def _progress(items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
         yield item
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m moeify.benchmark.layers`: returns the exit code."""
+def parsed(arguments: Sequence[str] | None) -> tuple[LayerBenchOptions, Path | None, bool]:
+    """The options, the file and whether it may be replaced, as `moeify bench-layer` has them.
+
+    Raises:
+        UsageError: a value that an option does not take.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m moeify.benchmark.layers", description="Time one layer on every peer."
     )
-    parser.add_argument("--cases", default=",".join(SHAPES), help="shapes: %(default)s, or any like 64x256-8/2+2")
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="%(default)s")
-    parser.add_argument("--routings", default=",".join(ROUTINGS), help="%(default)s")
-    parser.add_argument("--passes", default=",".join(PASSES), help="%(default)s")
-    parser.add_argument("--peers", default=",".join(PEERS), help="%(default)s")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
-    parser.add_argument("--seconds-per-row", type=float, default=SECONDS_PER_ROW, help="%(default)s")
-    parser.add_argument("--limit-seconds", type=float, help="begin no case after that")
-    parser.add_argument("--out", type=Path, help="JSON file, written after every case")
+    for field in fields(LayerBenchOptions):
+        default = ", ".join(map(str, field.default)) if isinstance(field.default, tuple) else field.default
+        text = help_text(field) + (f" [default: {default}]" if default not in ("", None) else "")
+        parser.add_argument(flag(field.name), action="append", dest=field.name, help=text)
+    parser.add_argument("-o", "--out", type=Path, help="FILE.json; written after every case.")
     parser.add_argument("--overwrite", action="store_true")
-    asked = parser.parse_args(arguments)
-    words = sys.argv[1:] if arguments is None else arguments
+    words = vars(parser.parse_args(arguments))
+    values: dict[str, Any] = {}
+    for field in fields(LayerBenchOptions):
+        if words[field.name]:
+            items = parse(field, words[field.name])
+            values[field.name] = items if is_repeated(field) else items[-1]
+    return LayerBenchOptions(**values), words["out"], words["overwrite"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`python -m moeify.benchmark.layers`: returns the exit code."""
     try:
-        result = layer_bench(
-            ask(asked.cases, asked.tokens, asked.routings, asked.passes),
-            peers=names_of(asked.peers),
-            device=asked.device,
-            dtype=asked.dtype,
-            seconds_per_row=asked.seconds_per_row,
-            limit_seconds=asked.limit_seconds,
-            out=asked.out,
-            overwrite=asked.overwrite,
-            command=shlex.join(["python", "-m", "moeify.benchmark.layers", *words]),
-            track=_progress,
-        )
+        options, out, overwrite = parsed(arguments)
+        command = command_line("bench-layer", options, out=out, overwrite=overwrite)
+        command = command.replace("moeify bench-layer", "python -m moeify.benchmark.layers", 1)
+        result = layer_bench(cases(options), options, out=out, overwrite=overwrite, command=command, track=_progress)
     except MoeifyError as error:
         print(f"error: {error}\nhint: {error.hint}", file=sys.stderr)
         return error.exit_code
-    print(text(result))
+    print(table.text(result))
     return 0
 
 

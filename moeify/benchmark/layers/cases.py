@@ -6,7 +6,6 @@ experts a token, P = 2F rows of gate and up (2S, 2I in the shared part and the d
 
 import re
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -14,11 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moeify.benchmark.ceilings import Ceilings
+from moeify.benchmark.options import LayerBenchOptions
 from moeify.errors import UsageError
 
-ROUTINGS = ("uniform", "zipf")
-PASSES = ("forward", "training")
-TOKENS = (1, 2, 4, 8, 32, 64, 128, 512, 2048, 8192)
 # The popularity of the expert of rank r is 1 / r^ZIPF_EXPONENT.
 ZIPF_EXPONENT = 1.0
 # A forward pass multiplies each token with three matrices of D x width; a backward pass does twice that.
@@ -116,30 +113,15 @@ def parse_shape(name: str) -> Shape:
     return Shape(name, hidden, width, slices, shared, active)
 
 
-def cases(
-    shapes: Sequence[str] = tuple(SHAPES),
-    tokens: Sequence[int] = TOKENS,
-    routings: Sequence[str] = ROUTINGS,
-    passes: Sequence[str] = PASSES,
-) -> list[Case]:
+def cases(options: LayerBenchOptions) -> list[Case]:
     """All combinations, the most important first, so that a run that is cut short has what matters.
 
     Raises:
-        UsageError: an unknown shape, routing or pass, or a number of tokens below one.
+        UsageError: an unknown shape.
     """
-    _check(routings, ROUTINGS, "--routings")
-    _check(passes, PASSES, "--passes")
-    if any(count < 1 for count in tokens):
-        raise UsageError(f"--tokens {min(tokens)} is less than one", "write --tokens 1,8,512")
-    parsed = [parse_shape(name) for name in shapes]
-    found_cases = [Case(*parts) for parts in product(parsed, tokens, routings, passes)]
-    return sorted(found_cases, key=_rank)
-
-
-def _check(asked: Sequence[str], known: Sequence[str], option: str) -> None:
-    unknown = [name for name in asked if name not in known]
-    if unknown:
-        raise UsageError(f"{option} {unknown[0]} is unknown", f"there are {', '.join(known)}")
+    shapes = [parse_shape(name) for name in options.cases or SHAPES]
+    combinations = product(shapes, options.tokens, options.routings, options.passes)
+    return sorted((Case(*parts) for parts in combinations), key=_rank)
 
 
 def _rank(case: Case) -> int:

@@ -1,19 +1,14 @@
 """What a layer benchmark found: one row a case and peer, saved after every case so that a killed run keeps its rows."""
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from moeify.benchmark.ceilings import Ceilings
 from moeify.benchmark.timing import Method
-from moeify.errors import InputError
 
-SCHEMA = "moeify.layer-bench/1"
 Status = Literal["ok", "wrong", "failed"]
 
 
@@ -108,38 +103,12 @@ class LayerBench:
     not_run: list[str] = field(default_factory=list)
     stopped: str = ""
 
-    def save(self, path: Path) -> None:
-        """Replace the file at once, so that it is whole at any moment."""
-        temporary = path.with_name(f"{path.name}.tmp")
-        with temporary.open("w") as file:
-            json.dump({"schema": SCHEMA, **dataclasses.asdict(self)}, file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-
-
-def load(path: Path) -> LayerBench:
-    """Read a saved run.
-
-    Raises:
-        InputError: the file is none.
-    """
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}", "name a file that moeify bench --layer wrote") from error
-    found = values.pop("schema", None) if isinstance(values, dict) else None
-    if found != SCHEMA:
-        raise InputError(f"{path} has schema {found}, not {SCHEMA}", "name a file that moeify bench --layer wrote")
-    rows = [Row(**{name: _tuple(value) for name, value in row.items()}) for row in values.pop("rows")]
-    return LayerBench(**{**values, "ceilings": Ceilings(**values["ceilings"])}, rows=rows)
-
 
 def compared(rows: Sequence[Row], *, ours: str, dense: str) -> list[Row]:
     """The rows of one case with what takes the others to say: time over dense, and who is ahead of ours."""
     times = {row.peer: row for row in rows if row.status == "ok"}
     dense_us = times[dense].us if dense in times else None
-    found = []
+    complete = []
     for row in rows:
         changes: dict[str, Any] = {}
         if row.us is not None and dense_us:
@@ -147,8 +116,8 @@ def compared(rows: Sequence[Row], *, ours: str, dense: str) -> list[Row]:
         if row.peer == ours:
             changes["beaten_by"] = _ahead(row, times, "us")
             changes["launch_beaten_by"] = _ahead(row, times, "launch_us")
-        found.append(dataclasses.replace(row, **changes))
-    return found
+        complete.append(dataclasses.replace(row, **changes))
+    return complete
 
 
 def _ahead(row: Row, times: Mapping[str, Row], column: str) -> tuple[str, ...]:
@@ -157,7 +126,3 @@ def _ahead(row: Row, times: Mapping[str, Row], column: str) -> tuple[str, ...]:
     own = math.inf if own is None or row.status != "ok" else own
     others = {name: getattr(other, column) for name, other in times.items() if name != row.peer}
     return tuple(name for name, time in others.items() if time is not None and time <= own)
-
-
-def _tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -5,6 +5,7 @@ ratio to dense. A row is worse if it grew past the threshold and its interval li
 noise.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,8 +80,8 @@ def _qualities(bench: ModelBench) -> Iterator[tuple[_Key, _Value]]:
     # The dense model's ratio is one by definition.
     dense = bench.models[0].name if bench.models else ""
     for row in bench.quality:
-        # Null in the file where a perplexity is infinite.
-        if row.model != dense and None not in (row.ratio, row.ratio_low, row.ratio_high):
+        # NaN in a result that was read is a perplexity that was not finite.
+        if row.model != dense and not any(map(math.isnan, (row.ratio, row.ratio_low, row.ratio_high))):
             text = f"{row.model} on {row.num_tokens:,} tokens of {Path(row.data).name} in blocks of {bench.context}"
             yield (text, "perplexity over dense"), _Value(row.ratio, row.ratio_low, row.ratio_high)
 

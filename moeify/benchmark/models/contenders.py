@@ -2,18 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from moeify.benchmark.models.anatomy import Anatomy, experts_modules
-from moeify.errors import UsageError
+from moeify.benchmark.options import Implementation
 from moeify.kernels import register
 from moeify.kernels.experts import NAME as OURS
 from moeify.kernels.experts import first_projection, unsupported
 
 DENSE = "dense"
-IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm", OURS)
+IMPLEMENTATIONS: tuple[str, ...] = get_args(Implementation)
 # batched_mm copies the weights of every token's experts: no more than this share of the memory that is left.
 COPIES_SHARE = 0.5
 
@@ -41,28 +41,21 @@ class Contender:
 
 
 def contenders(
-    models: Mapping[str, Any], anatomies: Mapping[str, Anatomy], asked: Sequence[str] = ()
+    models: Mapping[str, Any], anatomies: Mapping[str, Anatomy], implementations: Sequence[str] = ()
 ) -> list[Contender]:
-    """Every model on every implementation that runs here, or on those that are asked for.
-
-    Raises:
-        UsageError: there is no such implementation.
-    """
-    unknown = [name for name in asked if name not in IMPLEMENTATIONS]
-    if unknown:
-        raise UsageError(f"there is no implementation {unknown[0]}", f"there are {', '.join(IMPLEMENTATIONS)}")
+    """Every model on these implementations; without any, on each one that runs here."""
     register()
-    found = []
+    ready = []
     for name, model in models.items():
         if anatomies[name].experts is None:
-            found.append(Contender(name, DENSE, model, anatomies[name]))
+            ready.append(Contender(name, DENSE, model, anatomies[name]))
             continue
-        for implementation in asked or IMPLEMENTATIONS:
+        for implementation in implementations or IMPLEMENTATIONS:
             contender = Contender(name, implementation, model, anatomies[name])
             # Where our kernels do not run another implementation would, silently.
-            if asked or implementation != OURS or not our_reason(model):
-                found.append(contender)
-    return found
+            if implementations or implementation != OURS or not our_reason(model):
+                ready.append(contender)
+    return ready
 
 
 def our_reason(model: Any) -> str | None:

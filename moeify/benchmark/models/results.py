@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 from moeify.benchmark.ceilings import Ceilings
 
-SCHEMA = "moeify.bench/1"
-
 Kind = Literal["dense", "moe", "static"]
 Phase = Literal["prefill", "decode"]
 Outcome = Literal["faster", "same", "slower", "cannot tell"]

@@ -13,7 +13,7 @@ import datetime
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -21,21 +21,25 @@ from torch import Tensor
 from moeify.benchmark.ceilings import measure_ceilings
 from moeify.benchmark.machine import device_by_name, machine_facts, versions
 from moeify.benchmark.models import baseline as baselines
-from moeify.benchmark.models import file as model_file
 from moeify.benchmark.models.contenders import contenders
 from moeify.benchmark.models.expert_use import expert_use
-from moeify.benchmark.models.inputs import DENSE, SECTIONS, BenchOptions, Entrant, Texts, dtype_of, open_models
+from moeify.benchmark.models.inputs import DENSE, Entrant, Texts, dtype_of, open_models
 from moeify.benchmark.models.memory import measure_memory
 from moeify.benchmark.models.quality import measure_quality
 from moeify.benchmark.models.results import Kind, LayerExperts, Model, ModelBench
 from moeify.benchmark.models.sizes import active_share, parts_of
 from moeify.benchmark.models.speed import measure_speed, prompts
 from moeify.benchmark.models.verdicts import verdicts
+from moeify.benchmark.options import BenchOptions, Section
 from moeify.benchmark.timing import timer_for
 from moeify.check.evaluate import load
+from moeify.command_line import command_line
+from moeify.errors import InputError
 from moeify.models.dense import find_shards
 from moeify.options import Track, untracked
+from moeify.results import read, write
 
+FILE = "bench.json"
 PACKAGES = ("moeify", "torch", "transformers", "triton")
 
 
@@ -48,7 +52,6 @@ def bench(
     overwrite: bool = False,
     baseline: Path | None = None,
     threshold: float = 1.05,
-    command: str = "",
     track: Track[Any] = untracked,
 ) -> ModelBench:
     """Measure models beside the dense one they came from.
@@ -61,7 +64,6 @@ def bench(
         overwrite: replace one that is there.
         baseline: an earlier bench.json, or its folder.
         threshold: how many times worse than there something may be.
-        command: kept in the result.
         track: wraps long loops.
 
     Raises:
@@ -71,33 +73,62 @@ def bench(
     options = options or BenchOptions()
     baselines.check_threshold(threshold)
     if out is not None:
-        model_file.check(out, overwrite=overwrite)
-    old = model_file.load(baseline) if baseline else None
+        check_folder(out, overwrite=overwrite)
+    old = load_bench(baseline) if baseline else None
     device = device_by_name(options.device)
-    asked = open_models(models, against, track)
-    dtype = dtype_of(options.dtype, asked[0].config, device)
-    texts = Texts.of(asked, options)
+    entrants = open_models(models, against, track)
+    dtype = dtype_of(options.dtype, entrants[0].config, device)
+    texts = Texts.of(entrants, options)
     result = ModelBench(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        command=command,
+        command=command_line(
+            "bench",
+            *models,
+            options,
+            against=against,
+            out=out,
+            overwrite=overwrite,
+            baseline=baseline,
+            threshold=threshold if baseline else None,
+        ),
         machine=machine_facts(device),
         versions=versions(PACKAGES),
         dtype=str(dtype).removeprefix("torch."),
         context=texts.context,
-        models=[_model(one, asked[0], texts.context, dtype) for one in asked],
+        models=[_model(one, entrants[0], texts.context, dtype) for one in entrants],
     )
     if old is not None:
         # Sizes are known by now; two runs of other models need not be measured first.
         baselines.compare(result, old, str(baseline), threshold)
     if "memory" not in options.skip:
-        _memory(result, asked, texts, device, track)
-    if set(SECTIONS) - {"memory", *options.skip}:
-        _measure(result, asked, texts, options=options, device=device, track=track)
+        _memory(result, entrants, texts, device, track)
+    if set(get_args(Section)) - {"memory", *options.skip}:
+        _measure(result, entrants, texts, options=options, device=device, track=track)
     if old is not None:
         result.regressions = baselines.compare(result, old, str(baseline), threshold)
     if out is not None:
-        model_file.save(result, out)
+        write(result, out / FILE)
     return result
+
+
+def load_bench(path: Path) -> ModelBench:
+    """Read a result, or the one in a folder.
+
+    Raises:
+        InputError: there is none, or it is of another kind.
+    """
+    file = path / FILE if path.is_dir() else path
+    return read(file, ModelBench, f"name a file that moeify bench -o FOLDER wrote: FOLDER/{FILE}")
+
+
+def check_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make the folder; raise InputError if it cannot be made, or holds a result that must not be replaced."""
+    if (folder / FILE).exists() and not overwrite:
+        raise InputError(f"{folder / FILE} exists", "--overwrite replaces it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {folder}: {error.strerror}", "choose another --out") from error
 
 
 def _model(one: Entrant, dense: Entrant, context: int, dtype: torch.dtype) -> Model:
@@ -106,7 +137,7 @@ def _model(one: Entrant, dense: Entrant, context: int, dtype: torch.dtype) -> Mo
     kind: Kind = "moe" if experts else "dense" if share == 1 else "static"
     return Model(
         name=one.name,
-        path=one.asked,
+        path=one.source,
         kind=kind,
         model_type=one.config.model_type,
         num_layers=one.anatomy.num_layers,
@@ -120,11 +151,11 @@ def _model(one: Entrant, dense: Entrant, context: int, dtype: torch.dtype) -> Mo
 
 
 def _memory(
-    result: ModelBench, asked: Sequence[Entrant], texts: Texts, device: torch.device, track: Track[Any]
+    result: ModelBench, entrants: Sequence[Entrant], texts: Texts, device: torch.device, track: Track[Any]
 ) -> None:
     """Before anything is loaded here, so that there is room."""
     ids_BP = prompts(texts.prompt_text_T, *texts.largest)[:, :-1]
-    for number, one in enumerate(track(asked, "memory", len(asked))):
+    for number, one in enumerate(track(entrants, "memory", len(entrants))):
         found = measure_memory(one.path, ids_BP, dtype=result.dtype, device=str(device))
         result.models[number] = replace(
             result.models[number],
@@ -136,7 +167,7 @@ def _memory(
 
 def _measure(
     result: ModelBench,
-    asked: Sequence[Entrant],
+    entrants: Sequence[Entrant],
     texts: Texts,
     *,
     options: BenchOptions,
@@ -146,7 +177,7 @@ def _measure(
     """Everything that needs loaded models."""
     loaded = {
         one.name: load(str(one.path), dtype=result.dtype, device=str(device))
-        for one in track(asked, "loading", len(asked))
+        for one in track(entrants, "loading", len(entrants))
     }
     if "quality" not in options.skip:
         result.quality = measure_quality(
@@ -160,7 +191,7 @@ def _measure(
         ids_BC = torch.cat(list(texts.blocks.values()))
         result.experts = {
             one.name: _experts(loaded[one.name], ids_BC, texts.tokenizer, track)
-            for one in asked
+            for one in entrants
             if one.anatomy.experts is not None
         }
     timer = timer_for(device)
@@ -168,7 +199,7 @@ def _measure(
         result.ceilings = measure_ceilings(timer, loaded[DENSE].dtype)
     if "speed" not in options.skip:
         result.speed = measure_speed(
-            contenders(loaded, {one.name: one.anatomy for one in asked}, options.implementation),
+            contenders(loaded, {one.name: one.anatomy for one in entrants}, options.implementation),
             texts.prompt_text_T,
             texts.regimes,
             timer,

@@ -1,18 +1,17 @@
 """`moeify run`: a recipe."""
 
 from moeify.cli import options as option
+from moeify.command_line import command_line
 from moeify.errors import CheckError
 
 
 def run_recipe_command(
     recipe: option.Recipe,
+    *,
     set_: option.Overrides = [],  # noqa: B006
     out: option.Out = None,
     dry_run: option.DryRun = False,
-    json: option.Json = False,
-    quiet: option.Quiet = False,
-    verbose: option.Verbose = False,
-    debug: option.Debug = False,  # noqa: ARG001
+    output: option.Output,
 ) -> None:
     """Run a recipe: split, controls, verify, eval, limits. Finished stages are skipped."""
     from moeify.cli.render import renderer_for
@@ -20,16 +19,16 @@ def run_recipe_command(
     from moeify.recipes.model import find_recipe, load_recipe
     from moeify.recipes.run import preview_run, run
 
-    renderer = renderer_for(json, quiet, verbose)
+    renderer = renderer_for(output)
     overrides = [*set_, *([f"out={out}"] if out else [])]
     loaded = load_recipe(find_recipe(recipe), overrides)
     if dry_run:
-        planned = preview_run(loaded, track=renderer.track)
-        renderer.result("run-preview", planned, run_preview_table(planned), next_step="the same without --dry-run")
+        plan = preview_run(loaded, track=renderer.track)
+        renderer.result(plan, run_preview_table(plan), next_step="the same without --dry-run")
         return
     result = run(loaded, track=renderer.track)
-    step = f"moeify report {result.out}" if loaded.bench else ""
-    renderer.result("run", {"passed": result.passed, **vars(result)}, *run_tables(result), next_step=step)
+    step = command_line("report", str(result.out)) if loaded.bench else ""
+    renderer.result(result, *run_tables(result), next_step=step)
     if not result.passed:
         failed = [limit.name for limit in result.limits if not limit.passed]
         raise CheckError(f"limits exceeded: {', '.join(failed)}", f"see {result.out / 'run.json'}")

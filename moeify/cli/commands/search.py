@@ -1,60 +1,40 @@
 """`moeify search`: what to cut under a budget."""
 
-from moeify.cli import options as option
-from moeify.options import SplitOptions
+from dataclasses import replace
 
-DEFAULTS = SplitOptions()
+from moeify.cli import options as option
+from moeify.command_line import command_line
+from moeify.options import SearchOptions
 
 
 def search_command(
     model: option.Model,
-    budget: option.Budget = 0.75,
-    experts: option.Experts = DEFAULTS.experts,
-    strategy: option.Strategy = "greedy",
-    trials: option.Trials = 32,
-    partition: option.Partition = DEFAULTS.partition,
-    router: option.Router = DEFAULTS.router,
-    calibration: option.Calibration = list(DEFAULTS.calibration),  # noqa: B006
-    tokens: option.SearchTokens = DEFAULTS.tokens,
-    context: option.Context = None,
-    seed: option.Seed = DEFAULTS.seed,
-    dtype: option.Dtype = DEFAULTS.dtype,
-    device: option.Device = DEFAULTS.device,
+    *,
+    options: SearchOptions,
+    candidate: option.CandidateOptions,
     out: option.SearchOut = None,
-    json: option.Json = False,
-    quiet: option.Quiet = False,
-    verbose: option.Verbose = False,
-    debug: option.Debug = False,  # noqa: ARG001
+    output: option.Output,
 ) -> None:
     """Choose under a budget which layers stay dense and how the others are cut; resumes where it was stopped."""
-    options = SplitOptions(
-        experts=experts,
-        partition=partition,
-        router=router,
-        calibration=tuple(calibration),
-        tokens=tokens,
-        context=context,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-    )
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.search import search_tables
     from moeify.convert.search import search
     from moeify.convert.search_results import check_drawable, write_frontier
     from moeify.reporting.drawings import search_plot
 
-    renderer = renderer_for(json, quiet, verbose)
+    renderer = renderer_for(output)
     if out is not None:
         check_drawable(out)
     result = search(
-        model, budget, options, strategy=strategy, trials=trials, track=renderer.track, announce=renderer.announce
+        model,
+        options.budget,
+        candidate,
+        strategy=options.strategy,
+        trials=options.trials,
+        track=renderer.track,
+        announce=renderer.announce,
     )
     if out is not None:
         write_frontier(result, out, search_plot(result).file())
-    layout = result.found.layout
-    step = f"moeify split {model} --experts {layout.num_experts} --active {layout.num_active}"
-    step += f" --shared {layout.num_shared} --partition {partition} --router {router} --tokens {tokens}"
-    step += f" --dense-layers {','.join(map(str, layout.dense_layers))}" if layout.dense_layers else ""
-    step += "".join(f" --calibration {source}" for source in calibration)
-    renderer.result("search", {**vars(result), "options": result.options}, *search_tables(result), next_step=step)
+    split = command_line("split", model, replace(candidate, **result.options))
+    renderer.result(result, *search_tables(result), next_step=split)

@@ -17,7 +17,7 @@ def layer_bench_tables(result: "LayerBench") -> tuple[Table, ...]:
     """For every pass and routing the peers side by side; last, where it was measured and what could not be."""
     from moeify.benchmark.layers import table as layer_table
 
-    return _grid_tables(layer_table.grids(result), "moeify bench --layer", layer_table.notes(result))
+    return _grid_tables(layer_table.grids(result), "moeify bench-layer", layer_table.notes(result))
 
 
 def model_bench_tables(result: "ModelBench") -> tuple[Table, ...]:

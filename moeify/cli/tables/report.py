@@ -19,21 +19,21 @@ def report_tables(result: "ReportResult") -> tuple[Table, ...]:
         return "not measured" if values is None else f"{values[0]:.2f} to {values[1]:.2f} times dense"
 
     tables = []
-    for found in result.headlines:
-        ratio, static = found.ratio, found.static_ratio
+    for headline in result.headlines:
+        ratio, static = headline.ratio, headline.static_ratio
         rows = [
-            ("should I use it?", found.answers.advice.sentence),
-            ("what did I lose?", "\n".join(found.answers.lost)),
-            ("what did I gain?", "\n".join(found.answers.gained)),
+            ("should I use it?", headline.answers.advice.sentence),
+            ("what did I lose?", "\n".join(headline.answers.lost)),
+            ("what did I gain?", "\n".join(headline.answers.gained)),
             (
                 "perplexity / dense",
                 "not measured" if ratio is None else f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})",
             ),
             ("the static control's", "none of this size" if static is None else f"{static.value:.3f}"),
-            ("decode speed", span(found.decode_speed)),
-            ("prefill speed", span(found.prefill_speed)),
+            ("decode speed", span(headline.decode_speed)),
+            ("prefill speed", span(headline.prefill_speed)),
         ]
-        tables.append(key_value_table(escape(found.model), [(key, escape(value)) for key, value in rows]))
+        tables.append(key_value_table(escape(headline.model), [(key, escape(value)) for key, value in rows]))
     rows = [("page", f"{escape(str(result.out))}, {size(result.num_bytes)}")]
     rows += [("note", escape(note)) for note in result.notes]
     return (*tables, key_value_table("moeify report", rows))

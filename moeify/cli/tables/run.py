@@ -21,13 +21,13 @@ def run_tables(run: "RunResult") -> tuple[Table, ...]:
     return (*evals, limits) if run.limits else evals
 
 
-def run_preview_table(planned: "RunPreview") -> Table:
-    table = Table(title=f"moeify run --dry-run, to {planned.out}", title_justify="left")
+def run_preview_table(plan: "RunPreview") -> Table:
+    table = Table(title=f"moeify run --dry-run, to {plan.out}", title_justify="left")
     table.add_column("split")
     table.add_column("target")
     for column in ("experts", "params", "active", "memory", "time"):
         table.add_column(column, justify="right")
-    for name, preview in planned.splits.items():
+    for name, preview in plan.splits.items():
         estimate, layout = preview.estimate, preview.layout
         experts = f"{layout.num_shared} + {layout.num_routed_active} of {layout.num_routed}"
         table.add_row(
@@ -37,7 +37,7 @@ def run_preview_table(planned: "RunPreview") -> Table:
             f"{preview.num_parameters / 1e9:.2f} B",
             f"{preview.num_active_parameters / 1e9:.2f} B",
             size(estimate.peak_memory_bytes),
-            "finished" if name in planned.finished else duration(estimate.duration_s),
+            "finished" if name in plan.finished else duration(estimate.duration_s),
         )
-    table.caption = f"then: {', '.join(planned.further)}" if planned.further else None
+    table.caption = f"then: {', '.join(plan.further)}" if plan.further else None
     return table

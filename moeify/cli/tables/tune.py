@@ -16,16 +16,16 @@ def tune_table(result: "TuneResult") -> Table:
     for header in ("tokens", "before us", "after us", "ratio", "tile", "warps", "stages", "tried"):
         table.add_column(header, justify="right")
     for row in result.kernels:
-        found = row.launch
+        launch = row.launch
         table.add_row(
             row.key,
             str(row.tokens),
             f"{row.before_us:.1f}",
             f"{row.after_us:.1f}",
             f"{row.after_us / row.before_us:.2f}",
-            f"{found.rows}x{found.cols}x{found.inner}{' bulk' if found.tma else ''}",
-            str(found.warps),
-            str(found.stages),
+            f"{launch.rows}x{launch.cols}x{launch.inner}{' bulk' if launch.tma else ''}",
+            str(launch.warps),
+            str(launch.stages),
             f"{row.tried - row.failed}/{row.tried}",
         )
     return table

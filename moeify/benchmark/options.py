@@ -1,0 +1,50 @@
+"""Options of `moeify bench` and `moeify bench-layer`, for the command line and recipes. Imports nothing heavy."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moeify.command_line import Options, option
+from moeify.options import CONTEXT, DATA, DEVICE, DTYPE, DType
+
+Section = Literal["quality", "speed", "memory", "experts"]
+Implementation = Literal["eager", "batched_mm", "grouped_mm", "moeify"]
+Routing = Literal["uniform", "zipf"]
+Pass = Literal["forward", "training"]
+
+
+@dataclass(frozen=True)
+class BenchOptions(Options):
+    """What is measured of whole models."""
+
+    data: tuple[str, ...] = option(("builtin-heldout",), DATA)
+    tokens: int = option(8192, "At most so many tokens of each text, in whole blocks.", least=1)
+    context: int | None = option(None, CONTEXT)
+    batch: tuple[int, ...] = option((1, 8), "Sequences at once, such as 1,8.", least=1)
+    prompt: tuple[int, ...] = option((), "Tokens of a prompt; 128,512 where all models take them.", least=1)
+    implementation: tuple[Implementation, ...] = option((), "Of experts, such as eager,grouped_mm; all that run.")
+    roofline: bool = option(False, "Measure the machine and compare times with it.")
+    skip: tuple[Section, ...] = option((), "Leave a section out.")
+    seconds_per_row: float = option(
+        2.0, "How long one model on one implementation is timed on one phase of one regime.", least=0
+    )
+    dtype: DType = option("auto", DTYPE)
+    device: str = option("auto", DEVICE)
+
+
+@dataclass(frozen=True)
+class LayerBenchOptions(Options):
+    """What is measured of one layer."""
+
+    cases: tuple[str, ...] = option(
+        (), "Shapes, such as llama3-8b-8/2 or 64x256-8/2+2; without any, those of real models.", commas=True
+    )
+    tokens: tuple[int, ...] = option((1, 2, 4, 8, 32, 64, 128, 512, 2048, 8192), "Tokens of a call.", least=1)
+    routings: tuple[Routing, ...] = option(("uniform", "zipf"), "How tokens choose experts.")
+    passes: tuple[Pass, ...] = option(("forward", "training"), "forward, or training (forward and backward).")
+    peers: tuple[str, ...] = option(
+        (), "Implementations, such as moeify,dense,grouped_mm; all that are installed.", commas=True
+    )
+    seconds_per_row: float = option(0.3, "How long an implementation is timed on a case.", least=0)
+    limit_seconds: float | None = option(None, "Begin no case after that; the most important ones come first.", least=0)
+    dtype: DType = option("auto", DTYPE)
+    device: str = option("auto", DEVICE)

@@ -1,0 +1,177 @@
+"""Options as fields of a dataclass: how one is declared and checked, read from words, and written as words again.
+
+A field says everything about an option once: its type, its default, its help and its range. The command line
+(cli/options.py), `python -m moeify.benchmark.layers`, recipes and the Python API read it from there, and `command_line`
+renders the command that repeats a run. Imports nothing heavy.
+"""
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Self, get_args, get_origin
+
+from moeify.errors import UsageError
+
+SHORT = {"out": "-o"}
+NUMBERS = {int: "whole number", float: "number"}
+
+
+def option(
+    default: Any,
+    text: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float = math.inf,
+    commas: bool = False,
+) -> Any:
+    """A field of a dataclass of options.
+
+    Args:
+        default: None where a run finds the value itself, which the help then says; a tuple for an option that is
+            repeated.
+        text: the help.
+        least, above, below: the range of a number, of each one in a tuple.
+        commas: items of a tuple hold no commas, so that several may stand in one word; true of numbers and fixed names.
+    """
+    limits = {"least": least, "above": above, "below": below}
+    return dataclasses.field(default=default, metadata={"text": text, "commas": commas, **limits})
+
+
+class Options:
+    """Base of dataclasses of options: values are checked when one is made, and recipes refuse unknown keys."""
+
+    # For pydantic, which validates these classes inside a recipe.
+    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
+
+    def __post_init__(self) -> None:
+        """Raise UsageError unless every value is a known name and in its range."""
+        for field in fields(type(self)):
+            value = getattr(self, field.name)
+            if value == () and field.default:
+                raise UsageError(f"{flag(field.name)} is empty", f"{flag(field.name)} takes one value or more")
+            for item in value if isinstance(value, tuple) else (value,):
+                _check(field, item)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """From a JSON object that has lists for tuples and may have further keys."""
+        known = {field.name for field in fields(cls)}
+        items = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
+        return cls(**{key: value for key, value in items.items() if key in known})
+
+
+def fields(kind: type[Options]) -> tuple[dataclasses.Field[Any], ...]:
+    """The options of a class; the class is a dataclass."""
+    assert dataclasses.is_dataclass(kind)
+    return dataclasses.fields(kind)
+
+
+def flag(name: str) -> str:
+    """How an option is spelled."""
+    return SHORT.get(name) or "--" + name.replace("_", "-")
+
+
+def is_repeated(field: dataclasses.Field[Any]) -> bool:
+    return get_origin(field.type) is tuple
+
+
+def item_type(field: dataclasses.Field[Any]) -> Any:
+    """The type of one value: of an item of a tuple, and of what may be None."""
+    if is_repeated(field) or get_origin(field.type) not in (None, Literal):
+        return get_args(field.type)[0]
+    return field.type
+
+
+def choices(field: dataclasses.Field[Any]) -> tuple[str, ...]:
+    """The names that an option takes; none if it takes others as well."""
+    return get_args(item_type(field)) if get_origin(item_type(field)) is Literal else ()
+
+
+def takes_commas(field: dataclasses.Field[Any]) -> bool:
+    """Whether several values may stand in one word."""
+    return is_repeated(field) and bool(field.metadata["commas"] or choices(field) or item_type(field) in NUMBERS)
+
+
+def help_text(field: dataclasses.Field[Any]) -> str:
+    """The help of an option; one that is repeated says so in the same way everywhere."""
+    text: str = field.metadata["text"]
+    if not is_repeated(field):
+        return text
+    return f"{text.removesuffix('.')}; repeat it{' or use commas' if takes_commas(field) else ''}."
+
+
+def parse(field: dataclasses.Field[Any], words: Sequence[str]) -> tuple[Any, ...]:
+    """The values of an option from its words, numbers and names alike.
+
+    Raises:
+        UsageError: a word is no number.
+    """
+    kind, parts = item_type(field), list(words)
+    if takes_commas(field):
+        parts = [part.strip() for word in words for part in word.split(",")]
+    try:
+        return tuple(kind(part) if kind in NUMBERS else part for part in parts if part)
+    except ValueError as error:
+        name, what = flag(field.name), f"{NUMBERS[kind]}s" if is_repeated(field) else NUMBERS[kind]
+        example = f"write {name} 1,8 or {name} 1 {name} 8" if is_repeated(field) else f"write {name} 8"
+        raise UsageError(f"{name} {' '.join(words)}: expected {what}", example) from error
+
+
+def command_line(command: str, *parts: str | Options, **further: Any) -> str:
+    """The command that repeats a run, quoted for a shell; options that have their default are left out.
+
+    Args:
+        command: its name.
+        parts: arguments and options, in their order.
+        further: options that belong to no dataclass, by name; None and False are left out.
+    """
+    words = ["moeify", command]
+    for part in parts:
+        words += [part] if isinstance(part, str) else _words(part)
+    for name, value in further.items():
+        if value is not None and value is not False:
+            words += [flag(name)] if value is True else _repeated(name, value)
+    return shlex.join(words)
+
+
+def _words(options: Options) -> Iterator[str]:
+    """The options that differ from their defaults."""
+    for field in fields(type(options)):
+        value = getattr(options, field.name)
+        if value == field.default:
+            continue
+        if isinstance(value, bool):
+            yield flag(field.name) if value else flag(f"no_{field.name}")
+        elif takes_commas(field):
+            yield from (flag(field.name), ",".join(map(str, value)))
+        else:
+            yield from _repeated(field.name, value)
+
+
+def _repeated(name: str, values: Any) -> list[str]:
+    items = values if isinstance(values, (list, tuple)) else [values]
+    return [word for item in items for word in (flag(name), str(item))]
+
+
+def _check(field: dataclasses.Field[Any], value: Any) -> None:
+    """Raise UsageError unless one value is a known name and in its range."""
+    name, known = flag(field.name), choices(field)
+    least, above, below = (field.metadata[key] for key in ("least", "above", "below"))
+    if value is None or (known and value in known):
+        return
+    if known:
+        raise UsageError(f"{name} {value} is unknown", f"{name} takes {', '.join(known)}")
+    low = (least is None or value >= least) and (above is None or value > above)
+    if (least is not None or above is not None) and not (low and value < below):
+        raise UsageError(f"{name} {value} is out of range", f"{name} takes {_range(field)}")
+
+
+def _range(field: dataclasses.Field[Any]) -> str:
+    """A range in words."""
+    least, above, below = (field.metadata[key] for key in ("least", "above", "below"))
+    if below < math.inf and item_type(field) is int:
+        return f"{least:,} to {below - 1:,}"
+    low = f"{least:g} or more" if least is not None else f"more than {above:g}"
+    return low if below == math.inf else f"{low} and less than {below:g}"
