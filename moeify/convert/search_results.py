@@ -1,4 +1,4 @@
-"""What a search found, on disk: JSON, and the frontier as a drawing."""
+"""A search on disk: JSON, and the frontier as a drawing."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -36,11 +36,11 @@ def write_frontier(result: SearchResult, file: Path) -> None:
     axes.axhline(result.dense_perplexity, color="gray", linestyle=":", label="dense")
     axes.plot(*_line(result.frontier), marker="o", label="greedy")
     axes.plot(*_line([result.uniform]), marker="s", linestyle="", label=f"every layer alike, {result.budget:.0%}")
-    if result.found.strategy != "greedy":
-        axes.plot(*_line([result.found]), marker="*", linestyle="", label=result.found.strategy)
+    if result.choice.strategy != "greedy":
+        axes.plot(*_line([result.choice]), marker="*", linestyle="", label=result.choice.strategy)
     axes.set_xlabel("active parameters (million)")
     axes.set_ylabel("perplexity on the check text")
-    axes.set_title(f"{Path(result.model).name}: {result.found.layout.num_experts} experts")
+    axes.set_title(f"{Path(result.model).name}: {result.choice.layout.num_experts} experts")
     axes.legend()
     # Names inside the drawing would otherwise be random.
     with mpl.rc_context({"svg.hashsalt": SCHEMA}):
@@ -61,11 +61,11 @@ def searched_rows(files: Sequence[Path]) -> Mapping[str, Mapping[str, Any]]:
     rows = {}
     for file in files:
         try:
-            found = json.loads(file.read_text())
-            options = dict(found["options"])
+            values = json.loads(file.read_text())
+            options = dict(values["options"])
             name = f"moeify, {options['experts']} experts, searched ({file.stem})"
             rows[name] = {**options, "dense_layers": tuple(options["dense_layers"])}
-            schema = found["schema"]
+            schema = values["schema"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{file} is not the result of a search: {error}", "moeify search -o FILE.json") from error
         if schema != SCHEMA:

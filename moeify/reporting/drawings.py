@@ -89,7 +89,7 @@ def _search_points(searched: Searched) -> list[Series]:
             if point.perplexity is not None
         )
 
-    line = {point.active_parameters: point for point in (*searched.frontier, searched.found)}
+    line = {point.active_parameters: point for point in (*searched.frontier, searched.choice)}
     ordered = sorted(line.values(), key=lambda point: point.active_parameters)
     return [
         Series("search, every layer alike", "other", points([searched.uniform]), "diamond", line=False),

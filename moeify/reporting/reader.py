@@ -57,7 +57,7 @@ class Searched(_Shown):
 
     model: str
     budget: float
-    found: SearchPoint
+    choice: SearchPoint
     uniform: SearchPoint
     frontier: tuple[SearchPoint, ...]
     dense_perplexity: float

@@ -108,8 +108,8 @@ def test_a_choice_keeps_to_its_budget(dense: Path, options: SplitOptions, budget
 
 def test_the_point_that_was_found(find: Find) -> None:
     found = find(0.7)
-    assert (found.budget, found.found.strategy, found.uniform.strategy) == (0.7, "greedy", "uniform")
-    for point in (found.found, found.uniform, *found.frontier):
+    assert (found.budget, found.choice.strategy, found.uniform.strategy) == (0.7, "greedy", "uniform")
+    for point in (found.choice, found.uniform, *found.frontier):
         assert point.share == pytest.approx(point.layout.model_share(LAYERS))
         assert point.share <= max(FRONTIER) + 1e-9
         assert point.divergence > 0
@@ -118,15 +118,15 @@ def test_the_point_that_was_found(find: Find) -> None:
     assert found.uniform.share == max(share for share in SHARES if share <= 0.7)
     assert found.options == {
         "experts": 8,
-        "shared": found.found.layout.num_shared,
-        "active": found.found.layout.num_active,
-        "dense_layers": found.found.layout.dense_layers,
+        "shared": found.choice.layout.num_shared,
+        "active": found.choice.layout.num_active,
+        "dense_layers": found.choice.layout.dense_layers,
     }
     # What was summed up is in the table of single layers.
-    layout = found.found.layout
+    layout = found.choice.layout
     losses = found.losses[f"{layout.num_active}/{layout.num_experts}"]
     cut = [loss for layer, loss in enumerate(losses) if layer not in layout.dense_layers]
-    assert found.found.predicted == pytest.approx(sum(cut))
+    assert found.choice.predicted == pytest.approx(sum(cut))
     assert set(found.losses) == {f"{round(share * 8)}/8" for share in SHARES}
     assert all(len(row) == LAYERS for row in found.losses.values())
 
@@ -134,8 +134,8 @@ def test_the_point_that_was_found(find: Find) -> None:
 def test_active_parameters_are_those_of_the_written_model(dense: Path, options: SplitOptions, tmp_path: Path) -> None:
     found = search(str(dense), 0.7, options, frontier=False)
     written = split(str(dense), tmp_path / "out", replace(options, **found.options))
-    assert written.layout == found.found.layout
-    assert written.num_active_parameters == found.found.active_parameters
+    assert written.layout == found.choice.layout
+    assert written.num_active_parameters == found.choice.active_parameters
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
@@ -144,8 +144,8 @@ def test_the_layer_that_matters_stays_dense(plant: Plant, find: Find, layer: int
     found = find(0.55, plant(layer, 3.0), frontier=False)
     row = found.losses["4/8"]
     assert int(np.argmax(row)) == layer
-    assert layer in found.found.layout.dense_layers
-    assert found.found.divergence < found.uniform.divergence
+    assert layer in found.choice.layout.dense_layers
+    assert found.choice.divergence < found.uniform.divergence
 
 
 def test_the_frontier_is_sorted(find: Find) -> None:
@@ -165,8 +165,8 @@ def test_the_frontier_is_sorted(find: Find) -> None:
 @pytest.mark.parametrize("strategy", sorted(set(strategies.names()) - {"uniform"}))
 def test_every_strategy_keeps_to_the_budget(find: Find, strategy: str) -> None:
     found = find(0.7, strategy=strategy, trials=24, frontier=False)
-    assert found.found.strategy == strategy
-    assert found.found.share <= 0.7 + 1e-9
+    assert found.choice.strategy == strategy
+    assert found.choice.share <= 0.7 + 1e-9
     assert find(0.7, strategy=strategy, trials=24, frontier=False) == found
 
 
@@ -187,8 +187,8 @@ def test_strategies_with_trials_measure(find: Find, monkeypatch: pytest.MonkeyPa
     joints.clear()
     single = find(0.7, strategy="greedy", trials=1, frontier=False)
     assert len(joints) == 2
-    assert found.found.divergence <= single.found.divergence
-    assert (found.found.layout.num_active, found.found.layout.dense_layers) in seen
+    assert found.choice.divergence <= single.found.divergence
+    assert (found.choice.layout.num_active, found.choice.layout.dense_layers) in seen
 
 
 def test_an_expected_time_is_announced(plant: Plant, find: Find) -> None:
@@ -314,8 +314,8 @@ def test_the_command_prints_one_object(
     out, _ = capfd.readouterr()
     found = json.loads(out)
     assert found["schema"] == "moeify.search/1"
-    assert found["found"]["strategy"] == "greedy"
-    assert found["found"]["share"] <= 0.7 + 1e-9
+    assert found["choice"]["strategy"] == "greedy"
+    assert found["choice"]["share"] <= 0.7 + 1e-9
     assert 1 < len(found["frontier"]) <= len({*FRONTIER, 0.7})
     # The same schema, so the same keys.
     assert found == json.loads((tmp_path / "found.json").read_text())

@@ -30,7 +30,7 @@ def result() -> SearchResult:
     return SearchResult(
         model="some/model",
         budget=0.7,
-        found=point("knapsack", 5, (0,), 31.0),
+        choice=point("knapsack", 5, (0,), 31.0),
         uniform=point("uniform", 5, (), 34.0),
         frontier=(point("greedy", 7, (), 30.0), point("greedy", 5, (0,), 32.0), point("greedy", 4, (), 40.0)),
         dense_perplexity=28.5,
@@ -49,7 +49,7 @@ def test_the_file_says_what_was_found(result: SearchResult, tmp_path: Path) -> N
 
 
 def test_rows_are_read_back_as_options_of_a_split(result: SearchResult, tmp_path: Path) -> None:
-    other = replace(result, budget=0.5, found=point("greedy", 4, (), 40.0))
+    other = replace(result, budget=0.5, choice=point("greedy", 4, (), 40.0))
     write_frontier(result, tmp_path / "a.json")
     write_frontier(other, tmp_path / "b.json")
     rows = searched_rows([tmp_path / "a.json", tmp_path / "b.json"])
@@ -67,7 +67,7 @@ def test_the_drawing_is_xml_with_all_series(result: SearchResult, tmp_path: Path
     # Glyphs are outlines; the texts themselves stand in comments.
     for label in ("dense", "greedy", "every layer alike, 70%", "knapsack", "active parameters (million)"):
         assert f"<!-- {label} -->" in text, label
-    write_frontier(replace(result, found=point("greedy", 5, (0,), 32.0)), tmp_path / "b.json")
+    write_frontier(replace(result, choice=point("greedy", 5, (0,), 32.0)), tmp_path / "b.json")
     assert "<!-- knapsack -->" not in (tmp_path / "b.svg").read_text()
 
 

@@ -242,7 +242,7 @@ def write_others(folder: Path) -> None:
             "schema": "moeify.search/1",
             "model": "smollm2-135m.gguf",
             "budget": 0.5,
-            "found": points[1],
+            "choice": points[1],
             "uniform": {**points[1], "strategy": "uniform", "perplexity": 66.0},
             "frontier": points,
             "dense_perplexity": 40.0,

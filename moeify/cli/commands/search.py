@@ -51,7 +51,7 @@ def search_command(
     )
     if out is not None:
         write_frontier(result, out)
-    layout = result.found.layout
+    layout = result.choice.layout
     step = f"moeify split {model} --experts {layout.num_experts} --active {layout.num_active}"
     step += f" --shared {layout.num_shared} --partition {partition} --router {router} --tokens {tokens}"
     step += f" --dense-layers {','.join(map(str, layout.dense_layers))}" if layout.dense_layers else ""

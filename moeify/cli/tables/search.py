@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from moeify.convert.search import SearchResult
 
 
-def search_tables(found: "SearchResult") -> tuple[Table, ...]:
+def search_tables(result: "SearchResult") -> tuple[Table, ...]:
     """The choice beside uniform, then the frontier."""
     tables = []
-    for title, points in (("moeify search", (found.found, found.uniform)), ("frontier", found.frontier)):
+    for title, points in (("moeify search", (result.choice, result.uniform)), ("frontier", result.frontier)):
         table = Table(title=title, title_justify="left")
         table.add_column("strategy")
         for column in ("share", "active/experts", "dense layers", "KL, summed", "KL, together", "perplexity", "ratio"):
@@ -28,7 +28,7 @@ def search_tables(found: "SearchResult") -> tuple[Table, ...]:
                 f"{point.predicted:.4f}",
                 f"{point.divergence:.4f}",
                 f"{point.perplexity:,.2f}",
-                f"{point.perplexity / found.dense_perplexity:.3f}",
+                f"{point.perplexity / result.dense_perplexity:.3f}",
             )
         tables.append(table)
     return tuple(table for table in tables if table.row_count)
