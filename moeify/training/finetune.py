@@ -45,7 +45,7 @@ TIMEOUT = timedelta(days=7)
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage did.
+    """One stage and its figures.
 
     Args:
         stage: its name.
@@ -65,7 +65,7 @@ class StageResult:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What was written, and what every stage did."""
+    """The folder that was written, and every stage."""
 
     out: Path
     teacher: str
@@ -107,12 +107,13 @@ def finetune(
             stack.enter_context(workspace)
         processes.wait_for_everyone()
         if not workspace.is_complete:
-            results = _Run(inputs, options, workspace, processes, track).stages()
+            results = _Stages(inputs, options, workspace, processes, track).run()
             if processes.is_main_process:
                 student = _student(inputs, options, workspace, len(options.stage))
                 write_trained(student, inputs, options, workspace)
         else:
-            results = tuple(_finished(workspace.path / HISTORY_FILE))
+            stages = json.loads((workspace.path / HISTORY_FILE).read_text())["stages"]
+            results = tuple(_result(figures, None, None) for figures in stages)
         processes.wait_for_everyone()
         if processes.is_main_process:
             workspace.commit()
@@ -120,7 +121,7 @@ def finetune(
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Stages:
     """The stages of one command."""
 
     inputs: Inputs
@@ -129,7 +130,7 @@ class _Run:
     processes: PartialState
     track: Track[Any]
 
-    def stages(self) -> tuple[StageResult, ...]:
+    def run(self) -> tuple[StageResult, ...]:
         results: list[StageResult] = []
         history: list[dict[str, Any]] = []
         targets: tuple[Teacher, list[Blocks]] | None = None
@@ -143,9 +144,9 @@ class _Run:
                     targets = targets or self._teacher()
                     self._train(number, stage, targets)
                 seconds, peak = time.perf_counter() - began, _peak_memory_bytes()
-            found = json.loads((self.workspace.path / _figures_file(number, stage)).read_text())
-            history.append(found)
-            results.append(StageResult(stage, found["num_tokens"], found["before"], found["after"], seconds, peak))
+            figures = json.loads((self.workspace.path / _figures_file(number, stage)).read_text())
+            history.append(figures)
+            results.append(_result(figures, seconds, peak))
         if self.processes.is_main_process:
             text = json.dumps({"schema": "moeify.finetune-history/1", "stages": history}, indent=1)
             self.workspace.write_text(HISTORY_FILE, text + "\n")
@@ -161,23 +162,17 @@ class _Run:
         check_shapes(student, self.inputs.teacher)
         ids_BC = self.inputs.ids_BC
         ids_BC = ids_BC[: max(1, self.options.layer_tokens // ids_BC.shape[1])]
-        found = list(
-            self.track(
-                fit_layers(student, self.inputs.teacher, ids_BC, self.options),
-                "fitting layers",
-                self.inputs.teacher.num_layers,
-            )
-        )
-        tensors = {name: tensor for layer in found for name, tensor in layer.tensors.items()}
-        means = [
-            sum(errors) / len(found) for errors in zip(*((r.error_before, r.error_after) for r in found), strict=True)
-        ]
-        history = [{"layer": r.layer, "error_before": r.error_before, "error_after": r.error_after} for r in found]
+        fits = fit_layers(student, self.inputs.teacher, ids_BC, self.options)
+        layers = list(self.track(fits, "fitting layers", self.inputs.teacher.num_layers))
+        tensors = {name: tensor for layer in layers for name, tensor in layer.tensors.items()}
         figures = {
-            "before": {"layer_error": means[0]},
-            "after": {"layer_error": means[1]},
+            "before": {"layer_error": sum(layer.error_before for layer in layers) / len(layers)},
+            "after": {"layer_error": sum(layer.error_after for layer in layers) / len(layers)},
             "num_tokens": ids_BC.numel(),
-            "history": history,
+            "history": [
+                {"layer": layer.layer, "error_before": layer.error_before, "error_after": layer.error_after}
+                for layer in layers
+            ],
         }
         self._finish(number, "layers", tensors, figures)
 
@@ -228,13 +223,14 @@ def _student(inputs: Inputs, options: FinetuneOptions, workspace: Workspace, num
     return student
 
 
-def _finished(file: Path) -> list[StageResult]:
-    stages = json.loads(file.read_text())["stages"]
-    return [StageResult(s["stage"], s["num_tokens"], s["before"], s["after"], None, None) for s in stages]
+def _result(figures: dict[str, Any], seconds: float | None, peak: int | None) -> StageResult:
+    return StageResult(
+        figures["stage"], figures["num_tokens"], figures["before"], figures["after"], seconds, peak_memory_bytes=peak
+    )
 
 
 def _job(inputs: Inputs, options: FinetuneOptions, num_processes: int) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that began."""
+    """Everything that a resumed run must have in common with the one that began."""
     return {
         "model": inputs.fingerprint,
         "teacher": inputs.teacher.fingerprint(),
