@@ -201,13 +201,16 @@ class _Table:
         }
 
     def best(self, budget: float, choose: strategies.Strategy, name: str, trials: int) -> Point:
-        """The layout and the layers that a strategy likes best."""
+        """The layers that a strategy chooses in the layout whose first choice is best.
+
+        A single trial goes by predicted losses; of more, each layout gets one and the best layout the others.
+        """
         affordable = _affordable(self._layouts, budget)
-        choices = {i: choose(self._problem(i, budget, max(1, trials // len(affordable)))) for i in affordable}
-        points = [self._point(name, i, choice, measured=trials > 1) for i, choice in choices.items()]
-        best = min(points, key=lambda point: point.divergence if trials > 1 else point.predicted)
-        index = affordable[points.index(best)]
-        return best if trials > 1 else self._point(name, index, choices[index], measured=True)
+        firsts = {i: choose(self._problem(i, budget, 1)) for i in affordable}
+        points = {i: self._point(name, i, choice, measured=trials > 1) for i, choice in firsts.items()}
+        best = min(points, key=lambda i: points[i].divergence if trials > 1 else points[i].predicted)
+        left = max(1, trials - len(affordable) + 1)
+        return self._point(name, best, choose(self._problem(best, budget, left)), measured=True)
 
     def _problem(self, i: int, budget: float, trials: int) -> Problem:
         losses = np.array([[0.0, layer.changes[i].divergence] for layer in self._scored])

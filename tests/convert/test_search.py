@@ -179,7 +179,7 @@ def test_strategies_with_trials_measure(find: Find, monkeypatch: pytest.MonkeyPa
         return really(self, layout, plans)
 
     monkeypatch.setattr(budget_module.OutputCheck, "joint", counting)
-    found = find(0.7, strategy="random", trials=40, frontier=False)
+    found = find(0.7, strategy="beam", trials=40, frontier=False)
     # Four layouts are affordable, and none of their choices is measured twice.
     assert 8 < len(joints) <= 40 + 1
     assert len(joints) == len(set(joints))
@@ -187,7 +187,7 @@ def test_strategies_with_trials_measure(find: Find, monkeypatch: pytest.MonkeyPa
     joints.clear()
     single = find(0.7, strategy="greedy", trials=1, frontier=False)
     assert len(joints) == 2
-    assert found.choice.divergence <= single.found.divergence
+    assert found.choice.divergence <= single.choice.divergence
     assert (found.choice.layout.num_active, found.choice.layout.dense_layers) in seen
 
 
@@ -203,7 +203,7 @@ def test_a_second_search_scores_nothing(find: Find, request: pytest.FixtureReque
     first = find(0.7, frontier=False)
     request.getfixturevalue("no_fitting")
     assert find(0.7, frontier=False) == first
-    find(0.85, strategy="knapsack", frontier=False)
+    find(0.85, strategy="beam", frontier=False)
 
 
 def test_another_job_has_its_own_scores(
@@ -396,10 +396,21 @@ def test_the_options_of_a_search_reach_it(monkeypatch: pytest.MonkeyPatch) -> No
         "dtype": "bfloat16",
         "device": "cuda:1",
     }
-    command = ["search", "some/model", "--budget", "0.6", "--strategy", "tpe", "--trials", "5", "--calibration", "a"]
+    command = [
+        "search",
+        "some/model",
+        "--budget",
+        "0.6",
+        "--strategy",
+        "beam",
+        "--trials",
+        "5",
+        "--calibration",
+        "a",
+    ]
     for name, value in values.items():
         command += [f"--{name}", str(value)]
     assert run_command(command) == 3
-    assert seen == [("some/model", 0.6, SplitOptions(calibration=("a",), **values), "tpe", 5)]
+    assert seen == [("some/model", 0.6, SplitOptions(calibration=("a",), **values), "beam", 5)]
     assert run_command(["search", "some/model"]) == 3
     assert seen[1][2] == SplitOptions()

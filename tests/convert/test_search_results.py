@@ -30,7 +30,7 @@ def result() -> SearchResult:
     return SearchResult(
         model="some/model",
         budget=0.7,
-        choice=point("knapsack", 5, (0,), 31.0),
+        choice=point("beam", 5, (0,), 31.0),
         uniform=point("uniform", 5, (), 34.0),
         frontier=(point("greedy", 7, (), 30.0), point("greedy", 5, (0,), 32.0), point("greedy", 4, (), 40.0)),
         dense_perplexity=28.5,
@@ -65,10 +65,10 @@ def test_the_drawing_is_xml_with_all_series(result: SearchResult, tmp_path: Path
     assert root.tag.endswith("svg")
     text = (tmp_path / "a.svg").read_text()
     # Glyphs are outlines; the texts themselves stand in comments.
-    for label in ("dense", "greedy", "every layer alike, 70%", "knapsack", "active parameters (million)"):
+    for label in ("dense", "greedy", "every layer alike, 70%", "beam", "active parameters (million)"):
         assert f"<!-- {label} -->" in text, label
     write_frontier(replace(result, choice=point("greedy", 5, (0,), 32.0)), tmp_path / "b.json")
-    assert "<!-- knapsack -->" not in (tmp_path / "b.svg").read_text()
+    assert "<!-- beam -->" not in (tmp_path / "b.svg").read_text()
 
 
 def test_the_same_result_gives_the_same_files(result: SearchResult, tmp_path: Path) -> None:
