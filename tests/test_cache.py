@@ -1,11 +1,18 @@
-"""What is made once is whole or not there, whoever is killed and whoever is faster."""
+"""Finished work is whole or not there, whoever is killed and whoever is faster, and known by all of its inputs."""
 
+import errno
+import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from moeify import cache
-from moeify.cache import cache_dir, made_once
+from moeify.cache import cache_dir, digest, intact, made_once, once, replacing
 from moeify.errors import InputError
 
 
@@ -60,3 +67,140 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot write to the cache") as caught, made_once(tmp_path / "file" / "model"):
         pass
     assert "MOEIFY_CACHE" in caught.value.hint
+
+
+@dataclass(frozen=True)
+class Inputs:
+    number: int
+    names: tuple[str, ...] = ()
+
+
+def test_equal_inputs_have_one_digest(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("content")
+    parts = lambda: ({"b": 1, "a": [2.5, None]}, Inputs(3, ("x",)), np.arange(6), tmp_path / "text")  # noqa: E731
+    assert digest(*parts()) == digest(*parts())
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1})
+    assert len(digest()) == 64
+
+
+def test_whatever_differs_changes_the_digest(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "one").write_text("content")
+    (tmp_path / "two").write_text("Content")
+    integers = np.arange(6)
+    parts: list[tuple[Any, ...]] = [
+        (),
+        ("ab", "c"),
+        ("a", "bc"),
+        (["ab", "c"],),
+        (1,),
+        (1.5,),
+        ("1",),
+        (Inputs(1),),
+        (Inputs(2),),
+        (Inputs(1, ("x",)),),
+        (integers,),
+        (integers.astype(np.int32),),
+        (integers.reshape(2, 3),),
+        (tmp_path / "deep" / "one",),
+        (tmp_path / "two",),
+        (tmp_path,),
+    ]
+    assert len({digest(*part) for part in parts}) == len(parts)
+    before = digest(tmp_path)
+    (tmp_path / "deep" / "one").write_text("c0ntent")
+    assert digest(tmp_path) != before
+
+
+def test_what_has_no_digest_is_refused() -> None:
+    with pytest.raises(TypeError):
+        digest(object())
+
+
+def test_the_code_is_part_of_every_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest("input")
+    monkeypatch.setattr(cache, "_software", lambda: "another version")
+    assert digest("input") != before
+
+
+def test_an_error_leaves_the_old_file(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    with replacing(file) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(file) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert file.read_text() == "old"
+
+
+def test_two_writers_do_not_meet(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "file"
+    with replacing(file) as slow:
+        slow.write_text("slow")
+        with replacing(file) as fast:
+            fast.write_text("fast")
+        assert file.read_text() == "fast"
+    assert file.read_text() == "slow"
+    assert list(file.parent.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("damage", [b"", b"half a file", None], ids=["empty", "other", "short"])
+def test_a_damaged_file_is_none(tmp_path: Path, damage: bytes | None) -> None:
+    def numbers(file: Path) -> Any:
+        with safe_open(file, framework="np") as reader:
+            return reader.get_tensor("numbers").tolist()
+
+    def values(file: Path) -> Any:
+        return json.loads(file.read_text())
+
+    save_file({"numbers": np.arange(100)}, tmp_path / "tensors")
+    (tmp_path / "json").write_text(json.dumps(list(range(100))))
+    for name, read in (("tensors", numbers), ("json", values)):
+        file = tmp_path / name
+        assert intact(file, read) == list(range(100))
+        file.write_bytes(file.read_bytes()[:-1] if damage is None else damage)
+        assert intact(file, read) is None
+        assert intact(tmp_path / "no such file", read) is None
+
+
+def test_another_error_of_reading_is_not_hidden(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError):
+        intact(tmp_path, Path.read_text)
+
+
+def test_a_value_is_made_once(tmp_path: Path) -> None:
+    file, made = tmp_path / "deep" / "value.json", []
+
+    def make() -> Any:
+        made.append(len(made))
+        return {"losses": (0.1, 1 / 3), "count": len(made)}
+
+    first = once(file, make)
+    assert first == once(file, make) == {"losses": [0.1, 1 / 3], "count": 1}
+    file.write_text(file.read_text()[:-1])
+    assert once(file, make)["count"] == once(file, make)["count"] == 2
+    with pytest.raises(ZeroDivisionError):
+        once(tmp_path / "other.json", lambda: 1 / 0)
+    assert not (tmp_path / "other.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("code", "message", "hint"),
+    [
+        (errno.ENOSPC, "is full", "same command again"),
+        (errno.EROFS, "cannot write to the cache", "MOEIFY_CACHE"),
+    ],
+)
+def test_a_disk_that_takes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str, hint: str
+) -> None:
+    def refuse(_: Path) -> None:
+        raise OSError(code, "refused")
+
+    monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path))
+    monkeypatch.setattr(cache, "sync", refuse)
+    with pytest.raises(InputError, match=message) as caught:
+        once(tmp_path / "compare" / "value.json", lambda: 1)
+    assert hint in caught.value.hint
+    assert list((tmp_path / "compare").iterdir()) == []

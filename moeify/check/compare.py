@@ -1,12 +1,10 @@
 """Methods side by side: every one on the same calibration tokens, the same evaluation text, in one run.
 
-Losses of finished methods are kept, so that a run that was stopped goes on.
+Losses of finished methods are kept in the cache, so that a run that was stopped goes on.
 
 Legend: T tokens, B blocks of C tokens, L = C - 1 losses a block, S resamples.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeify.cache import cache_dir, digest, disk_errors, once
 from moeify.check.baselines import NeuronOracle, fit_bias_compensated
 from moeify.check.bootstrap import draws, interval
 from moeify.check.trials import Control, Trial, Trials
@@ -26,7 +25,6 @@ from moeify.errors import InputError, UsageError
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
 from moeify.results import write
-from moeify.version import __version__
 
 DENSE = "dense"
 REFERENCE = "static + refit"
@@ -118,7 +116,7 @@ def methods(experts: int) -> dict[str, Method]:
 
 
 def compare(
-    model: str,
+    model: str | Path | DenseModel,
     budgets: Sequence[float],
     data: Sequence[str],
     options: SplitOptions | None = None,
@@ -139,38 +137,33 @@ def compare(
         tokens: at most so many tokens of each text, in whole blocks.
         only: names of methods; all if there are none. The reference is always there.
         further: more splits, name -> options, each with its own budget and a static control that cuts the same layers.
-        out: a JSON file for the result; the losses of finished methods are kept beside it for this and further runs.
+        out: a JSON file for the result.
         track: wraps the loop over methods.
 
     Raises:
         UsageError: an unknown method, or no budget.
-        InputError: a model or text that cannot be used.
+        InputError: a model or text that cannot be used, or a place that cannot be written.
     """
     options = options or SplitOptions()
-    known = methods(options.experts)
-    _check(options, budgets, data, [name for name in only if name not in known], list(known))
-    # Experts of any width: no kernel limits what is only measured.
+    _check(options, budgets, data, only)
+    if out is not None:
+        with disk_errors(out.parent):
+            out.parent.mkdir(parents=True, exist_ok=True)
+    # Experts of any width: no kernel limits a split that is only measured.
     base = replace(options, dtype="float32")
     dense = open_dense(model, track)
     prepared = prepare(dense, base, writable=False)
     blocks = calibration_text(prepared)
     texts = {source: _blocks(prepared, source, tokens) for source in data}
     trials = Trials(prepared, blocks.ids_BC, torch.cat(list(texts.values())))
-    num_neurons = dense.num_neurons
-    wanted = [
-        (name, budget, method)
-        for budget in budgets
-        for name, method in known.items()
-        if (name in {*only, REFERENCE} if only else _exists(method, budget, num_neurons))
-    ]
-    runs = [_run(dense, trials, base, asked) for asked in [(DENSE, 1.0, Method({}, control=DENSE)), *wanted]]
-    runs += [_further(dense, trials, base, *row) for row in _with_static(further or {})]
-    kept = _Kept(out, prepared.dense.fingerprint(), [blocks.ids_BC, *texts.values()])
-    for run in track(runs, "comparing methods", len(runs)):
-        kept.measure(run)
+    split = partial(_split, dense, trials)
+    entries = [*_entries(trials, split, base, budgets, only), *_further(split, base, further or {})]
+    ids = [ids_BC.numpy() for ids_BC in (blocks.ids_BC, *texts.values())]
+    results = [entry.result(prepared, ids) for entry in track(entries, "comparing methods", len(entries))]
+    num_blocks = {source: len(ids_BC) for source, ids_BC in texts.items()}
     comparison = Comparison(
         prepared.dense.name,
-        tuple(_rows(runs, kept, budgets, {name: len(ids_BC) for name, ids_BC in texts.items()})),
+        tuple(_rows(dict(zip(entries, results, strict=True)), budgets, num_blocks)),
         asdict(blocks.provenance),
         {"tokens": {name: ids_BC.numel() for name, ids_BC in texts.items()}, "context": prepared.options.context},
     )
@@ -179,11 +172,10 @@ def compare(
     return comparison
 
 
-def _check(
-    options: SplitOptions, budgets: Sequence[float], data: Sequence[str], unknown: Sequence[str], known: Sequence[str]
-) -> None:
+def _check(options: SplitOptions, budgets: Sequence[float], data: Sequence[str], only: Sequence[str]) -> None:
     """Raise UsageError before anything is read."""
-    if unknown:
+    known = methods(options.experts)
+    if unknown := [name for name in only if name not in known]:
         raise UsageError(f"no method named {unknown[0]!r}", f"one of: {', '.join(known)}")
     if not budgets or not all(0 < budget < 1 for budget in budgets):
         raise UsageError(f"budgets {list(budgets)} are out of range", "--budget takes more than 0 and less than 1")
@@ -194,27 +186,78 @@ def _check(
         raise UsageError(f"{missed[0]:g} of {options.experts} experts is no whole number", f"--budget takes {works}")
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One row to be: what it is called, all that its losses depend on beside the tokens, and how to get them."""
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A row before it is measured.
+
+    Args:
+        name, budget: as in the row.
+        inputs: all that its losses depend on beside model and tokens.
+        measure: tries it.
+    """
 
     name: str
     budget: float
-    how: Any
+    inputs: Any
     measure: Callable[[], Trial]
 
-    @property
-    def label(self) -> str:
-        return f"{self.name} @ {self.budget:.4f}"
+    def result(self, prepared: Prepared, ids: Sequence[Any]) -> "_Result":
+        """Measured, unless an earlier run measured the same."""
+
+        def measure() -> dict[str, Any]:
+            trial = self.measure()
+            losses = trial.losses_BL.double().mean(dim=1).tolist()
+            return {"losses": losses, "diagnostics": dict(trial.diagnostics)}
+
+        key = digest(prepared.dense.fingerprint(), self.inputs, *ids)
+        values = once(cache_dir() / "compare" / f"{key}.json", measure)
+        return _Result(torch.tensor(values["losses"], dtype=torch.float64), values["diagnostics"])
 
 
-def _run(dense: DenseModel, trials: Trials, base: SplitOptions, asked: tuple[str, float, Method]) -> _Run:
-    """A method at a budget."""
-    name, budget, method = asked
-    if method.control:
-        return _Run(name, budget, method.control, partial(trials.control, CONTROLS[method.control](budget)))
-    variant = prepare(dense, _at(budget, base, method), writable=False)
-    return _Run(name, budget, asdict(variant.options), partial(trials.split, variant))
+# Name, options and budget in, the row to be measured out.
+Split = Callable[..., _Entry]
+
+
+@dataclass(frozen=True)
+class _Result:
+    """Mean losses of the evaluation blocks, float64, and means of the fits' diagnostics."""
+
+    losses_B: Tensor
+    diagnostics: Mapping[str, float]
+
+
+def _entries(
+    trials: Trials, split: Split, base: SplitOptions, budgets: Sequence[float], only: Sequence[str]
+) -> Iterator[_Entry]:
+    """Dense, then the methods at each budget."""
+    yield _control(trials, DENSE, 1.0, DENSE)
+    for budget in budgets:
+        for name, method in methods(base.experts).items():
+            if name not in {*only, REFERENCE} if only else not _exists(method, budget, trials.num_neurons):
+                continue
+            if method.control:
+                yield _control(trials, name, budget, method.control)
+            else:
+                yield split(name, _at(budget, base, method), budget)
+
+
+def _further(split: Split, base: SplitOptions, further: Mapping[str, Mapping[str, Any]]) -> Iterator[_Entry]:
+    """Each further split, and static pruning with refit in the very layers that it cuts."""
+    for name, changes in further.items():
+        yield split(name, replace(base, **changes))
+        static = {**changes, "static": True, "shared": None}
+        yield split(f"{REFERENCE}, layers of {name}", replace(base, **static))
+
+
+def _control(trials: Trials, name: str, budget: float, kind: str) -> _Entry:
+    return _Entry(name, budget, [kind, budget], partial(trials.control, CONTROLS[kind](budget)))
+
+
+def _split(dense: DenseModel, trials: Trials, name: str, options: SplitOptions, budget: float | None = None) -> _Entry:
+    """A split; its budget follows from its options if none is given."""
+    prepared = prepare(dense, options, writable=False)
+    share = prepared.layout.model_share(dense.num_layers)
+    return _Entry(name, share if budget is None else budget, asdict(prepared.options), partial(trials.split, prepared))
 
 
 def _at(budget: float, base: SplitOptions, method: Method) -> SplitOptions:
@@ -222,13 +265,6 @@ def _at(budget: float, base: SplitOptions, method: Method) -> SplitOptions:
     active = max(1, round(budget * int(method.options.get("experts", base.experts))))
     shared = method.num_shared(active) if method.num_shared else None
     return replace(base, **{**method.options, "active": active, "shared": shared})
-
-
-def _further(dense: DenseModel, trials: Trials, base: SplitOptions, name: str, changes: Mapping[str, Any]) -> _Run:
-    """A split with a budget of its own."""
-    variant = prepare(dense, replace(base, **changes), writable=False)
-    share = variant.layout.model_share(variant.dense.num_layers)
-    return _Run(name, share, asdict(variant.options), partial(trials.split, variant))
 
 
 CONTROLS: dict[str, Callable[[float], Control]] = {
@@ -244,13 +280,6 @@ def _exists(method: Method, budget: float, num_neurons: int) -> bool:
     return num_neurons % experts == 0 and (experts == 1 or (budget * experts).is_integer())
 
 
-def _with_static(further: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each further split, and static pruning with refit in the very layers that it cuts."""
-    for name, changes in further.items():
-        yield name, changes
-        yield f"{REFERENCE}, layers of {name}", {**changes, "static": True, "shared": None}
-
-
 def _blocks(prepared: Prepared, source: str, tokens: int) -> Tensor:
     """The first whole blocks of a text."""
     context = prepared.options.context
@@ -261,68 +290,36 @@ def _blocks(prepared: Prepared, source: str, tokens: int) -> Tensor:
     return ids_T[: len(ids_T) // context * context].view(-1, context)
 
 
-class _Kept:
-    """Mean losses of blocks for finished runs, in memory and beside the result file."""
-
-    def __init__(self, out: Path | None, fingerprint: Any, ids: Sequence[Tensor]) -> None:
-        self._file = out.with_name(f"{out.name}.partial") if out else None
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-        digest = hashlib.sha256(json.dumps([fingerprint, __version__], sort_keys=True).encode())
-        for ids_BC in ids:
-            digest.update(ids_BC.numpy().astype("<i8").tobytes())
-        self._key = digest.hexdigest()
-        stored = json.loads(self._file.read_text()) if self._file and self._file.is_file() else {}
-        self._runs: dict[str, Any] = stored.get(self._key, {})
-
-    def measure(self, run: _Run) -> None:
-        """Measure what has not been measured in this very way."""
-        how = json.loads(json.dumps(run.how))
-        if self._runs.get(run.label, {}).get("how") == how:
-            return
-        trial = run.measure()
-        losses = trial.losses_BL.double().mean(dim=1).tolist()
-        self._runs[run.label] = {"how": how, "losses": losses, "diagnostics": dict(trial.diagnostics)}
-        if self._file is not None:
-            temporary = self._file.with_name(f"{self._file.name}.new")
-            temporary.write_text(json.dumps({self._key: self._runs}))
-            temporary.replace(self._file)
-
-    def losses(self, label: str) -> Tensor:
-        """loss_B, float64."""
-        return torch.tensor(self._runs[label]["losses"], dtype=torch.float64)
-
-    def diagnostics(self, label: str) -> Mapping[str, float]:
-        found: Mapping[str, float] = self._runs[label]["diagnostics"]
-        return found
-
-
-def _rows(runs: Sequence[_Run], kept: _Kept, budgets: Sequence[float], texts: Mapping[str, int]) -> Iterator[Row]:
-    """The table, in the order of the runs."""
-    dense_B = kept.losses(runs[0].label)
-    references = {run.budget: kept.losses(run.label) for run in runs if run.name == REFERENCE}
+def _rows(results: Mapping[_Entry, _Result], budgets: Sequence[float], num_blocks: Mapping[str, int]) -> Iterator[Row]:
+    """The table, in the order of the entries; `num_blocks` of each text."""
+    dense_B = next(iter(results.values())).losses_B
+    references = {entry.budget: result.losses_B for entry, result in results.items() if entry.name == REFERENCE}
     draws_SB = draws(len(dense_B))
-    for run in runs:
-        # A searched budget comes out near the one that was asked for.
-        static_B = references[min(budgets, key=lambda asked: abs(asked - run.budget))]
-        found_B = kept.losses(run.label)
+    for entry, result in results.items():
+        # The budget of a search comes out near one of the table's.
+        static_B = references[_nearest(budgets, entry.budget)]
+        losses_B = result.losses_B
         gap = float(static_B.mean() - dense_B.mean())
-        low, high = _factors(found_B[draws_SB].mean(dim=1))
-        ratio_low, ratio_high = _factors((found_B - static_B)[draws_SB].mean(dim=1))
-        parts = found_B.split(list(texts.values()))
+        low, high = _factors(losses_B[draws_SB].mean(dim=1))
+        ratio_low, ratio_high = _factors((losses_B - static_B)[draws_SB].mean(dim=1))
+        parts = losses_B.split(list(num_blocks.values()))
         yield Row(
-            method=run.name,
-            budget=run.budget,
-            perplexity=float(found_B.mean().exp()),
+            method=entry.name,
+            budget=entry.budget,
+            perplexity=float(losses_B.mean().exp()),
             low=low,
             high=high,
-            ratio=float((found_B - static_B).mean().exp()),
+            ratio=float((losses_B - static_B).mean().exp()),
             ratio_low=ratio_low,
             ratio_high=ratio_high,
-            gap_closed=float(static_B.mean() - found_B.mean()) / gap if gap else 0.0,
-            texts={name: float(part.mean().exp()) for name, part in zip(texts, parts, strict=True)},
-            diagnostics=kept.diagnostics(run.label),
+            gap_closed=float(static_B.mean() - losses_B.mean()) / gap if gap else 0.0,
+            texts={name: float(part.mean().exp()) for name, part in zip(num_blocks, parts, strict=True)},
+            diagnostics=result.diagnostics,
         )
+
+
+def _nearest(budgets: Sequence[float], budget: float) -> float:
+    return min(budgets, key=lambda other: abs(other - budget))
 
 
 def _factors(logs_S: Tensor) -> tuple[float, float]:

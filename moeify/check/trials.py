@@ -24,7 +24,7 @@ Control = Callable[[FFNWeights, Tensor], Callable[[Tensor], Tensor]]
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of one.
+    """The result of one conversion.
 
     Args:
         losses_BL: negative log-likelihood in nats of every evaluation token but the first of each block.
@@ -47,6 +47,11 @@ class Trials:
         self._dense, self._calibration_BC, self._evaluation_BC = dense, calibration_BC, evaluation_BC
         self._gradients: list[Tensor] = []
 
+    @property
+    def num_neurons(self) -> int:
+        """Of a dense FFN."""
+        return int(self._dense.dense.config.intermediate_size)
+
     def control(self, control: Control) -> Trial:
         """Every FFN replaced by a control."""
         walk = CalibrationWalk(self._dense, self._calibration_BC, self._evaluation_BC)
@@ -62,16 +67,16 @@ class Trials:
             self._gradients = output_gradients(prepared.dense, self._calibration_BC, prepared.options.device)
         gradients = self._gradients if wants_gradients else []
         walk = CalibrationWalk(prepared, self._calibration_BC, self._evaluation_BC, gradients=gradients)
-        found: list[Mapping[str, float]] = []
+        measured: list[Mapping[str, float]] = []
         for layer in range(prepared.dense.num_layers):
             stage = walk.enter(layer)
             converted, fitted_TD = fit_layer(
                 stage.ffn, stage.inputs_TD, fit, gradient_GD=stage.gradient_GD, goal_TD=stage.goal_TD
             )
             walk.leave(fitted_TD, converted(stage.riding_ED))
-            found.append(converted.plan.diagnostics)
-        names = sorted({name for diagnostics in found for name in diagnostics})
-        means = {name: _mean([diagnostics[name] for diagnostics in found if name in diagnostics]) for name in names}
+            measured.append(converted.plan.diagnostics)
+        names = sorted({name for diagnostics in measured for name in diagnostics})
+        means = {name: _mean([diagnostics[name] for diagnostics in measured if name in diagnostics]) for name in names}
         return Trial(walk.stream.losses(self._evaluation_BC), means)
 
 

@@ -14,8 +14,6 @@ of single layers' losses, which is all that greedy looks at, was 0.164 and 0.202
 Legend: L layers, B blocks of C tokens.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from moeify import strategies, targets
-from moeify.cache import cache_dir
+from moeify.cache import cache_dir, digest, disk_errors
 from moeify.convert.estimate import count_parameters, forward_flops, matmul_rate
 from moeify.convert.prepare import MIN_TOKENS, Prepared, calibration_text, prepare
 from moeify.convert.search_scores import OutputChange, OutputCheck, ScoredLayer, score
@@ -35,7 +33,6 @@ from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import Layout, resolve_layout
 from moeify.strategies import TOLERANCE, Choice, Problem
-from moeify.version import __version__
 
 # Shares of a cut FFN that are active, as candidates.
 SHARES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
@@ -50,10 +47,10 @@ FIT_FACTOR = 2.0
 
 @dataclass(frozen=True)
 class Point:
-    """One choice, and what it does to the check text.
+    """One choice, and the model's loss on the check text with it.
 
     Args:
-        strategy: what made it.
+        strategy: the plug-in that made it.
         share: of the FFN parameters, active per token.
         active_parameters: of the whole model.
         layout: how the cut layers are cut, and which stay dense.
@@ -73,11 +70,11 @@ class Point:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The choice under a budget, beside other choices.
 
     Args:
-        model, budget: what was asked for.
-        found: the choice.
+        model, budget: as given to the search.
+        choice: the layers and the layout that the strategy chose.
         uniform: every layer cut alike, at the same budget.
         frontier: greedy choices for other budgets, by falling share.
         dense_perplexity: of the check text.
@@ -86,7 +83,7 @@ class SearchResult:
 
     model: str
     budget: float
-    found: Point
+    choice: Point
     uniform: Point
     frontier: tuple[Point, ...]
     dense_perplexity: float
@@ -95,7 +92,7 @@ class SearchResult:
     @property
     def options(self) -> dict[str, Any]:
         """The options of a split that follow from it."""
-        layout = self.found.layout
+        layout = self.choice.layout
         return {
             "experts": layout.num_experts,
             "shared": layout.num_shared,
@@ -105,7 +102,7 @@ class SearchResult:
 
 
 def search(
-    model: str | DenseModel,
+    model: str | Path | DenseModel,
     budget: float,
     options: SplitOptions | None = None,
     *,
@@ -115,7 +112,7 @@ def search(
     track: Track[Any] = untracked,
     announce: Callable[[float], None] = lambda _: None,
 ) -> SearchResult:
-    """Choose layers and layout under a budget; scored layers are kept in the cache and used again.
+    """Choose layers and layout under a budget; scored layers stay in the cache and are used again.
 
     Args:
         model: the dense model.
@@ -133,50 +130,54 @@ def search(
     """
     if not 0 < budget < 1:
         raise UsageError(f"budget {budget} is out of range", "--budget takes more than 0 and less than 1")
-    choose = strategies.find(strategy)
-    prepared = _prepared(model, options or SplitOptions(), track)
+    choose, greedy, uniform = (strategies.find(name) for name in (strategy, "greedy", "uniform"))
+    dense = open_dense(model, track)
+    table = _score(dense, budget, options or SplitOptions(), track, announce)
+    points = [table.best(limit, greedy, "greedy", 1) for limit in _limits(table, budget)] if frontier else []
+    return SearchResult(
+        model=dense.name,
+        budget=budget,
+        choice=table.best(budget, choose, strategy, trials),
+        uniform=table.best(budget, uniform, "uniform", 1),
+        frontier=tuple(sorted(dict.fromkeys(points), key=lambda point: -point.share)),
+        dense_perplexity=table.dense_perplexity,
+        losses=table.losses,
+    )
+
+
+def _score(
+    dense: DenseModel, budget: float, options: SplitOptions, track: Track[Any], announce: Callable[[float], None]
+) -> "_Table":
+    """Score every layout in every layer, or take the scores from the cache."""
+    prepared = _prepared(dense, options)
     layouts = _layouts(prepared)
     _affordable(layouts, budget)
     blocks = calibration_text(prepared)
-    assert prepared.options.context is not None
-    num_check = max(1, CHECK_TOKENS // prepared.options.context)
+    context = prepared.options.context
+    assert context is not None
+    num_check = max(1, CHECK_TOKENS // context)
     if len(blocks.ids_BC) <= num_check:
         raise InputError(
-            f"{blocks.ids_BC.numel():,} tokens in blocks of {prepared.options.context:,} leave none to fit to",
+            f"{blocks.ids_BC.numel():,} tokens in blocks of {context:,} leave none to fit to",
             "take a smaller --context",
         )
     folder = _folder(prepared, layouts, blocks.provenance.sha256)
     announce(_estimate(prepared, len(layouts), folder))
     check = OutputCheck(prepared, blocks.ids_BC[-num_check:])
-    scored = list(
-        track(score(prepared, blocks.ids_BC, check, layouts, folder), "scoring layers", prepared.dense.num_layers)
-    )
-    table = _Table(prepared, layouts, scored, check)
-    points = [table.best(limit, strategies.find("greedy"), "greedy", 1) for limit in _limits(table, budget) if frontier]
-    return SearchResult(
-        model=prepared.dense.name,
-        budget=budget,
-        found=table.best(budget, choose, strategy, trials),
-        uniform=table.best(budget, strategies.find("uniform"), "uniform", 1),
-        frontier=tuple(sorted(dict.fromkeys(points), key=lambda point: -point.share)),
-        dense_perplexity=math.exp(check.dense().log_perplexity),
-        losses={
-            f"{layout.num_active}/{layout.num_experts}": [layer.changes[i].divergence for layer in scored]
-            for i, layout in enumerate(layouts)
-        },
-    )
+    layers = score(prepared, blocks.ids_BC, check, layouts, folder)
+    return _Table(prepared, layouts, list(track(layers, "scoring layers", prepared.dense.num_layers)), check)
 
 
 def under_budget(
-    model: str | DenseModel,
+    model: str | Path | DenseModel,
     options: SplitOptions,
     track: Track[Any] = untracked,
     announce: Callable[[float], None] = lambda _: None,
 ) -> SplitOptions:
     """The options with their budget turned into a layout and dense layers, by the greedy strategy."""
     assert options.budget is not None
-    found = search(model, options.budget, options, frontier=False, track=track, announce=announce)
-    return replace(options, **found.options)
+    result = search(model, options.budget, options, frontier=False, track=track, announce=announce)
+    return replace(options, **result.options)
 
 
 class _Table:
@@ -186,20 +187,32 @@ class _Table:
         self, prepared: Prepared, layouts: Sequence[Layout], scored: Sequence[ScoredLayer], check: OutputCheck
     ) -> None:
         self._prepared, self._layouts, self._scored = prepared, layouts, scored
+        self.dense_perplexity = math.exp(check.dense().log_perplexity)
         self._measure = cache(lambda i, choice: self._joint(check, i, choice))
 
     @property
     def cheapest(self) -> float:
         return min(layout.active_share for layout in self._layouts)
 
+    @property
+    def losses(self) -> dict[str, list[float]]:
+        """Layout (`active/experts`) -> KL of every layer if only it is cut."""
+        return {
+            f"{layout.num_active}/{layout.num_experts}": [layer.changes[i].divergence for layer in self._scored]
+            for i, layout in enumerate(self._layouts)
+        }
+
     def best(self, budget: float, choose: strategies.Strategy, name: str, trials: int) -> Point:
-        """The layout and the layers that a strategy likes best."""
+        """The layers that a strategy chooses in the layout whose first choice is best.
+
+        A single trial goes by predicted losses; of more, each layout gets one and the best layout the others.
+        """
         affordable = _affordable(self._layouts, budget)
-        choices = {i: choose(self._problem(i, budget, max(1, trials // len(affordable)))) for i in affordable}
-        points = [self._point(name, i, choice, measured=trials > 1) for i, choice in choices.items()]
-        best = min(points, key=lambda point: point.divergence if trials > 1 else point.predicted)
-        index = affordable[points.index(best)]
-        return best if trials > 1 else self._point(name, index, choices[index], measured=True)
+        firsts = {i: choose(self._problem(i, budget, 1)) for i in affordable}
+        points = {i: self._point(name, i, choice, measured=trials > 1) for i, choice in firsts.items()}
+        best = min(points, key=lambda i: points[i].divergence if trials > 1 else points[i].predicted)
+        left = max(1, trials - len(affordable) + 1)
+        return self._point(name, best, choose(self._problem(best, budget, left)), measured=True)
 
     def _problem(self, i: int, budget: float, trials: int) -> Problem:
         losses = np.array([[0.0, layer.changes[i].divergence] for layer in self._scored])
@@ -232,7 +245,7 @@ class _Table:
         return check.joint(self._layout(i, choice), plans)
 
 
-def _prepared(model: str | DenseModel, options: SplitOptions, track: Track[Any]) -> Prepared:
+def _prepared(dense: DenseModel, options: SplitOptions) -> Prepared:
     """The split's preparation for a target that holds dense layers, with the tokens of a search."""
     if options.plan is not None or options.static or options.dense_layers:
         raise UsageError("a budget chooses the layers itself", "leave --plan, --static and --dense-layers out")
@@ -245,7 +258,7 @@ def _prepared(model: str | DenseModel, options: SplitOptions, track: Track[Any])
     tokens = min(options.tokens, FIT_TOKENS) + CHECK_TOKENS
     options = replace(options, budget=None)
     # One dense layer stands for any number of them: the target must hold dense layers, and not only the first ones.
-    return prepare(open_dense(model, track), replace(options, tokens=tokens, dense_layers=(1,)))
+    return prepare(dense, replace(options, tokens=tokens, dense_layers=(1,)))
 
 
 def _layouts(prepared: Prepared) -> list[Layout]:
@@ -272,14 +285,14 @@ def _affordable(layouts: Sequence[Layout], budget: float) -> list[int]:
     Raises:
         UsageError: there is none.
     """
-    found = [i for i, layout in enumerate(layouts) if layout.active_share <= budget + TOLERANCE]
-    if not found:
+    affordable = [i for i, layout in enumerate(layouts) if layout.active_share <= budget + TOLERANCE]
+    if not affordable:
         cheapest = min(layout.active_share for layout in layouts)
         raise UsageError(
             f"the smallest candidate keeps {cheapest:.3g} of the FFN active, the budget is {budget:.3g}",
             "raise --budget or take more --experts",
         )
-    return found
+    return affordable
 
 
 def _limits(table: _Table, budget: float) -> list[float]:
@@ -287,18 +300,16 @@ def _limits(table: _Table, budget: float) -> list[float]:
 
 
 def _folder(prepared: Prepared, layouts: Sequence[Layout], text: str) -> Path:
-    """Where this job's scored layers are kept."""
+    """The folder of this job's scored layers.
+
+    Raises:
+        InputError: it cannot be made.
+    """
     options = {key: value for key, value in asdict(prepared.options).items() if key not in ("device", "target")}
-    job = [prepared.dense.fingerprint(), options, [asdict(layout) for layout in layouts], text, __version__]
-    name = hashlib.sha256(json.dumps(job, sort_keys=True, default=str).encode()).hexdigest()[:16]
-    folder = cache_dir() / f"search-{name}"
-    try:
+    key = digest(prepared.dense.fingerprint(), options, [asdict(layout) for layout in layouts], text)
+    folder = cache_dir() / f"search-{key[:16]}"
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot write to the cache {folder.parent}: {error.strerror}",
-            "set MOEIFY_CACHE to a folder that can be written",
-        ) from error
     return folder
 
 

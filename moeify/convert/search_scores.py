@@ -3,15 +3,15 @@
 One pass through the dense model. In every layer each candidate is fitted on the dense hidden states, then a few blocks
 of check text go on through the dense rest of the model once for each candidate, and their output distribution is
 compared with the dense model's. Losses are of one changed layer at a time; `OutputCheck.joint` is for what they do
-together. Finished layers are kept, so that a run that was stopped goes on.
+together. Finished layers stay in the cache, so that a run that was stopped goes on.
 
 Legend: T tokens, D hidden size, B check blocks of C tokens, V vocabulary.
 """
 
 import json
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 
+from moeify.cache import intact, replacing
 from moeify.calibration.stream import HiddenStream
 from moeify.convert.layer import converted, fit_layer
 from moeify.convert.prepare import Prepared
@@ -28,7 +29,7 @@ from moeify.plan import LayerPlan, Layout
 
 @dataclass(frozen=True)
 class OutputChange:
-    """What a changed model does on the check text.
+    """The output of a changed model on the check text, beside the dense model's.
 
     Args:
         divergence: mean KL(dense || changed) of a token's output distribution, nats.
@@ -78,9 +79,9 @@ class OutputCheck:
             expected_CV = logits_CV.log_softmax(dim=1)
             next_C = self._ids_BC[block, 1:].to(expected_CV.device)
             for variant, changed_CV in enumerate(stream.logits(range(block, num_variants * num_blocks, num_blocks))):
-                found_CV = changed_CV.log_softmax(dim=1)
-                divergence = kl_div(found_CV, expected_CV, reduction="batchmean", log_target=True)
-                sums[variant] += torch.stack([divergence, nll_loss(found_CV[:-1], next_C)]).cpu() / num_blocks
+                logs_CV = changed_CV.log_softmax(dim=1)
+                divergence = kl_div(logs_CV, expected_CV, reduction="batchmean", log_target=True)
+                sums[variant] += torch.stack([divergence, nll_loss(logs_CV[:-1], next_C)]).cpu() / num_blocks
         return [OutputChange(*row) for row in sums.tolist()]
 
 
@@ -90,8 +91,8 @@ class ScoredLayer:
 
     Args:
         layer: index.
-        changes: what each layout does to the output if only this layer is changed.
-        file: keeps what was fitted.
+        changes: of the output if only this layer is changed, for each layout.
+        file: keeps the fitted plans.
     """
 
     layer: int
@@ -99,7 +100,7 @@ class ScoredLayer:
     file: Path
 
     def plan(self, i: int) -> LayerPlan:
-        """What was fitted for the i-th layout."""
+        """The fit for the i-th layout."""
         with safe_open(self.file, framework="pt") as reader:
             return LayerPlan.read(reader, self.layer, f"{i}.")
 
@@ -121,12 +122,14 @@ def score(
     for layer in range(prepared.dense.num_layers):
         ffn, inputs_TD = prepared.ffn(layer), stream.attend(layer)
         file = folder / f"layer-{layer:05d}.safetensors"
-        if not file.is_file():
+        scored = intact(file, partial(_load, layer))
+        if scored is None:
             first = num_fit // ids_BC.shape[1]
             fitted = [fit_layer(ffn, inputs_TD[:num_fit], prepared.fit(layout))[0] for layout in layouts]
             changed_BCD = torch.cat([stream.behind(candidate(inputs_TD[num_fit:]), first) for candidate in fitted])
             _save(file, [candidate.plan for candidate in fitted], check.finish(stream.fork(changed_BCD), layer + 1))
-        yield _load(file, layer)
+            scored = _load(layer, file)
+        yield scored
         stream.advance(ffn(inputs_TD))
 
 
@@ -134,13 +137,12 @@ def _save(file: Path, plans: Sequence[LayerPlan], changes: Sequence[OutputChange
     tensors: dict[str, Tensor] = {}
     for i, plan in enumerate(plans):
         tensors |= plan.tensors(f"{i}.")
-    temporary = file.with_name(f"{file.stem}.{uuid.uuid4().hex}.partial")
     rows = [[change.divergence, change.log_perplexity] for change in changes]
-    save_file(tensors, temporary, metadata={"changes": json.dumps(rows)})
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        save_file(tensors, temporary, metadata={"changes": json.dumps(rows)})
 
 
-def _load(file: Path, layer: int) -> ScoredLayer:
+def _load(layer: int, file: Path) -> ScoredLayer:
     with safe_open(file, framework="pt") as reader:
         rows = json.loads(reader.metadata()["changes"])
     return ScoredLayer(layer, tuple(OutputChange(*row) for row in rows), file)

@@ -4,26 +4,25 @@
     OUT.partial/work/layer-00000...    finished layers: labels, router, refit columns
     OUT.partial/model-00001-of-...     finished shards
 
-Every file is written under a temporary name, synced and renamed, so that a file with its final name is complete.
+Every file is written by `moeify.cache.replacing`, so that a file with its final name is complete.
 """
 
-import contextlib
-import errno
 import glob
 import json
-import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moeify import cache
+from moeify.cache import disk_errors, intact, replacing
 from moeify.errors import InputError
 from moeify.plan import PLAN_FILE, LayerPlan, SplitPlan
 
@@ -63,8 +62,7 @@ class Workspace:
     def _open(self) -> None:
         check_replaceable(self.out, overwrite=self._overwrite)
         if self.path.exists() and any(self.path.iterdir()):
-            found = self._found_job()
-            differs = _differences(found, self.job)
+            differs = _differences(self._earlier_job(), self.job)
             if differs and not self._overwrite:
                 raise InputError(
                     f"{self.path} holds an unfinished run that differs in: {', '.join(differs)}",
@@ -73,13 +71,13 @@ class Workspace:
             if differs:
                 shutil.rmtree(self.path)
         (self.path / "work").mkdir(parents=True, exist_ok=True)
-        # Ours end in .tmp; those that safetensors writes before it renames them to ours begin with it.
+        # `replacing` ends its names in .tmp; safetensors begins its own with it, before it renames them to those.
         for leftover in (*self.path.rglob("*.tmp"), *self.path.rglob(".tmp*")):
             leftover.unlink()
         self.write_text("job.json", json.dumps(self.job, indent=1, sort_keys=True))
 
-    def _found_job(self) -> dict[str, Any]:
-        """What an earlier run was making here.
+    def _earlier_job(self) -> dict[str, Any]:
+        """The job of the run that left this folder.
 
         Raises:
             InputError: the folder holds something else.
@@ -89,7 +87,7 @@ class Workspace:
         if (self.path / RECORD_FILE).is_file():
             # Killed while the folder was being given its final name.
             return dict(json.loads((self.path / RECORD_FILE).read_text())["job"])
-        if {path.name for path in self.path.iterdir()} <= {"work", "job.json.tmp"}:
+        if all(path.name == "work" or path.match("job.json.*.tmp") for path in self.path.iterdir()):
             # Killed before it could say what it was making.
             return dict(self.job)
         raise InputError(f"{self.path} is in the way and was not made by moeify", "move it or choose another -o")
@@ -107,19 +105,19 @@ class Workspace:
         return (self.path / name).is_file()
 
     def write_text(self, name: str, text: str) -> None:
-        with self._replacing(name) as temporary:
+        with replacing(self.path / name) as temporary:
             temporary.write_text(text)
 
     def copy(self, source: Path) -> None:
-        with self._replacing(source.name) as temporary:
+        with replacing(self.path / source.name) as temporary:
             shutil.copyfile(source, temporary)
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        with self._replacing(name) as temporary:
+        with replacing(self.path / name) as temporary:
             save_file(tensors, temporary, metadata=metadata)
 
     def write_plan(self, plan: SplitPlan) -> None:
-        with self._replacing(PLAN_FILE) as temporary:
+        with replacing(self.path / PLAN_FILE) as temporary:
             plan.save(temporary)
 
     def save_layer(self, plan: LayerPlan) -> None:
@@ -127,12 +125,14 @@ class Workspace:
         self.write_tensors(_layer_file(plan.layer), plan.tensors(), {"diagnostics": diagnostics})
 
     def load_layer(self, layer: int) -> LayerPlan | None:
-        """A layer finished by an earlier run, or None."""
-        if not self.has(_layer_file(layer)):
-            return None
-        with safe_open(self.path / _layer_file(layer), framework="pt") as reader:
-            diagnostics = json.loads((reader.metadata() or {})["diagnostics"])
-            return replace(LayerPlan.read(reader, layer), diagnostics=diagnostics)
+        """A layer that an earlier run finished; None where there is none, or none that can be read."""
+
+        def read(file: Path) -> LayerPlan:
+            with safe_open(file, framework="pt") as reader:
+                diagnostics = json.loads((reader.metadata() or {})["diagnostics"])
+                return replace(LayerPlan.read(reader, layer), diagnostics=diagnostics)
+
+        return intact(self.path / _layer_file(layer), read)
 
     def commit(self) -> None:
         """Drop the work files and give the folder its final name; a former OUT goes only after that."""
@@ -143,19 +143,9 @@ class Workspace:
                 # A name that nothing of the user's can have.
                 self.out.rename(self.out.with_name(f"{self.out.name}.replaced-{uuid.uuid4().hex}"))
             self.path.rename(self.out)
-            _sync(self.out.parent)
+            cache.sync(self.out.parent)
         for former in self.out.parent.glob(f"{glob.escape(self.out.name)}.replaced-{'[0-9a-f]' * 32}"):
             shutil.rmtree(former, ignore_errors=True)
-
-    @contextlib.contextmanager
-    def _replacing(self, name: str) -> Iterator[Path]:
-        temporary = self.path / f"{name}.tmp"
-        with disk_errors(self.path):
-            yield temporary
-            # safetensors makes private files; a folder's reader may read all of it.
-            temporary.chmod(self.path.stat().st_mode & 0o666)
-            _sync(temporary)
-            temporary.rename(self.path / name)
 
 
 def check_replaceable(out: Path, *, overwrite: bool) -> None:
@@ -174,58 +164,20 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
 
 def _has_record(out: Path) -> bool:
     """A fine-tuned dense model has a record and no plan."""
-    try:
-        return str(json.loads((out / RECORD_FILE).read_text())["schema"]).startswith("moeify.record/")
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    schema = intact(out / RECORD_FILE, lambda file: json.loads(file.read_text())["schema"])
+    return str(schema).startswith("moeify.record/")
 
 
-@contextlib.contextmanager
-def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into an error with a hint; whatever was finished stays and is resumed."""
-    try:
-        yield
-    except SafetensorError as error:
-        if "No space left" not in str(error) and "os error 28" not in str(error):
-            raise
-        raise _disk_full(path) from error
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise _disk_full(path) from error
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise InputError(f"cannot write {path}: {error.strerror}", "choose another -o") from error
-        if error.errno in (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG):
-            raise InputError(f"cannot make {path}: {error.strerror}", "choose another -o") from error
-        raise
-
-
-def _differences(found: Any, wanted: Any, prefix: str = "") -> list[str]:
-    """Names of what differs between two jobs, nested ones with a dot."""
-    if not (isinstance(found, dict) and isinstance(wanted, dict)):
-        return [] if found == wanted else [prefix]
-    names = sorted({*found, *wanted})
+def _differences(earlier: Any, now: Any, prefix: str = "") -> list[str]:
+    """Names of the values that differ between two jobs, nested ones with a dot."""
+    if not (isinstance(earlier, dict) and isinstance(now, dict)):
+        return [] if earlier == now else [prefix]
     return [
         name
-        for key in names
-        for name in _differences(found.get(key), wanted.get(key), f"{prefix}.{key}" if prefix else key)
+        for key in sorted({*earlier, *now})
+        for name in _differences(earlier.get(key), now.get(key), f"{prefix}.{key}" if prefix else key)
     ]
-
-
-def _disk_full(path: Path) -> InputError:
-    free = shutil.disk_usage(path if path.exists() else path.parent).free
-    return InputError(
-        f"the disk of {path} is full ({free / 1e6:,.0f} MB free)",
-        "make room and run the same command again: it resumes from the finished layers",
-    )
 
 
 def _layer_file(layer: int) -> str:
     return f"work/layer-{layer:05d}.safetensors"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

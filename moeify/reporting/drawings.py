@@ -74,8 +74,8 @@ def _further_points(run: RunFolder, limit: float) -> tuple[list[Series], list[st
 def search_plot(result: "SearchResult") -> Plot:
     """The frontier of a search alone."""
     words = (
-        f"Down and to the left is better. Perplexity on the check text over the dense model's, which is "
-        f"{number(result.dense_perplexity)}; the choice is that of {result.found.strategy} at {percent(result.budget)}."
+        "Down and to the left is better. Perplexity on the check text over the dense model's, which is "
+        f"{number(result.dense_perplexity)}; {result.choice.strategy} chose at {percent(result.budget)}."
     )
     series = tuple(_search_points(result))
     return Plot("search", f"Search under a budget: {result.model}", words, SIZE_AXIS, RATIO_AXIS, series)
@@ -90,13 +90,13 @@ def _search_points(result: "SearchResult") -> list[Series]:
                 choice.active_parameters / MILLION,
                 choice.perplexity / result.dense_perplexity,
                 f"{choice.strategy}, {percent(choice.share)} of the FFN active, perplexity {number(choice.perplexity)}",
-                f"chosen: {choice.strategy}" if choice is result.found else "",
+                f"chosen: {choice.strategy}" if choice is result.choice else "",
             )
             for choice in choices
             if math.isfinite(choice.perplexity)
         )
 
-    by_size = {choice.active_parameters: choice for choice in (*result.frontier, result.found)}
+    by_size = {choice.active_parameters: choice for choice in (*result.frontier, result.choice)}
     return [
         Series("search, every layer alike", "other", points([result.uniform]), "diamond", line=False),
         Series("search, layers chosen", "search", points(by_size[size] for size in sorted(by_size)), "dot"),

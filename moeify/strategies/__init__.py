@@ -3,6 +3,19 @@
 Taking exactly one candidate in every layer is a multiple-choice knapsack: summed losses are cheap to compare and miss
 how layers interact, the joint loss sees that and costs a forward pass. Default: greedy.
 
+Cut layers of a stock model all cost the same, so exact knapsacks choose what greedy does: a sort. Others that were
+tried, with 16 measured choices each, budget 0.75, half of the experts of a cut layer active; KL to dense in nats:
+
+| SmolLM2-135M, 30 layers | greedy | random | beam | tpe | genetic |
+|---|---|---|---|---|---|
+| 256 tokens of the check text, by which they choose | 0.278 | 0.278 | 0.247 | 0.250 | 0.245 |
+| 2,048 tokens of Moby-Dick | 0.566 | 0.566 | 0.587 | 0.569 | 0.597 |
+
+On the embedded model (4 layers) none beat greedy; on a llama of 16 layers of width 64 all but random gained 2 %, beam
+with the fewest trials. So measured choices fit the check text, and little of the gain reaches other text: beam stays,
+which draws nothing at random and needs no library. 2 cores of an Intel Xeon, 2026-11-25, 32 experts, `--partition
+energy --context 128 --tokens 1024`, calibrated on Wikipedia and State of the Union, CHECK_TOKENS 256, SHARES (1/2,).
+
 Legend: L layers, C candidates.
 """
 
@@ -25,16 +38,16 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What to choose from. Whatever is random follows from `seed` alone.
+    """The candidates and the budget. Whatever is random follows from `seed` alone.
 
     Args:
         costs: L x C, share of a layer's FFN parameters that are active per token; inf where there is no such candidate.
-        losses: L x C, what a candidate alone does to the output (KL to dense, nats per token); ignored where
-            there is none.
+        losses: L x C, change of the output by a candidate alone (KL to dense, nats per token); ignored where there is
+            none.
         budget: mean cost over layers that must not be exceeded.
         joint: measured loss of a whole choice.
         trials: at most so many calls of `joint`.
-        seed: of whatever is random.
+        seed: of random numbers.
 
     Raises:
         InputError: the arrays do not fit each other, a layer has no candidate or a candidate no loss.

@@ -10,5 +10,5 @@ from moeify.strategies._repair import fill, repair
 
 def choose(problem: Problem) -> Choice:
     """See the package for the contract."""
-    up = fill(problem, problem.cheapest, problem.losses)
+    up = fill(problem, problem.cheapest)
     return min(up, repair(problem, problem.best), key=problem.loss)

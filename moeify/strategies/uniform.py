@@ -6,21 +6,16 @@ from moeify.errors import InputError
 from moeify.strategies import Choice, Problem
 
 
-def affordable(problem: Problem) -> list[Choice]:
-    """Every uniform choice within the budget, the lowest summed loss first."""
-    layers, candidates = problem.costs.shape
-    choices = [(candidate,) * layers for candidate in range(candidates)]
-    return sorted(filter(problem.fits, choices), key=problem.loss)
-
-
 def choose(problem: Problem) -> Choice:
     """See the package for the contract.
 
     Raises:
         InputError: no candidate exists in every layer and fits.
     """
-    if found := affordable(problem):
-        return found[0]
+    layers, candidates = problem.costs.shape
+    choices = [(candidate,) * layers for candidate in range(candidates)]
+    if affordable := list(filter(problem.fits, choices)):
+        return min(affordable, key=problem.loss)
     everywhere = np.flatnonzero(problem.exists.all(axis=0))
     raise InputError(
         f"{everywhere.size} of {problem.costs.shape[1]} candidates exist in every layer and none of them fits a budget "

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from moeify.errors import UsageError
 from moeify.export.workspace import Workspace, check_replaceable
+from moeify.models.dense import DenseModel
 from moeify.options import Track, untracked
 from moeify.results import read, to_json
 from moeify.training.inputs import Inputs, open_inputs
@@ -46,7 +47,7 @@ TIMEOUT = timedelta(days=7)
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage did.
+    """One stage and its figures.
 
     Args:
         stage: its name.
@@ -89,7 +90,7 @@ class FinetuneHistory:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What was written, and what every stage did."""
+    """The folder that was written, and every stage."""
 
     out: Path
     teacher: str
@@ -103,7 +104,7 @@ class FinetuneResult:
 
 def finetune(
     moe: str,
-    teacher: str,
+    teacher: str | Path | DenseModel,
     out: str | Path,
     options: FinetuneOptions | None = None,
     *,
@@ -114,7 +115,7 @@ def finetune(
 
     Args:
         moe: what `moeify split` wrote, with or without --static, or any dense model of a known family.
-        teacher: the dense model: a folder, a .gguf file, a hub id or `builtin`.
+        teacher: the dense model: a folder, a .gguf file, a hub id, `builtin`, or one that is open already.
         out: where the result goes; appears only when it is complete.
         options: what to train, on what, and how.
         overwrite: replace an earlier result at `out` once the new one is complete.
@@ -136,7 +137,7 @@ def finetune(
             stack.enter_context(workspace)
         processes.wait_for_everyone()
         if not workspace.is_complete:
-            results = _Run(inputs, options, workspace, processes, track).stages()
+            results = _Stages(inputs, options, workspace, processes, track).run()
             if processes.is_main_process:
                 student = _student(inputs, options, workspace, len(options.stage))
                 write_trained(student, inputs, options, workspace)
@@ -145,11 +146,11 @@ def finetune(
         processes.wait_for_everyone()
         if processes.is_main_process:
             workspace.commit()
-    return FinetuneResult(out, teacher, results)
+    return FinetuneResult(out, inputs.teacher.name, results)
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Stages:
     """The stages of one command."""
 
     inputs: Inputs
@@ -158,7 +159,7 @@ class _Run:
     processes: PartialState
     track: Track[Any]
 
-    def stages(self) -> tuple[StageResult, ...]:
+    def run(self) -> tuple[StageResult, ...]:
         results: list[StageResult] = []
         history: list[StageHistory] = []
         targets: tuple[Teacher, list[Blocks]] | None = None
@@ -190,23 +191,17 @@ class _Run:
         check_shapes(student, self.inputs.teacher)
         ids_BC = self.inputs.ids_BC
         ids_BC = ids_BC[: max(1, self.options.layer_tokens // ids_BC.shape[1])]
-        found = list(
-            self.track(
-                fit_layers(student, self.inputs.teacher, ids_BC, self.options),
-                "fitting layers",
-                self.inputs.teacher.num_layers,
-            )
-        )
-        tensors = {name: tensor for layer in found for name, tensor in layer.tensors.items()}
-        means = [
-            sum(errors) / len(found) for errors in zip(*((r.error_before, r.error_after) for r in found), strict=True)
-        ]
-        history = [{"layer": r.layer, "error_before": r.error_before, "error_after": r.error_after} for r in found]
+        fits = fit_layers(student, self.inputs.teacher, ids_BC, self.options)
+        layers = list(self.track(fits, "fitting layers", self.inputs.teacher.num_layers))
+        tensors = {name: tensor for layer in layers for name, tensor in layer.tensors.items()}
         figures = {
-            "before": {"layer_error": means[0]},
-            "after": {"layer_error": means[1]},
+            "before": {"layer_error": sum(layer.error_before for layer in layers) / len(layers)},
+            "after": {"layer_error": sum(layer.error_after for layer in layers) / len(layers)},
             "num_tokens": ids_BC.numel(),
-            "history": history,
+            "history": [
+                {"layer": layer.layer, "error_before": layer.error_before, "error_after": layer.error_after}
+                for layer in layers
+            ],
         }
         self._finish(number, "layers", tensors, figures)
 
@@ -266,7 +261,7 @@ def _stage_result(stage: StageHistory, seconds: float | None, peak_memory_bytes:
 
 
 def _job(inputs: Inputs, options: FinetuneOptions, num_processes: int) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that began."""
+    """Everything that a resumed run must have in common with the one that began."""
     return {
         "model": inputs.fingerprint,
         "teacher": inputs.teacher.fingerprint(),

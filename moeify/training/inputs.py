@@ -49,7 +49,7 @@ class Inputs:
     provenance: dict[str, Any]
 
 
-def open_inputs(moe: str, teacher: str, options: FinetuneOptions, track: Track[Any]) -> Inputs:
+def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOptions, track: Track[Any]) -> Inputs:
     """Open and check everything; loads no weights, but for the source `self`.
 
     Raises:

@@ -69,15 +69,9 @@ def train_stage(
         state = trainer.trained_state()
     finally:
         trainer.detach_model()
-    evals = [entry for entry in history if "eval_loss" in entry]
-    best = min(evals[1:], key=lambda entry: entry["eval_loss"]) if options.patience is not None else evals[-1]
-    figures = {
-        "before": _figures(evals[0]),
-        "after": _figures(best),
-        "num_tokens": int(trainer.state.global_step * blocks.ids_BC.shape[1] * _step_blocks(options, processes)),
-        "history": history,
-    }
-    return state, figures
+    step_tokens = blocks.ids_BC.shape[1] * options.batch * options.accumulate * int(processes.num_processes)
+    num_tokens = int(trainer.state.global_step * step_tokens)
+    return state, {**_before_and_after(history, options), "num_tokens": num_tokens, "history": history}
 
 
 def training_arguments(
@@ -149,10 +143,6 @@ class ProgressCallback(TrainerCallback):
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE_FILE).touch()
 
 
-def _step_blocks(options: FinetuneOptions, processes: PartialState) -> int:
-    return options.batch * options.accumulate * int(processes.num_processes)
-
-
 def _num_steps(num_blocks: int, options: FinetuneOptions, num_processes: int) -> int:
     """As the Trainer counts them."""
     batches = -(-num_blocks // (options.batch * num_processes))
@@ -197,6 +187,13 @@ def _evaluated_last(trainer: FinetuneTrainer) -> bool:
 
 def _steady(entry: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if not any(part in name for part in TIMES)}
+
+
+def _before_and_after(history: list[dict[str, Any]], options: FinetuneOptions) -> dict[str, dict[str, float]]:
+    """Figures of the first evaluation and of the last, or of the best one where training stops early."""
+    evals = [entry for entry in history if "eval_loss" in entry]
+    after = evals[-1] if options.patience is None else min(evals[1:], key=lambda entry: float(entry["eval_loss"]))
+    return {"before": _figures(evals[0]), "after": _figures(after)}
 
 
 def _figures(entry: dict[str, Any]) -> dict[str, float]:

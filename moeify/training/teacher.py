@@ -1,13 +1,12 @@
 """The teacher: the dense model's final hidden states for each block, computed when needed or kept on disk.
 
-What is kept is the hidden state after the last norm, D float16 numbers a token, not V logits: one matrix product with
+The file holds the hidden state after the last norm, D float16 numbers a token, not V logits: one matrix product with
 the teacher's LM head, which stays in memory, gives the logits back. For SmolLM2-135M that is 1.2 kB a token where
 logits in bfloat16 take 98 kB. Rounding to float16 changes its distribution by a divergence of about 1e-6.
 
 Legend: B blocks of C tokens, D hidden size, V vocabulary.
 """
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moeify.cache import cache_dir, made_once
+from moeify.cache import cache_dir, digest, made_once
 from moeify.check.evaluate import load
 from moeify.errors import InputError
 from moeify.options import Track
@@ -28,7 +27,7 @@ LARGEST = float(np.finfo(np.float16).max)
 
 
 class Blocks(Dataset[dict[str, Tensor]]):
-    """Blocks of token ids, each with the teacher's hidden states if they are kept.
+    """Blocks of token ids, each with the teacher's hidden states if those are on disk.
 
     Args:
         ids_BC: int64.
@@ -61,7 +60,7 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, inputs: Mapping[str, Tensor], *, layers: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """hidden_BCD after the last norm and, if `layers` are wanted, after the embedding and every layer."""
+        """hidden_BCD after the last norm and, with `layers`, after the embedding and every layer."""
         if "teacher" in inputs:
             return inputs["teacher"], ()
         out = self._model.model(input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=layers)
@@ -80,16 +79,16 @@ def open_teacher(
     wait: Any,
     track: Track[Any],
 ) -> tuple[Teacher, list[Blocks]]:
-    """The teacher, and every text with what is kept of it.
+    """The teacher, and every text with its hidden states where those are on disk.
 
     Args:
         path: the dense model's folder.
         texts: ids_BC of the training and of the evaluation text.
         device: where it runs.
         half: in bfloat16.
-        cached: keep its hidden states on disk, or use those that are there.
+        cached: write its hidden states to disk, or use those that are there.
         fingerprint: of the dense checkpoint.
-        first: this process makes what is kept; the others `wait`.
+        first: this process writes them; the others `wait`.
         track: shows the progress of that.
 
     Raises:
@@ -99,17 +98,15 @@ def open_teacher(
     head = TeacherHead.of(model)
     if not cached:
         return Teacher(model, head), [Blocks(ids_BC) for ids_BC in texts]
-    kept = []
+    stored = []
     for ids_BC in texts:
-        digest = hashlib.sha256(ids_BC.numpy().tobytes())
-        digest.update(f"{tuple(ids_BC.shape)} {fingerprint} {half}".encode())
-        folder = cache_dir() / f"teacher-{digest.hexdigest()[:16]}"
+        folder = cache_dir() / f"teacher-{digest(ids_BC.numpy(), fingerprint, half)[:16]}"
         if first and not folder.is_dir():
             with made_once(folder) as partial:
                 _write(model, ids_BC, partial / CACHE_FILE, track)
         wait()
-        kept.append(Blocks(ids_BC, np.load(folder / CACHE_FILE, mmap_mode="r")))
-    return Teacher(None, head), kept
+        stored.append(Blocks(ids_BC, np.load(folder / CACHE_FILE, mmap_mode="r")))
+    return Teacher(None, head), stored
 
 
 @torch.no_grad()
@@ -117,13 +114,12 @@ def _write(model: Any, ids_BC: Tensor, file: Path, track: Track[Any]) -> None:
     shape = (*ids_BC.shape, model.config.hidden_size)
     hidden_BCD = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
     for block in track(range(len(ids_BC)), "asking the teacher", len(ids_BC)):
-        found_CD = model.model(input_ids=ids_BC[block : block + 1].to(model.device), use_cache=False).last_hidden_state[
-            0
-        ]
-        if not found_CD.abs().max() <= LARGEST:
+        ids_1C = ids_BC[block : block + 1].to(model.device)
+        hidden_CD = model.model(input_ids=ids_1C, use_cache=False).last_hidden_state[0]
+        if not hidden_CD.abs().max() <= LARGEST:
             raise InputError(
-                f"the teacher's hidden states reach {float(found_CD.abs().max()):.0f}, float16 ends at {LARGEST:.0f}",
+                f"the teacher's hidden states reach {float(hidden_CD.abs().max()):.0f}, float16 ends at {LARGEST:.0f}",
                 "leave --cache-teacher out",
             )
-        hidden_BCD[block] = found_CD.float().cpu().numpy().astype(np.float16)
+        hidden_BCD[block] = hidden_CD.float().cpu().numpy().astype(np.float16)
     hidden_BCD.flush()

@@ -92,8 +92,9 @@ def whole(run: Run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Compariso
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is measured from here on."""
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The kinds of measurements from here on; nothing was measured before."""
+    monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "cache"))
     seen: list[str] = []
 
     def noting(name: str) -> Callable[..., Any]:
@@ -235,30 +236,57 @@ def test_a_stopped_run_goes_on(run: Run, tmp_path: Path, measured: list[str], mo
     found = run(only=only, out=out)
     assert measured == ["split", "split"]
     assert out.is_file()
+    # Another run finds all of them, and a run that finds none measures the same.
     measured.clear()
+    assert run(only=only) == found
+    assert not measured
+    monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "other cache"))
     assert run(only=only) == found
     assert len(measured) == 4
 
 
+def test_a_damaged_entry_is_measured_again(run: Run, tmp_path: Path, measured: list[str]) -> None:
+    before = run(only=["static"])
+    files = sorted((tmp_path / "cache" / "compare").iterdir())
+    assert len(files) == len(measured) == 3
+    files[0].write_text(files[0].read_text()[:-10])
+    files[1].write_text("")
+    measured.clear()
+    assert run(only=["static"]) == before
+    assert len(measured) == 2
+
+
+def test_a_place_that_cannot_be_written_is_found_first(run: Run, tmp_path: Path, measured: list[str]) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write") as caught:
+        run(only=["static"], out=tmp_path / "file" / "found.json")
+    assert "-o" in caught.value.hint
+    assert not measured
+
+
 @pytest.mark.parametrize("changed", [{"seed": 3}, {"tokens": 2048}, {"refit_to": "stream"}], ids=str)
 def test_a_changed_option_is_measured_again(
-    run: Run, options: SplitOptions, tmp_path: Path, measured: list[str], changed: dict[str, Any]
+    run: Run,
+    options: SplitOptions,
+    tmp_path: Path,
+    measured: list[str],
+    changed: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out = tmp_path / "found.json"
-    before = run(only=["static"], out=out)
+    before = run(only=["static"])
     measured.clear()
-    after = run(only=["static"], out=out, options=replace(options, **changed))
+    after = run(only=["static"], options=replace(options, **changed))
     assert "split" in measured
-    # Not what was kept, but what a run without any file finds.
+    # The same as a run gives that finds nothing.
+    monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path / "other cache"))
     assert after == run(only=["static"], options=replace(options, **changed))
     assert after != before
 
 
-def test_other_evaluation_text_is_measured_again(run: Run, texts: list[str], tmp_path: Path, measured: Any) -> None:
-    out = tmp_path / "found.json"
-    run(only=["static"], out=out)
+def test_other_evaluation_text_is_measured_again(run: Run, texts: list[str], measured: list[str]) -> None:
+    run(only=["static"])
     measured.clear()
-    assert run(only=["static"], out=out, data=texts[:1]).rows[0].texts.keys() == {texts[0]}
+    assert run(only=["static"], data=texts[:1]).rows[0].texts.keys() == {texts[0]}
     assert len(measured) == 3
 
 

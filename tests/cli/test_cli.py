@@ -449,9 +449,9 @@ def test_an_interrupt_gives_130_and_can_be_resumed(dense: Path, text: list[str],
     slow = (
         # A background job of a shell without job control, as in CI, inherits that SIGINT is ignored.
         "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from moeify.export import workspace; from moeify.cli.app import main\n"
-        "really_sync = workspace._sync\n"
-        "workspace._sync = lambda path: (time.sleep(0.3), really_sync(path))\n"
+        "from moeify import cache; from moeify.cli.app import main\n"
+        "really_sync = cache.sync\n"
+        "cache.sync = lambda path: (time.sleep(0.3), really_sync(path))\n"
         "main()"
     )
     out, partial = tmp_path / "out", tmp_path / "out.partial"

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import MakeDense
 
+from moeify import cache
 from moeify.convert.pipeline import split
 from moeify.convert.prepare import preview
 from moeify.errors import InputError, MoeifyError, UsageError
@@ -302,7 +303,7 @@ def count_files(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> in
         number += path.is_file()
 
     with monkeypatch.context() as patch:
-        patch.setattr(workspace, "_sync", count)
+        patch.setattr(cache, "sync", count)
         run(tmp_path / "counted")
     return number
 
@@ -312,7 +313,7 @@ def test_a_disk_that_is_full_at_any_file(
 ) -> None:
     """The disk has room for so many files and no more; then there is room, and the same command finishes."""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    really_sync = workspace._sync
+    really_sync = cache.sync
     room = 0
 
     def sync(path: Path) -> None:
@@ -323,7 +324,7 @@ def test_a_disk_that_is_full_at_any_file(
             room -= 1
         really_sync(path)
 
-    monkeypatch.setattr(workspace, "_sync", sync)
+    monkeypatch.setattr(cache, "sync", sync)
     finished = set()
     for files in range(count_files):
         room = files

@@ -30,14 +30,15 @@ DEADLINE_S = 300
 COMMAND = """
 import sys, time
 shard_bytes, pause = int(sys.argv.pop(1)), float(sys.argv.pop(1))
-from moeify.export import workspace, writer
+from moeify import cache
+from moeify.export import writer
 from moeify.cli.app import main
 writer.SHARD_BYTES = shard_bytes
-really_sync = workspace._sync
+really_sync = cache.sync
 def sync(path):
     time.sleep(pause)
     really_sync(path)
-workspace._sync = sync
+cache.sync = sync
 main()
 """
 

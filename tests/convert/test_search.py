@@ -109,8 +109,8 @@ def test_a_choice_keeps_to_its_budget(dense: Path, options: SplitOptions, budget
 
 def test_the_point_that_was_found(find: Find) -> None:
     found = find(0.7)
-    assert (found.budget, found.found.strategy, found.uniform.strategy) == (0.7, "greedy", "uniform")
-    for point in (found.found, found.uniform, *found.frontier):
+    assert (found.budget, found.choice.strategy, found.uniform.strategy) == (0.7, "greedy", "uniform")
+    for point in (found.choice, found.uniform, *found.frontier):
         assert point.share == pytest.approx(point.layout.model_share(LAYERS))
         assert point.share <= max(FRONTIER) + 1e-9
         assert point.divergence > 0
@@ -119,15 +119,15 @@ def test_the_point_that_was_found(find: Find) -> None:
     assert found.uniform.share == max(share for share in SHARES if share <= 0.7)
     assert found.options == {
         "experts": 8,
-        "shared": found.found.layout.num_shared,
-        "active": found.found.layout.num_active,
-        "dense_layers": found.found.layout.dense_layers,
+        "shared": found.choice.layout.num_shared,
+        "active": found.choice.layout.num_active,
+        "dense_layers": found.choice.layout.dense_layers,
     }
     # What was summed up is in the table of single layers.
-    layout = found.found.layout
+    layout = found.choice.layout
     losses = found.losses[f"{layout.num_active}/{layout.num_experts}"]
     cut = [loss for layer, loss in enumerate(losses) if layer not in layout.dense_layers]
-    assert found.found.predicted == pytest.approx(sum(cut))
+    assert found.choice.predicted == pytest.approx(sum(cut))
     assert set(found.losses) == {f"{round(share * 8)}/8" for share in SHARES}
     assert all(len(row) == LAYERS for row in found.losses.values())
 
@@ -135,8 +135,8 @@ def test_the_point_that_was_found(find: Find) -> None:
 def test_active_parameters_are_those_of_the_written_model(dense: Path, options: SplitOptions, tmp_path: Path) -> None:
     found = search(str(dense), 0.7, options, frontier=False)
     written = split(str(dense), tmp_path / "out", replace(options, **found.options))
-    assert written.layout == found.found.layout
-    assert written.num_active_parameters == found.found.active_parameters
+    assert written.layout == found.choice.layout
+    assert written.num_active_parameters == found.choice.active_parameters
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
@@ -145,8 +145,8 @@ def test_the_layer_that_matters_stays_dense(plant: Plant, find: Find, layer: int
     found = find(0.55, plant(layer, 3.0), frontier=False)
     row = found.losses["4/8"]
     assert int(np.argmax(row)) == layer
-    assert layer in found.found.layout.dense_layers
-    assert found.found.divergence < found.uniform.divergence
+    assert layer in found.choice.layout.dense_layers
+    assert found.choice.divergence < found.uniform.divergence
 
 
 def test_the_frontier_is_sorted(find: Find) -> None:
@@ -166,8 +166,8 @@ def test_the_frontier_is_sorted(find: Find) -> None:
 @pytest.mark.parametrize("strategy", sorted(set(strategies.names()) - {"uniform"}))
 def test_every_strategy_keeps_to_the_budget(find: Find, strategy: str) -> None:
     found = find(0.7, strategy=strategy, trials=24, frontier=False)
-    assert found.found.strategy == strategy
-    assert found.found.share <= 0.7 + 1e-9
+    assert found.choice.strategy == strategy
+    assert found.choice.share <= 0.7 + 1e-9
     assert find(0.7, strategy=strategy, trials=24, frontier=False) == found
 
 
@@ -180,7 +180,7 @@ def test_strategies_with_trials_measure(find: Find, monkeypatch: pytest.MonkeyPa
         return really(self, layout, plans)
 
     monkeypatch.setattr(budget_module.OutputCheck, "joint", counting)
-    found = find(0.7, strategy="random", trials=40, frontier=False)
+    found = find(0.7, strategy="beam", trials=40, frontier=False)
     # Four layouts are affordable, and none of their choices is measured twice.
     assert 8 < len(joints) <= 40 + 1
     assert len(joints) == len(set(joints))
@@ -188,8 +188,8 @@ def test_strategies_with_trials_measure(find: Find, monkeypatch: pytest.MonkeyPa
     joints.clear()
     single = find(0.7, strategy="greedy", trials=1, frontier=False)
     assert len(joints) == 2
-    assert found.found.divergence <= single.found.divergence
-    assert (found.found.layout.num_active, found.found.layout.dense_layers) in seen
+    assert found.choice.divergence <= single.choice.divergence
+    assert (found.choice.layout.num_active, found.choice.layout.dense_layers) in seen
 
 
 def test_an_expected_time_is_announced(plant: Plant, find: Find) -> None:
@@ -204,7 +204,7 @@ def test_a_second_search_scores_nothing(find: Find, request: pytest.FixtureReque
     first = find(0.7, frontier=False)
     request.getfixturevalue("no_fitting")
     assert find(0.7, frontier=False) == first
-    find(0.85, strategy="knapsack", frontier=False)
+    find(0.85, strategy="beam", frontier=False)
 
 
 def test_another_job_has_its_own_scores(
@@ -315,8 +315,8 @@ def test_the_command_prints_one_object(
     out, _ = capfd.readouterr()
     found = json.loads(out)
     assert found["schema"] == "moeify.search/1"
-    assert found["found"]["strategy"] == "greedy"
-    assert found["found"]["share"] <= 0.7 + 1e-9
+    assert found["choice"]["strategy"] == "greedy"
+    assert found["choice"]["share"] <= 0.7 + 1e-9
     assert 1 < len(found["frontier"]) <= len({*FRONTIER, 0.7})
     # The same schema, so the same keys.
     assert found == json.loads((tmp_path / "found.json").read_text())
@@ -397,10 +397,21 @@ def test_the_options_of_a_search_reach_it(monkeypatch: pytest.MonkeyPatch) -> No
         "dtype": "bfloat16",
         "device": "cuda:1",
     }
-    command = ["search", "some/model", "--budget", "0.6", "--strategy", "tpe", "--trials", "5", "--calibration", "a"]
+    command = [
+        "search",
+        "some/model",
+        "--budget",
+        "0.6",
+        "--strategy",
+        "beam",
+        "--trials",
+        "5",
+        "--calibration",
+        "a",
+    ]
     for name, value in values.items():
         command += [f"--{name}", str(value)]
     assert run_command(command) == 3
-    assert seen == [("some/model", 0.6, SplitOptions(calibration=("a",), **values), "tpe", 5)]
+    assert seen == [("some/model", 0.6, SplitOptions(calibration=("a",), **values), "beam", 5)]
     assert run_command(["search", "some/model"]) == 3
     assert seen[1][2] == SplitOptions()

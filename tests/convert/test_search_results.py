@@ -32,7 +32,7 @@ def result() -> SearchResult:
     return SearchResult(
         model="some/model",
         budget=0.7,
-        found=point("knapsack", 5, (0,), 31.0),
+        choice=point("beam", 5, (0,), 31.0),
         uniform=point("uniform", 5, (), 34.0),
         frontier=(point("greedy", 7, (), 30.0), point("greedy", 5, (0,), 32.0), point("greedy", 4, (), 40.0)),
         dense_perplexity=28.5,
@@ -53,7 +53,7 @@ def test_the_file_says_what_was_found(result: SearchResult, tmp_path: Path) -> N
 
 
 def test_rows_are_read_back_as_options_of_a_split(result: SearchResult, tmp_path: Path) -> None:
-    other = replace(result, budget=0.5, found=point("greedy", 4, (), 40.0))
+    other = replace(result, budget=0.5, choice=point("greedy", 4, (), 40.0))
     write_frontier(result, tmp_path / "a.json", DRAWING)
     write_frontier(other, tmp_path / "b.json", DRAWING)
     rows = searched_rows([tmp_path / "a.json", tmp_path / "b.json"])

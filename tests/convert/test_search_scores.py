@@ -172,8 +172,8 @@ def test_a_stopped_run_goes_on_from_its_finished_layers(
     names = [f"layer-{layer:05d}.safetensors" for layer in range(LAYERS)]
     assert list(digests(tmp_path)) == names[:2]
     # What a kill in the middle of a write leaves behind.
-    (tmp_path / "layer-00002.0123.partial").write_bytes(b"half a file")
-    (tmp_path / "layer-00000.4567.partial").write_bytes(b"")
+    (tmp_path / f"{names[2]}.0123.tmp").write_bytes(b"half a file")
+    (tmp_path / f"{names[0]}.4567.tmp").write_bytes(b"")
     before = [(tmp_path / name).stat().st_mtime_ns for name in names[:2]]
     fitted: list[int] = []
     really = budget.fit_layer
@@ -202,6 +202,14 @@ def test_a_failed_fit_leaves_no_file_of_its_layer(
     with pytest.raises(OSError, match="no space"):
         list(bench.score(tmp_path))
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_damaged_layer_is_scored_again(bench: Bench, scored: list[ScoredLayer], tmp_path: Path) -> None:
+    for layer in scored:
+        content = layer.file.read_bytes()
+        (tmp_path / layer.file.name).write_bytes(content[:-100] if layer.layer == 1 else content)
+    assert [layer.changes for layer in bench.score(tmp_path)] == [layer.changes for layer in scored]
+    assert digests(tmp_path) == digests(scored[0].file.parent)
 
 
 def test_plans_are_those_that_were_fitted(bench: Bench, scored: list[ScoredLayer]) -> None:

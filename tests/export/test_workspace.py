@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from moeify import cache
 from moeify.errors import InputError
-from moeify.export import workspace
 from moeify.export.workspace import RECORD_FILE, Workspace
 from moeify.plan import PLAN_FILE, LayerPlan
 
@@ -243,7 +243,7 @@ def test_a_full_disk_is_an_error_with_a_hint(out: Path, monkeypatch: pytest.Monk
         raise OSError(code, "no room")
 
     with Workspace(out, JOB, overwrite=False) as work:
-        monkeypatch.setattr(workspace, "_sync", full)
+        monkeypatch.setattr(cache, "sync", full)
         with pytest.raises(InputError, match=r"is full \([\d,]+ MB free\)") as caught:
             work.write_text("shard", "1")
         assert "same command again" in caught.value.hint
@@ -255,7 +255,7 @@ def test_another_disk_error_is_not_hidden(out: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.EIO, "broken disk")
 
     with Workspace(out, JOB, overwrite=False) as work:
-        monkeypatch.setattr(workspace, "_sync", broken)
+        monkeypatch.setattr(cache, "sync", broken)
         with pytest.raises(OSError, match="broken disk"):
             work.write_text("shard", "1")
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def search_tables(result: "SearchResult") -> tuple[Table, ...]:
     """The choice beside uniform, then the frontier."""
     tables = []
-    for title, points in (("moeify search", (result.found, result.uniform)), ("frontier", result.frontier)):
+    for title, points in (("moeify search", (result.choice, result.uniform)), ("frontier", result.frontier)):
         table = Table(title=title, title_justify="left")
         table.add_column("strategy")
         for column in ("share", "active/experts", "dense layers", "KL, summed", "KL, together", "perplexity", "ratio"):
