@@ -39,6 +39,8 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     found = webdriver.Chrome(options=options, service=Service(DRIVER))
+    # The page that a browser opens by itself goes on asking for its parts.
+    found.get("about:blank")
     yield found
     found.quit()
 
