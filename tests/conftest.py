@@ -35,6 +35,7 @@ CONTEXT = 64
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 8}}
 # Imports alone: a forked process starts with nothing done.
 PRELOADED = [
+    "moeify.kernels.ops",
     "moeify.cli.commands.finetune",
     "moeify.training.finetune",
     "moeify.training.stage",

@@ -1,18 +1,20 @@
 """Runs that are killed, shared by processes, started by a command or a recipe give what one plain run gives."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from finetune_process import Run, main
+from command_process import Run, die_at, main
 from safetensors.torch import load_file
 
 from moeify.cli.app import run_command
@@ -84,7 +86,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(
         ("moeify.training.stage", "ProgressCallback.on_step_end", 7),
         ("moeify.training.writer", "check_fits", 3),
     ):
-        run = Run([*arguments, str(out)], tmp_path / "log", killed_at=(module, name, count))
+        run = Run([*arguments, str(out)], tmp_path / "log", prepare=partial(die_at, module, name, count))
         assert start(run) == [-signal.SIGKILL], f"{name}: {run.errors}"
         assert not out.exists()
     run = Run([*arguments, str(out)], tmp_path / "log")
@@ -103,6 +105,41 @@ def alone(moe: Path, taught: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return out
 
 
+def shard() -> None:
+    """As `accelerate launch --use_fsdp --fsdp_version 2` does.
+
+    accelerate shards on accelerators alone, so it is told that it runs on some; tensors stay on the CPU.
+    """
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+    }
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from torch.distributed.tensor import DTensor
+
+    from moeify.training.trainer import FinetuneTrainer
+
+    really, gather = PartialState.__init__, FinetuneTrainer.trained_state
+
+    def init(self: Any, *arguments: Any, **named: Any) -> None:
+        first = not self.initialized
+        really(self, *arguments, **named)
+        if first:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+    def trained_state(self: Any) -> Any:
+        if all(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            sys.stderr.write("sharded parameters\n")
+        return gather(self)
+
+    PartialState.__init__ = init  # type: ignore[method-assign]
+    FinetuneTrainer.trained_state = trained_state  # type: ignore[method-assign]
+
+
 def sharded(arguments: list[str], folder: Path) -> list[Run]:
     """Two processes that find each other as those of any launcher do."""
     with socket.socket() as free:
@@ -110,7 +147,7 @@ def sharded(arguments: list[str], folder: Path) -> list[Run]:
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     places = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
-    return [Run(arguments, folder / place["RANK"], is_sharded=True, environment=place) for place in places]
+    return [Run(arguments, folder / place["RANK"], prepare=shard, environment=place) for place in places]
 
 
 @pytest.mark.slow
@@ -164,7 +201,7 @@ def test_the_command_line_trains_and_shows_both_figures(
 
 def test_an_unfinished_run_of_other_options_is_refused(moe: Path, taught: Path, tmp_path: Path, start: Start) -> None:
     arguments = ["finetune", str(moe), "--teacher", str(taught), *FLAGS, "--quiet", "-o", str(tmp_path / "out")]
-    run = Run(arguments, tmp_path / "log", killed_at=("moeify.training.layers", "_fit", 1))
+    run = Run(arguments, tmp_path / "log", prepare=partial(die_at, "moeify.training.layers", "_fit", 1))
     assert start(run) == [-signal.SIGKILL], run.errors
     assert run_command([*arguments, "--kl", "2"]) == 3
     assert run_command([*arguments, "--kl", "2", "--overwrite", "--stage", "router"]) == 0
