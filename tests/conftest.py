@@ -1,6 +1,7 @@
 """Tiny real models, seeded, and a text to calibrate them on. What a fixture returns is shared: copy, then change."""
 
 import json
+import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,6 +31,20 @@ from moeify.models.ffn import FFNWeights
 MakeDense = Callable[..., Path]
 
 CONTEXT = 64
+# Imports alone: a forked process starts with nothing done.
+PRELOADED = [
+    "moeify.kernels.ops",
+    "moeify.cli.commands.finetune",
+    "moeify.training.finetune",
+    "moeify.training.stage",
+    "moeify.training.trainer",
+    "torch.nn.parallel",
+    "torch.distributed.fsdp",
+    "transformers.models.glm4_moe.modeling_glm4_moe",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.mixtral.modeling_mixtral",
+    "transformers.trainer",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -80,6 +95,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("MOEIFY_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def forking() -> Any:
+    """multiprocessing's context for processes of their own: forked from one that has imported what takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
 
 
 @pytest.fixture(scope="session")

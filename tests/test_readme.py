@@ -1,13 +1,12 @@
 """README.md is true: its commands run, its tree is the disk, its set-up is what CI does."""
 
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from command_process import Run, main
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -28,14 +27,17 @@ def commands() -> list[str]:
 
 
 @pytest.mark.slow
-def test_every_command_runs_offline_in_order(tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+def test_every_command_runs_offline_in_order(tmp_path: Path, forking: Any) -> None:
     found = commands()
     assert len(found) >= 10
+    folder, log = tmp_path / "folder", tmp_path / "log"
+    folder.mkdir()
     for command in found:
-        words = [sys.executable, "-m", "moeify.cli.app", *shlex.split(command)[1:]]
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        run = Run(shlex.split(command)[1:], log, folder=folder, environment={"HF_HUB_OFFLINE": "1"})
+        process = forking.Process(target=main, args=(run,))
+        process.start()
+        process.join()
+        assert process.exitcode == 0, f"{command}\n{log.read_text()}\n{run.errors}"
 
 
 def test_setup_commands_are_what_ci_does() -> None:

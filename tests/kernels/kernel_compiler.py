@@ -166,7 +166,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-if __name__ == "__main__":
+def lines(words: Sequence[str]) -> list[str]:
+    """What the command prints for these arguments."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", type=int, default=90)
     parser.add_argument("--dim", type=int, default=4096)
@@ -176,15 +177,25 @@ if __name__ == "__main__":
     parser.add_argument("--markdown", action="store_true", help="a table and no JSON")
     parser.add_argument("--ungated", action="store_true")
     parser.add_argument("--tma", action="store_true")
-    asked = parser.parse_args()
-    assert not os.environ.get("TRITON_INTERPRET"), "unset TRITON_INTERPRET"
-    found = kernels(
-        asked.target,
-        asked.dim,
-        asked.width,
-        getattr(torch, asked.dtype),
-        asked.tokens,
-        gated=not asked.ungated,
-        tma=asked.tma,
+    options = parser.parse_args(words)
+    rows = kernels(
+        options.target,
+        options.dim,
+        options.width,
+        getattr(torch, options.dtype),
+        options.tokens,
+        gated=not options.ungated,
+        tma=options.tma,
     )
-    sys.stdout.writelines(f"{line}\n" for line in (markdown(found) if asked.markdown else map(json.dumps, found)))
+    return markdown(rows) if options.markdown else [json.dumps(row) for row in rows]
+
+
+if __name__ == "__main__":
+    assert not os.environ.get("TRITON_INTERPRET"), "unset TRITON_INTERPRET"
+    if sys.argv[1:] == ["--stdin"]:
+        # Arguments on each line, answered by lines and an empty one: torch is imported once for all of them.
+        for request in sys.stdin:
+            sys.stdout.writelines(f"{line}\n" for line in [*lines(request.split()), ""])
+            sys.stdout.flush()
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in lines(sys.argv[1:]))

@@ -464,8 +464,8 @@ def share(rank: int, folder: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="two processes that share the CPU")
-def test_two_processes_learn_what_one_does(tmp_path: Path, models: Callable[[str], Any]) -> None:
-    torch.multiprocessing.spawn(share, (str(tmp_path),), nprocs=2)
+def test_two_processes_learn_what_one_does(tmp_path: Path, models: Callable[[str], Any], forking: Any) -> None:
+    torch.multiprocessing.start_processes(share, (str(tmp_path),), nprocs=2, start_method=forking.get_start_method())
     results = torch.load(tmp_path / "results.pt")
     model = models("Mixtral")
     expected = step(model, text(), "eager")

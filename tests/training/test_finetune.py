@@ -25,7 +25,12 @@ from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
 
 Cut = Callable[..., Path]
-OPTIONS = FinetuneOptions(stage=("full",), tokens=16_384, context=64, batch=8, eval_tokens=2048, learning_rate=1e-3)
+OPTIONS = FinetuneOptions(
+    stage=("full",), tokens=16_384, context=64, batch=8, eval_tokens=2048, learning_rate=1e-3, every=16
+)
+
+# Where no figure must have become better.
+SHORT = replace(OPTIONS, tokens=4096)
 
 
 @pytest.fixture(scope="session")
@@ -74,7 +79,7 @@ def test_every_stage_helps_every_target(cut: Cut, taught: Path, tmp_path: Path, 
 def test_verify_finds_a_router_that_is_not_the_plans_and_values_that_are_broken(
     cut: Cut, taught: Path, tmp_path: Path
 ) -> None:
-    finetune(str(cut()), str(taught), tmp_path / "out", replace(OPTIONS, tokens=4096))
+    finetune(str(cut()), str(taught), tmp_path / "out", SHORT)
     for part, value in (("router.layer.weight", 0.5), ("block_sparse_moe.input_linear.weight", float("nan"))):
         copy = tmp_path / part
         shutil.copytree(tmp_path / "out", copy)
@@ -93,7 +98,7 @@ def test_what_a_stage_does_not_train_stays_bit_for_bit(cut: Cut, taught: Path, t
         "layers": {"router.layer", "block_sparse_moe.output_linear", "shared_mlp.output_linear"},
         "router": {"router.layer"},
     }.items():
-        finetune(str(moe), str(taught), tmp_path / stage, replace(OPTIONS, stage=(stage,)))
+        finetune(str(moe), str(taught), tmp_path / stage, replace(SHORT, stage=(stage,)))
         after = tensors(tmp_path / stage)
         assert set(after) == set(before)
         differs = {name for name in before if not torch.equal(before[name], after[name])}
@@ -151,11 +156,11 @@ def test_a_dense_model_can_be_trained_as_a_control(taught: Path, tmp_path: Path)
     result = finetune(str(taught), str(taught), tmp_path / "out", options)
     assert result.stages[0].before["kl"] < 1e-6 < result.stages[0].after["kl"]
     assert perplexities(tmp_path / "out")[0] > 1
-    finetune(str(taught), str(taught), tmp_path / "out", options, overwrite=True)
+    finetune(str(taught), str(taught), tmp_path / "out", replace(options, tokens=512), overwrite=True)
 
 
 def test_stages_follow_each_other_and_are_recorded(cut: Cut, taught: Path, tmp_path: Path) -> None:
-    options = replace(OPTIONS, stage=("layers", "router", "lora", "full"), tokens=8192)
+    options = replace(OPTIONS, stage=("layers", "router", "lora", "full"), tokens=4096)
     result = finetune(str(cut()), str(taught), tmp_path / "out", options)
     assert [stage.stage for stage in result.stages] == list(options.stage)
     for earlier, later in zip(result.stages[1:], result.stages[2:], strict=False):
@@ -232,8 +237,8 @@ def test_half_precision_arithmetic_trains_full_precision_weights(cut: Cut, taugh
 
 
 def test_accumulated_batches_are_one_larger_batch(cut: Cut, taught: Path, tmp_path: Path) -> None:
-    whole = finetune(str(cut()), str(taught), tmp_path / "whole", replace(OPTIONS, balance=0.0))
-    parts = finetune(str(cut()), str(taught), tmp_path / "parts", replace(OPTIONS, balance=0.0, batch=2, accumulate=4))
+    whole = finetune(str(cut()), str(taught), tmp_path / "whole", replace(SHORT, balance=0.0))
+    parts = finetune(str(cut()), str(taught), tmp_path / "parts", replace(SHORT, balance=0.0, batch=2, accumulate=4))
     assert parts.stages[0].after["kl"] == pytest.approx(whole.stages[0].after["kl"], rel=1e-3)
 
 
@@ -246,8 +251,8 @@ def test_a_kept_teacher_teaches_the_same(cut: Cut, taught: Path, tmp_path: Path,
     assert kept.stages[0].after["kl"] == pytest.approx(live.stages[0].after["kl"], rel=0.1)
     files = list((tmp_path / "cache").glob("teacher-*/hidden.npy"))
     assert len(files) == 2
-    assert sum(file.stat().st_size for file in files) < 2 * (16_384 + 2048) * 64 + 1024
-    itself = finetune(str(taught), str(taught), tmp_path / "itself", replace(OPTIONS, cache_teacher=True))
+    assert sum(file.stat().st_size for file in files) < 2 * (OPTIONS.tokens + OPTIONS.eval_tokens) * 64 + 1024
+    itself = finetune(str(taught), str(taught), tmp_path / "itself", replace(SHORT, cache_teacher=True))
     assert itself.stages[0].before["kl"] < 1e-6
 
 
@@ -255,14 +260,14 @@ def test_training_stops_early_and_takes_the_best(cut: Cut, taught: Path, tmp_pat
     options = replace(OPTIONS, learning_rate=0.03, schedule="constant", warmup=0.0, every=2, patience=2, epochs=4)
     result = finetune(str(cut()), str(taught), tmp_path / "out", options)
     evals = [entry["eval_loss"] for entry in _history(tmp_path / "out") if "eval_loss" in entry]
-    assert len(evals) < 4 * 16_384 // 512 // 2
+    assert len(evals) < 4 * OPTIONS.tokens // 512 // 2
     assert result.stages[0].after["loss"] == min(evals[1:])
 
 
 def test_tensorboard_sees_losses_and_load(cut: Cut, taught: Path, tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    finetune(str(cut()), str(taught), tmp_path / "out", replace(OPTIONS, tokens=4096))
+    finetune(str(cut()), str(taught), tmp_path / "out", SHORT)
     events = EventAccumulator(str(tmp_path / "out" / "logs" / "0-full"))
     events.Reload()
     names = set(events.Tags()["scalars"])
@@ -278,15 +283,15 @@ def test_progress_counts_steps(cut: Cut, taught: Path, tmp_path: Path) -> None:
             seen[f"{label} of {total}"] = seen.get(f"{label} of {total}", 0) + 1
             yield item
 
-    finetune(str(cut()), str(taught), tmp_path / "out", replace(OPTIONS, stage=("layers", "full")), track=track)
-    assert seen["training full of 32"] == 32
+    finetune(str(cut()), str(taught), tmp_path / "out", replace(SHORT, stage=("layers", "full")), track=track)
+    assert seen["training full of 8"] == 8
     assert seen["fitting layers of 2"] == 2
 
 
 def test_a_loss_that_breaks_names_the_layer_and_keeps_the_last_good_checkpoint(
     cut: Cut, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare = Student.prepare
+    prepare, options = Student.prepare, replace(OPTIONS, tokens=6144, every=4)
 
     def sabotage(student: Student, *arguments: Any) -> Any:
         calls = 0
@@ -301,12 +306,12 @@ def test_a_loss_that_breaks_names_the_layer_and_keeps_the_last_good_checkpoint(
 
     monkeypatch.setattr(Student, "prepare", sabotage)
     with pytest.raises(CheckError, match=r"nan at step 10: layer 1 is the first.*checkpoint-8"):
-        finetune(str(cut()), str(taught), tmp_path / "out", replace(OPTIONS, every=4))
+        finetune(str(cut()), str(taught), tmp_path / "out", options)
     assert not (tmp_path / "out").exists()
     kept = tmp_path / "out.partial" / "work" / "stage-0-full" / "checkpoint-8"
     assert all(tensor.isfinite().all() for tensor in load_file(kept / "trained.safetensors").values())
     monkeypatch.undo()
-    finetune(str(cut()), str(taught), tmp_path / "out", replace(OPTIONS, every=4))
+    finetune(str(cut()), str(taught), tmp_path / "out", options)
 
 
 def test_a_gradient_that_breaks_is_never_saved(
@@ -365,7 +370,7 @@ def test_a_teacher_of_another_shape_is_refused(cut: Cut, taught: Path, tmp_path:
     with pytest.raises(InputError, match=r"has a hidden size of 32, .* has 64"):
         finetune(str(cut()), str(other), tmp_path / "out", replace(OPTIONS, stage=("layers",)))
     # Another width does not matter where distributions alone are compared.
-    result = finetune(str(cut()), str(other), tmp_path / "out", replace(OPTIONS, tokens=4096), overwrite=True)
+    result = finetune(str(cut()), str(other), tmp_path / "out", SHORT, overwrite=True)
     assert result.stages[0].after["kl"] < result.stages[0].before["kl"]
     small = make_dense("llama", vocab_size=400, seed=3)
     for file in taught.glob("tokenizer*"):

@@ -2,14 +2,19 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from command_process import Run, die_at, main
 from safetensors.torch import load_file
 
 from moeify.cli.app import run_command
@@ -25,57 +30,7 @@ DEADLINE_S = 300
 OPTIONS = {"tokens": 8192, "context": 64, "batch": 8, "eval_tokens": 1024, "learning_rate": 1e-3, "every": 4}
 FLAGS = [word for name, value in OPTIONS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
-# `moeify`, killed at the given call of a function.
-KILLED = """
-import importlib, os, signal, sys
-module, name, count = sys.argv.pop(1), sys.argv.pop(1), int(sys.argv.pop(1))
-owner = importlib.import_module(module)
-*path, last = name.split(".")
-for part in path:
-    owner = getattr(owner, part)
-really, calls = getattr(owner, last), 0
-def wrapped(*arguments, **named):
-    global calls
-    calls += 1
-    if calls == count:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return really(*arguments, **named)
-setattr(owner, last, wrapped)
-from moeify.cli.app import main
-main()
-"""
-
-# `moeify` as `accelerate launch --use_fsdp --fsdp_version 2` starts it. accelerate shards on accelerators alone, so its
-# processes are told that they run on some; the tensors and the collectives stay on the CPU.
-SHARDED = """
-import os, sys
-os.environ |= {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-}
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
-really = PartialState.__init__
-def init(self, *arguments, **named):
-    first = not self.initialized
-    really(self, *arguments, **named)
-    if first:
-        self._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-PartialState.__init__ = init
-from torch.distributed.tensor import DTensor
-from moeify.training.trainer import FinetuneTrainer
-gather = FinetuneTrainer.trained_state
-def trained_state(self):
-    if all(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
-        sys.stderr.write("sharded parameters\\n")
-    return gather(self)
-FinetuneTrainer.trained_state = trained_state
-from moeify.cli.app import main
-main()
-"""
+Start = Callable[..., list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +41,22 @@ def moe(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(command: list[str], **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Run a command in one thread each."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, env=variables, capture_output=True, text=True, check=False, timeout=DEADLINE_S)
+@pytest.fixture
+def start(forking: Any, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """start(run, ...) -> exit codes of processes that run at once, in one thread each."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def started(*runs: Run) -> list[int]:
+        processes = [forking.Process(target=main, args=(run,)) for run in runs]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(DEADLINE_S)
+            process.kill()
+            process.join()
+        return [process.exitcode for process in processes]
+
+    return started
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -104,12 +71,14 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("last_stage", ["full", "lora"])
-def test_a_killed_run_goes_on_to_the_same_bits(moe: Path, taught: Path, tmp_path: Path, last_stage: str) -> None:
+def test_a_killed_run_goes_on_to_the_same_bits(
+    moe: Path, taught: Path, tmp_path: Path, last_stage: str, start: Start
+) -> None:
     stages = ["--stage", "layers", "--stage", last_stage]
     arguments = ["finetune", str(moe), "--teacher", str(taught), *FLAGS, *stages, "-o"]
-    whole = start([sys.executable, "-m", "moeify", *arguments, str(tmp_path / "whole")])
-    assert whole.returncode == 0, whole.stderr
-    out = tmp_path / "killed"
+    whole, out = tmp_path / "whole", tmp_path / "killed"
+    run = Run([*arguments, str(whole)], tmp_path / "log")
+    assert start(run) == [0], run.errors
     for module, name, count in (
         ("moeify.training.layers", "_fit", 2),
         ("moeify.training.stage", "ProgressCallback.on_step_end", 6),
@@ -117,36 +86,96 @@ def test_a_killed_run_goes_on_to_the_same_bits(moe: Path, taught: Path, tmp_path
         ("moeify.training.stage", "ProgressCallback.on_step_end", 7),
         ("moeify.training.writer", "check_fits", 3),
     ):
-        killed = start([sys.executable, "-c", KILLED, module, name, str(count), *arguments, str(out)])
-        assert killed.returncode == -9, f"{name}: {killed.stderr}"
+        run = Run([*arguments, str(out)], tmp_path / "log", prepare=partial(die_at, module, name, count))
+        assert start(run) == [-signal.SIGKILL], f"{name}: {run.errors}"
         assert not out.exists()
-    resumed = start([sys.executable, "-m", "moeify", *arguments, str(out)])
-    assert resumed.returncode == 0, resumed.stderr
-    expected, found = weights(tmp_path / "whole"), weights(out)
+    run = Run([*arguments, str(out)], tmp_path / "log")
+    assert start(run) == [0], run.errors
+    expected, found = weights(whole), weights(out)
     assert set(found) == set(expected)
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-    assert history(out) == history(tmp_path / "whole")
+    assert history(out) == history(whole)
+
+
+@pytest.fixture(scope="module")
+def alone(moe: Path, taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process writes."""
+    out = tmp_path_factory.mktemp("alone") / "out"
+    finetune(str(moe), str(taught), out, FinetuneOptions(stage=("layers", "full"), **OPTIONS))
+    return out
+
+
+def shard() -> None:
+    """As `accelerate launch --use_fsdp --fsdp_version 2` does.
+
+    accelerate shards on accelerators alone, so it is told that it runs on some; tensors stay on the CPU.
+    """
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+    }
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+    from torch.distributed.tensor import DTensor
+
+    from moeify.training.trainer import FinetuneTrainer
+
+    really, gather = PartialState.__init__, FinetuneTrainer.trained_state
+
+    def init(self: Any, *arguments: Any, **named: Any) -> None:
+        first = not self.initialized
+        really(self, *arguments, **named)
+        if first:
+            self._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+    def trained_state(self: Any) -> Any:
+        if all(isinstance(parameter, DTensor) for parameter in self.model.parameters()):
+            sys.stderr.write("sharded parameters\n")
+        return gather(self)
+
+    PartialState.__init__ = init  # type: ignore[method-assign]
+    FinetuneTrainer.trained_state = trained_state  # type: ignore[method-assign]
+
+
+def sharded(arguments: list[str], folder: Path) -> list[Run]:
+    """Two processes that find each other as those of any launcher do."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    places = [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    return [Run(arguments, folder / place["RANK"], prepare=shard, environment=place) for place in places]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "fsdp2"])
-def test_two_processes_follow_the_curve_of_one(moe: Path, taught: Path, tmp_path: Path, launcher: str) -> None:
-    options = FinetuneOptions(stage=("layers", "full"), **OPTIONS)
-    finetune(str(moe), str(taught), tmp_path / "one", options)
-    arguments = ["finetune", str(moe), "--teacher", str(taught), *FLAGS, "--batch", "4"]
-    program = ["-c", SHARDED] if launcher == "fsdp2" else ["-m", "moeify"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", sys.executable]
-    done = start([sys.executable, *launch, *program, *arguments, "-o", str(tmp_path / "two")])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("moeify finetune") == 1
-    assert done.stderr.count("sharded parameters") == (2 if launcher == "fsdp2" else 0)
-    one, two = history(tmp_path / "one"), history(tmp_path / "two")
+def test_two_processes_follow_the_curve_of_one(
+    moe: Path, taught: Path, alone: Path, tmp_path: Path, launcher: str, start: Start
+) -> None:
+    out = tmp_path / "two"
+    arguments = ["finetune", str(moe), "--teacher", str(taught), *FLAGS, "--batch", "4", "-o", str(out)]
+    if launcher == "torchrun":
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "moeify"]
+        command = [sys.executable, *launch, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=DEADLINE_S)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("moeify finetune") == 1
+    else:
+        runs = sharded(arguments, tmp_path)
+        assert start(*runs) == [0, 0], "".join(run.errors[-3000:] for run in runs)
+        assert [run.log.read_text().count("moeify finetune") for run in runs] == [1, 0]
+        assert [run.errors.count("sharded parameters") for run in runs] == [1, 1]
+    one, two = history(alone), history(out)
     for name in ("loss", "kl", "balance", "load_entropy", "eval_kl"):
         expected, found = ([entry[name] for entry in entries if name in entry] for entries in (one, two))
         assert len(expected) >= 3
         assert found == pytest.approx(expected, rel=2e-3), name
-    for name, tensor in weights(tmp_path / "one").items():
-        torch.testing.assert_close(weights(tmp_path / "two")[name].float(), tensor.float(), rtol=0.02, atol=2e-3)
+    trained = weights(out)
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(trained[name].float(), tensor.float(), rtol=0.02, atol=2e-3)
 
 
 def test_the_command_line_trains_and_shows_both_figures(
@@ -170,12 +199,10 @@ def test_the_command_line_trains_and_shows_both_figures(
     assert "layers, router, lora, full" in capsys.readouterr().err
 
 
-def test_an_unfinished_run_of_other_options_is_refused(moe: Path, taught: Path, tmp_path: Path) -> None:
+def test_an_unfinished_run_of_other_options_is_refused(moe: Path, taught: Path, tmp_path: Path, start: Start) -> None:
     arguments = ["finetune", str(moe), "--teacher", str(taught), *FLAGS, "--quiet", "-o", str(tmp_path / "out")]
-    killed = start(
-        [sys.executable, "-c", KILLED, "moeify.training.layers", "_fit", "1", *arguments],
-    )
-    assert killed.returncode == -9
+    run = Run(arguments, tmp_path / "log", prepare=partial(die_at, "moeify.training.layers", "_fit", 1))
+    assert start(run) == [-signal.SIGKILL], run.errors
     assert run_command([*arguments, "--kl", "2"]) == 3
     assert run_command([*arguments, "--kl", "2", "--overwrite", "--stage", "router"]) == 0
 
