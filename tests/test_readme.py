@@ -8,6 +8,11 @@ from typing import Any
 import pytest
 from command_process import Run, main
 
+from moeify import families, targets
+from moeify.convert.exactness import Twin, check_target, choose_target, make_twin
+from moeify.errors import InputError
+from moeify.plan import Layout, resolve_layout
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -63,6 +68,35 @@ def test_tree_names_every_room() -> None:
     }
 
 
-def test_it_is_short_and_speaks_for_itself() -> None:
-    assert len(README.splitlines()) < 290
-    assert "@@" not in README
+def test_the_table_of_targets_is_what_the_twins_say() -> None:
+    header, _, *rows = [line for line in README.splitlines() if line.startswith("|")][-7:]
+    columns = [cell.strip() for cell in header.strip("|").split("|")][1:]
+    assert sorted(columns) == sorted(targets.names())
+    listed = set()
+    for row in rows:
+        label, *cells = [cell.strip(" *") for cell in row.strip("|").split("|")]
+        for family in re.findall(r"[a-z0-9_]+", label.split("(")[0]):
+            listed.add(family)
+            window = {"sliding_window": 16} if "window" in label else {}
+            model = twin_of(family, **window)
+            exact = {name for name in columns if check_target(targets.find(name), model, layout_for(name)).exact}
+            assert {name for name, cell in zip(columns, cells, strict=True) if cell} == exact, label
+            auto, _, _ = choose_target(model, lambda shared: resolve_layout(8, None, None, holds_shared=shared))
+            assert columns[cells.index("auto")] == auto.model_type, label
+    others = set(families.names()) - listed
+    assert others <= set(re.findall(r"[a-z0-9_]+", README.split("can be inspected, compared and")[0].split("\n\n")[-1]))
+    for family in others:
+        with pytest.raises(InputError, match="no target represents this model exactly"):
+            choose_target(twin_of(family), lambda shared: resolve_layout(8, None, None, holds_shared=shared))
+
+
+def layout_for(target: str) -> Layout:
+    return resolve_layout(8, None, None, holds_shared=targets.find(target).holds_shared)
+
+
+def twin_of(family: str, **values: Any) -> Twin:
+    return make_twin({"model_type": family, **families.find(family).tiny_values, **values})
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) < 175
