@@ -47,6 +47,8 @@ LONGEST = [
 ]
 # Imports alone: a forked process starts with nothing done.
 PRELOADED = [
+    "moeify.cli.commands.split",
+    "moeify.convert.pipeline",
     "moeify.kernels.ops",
     "moeify.cli.commands.finetune",
     "moeify.training.finetune",
@@ -58,6 +60,8 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.mixtral.modeling_mixtral",
     "transformers.trainer",
+    "ot",
+    "sklearn.cluster",
 ]
 
 
