@@ -31,8 +31,22 @@ from moeify.models.ffn import FFNWeights
 MakeDense = Callable[..., Path]
 
 CONTEXT = 64
+# More than half a minute each on one core, longest first; the others follow in the order of their names.
+LONGEST = [
+    "test_real.py",
+    "test_readme.py",
+    "training/test_finetune.py",
+    "kernels/test_kernels_compile.py",
+    "training/test_finetune_runs.py",
+    "targets/test_targets.py",
+    "kernels/test_kernels.py",
+    "kernels/test_kernels_experts.py",
+    "convert/test_resume.py",
+]
 # Imports alone: a forked process starts with nothing done.
 PRELOADED = [
+    "moeify.cli.commands.split",
+    "moeify.convert.pipeline",
     "moeify.kernels.ops",
     "moeify.cli.commands.finetune",
     "moeify.training.finetune",
@@ -44,17 +58,17 @@ PRELOADED = [
     "transformers.models.llama.modeling_llama",
     "transformers.models.mixtral.modeling_mixtral",
     "transformers.trainer",
+    "ot",
+    "sklearn.cluster",
 ]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that take longest come first, so that workers end together."""
-    ranks = {"real": 0, "slow": 1}
-    rank: dict[Path, int] = {}
-    for item in items:
-        found = min((ranks[mark.name] for mark in item.iter_markers() if mark.name in ranks), default=2)
-        rank[item.path] = min(rank.get(item.path, 2), found)
-    items.sort(key=lambda item: rank[item.path])
+    folder = Path(__file__).parent
+    rank = {folder / name: number for number, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in rank), "LONGEST names a file that is not there"
+    items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 @pytest.hookimpl(optionalhook=True)

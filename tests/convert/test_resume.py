@@ -16,33 +16,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_process import Run, main
 from conftest import MakeDense
 
 LAYERS = 4
 DEADLINE_S = 300
 
-# `moeify` itself, with small shards, and with a pause before each file gets its final name: a tiny model would
-# otherwise be through before it can be killed.
-COMMAND = """
-import sys, time
-shard_bytes, pause = int(sys.argv.pop(1)), float(sys.argv.pop(1))
-from moeify import cache
-from moeify.export import writer
-from moeify.cli.app import main
-writer.SHARD_BYTES = shard_bytes
-really_sync = cache.sync
-def sync(path):
-    time.sleep(pause)
-    really_sync(path)
-cache.sync = sync
-main()
-"""
-
-# The same in one process that starts quickly: for each line "NUMBER FOLDER ARGUMENTS..." it forks, the child runs the
+# `moeify` in a process that starts quickly: for each line "NUMBER FOLDER ARGUMENTS..." it forks, the child runs the
 # command and is killed right before its NUMBERth look at or change to something below the folder; 0 kills none. Answers
 # with "EXIT EVENTS LAST-EVENT". The first line is run without a fork, so that no child has to import anything.
 SERVER = """
@@ -87,6 +72,21 @@ for line in sys.stdin:
 """
 
 
+def take_time(shard_bytes: int, pause: float) -> None:
+    """Small shards, and a pause before each file gets its final name: a tiny model would be through before a kill."""
+    from moeify import cache
+    from moeify.export import writer
+
+    really_sync = cache.sync
+
+    def sync(path: Path) -> None:
+        time.sleep(pause)
+        really_sync(path)
+
+    writer.SHARD_BYTES = shard_bytes
+    cache.sync = sync
+
+
 def tree(folder: Path) -> dict[str, str]:
     """sha256 of every file below a folder, by name."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
@@ -128,15 +128,21 @@ class Killer:
     out: Path
     shard_bytes: int
     pause: float
+    log: Path
+    forking: Any
 
-    def start(self) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "-c", COMMAND, str(self.shard_bytes), str(self.pause), *self.arguments]
-        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    def __post_init__(self) -> None:
+        self.command = Run(self.arguments, self.log, prepare=partial(take_time, self.shard_bytes, self.pause))
+
+    def start(self) -> Any:
+        process = self.forking.Process(target=main, args=(self.command,))
+        process.start()
+        return process
 
     def finish(self) -> None:
         process = self.start()
-        _, errors = process.communicate(timeout=DEADLINE_S)
-        assert process.returncode == 0, errors.decode()
+        process.join(DEADLINE_S)
+        assert process.exitcode == 0, self.command.errors
 
     def kill(self, files: int, seconds: float, *, writing: bool) -> str:
         """Kill it so long after it has finished so many files (or begun, if that is none); what that hit.
@@ -147,21 +153,22 @@ class Killer:
         before = self._began()
         process = self.start()
         deadline = time.monotonic() + DEADLINE_S
-        while process.poll() is None and self._began() == before:
+        while process.is_alive() and self._began() == before:
             assert time.monotonic() < deadline
             time.sleep(0.001)
-        while process.poll() is None and not self.out.exists():
+        while process.is_alive() and not self.out.exists():
             assert time.monotonic() < deadline
             if finished_files(self.out) >= files and (not writing or "inside" in stage(self.out)):
                 break
             time.sleep(0.001)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=seconds)
-        process.send_signal(signal.SIGSTOP)
+        process.join(seconds)
+        if process.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGSTOP)
         found = stage(self.out)
         process.kill()
-        _, errors = process.communicate()
-        assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), self.command.errors
         return found
 
     def _began(self) -> int:
@@ -209,12 +216,17 @@ def convert(make_dense: MakeDense, calibration_file: Path) -> Callable[..., list
 
 
 @pytest.fixture
-def kill(convert: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
+def kill(
+    convert: Callable[..., list[str]], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, forking: Any
+) -> Callable[..., list[str]]:
     """kill(times, shard_bytes=..., pause=..., **config): kill, go on, compare; what each kill hit."""
+
+    log = tmp_path_factory.mktemp("logs") / "log"
 
     def run(times: int, *, shard_bytes: int, pause: float, seed: int, **config: Any) -> list[str]:
         reference, killed = (
-            Killer(convert(tmp_path / name, **config), tmp_path / name, shard_bytes, pause) for name in ("whole", "out")
+            Killer(convert(tmp_path / name, **config), tmp_path / name, shard_bytes, pause, log, forking)
+            for name in ("whole", "out")
         )
         reference.finish()
         expected = tree(reference.out)
