@@ -19,6 +19,7 @@ from moeify.benchmark.models.results import Model, Part, Speed
 from moeify.benchmark.models.routing import ExpertsHit, watching
 from moeify.benchmark.models.speed import measure_speed, over, prompts, unchanged
 from moeify.benchmark.models.verdicts import fastest, verdicts
+from moeify.benchmark.options import BenchOptions
 from moeify.benchmark.timing import MIN_SAMPLES, CpuTimer, Samples
 from moeify.errors import UsageError
 
@@ -194,8 +195,8 @@ def test_our_kernels_are_listed_only_where_they_run(models: dict[str, Any], monk
     assert reasons == {"dense": "", "moeify": "not here", "eager": ""}
     monkeypatch.setattr(contenders_module, "unsupported", lambda *_: None)
     assert "moeify" in {who.implementation for who in taking_part(models, ())}
-    with pytest.raises(UsageError, match="fastest"):
-        taking_part(models, ("fastest",))
+    with pytest.raises(UsageError, match="--implementation fastest is unknown"):
+        BenchOptions(implementation=("fastest",))  # type: ignore[arg-type]
 
 
 def test_memory_is_that_of_the_models_own_process(make_dense: MakeDense, tmp_path: Path) -> None:
