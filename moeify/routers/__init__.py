@@ -2,7 +2,10 @@
 
 A good router ranks the experts by what leaving them out would cost. Linear ones without an intercept are what every
 native target computes; a method whose router is not linear says `LINEAR = False`: `moeify compare` measures it, no
-target can hold it.
+target has it.
+
+Set-up and machine as in moeify.partition, partition `routed`, 24 and 16 of 32 experts active: ridge 0.0525 and 0.1243,
+membership 0.0494 and 0.1217, and 0.0613 and 0.1419 for a linear discriminant an expert, which is gone.
 
 Legend: T tokens, N sampled tokens, D hidden size, F neurons, R routed experts.
 """

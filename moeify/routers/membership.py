@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from moeify.calibration.regression import cholesky, rank
+from moeify.experts.mixing import choose_experts
 from moeify.plan import Layout
 from moeify.routers import LinearRouter, RoutingTask
-from moeify.routers._oracle import descend, membership
+from moeify.routers._descent import descend
 
 STEPS = 200
 # Of scores at the start; 3 was better than 1.
@@ -36,7 +37,9 @@ def fit(task: RoutingTask) -> LinearRouter:
     factor_DD = (factor_DD / math.sqrt(num_tokens)).to(inputs_TD.dtype)
     deviation = (inputs_TD @ rows_RD.T).std().clamp(min=torch.finfo(rows_RD.dtype).tiny)
     white_RD = rows_RD @ factor_DD * (DEVIATION / deviation)
-    member_TR, stake_TR = membership(task), _stakes(task)
+    # One for the K experts that add most to a token's output.
+    member_TR = choose_experts(task.norms_TR, layout).to(inputs_TD.dtype)
+    stake_TR = _stakes(task)
 
     def rows() -> Tensor:
         rows_RD: Tensor = torch.linalg.solve_triangular(factor_DD, white_RD, upper=False, left=False)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import mse_loss, relu
 
 from moeify.routers import RoutingTask
-from moeify.routers._oracle import descend
+from moeify.routers._descent import descend
 
 LINEAR = False
 WIDTH = 128

@@ -279,12 +279,12 @@ def test_a_dense_layer_is_left_whole() -> None:
 
 def test_a_refit_may_aim_for_something_else() -> None:
     ffn, inputs_TD = toy_ffn(num_tokens=3000)
-    wanted_TD = ffn(inputs_TD) + 0.5 * torch.randn(8, 8, generator=torch.Generator().manual_seed(4))[0]
+    goal_TD = ffn(inputs_TD) + 0.5 * torch.randn(8, 8, generator=torch.Generator().manual_seed(4))[0]
     fit = fit_of(LAYOUTS["shared"])
     own = fit_layer(ffn, inputs_TD, fit)
-    moved = fit_layer(ffn, inputs_TD, fit, wanted_TD=wanted_TD)
+    moved = fit_layer(ffn, inputs_TD, fit, goal_TD=goal_TD)
     assert torch.equal(own[0].plan.labels_F, moved[0].plan.labels_F)
-    assert (moved[1] - wanted_TD).square().mean() < (own[1] - wanted_TD).square().mean()
+    assert (moved[1] - goal_TD).square().mean() < (own[1] - goal_TD).square().mean()
 
 
 def test_a_router_that_is_not_linear_scores_but_is_in_no_plan() -> None:

@@ -13,14 +13,14 @@ from moeify.calibration.activations import Activations, ActivationStats, measure
 from moeify.calibration.regression import cholesky, rank
 from moeify.experts.mixing import choose_experts
 from moeify.models.ffn import FFNWeights
-from moeify.partition import gradient, mixture, routed
-from moeify.partition._balanced import balanced_kmeans, transport
+from moeify.partition import gradient, routed
+from moeify.partition._balanced import balanced_kmeans
 from moeify.plan import SHARED, LayerPlan, Layout
 
 # These look at what a neuron does, not at where it is stored.
-BY_CONTENT = ("coactivation", "energy", "gradient", "kmeans", "marker", "mixture", "pattern", "routed")
+BY_CONTENT = ("energy", "gradient", "kmeans", "marker", "routed")
 # Of these, the ones that take shared neurons by energy.
-BY_ENERGY = ("coactivation", "energy", "kmeans", "mixture", "pattern")
+BY_ENERGY = ("energy", "kmeans")
 LAYOUTS = [(8, 4, 6), (8, 0, 6), (4, 3, 4), (2, 0, 1), (24, 8, 12), (8, 6, 6), (6, 1, 3)]
 
 
@@ -160,20 +160,6 @@ def test_the_partition_does_not_depend_on_the_order_of_neurons(name: str) -> Non
     assert {int(order_F[i]) for i in shared_of(moved_F)} == shared_of(labels_F)
 
 
-def test_coactivation_sees_who_contributes_together_and_neither_size_nor_weights() -> None:
-    """Groups overlap: their neurons contribute to all tokens, but more to some."""
-    ffn, stats = toy()
-    generator = torch.Generator().manual_seed(0)
-    group_F = torch.randperm(24, generator=generator) % 4
-    active_NF = torch.arange(400)[:, None] // 100 == group_F
-    size_NF = torch.where(active_NF, 1.0, 0.3) * torch.rand(400, 24, generator=generator)
-    sign_NF = torch.randint(0, 2, (400, 24), generator=generator) * 2 - 1
-    loud_F = 10 ** (4 * torch.rand(24, generator=generator))
-    stats = replace(stats, contribution_NF=size_NF * sign_NF * loud_F)
-    found = groups(partition.find("coactivation")(ffn, stats, Layout(4, 0, 2), seed=0))
-    assert found == {frozenset((group_F == group).nonzero().flatten().tolist()) for group in range(4)}
-
-
 def test_marker_shares_the_neurons_that_are_most_often_among_the_top_ten() -> None:
     ffn, stats = toy()
     unit_ND = stats.inputs_ND / stats.inputs_ND.norm(dim=1, keepdim=True)
@@ -189,20 +175,6 @@ def test_marker_shares_the_neurons_that_are_most_often_among_the_top_ten() -> No
     # The first centroids are markers of the most frequent routed neurons, which therefore stay apart.
     frequent = torch.where(is_shared_F, -1.0, rate_F).argsort(descending=True, stable=True)[:5]
     assert labels_F[frequent].unique().numel() == 5
-
-
-def test_pattern_sees_who_is_kept_but_not_by_how_much() -> None:
-    """Every token keeps two of four groups; within them, sizes would group neurons in another way."""
-    ffn, stats = toy()
-    place = torch.randperm(24, generator=torch.Generator().manual_seed(0))
-    group_F, other_F = place % 4, place // 4 % 3
-    token = torch.arange(360)
-    pair_N2 = torch.combinations(torch.arange(4))[token % 6]
-    kept_NF = (pair_N2[:, :, None] == group_F).any(dim=1)
-    loud_NF = (token // 6 % 3)[:, None] == other_F
-    stats = replace(stats, contribution_NF=kept_NF * torch.where(loud_NF, 1000.0, 1.0))
-    found = groups(partition.find("pattern")(ffn, stats, Layout(4, 0, 2), seed=0))
-    assert found == {frozenset((group_F == group).nonzero().flatten().tolist()) for group in range(4)}
 
 
 def test_gradient_follows_the_loss_and_not_the_contributions() -> None:
@@ -222,19 +194,6 @@ def test_gradient_follows_the_loss_and_not_the_contributions() -> None:
 def test_gradient_gives_neurons_by_falling_importance_to_experts_with_room() -> None:
     importance_RF = torch.tensor([[9.0, 8, 7, 1], [8.5, 2, 6, 0]])
     assert gradient._greedy(importance_RF, 2).tolist() == [0, 0, 1, 1]
-
-
-def test_mixture_tells_clusters_by_their_spread() -> None:
-    """Two groups around one point, one of them a hundred times as wide, which no k-means can see."""
-    generator = torch.Generator().manual_seed(0)
-    points = torch.randn(200, 4, generator=generator)
-    points[:100] *= 0.01
-    narrow = points.norm(dim=1).argsort()[:100]
-    start = balanced_kmeans(points, 2, seed=0)
-    clusters = transport(mixture._surprise(points, start, 2))
-    share = float((clusters[narrow] == clusters[narrow].mode().values).float().mean())
-    assert share > 0.95
-    assert float((start[narrow] == start[narrow].mode().values).float().mean()) < 0.9
 
 
 def kept_energy(labels_F: Tensor, stats: ActivationStats, layout: Layout) -> float:

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from conftest import toy_ffn
@@ -12,11 +11,11 @@ from moeify import routers
 from moeify.calibration import regression
 from moeify.calibration.activations import Activations, measure
 from moeify.plan import Layout
-from moeify.routers import LinearRouter, RoutingTask, gaussian, membership, representative, ridge
+from moeify.routers import LinearRouter, RoutingTask, membership, representative, ridge
 
 HIDDEN, ROUTED = 16, 6
 # These learn from norms; the others look at weights.
-BY_NORMS = ("gaussian", "membership", "mlp", "ridge")
+BY_NORMS = ("membership", "mlp", "ridge")
 
 
 def toy_task(dtype: torch.dtype = torch.float32, num_tokens: int = 800) -> RoutingTask:
@@ -182,27 +181,6 @@ def test_membership_weighs_confusions_by_what_they_cost(monkeypatch: pytest.Monk
     right_T = (scores_TR[:, 0] > scores_TR[:, 1]) == (norms_TR[:, 0] > norms_TR[:, 1])
     assert float(right_T[matters_T].float().mean()) > 0.9
     assert float(right_T[~matters_T].float().mean()) < 0.2
-
-
-def test_gaussian_is_linear_discriminant_analysis(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-
-    monkeypatch.setattr(gaussian, "PENALTY", 1e-12)
-    task = toy_task(torch.float64)
-    inputs_TD = task.inputs_TD @ torch.randn(HIDDEN, HIDDEN, generator=torch.Generator().manual_seed(0)).double() + 1
-    rows_RD = gaussian.fit(replace(task, inputs_TD=inputs_TD)).rows_RD
-    second_T = task.norms_TR.topk(2, dim=1).values[:, 1]
-    for expert in range(ROUTED):
-        member_T = (task.norms_TR[:, expert] >= second_T).numpy()
-        analysis = LinearDiscriminantAnalysis(solver="lsqr").fit(inputs_TD.numpy(), member_T)
-        np.testing.assert_allclose(rows_RD[expert].numpy(), analysis.coef_[0], rtol=1e-6)
-
-
-def test_gaussian_leaves_out_an_expert_that_no_token_chooses() -> None:
-    task = toy_task()
-    task.norms_TR[:, 2] = 0
-    rows_RD = gaussian.fit(task).rows_RD
-    assert (rows_RD.abs().sum(dim=1) == 0).tolist() == [expert == 2 for expert in range(ROUTED)]
 
 
 def test_mlp_ranks_what_no_linear_router_can() -> None:

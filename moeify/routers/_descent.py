@@ -1,22 +1,11 @@
-"""What a router that saw the experts' outputs would choose, and gradient descent towards it.
-
-Legend: T tokens, R routed experts, K of them chosen for a token.
-"""
+"""Gradient descent for routers that are trained rather than solved for."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from moeify.experts.mixing import choose_experts
-from moeify.routers import RoutingTask
-
 BATCH_TOKENS = 512
-
-
-def membership(task: RoutingTask) -> Tensor:
-    """member_TR in the dtype of the inputs: one for the K experts that add most to a token's output."""
-    return choose_experts(task.norms_TR, task.layout).to(task.inputs_TD.dtype)
 
 
 def descend(
