@@ -12,6 +12,7 @@ is an addition; where it does not (a norm behind the FFN, a factor on it), the b
 Legend: B blocks of C tokens, T = B * C tokens, D hidden size, V vocabulary.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -64,27 +65,28 @@ class HiddenStream:
         self._device, self._dtype = torch.device(device), dtype
         self._num_blocks, self._context = ids_BC.shape
         self._hidden_BCD, self._arguments = self._enter(ids_BC)
-        self._block: _Block | None = None
         self._adds_up: dict[type, bool] = {}
+        # The block that has to run again with its FFN's output.
+        self._waiting: _Block | None = None
 
     @property
     def adds_up(self) -> bool:
         """Whether the block that `attend` has just run adds the FFN's output to its residual as it is."""
-        assert self._block is not None
-        return self._adds_up[self._block.kind]
+        return self._waiting is None
 
     @torch.no_grad()
     def attend(self, layer: int) -> Tensor:
         """Run a block up to its FFN and return inputs_TD of that; `advance` must follow."""
-        block = self._block = self._load(layer)
+        block = self._load(layer)
         if block.kind not in self._adds_up:
             self._adds_up[block.kind] = block.adds_up(self._hidden_BCD[:1])
+        self._waiting = None if self._adds_up[block.kind] else block
         inputs = []
         for rows in self._chunks():
             residual_BCD = block(self._hidden_BCD[rows], None)
             if self.adds_up:
                 self._hidden_BCD[rows] = residual_BCD
-            inputs.append(block.inputs_BCD.flatten(0, 1))
+            inputs.append(block.take_inputs().flatten(0, 1))
         return torch.cat(inputs)
 
     @torch.no_grad()
@@ -103,12 +105,11 @@ class HiddenStream:
             outputs_ED: for whole blocks of tokens.
             first: number of the first of these blocks.
         """
-        assert self._block is not None
         outputs_BCD = outputs_ED.view(-1, *self._hidden_BCD.shape[1:])
-        hidden_BCD = self._hidden_BCD[first : first + len(outputs_BCD)]
-        if self.adds_up:
+        hidden_BCD, block = self._hidden_BCD[first : first + len(outputs_BCD)], self._waiting
+        if block is None:
             return hidden_BCD + outputs_BCD
-        return torch.cat([self._block(hidden_BCD[rows], outputs_BCD[rows]) for rows in self._chunks(len(outputs_BCD))])
+        return torch.cat([block(hidden_BCD[rows], outputs_BCD[rows]) for rows in self._chunks(len(outputs_BCD))])
 
     @torch.no_grad()
     def pass_through(self, layer: int, ffn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -166,14 +167,16 @@ class HiddenStream:
         table_UD = self._model.get([name])[name][used].to(self._device, self._dtype)
         embedding.weight, embedding.padding_idx = nn.Parameter(table_UD, requires_grad=False), None
         self._fill(base, prefix)
-        hidden: list[Tensor] = []
-        for rows in (slice(0, 1), *self._chunks()):
-            base(input_ids=ids_BC[rows].to(self._device), use_cache=False)
-            if not hidden:
-                # Of one block, so that it fits any number of them.
-                calls = [passage.call for passage in passages]
-            hidden.append(passages[0].hidden_BCD)
-        return torch.cat(hidden[1:]), calls
+        # With one block of text, so that what is noted fits any number of them.
+        base(input_ids=ids_BC[:1].to(self._device), use_cache=False)
+        calls = [passage.call for passage in passages]
+        hidden_BCD = passages[0].hidden_BCD.repeat(self._num_blocks, 1, 1)
+        passages[0].stops = True
+        for rows in self._chunks():
+            with contextlib.suppress(_Arrived):
+                base(input_ids=ids_BC[rows].to(self._device), use_cache=False)
+            hidden_BCD[rows] = passages[0].hidden_BCD
+        return hidden_BCD, calls
 
     def _outer(self) -> tuple[Any, list["_Passage"]]:
         """The stock model with passages instead of blocks; its parameters are not filled yet."""
@@ -209,6 +212,10 @@ class HiddenStream:
         return (slice(start, start + step) for start in range(0, num_blocks or self._num_blocks, step))
 
 
+class _Arrived(Exception):  # noqa: N818
+    """The hidden states are in front of the first block; what lies behind it need not run."""
+
+
 class _Passage(nn.Module):
     """Stands in for a block: notes what the model passes to it, and lets the hidden states through."""
 
@@ -216,8 +223,9 @@ class _Passage(nn.Module):
         super().__init__()
         self.hidden_BCD = torch.empty(0)
         self.call: Call = ((), {})
-        # What it gives instead of what it gets, if anything.
+        # What it gives instead of what it gets, if anything; or whether the model goes no further.
         self.gives: Tensor | None = None
+        self.stops = False
         # Some models choose the mask by an attribute of the block.
         for name in ("attention_type", "layer_type"):
             if hasattr(block, name):
@@ -226,6 +234,8 @@ class _Passage(nn.Module):
     def forward(self, *arguments: Any, **named: Any) -> Tensor:
         self.hidden_BCD = arguments[0] if arguments else named.pop("hidden_states")
         self.call = (arguments[1:], named)
+        if self.stops:
+            raise _Arrived
         return self.hidden_BCD if self.gives is None else self.gives
 
 
@@ -288,10 +298,10 @@ class _Block:
         for name in sites.beside:
             module.set_submodule(name, _Silent())
 
-    @property
-    def inputs_BCD(self) -> Tensor:
-        """What the FFN saw in the last call."""
-        return self._site.inputs_BCD
+    def take_inputs(self) -> Tensor:
+        """inputs_BCD of the FFN in the last call; they are not kept."""
+        inputs_BCD, self._site.inputs_BCD = self._site.inputs_BCD, torch.empty(0)
+        return inputs_BCD
 
     def __call__(self, hidden_BCD: Tensor, outputs_BCD: Tensor | None) -> Tensor:
         """The block's output for an output of its FFN; None is an FFN that gives zeros."""
