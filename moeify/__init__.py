@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from moeify.benchmark.models.run import bench
     from moeify.benchmark.options import BenchOptions
     from moeify.check.compare import Comparison, compare
-    from moeify.check.evaluate import EvalResult, evaluate, load
+    from moeify.check.evaluate import evaluate, load
+    from moeify.check.perplexity import EvalResult
     from moeify.check.verify import VerifyReport, verify
     from moeify.convert.pipeline import SplitResult, split
     from moeify.convert.search import SearchResult, search
@@ -68,7 +69,8 @@ _HOMES = {
     "benchmark.models.run": ("bench",),
     "benchmark.options": ("BenchOptions",),
     "check.compare": ("Comparison", "compare"),
-    "check.evaluate": ("EvalResult", "evaluate", "load"),
+    "check.evaluate": ("evaluate", "load"),
+    "check.perplexity": ("EvalResult",),
     "check.verify": ("VerifyReport", "verify"),
     "convert.pipeline": ("SplitResult", "split"),
     "convert.search": ("SearchResult", "search"),

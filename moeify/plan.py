@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moeify.errors import InputError, UsageError
+from moeify.options import SplitOptions
 
 SHARED = -1
 PLAN_FILE = "split_plan.safetensors"
@@ -190,7 +191,7 @@ class SplitPlan:
     source: str
     family: str
     target: str
-    options: Mapping[str, Any]
+    options: SplitOptions
     calibration: Mapping[str, Any]
     version: str
     trained: tuple[str, ...] = ()
@@ -206,7 +207,7 @@ class SplitPlan:
             "source": self.source,
             "family": self.family,
             "target": self.target,
-            "options": dict(self.options),
+            "options": asdict(self.options),
             "calibration": dict(self.calibration),
             "version": self.version,
             "trained": list(self.trained),
@@ -240,7 +241,8 @@ def load_plan(path: Path) -> SplitPlan:
             layout=Layout(**{**header["layout"], "dense_layers": tuple(header["layout"].get("dense_layers", ()))}),
             layers=layers,
             trained=tuple(header.get("trained", ())),
-            **{key: header[key] for key in ("source", "family", "target", "options", "calibration", "version")},
+            options=SplitOptions.of(header["options"]),
+            **{key: header[key] for key in ("source", "family", "target", "calibration", "version")},
         )
     except (SafetensorError, KeyError, TypeError, AttributeError, UsageError, json.JSONDecodeError) as error:
         raise InputError(

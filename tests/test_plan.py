@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moeify.errors import InputError, MoeifyError, UsageError
+from moeify.options import SplitOptions
 from moeify.plan import PLAN_FILE, SHARED, LayerPlan, Layout, SplitPlan, load_plan, resolve_layout
 
 
@@ -34,7 +35,7 @@ def make_plan(layout: Layout | None = None, num_layers: int = 2, **changes: Any)
         source="dense model",
         family="llama",
         target="granitemoeshared",
-        options={"experts": 4, "calibration": ["builtin"], "plan": None},
+        options=SplitOptions(experts=4),
         calibration={"sha256": "0" * 64, "num_tokens": 1024},
         version="0.1.0",
     )

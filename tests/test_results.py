@@ -16,7 +16,8 @@ import jsonschema
 import pytest
 
 from moeify.check.compare import Comparison, Row
-from moeify.check.evaluate import EvalResult, Evaluation
+from moeify.check.evaluate import Evaluation
+from moeify.check.perplexity import EvalResult
 from moeify.check.verify import Check, VerifyReport
 from moeify.cli.app import run_command
 from moeify.convert.search import Point, SearchResult

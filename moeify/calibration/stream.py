@@ -1,6 +1,6 @@
 """Calibration hidden states walk through the model one block at a time; no more than one block is ever in memory.
 
-    stream = HiddenStream(model, ids_BC)
+    stream = HiddenStream(model, {"input_ids": ids_BC})
     for layer in range(num_layers):
         inputs_TD = stream.attend(layer)          # up to the FFN: what it would see
         stream.advance(converted_ffn(inputs_TD))  # the next block is calibrated on what this one really gives
@@ -49,7 +49,7 @@ class HiddenStream:
 
     Args:
         model: the model.
-        ids_BC: int64 token ids, B blocks of C consecutive tokens.
+        inputs: what the stock model is called with, by name: tensors of B blocks, such as `input_ids` of C tokens each.
         device: where the arithmetic runs.
         dtype: in which it runs; float32 unless there is a reason.
     """
@@ -57,14 +57,14 @@ class HiddenStream:
     def __init__(
         self,
         model: Source,
-        ids_BC: Tensor,
+        inputs: Mapping[str, Tensor],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._model, self._sites = model, model.sites
         self._device, self._dtype = torch.device(device), dtype
-        self._num_blocks, self._context = ids_BC.shape
-        self._hidden_BCD, self._arguments = self._enter(ids_BC)
+        self._num_blocks = len(next(iter(inputs.values())))
+        self._hidden_BCD, self._arguments = self._enter(inputs)
         self._adds_up: dict[type, bool] = {}
         # The block that has to run again with its FFN's output.
         self._waiting: _Block | None = None
@@ -82,7 +82,7 @@ class HiddenStream:
             self._adds_up[block.kind] = block.adds_up(self._hidden_BCD[:1])
         self._waiting = None if self._adds_up[block.kind] else block
         inputs = []
-        for rows in self._chunks():
+        for rows in self._chunks(self._hidden_BCD):
             residual_BCD = block(self._hidden_BCD[rows], None)
             if self.adds_up:
                 self._hidden_BCD[rows] = residual_BCD
@@ -109,7 +109,7 @@ class HiddenStream:
         hidden_BCD, block = self._hidden_BCD[first : first + len(outputs_BCD)], self._waiting
         if block is None:
             return hidden_BCD + outputs_BCD
-        return torch.cat([block(hidden_BCD[rows], outputs_BCD[rows]) for rows in self._chunks(len(outputs_BCD))])
+        return torch.cat([block(hidden_BCD[rows], outputs_BCD[rows]) for rows in self._chunks(outputs_BCD)])
 
     @torch.no_grad()
     def pass_through(self, layer: int, ffn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -124,7 +124,7 @@ class HiddenStream:
     def fork(self, residual_TD: Tensor) -> "HiddenStream":
         """Another stream at the same place of the model: whole blocks, with this residual."""
         forked = copy.copy(self)
-        forked._hidden_BCD = residual_TD.reshape(-1, self._context, residual_TD.shape[-1]).clone()
+        forked._hidden_BCD = residual_TD.reshape(-1, *self._hidden_BCD.shape[1:]).clone()
         forked._num_blocks = len(forked._hidden_BCD)
         return forked
 
@@ -155,28 +155,40 @@ class HiddenStream:
             yield outer(inputs_embeds=self._hidden_BCD[block][None], use_cache=False).logits[0]
 
     @torch.no_grad()
-    def _enter(self, ids_BC: Tensor) -> tuple[Tensor, list[Call]]:
+    def _enter(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
         """Hidden states in front of the first block, and what the stock model passes to each block beside them."""
         outer, passages = self._outer()
         base = outer.base_model
         prefix = f"{outer.base_model_prefix}." if base is not outer else ""
-        embedding = base.get_input_embeddings()
-        name = prefix + next(name for name, module in base.named_modules() if module is embedding) + ".weight"
-        # Only rows that the text uses, under new numbers: a vocabulary in float32 may be larger than a block.
-        used, ids_BC = ids_BC.unique(return_inverse=True)
-        table_UD = self._model.get([name])[name][used].to(self._device, self._dtype)
-        embedding.weight, embedding.padding_idx = nn.Parameter(table_UD, requires_grad=False), None
+        if "input_ids" in inputs:
+            inputs = {**inputs, "input_ids": self._look_up(base, prefix, inputs["input_ids"])}
         self._fill(base, prefix)
-        # With one block of text, so that what is noted fits any number of them.
-        base(input_ids=ids_BC[:1].to(self._device), use_cache=False)
+
+        def enter(rows: slice) -> Tensor:
+            base(**{name: tensor[rows].to(self._device) for name, tensor in inputs.items()}, use_cache=False)
+            return passages[0].hidden_BCD
+
+        # With one block, so that what is noted fits any number of them.
+        hidden_BCD = enter(slice(0, 1)).repeat(self._num_blocks, 1, 1)
         calls = [passage.call for passage in passages]
-        hidden_BCD = passages[0].hidden_BCD.repeat(self._num_blocks, 1, 1)
         passages[0].stops = True
-        for rows in self._chunks():
+        for rows in self._chunks(hidden_BCD):
             with contextlib.suppress(_Arrived):
-                base(input_ids=ids_BC[rows].to(self._device), use_cache=False)
+                enter(rows)
             hidden_BCD[rows] = passages[0].hidden_BCD
         return hidden_BCD, calls
+
+    def _look_up(self, base: Any, prefix: str, ids_BC: Tensor) -> Tensor:
+        """Give the model the embeddings that the text uses, and return the ids by which it finds them there.
+
+        A whole vocabulary in float32 may be larger than a block.
+        """
+        embedding = base.get_input_embeddings()
+        name = prefix + next(name for name, module in base.named_modules() if module is embedding) + ".weight"
+        used_U, ids_BC = ids_BC.unique(return_inverse=True)
+        table_UD = self._model.get([name])[name][used_U].to(self._device, self._dtype)
+        embedding.weight, embedding.padding_idx = nn.Parameter(table_UD, requires_grad=False), None
+        return ids_BC
 
     def _outer(self) -> tuple[Any, list["_Passage"]]:
         """The stock model with passages instead of blocks; its parameters are not filled yet."""
@@ -206,10 +218,11 @@ class HiddenStream:
         self._assign(module, {name: f"{prefix}.{name}" for name in module.state_dict()})
         return block
 
-    def _chunks(self, num_blocks: int | None = None) -> Iterator[slice]:
+    @staticmethod
+    def _chunks(hidden_BCD: Tensor) -> Iterator[slice]:
         """Blocks that go through the model at once."""
-        step = max(1, CHUNK_TOKENS // self._context)
-        return (slice(start, start + step) for start in range(0, num_blocks or self._num_blocks, step))
+        step = max(1, CHUNK_TOKENS // hidden_BCD.shape[1])
+        return (slice(start, start + step) for start in range(0, len(hidden_BCD), step))
 
 
 class _Arrived(Exception):  # noqa: N818

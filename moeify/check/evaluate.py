@@ -1,47 +1,29 @@
-"""Perplexity with a sliding window, and how fast the text went through, for one or several models side by side.
+"""How well one or several models do their job, side by side on the same data; the measure follows from their inputs."""
 
-Legend: T tokens, B windows in a batch, C tokens in a window, V vocabulary.
-"""
-
-import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from moeify.data.text import TokenStream, evaluation_tokens
+from moeify import families
+from moeify.check.perplexity import EvalResult, Perplexity
 from moeify.errors import InputError
+from moeify.families import Modality
 from moeify.kernels import register
 from moeify.models.dense import load_config, locate
-from moeify.options import EvalOptions, Track, untracked
-
-DEFAULT_CONTEXT = 512
-BATCH_TOKENS = 2048
+from moeify.options import DType, EvalOptions, Track, untracked
 
 
-@dataclass(frozen=True)
-class EvalResult:
-    """One model on one text.
+class Measure(Protocol):
+    """One measure, opened on the same data for all models."""
 
-    Args:
-        model, data: what was measured on what.
-        perplexity: exp of the mean negative log-likelihood of a token.
-        num_tokens: tokens that were scored.
-        tokens_per_second: tokens that went through the model, repeated context included.
-        sha256: of the token ids.
-    """
+    def __call__(self, model: Any, name: str, source: str, track: Track[Any]) -> EvalResult: ...
 
-    model: str
-    data: str
-    perplexity: float
-    num_tokens: int
-    tokens_per_second: float
-    sha256: str
+
+# Kind of inputs -> opens a measure for the folders of models, by name; raises InputError where they do not compare.
+MEASURES: Mapping[Modality, Callable[[Mapping[str, Path], EvalOptions], Measure]] = {"text": Perplexity.open}
 
 
 @dataclass(frozen=True)
@@ -83,7 +65,7 @@ def evaluate(
     tokens: int = EvalOptions.tokens,
     context: int | None = EvalOptions.context,
     stride: int | None = EvalOptions.stride,
-    dtype: str = EvalOptions.dtype,
+    dtype: DType = EvalOptions.dtype,
     device: str = EvalOptions.device,
     track: Track[Any] = untracked,
 ) -> list[EvalResult]:
@@ -104,75 +86,18 @@ def evaluate(
         InputError: a model or text cannot be read, or two models cut the text into different tokens.
     """
     paths = {model: locate(model, track) for model in models}
-    limit = min(int(load_config(path).max_position_embeddings) for path in paths.values())
-    context = context or min(DEFAULT_CONTEXT, limit)
-    if context < 2:
-        raise InputError(f"a context of {context} leaves nothing to predict", "--context takes 2 or more")
-    if context > limit:
-        raise InputError(f"context {context} is longer than the {limit} tokens that all models take")
-    stride = stride or context // 2
-    if not 1 <= stride <= context:
-        raise InputError(f"stride {stride} does not fit a context of {context}", f"--stride takes 1 to {context}")
-    texts = {(model, source): _stream(str(paths[model]), source, tokens) for model in models for source in data}
-    for (model, source), text in texts.items():
-        reference = texts[models[0], source]
-        if text.provenance.sha256 != reference.provenance.sha256:
-            raise InputError(
-                f"{models[0]} and {model} cut {source} into different tokens", "their perplexities do not compare"
-            )
+    options = EvalOptions(tuple(data), tokens, context, stride, dtype, device)
+    measure = MEASURES[_modality(paths)](paths, options)
     results = []
     for name in models:
         model = load(name, dtype=dtype, device=device)
-        for source in data:
-            results.append(
-                _measure(model, name, source, texts[name, source], context=context, stride=stride, track=track)
-            )
+        results += [measure(model, name, source, track) for source in data]
         del model
     return results
 
 
-def _stream(path: str, source: str, tokens: int) -> TokenStream:
-    return evaluation_tokens(source, AutoTokenizer.from_pretrained(path, trust_remote_code=False), num_tokens=tokens)
-
-
-def _windows(num_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, first position whose prediction counts) of each window.
-
-    Each position counts once, but for those with nothing before them: the very first and, if windows do not overlap,
-    the first of every window.
-    """
-    scored = 0
-    for start in range(0, num_tokens, stride):
-        end, first = min(start + context, num_tokens), max(scored, start + 1)
-        if first < end:
-            yield start, end, first
-        scored = end
-
-
-@torch.no_grad()
-def _measure(
-    model: Any, name: str, source: str, text: TokenStream, *, context: int, stride: int, track: Track[Any]
-) -> EvalResult:
-    ids_T = text.ids_T.to(model.device)
-    windows = list(_windows(len(ids_T), context, stride))
-    full = [window for window in windows if window[1] - window[0] == context]
-    step = max(1, BATCH_TOKENS // context)
-    batches = [full[i : i + step] for i in range(0, len(full), step)]
-    batches += [[window] for window in windows if window[1] - window[0] < context]
-    loss, count, processed = 0.0, 0, 0
-    began = time.perf_counter()
-    for batch in track(batches, f"evaluating {name} on {source}", len(batches)):
-        ids_BC = torch.stack([ids_T[start:end] for start, end, _ in batch])
-        logits_BCV = model(ids_BC, use_cache=False).logits
-        for row, (start, _, scored) in enumerate(batch):
-            first = scored - start
-            loss += _loss(logits_BCV[row, first - 1 : -1], ids_BC[row, first:])
-            count += ids_BC.shape[1] - first
-        processed += ids_BC.numel()
-    elapsed = time.perf_counter() - began
-    perplexity = math.exp(loss / count) if math.isfinite(loss) else math.inf
-    return EvalResult(name, source, perplexity, count, processed / elapsed, text.provenance.sha256)
-
-
-def _loss(logits_CV: Tensor, ids_C: Tensor) -> float:
-    return float(cross_entropy(logits_CV.float(), ids_C, reduction="sum"))
+def _modality(paths: Mapping[str, Path]) -> Modality:
+    """Kind of the models' inputs; an architecture that is no family's, as those of converted models, takes text."""
+    types = [str(load_config(path).model_type) for path in paths.values()]
+    known = {families.find(name).modality for name in types if name in families.names()}
+    return known.pop() if len(known) == 1 else "text"

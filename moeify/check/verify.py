@@ -219,7 +219,7 @@ def _stored_checks(path: Path, source: DenseModel, plan: SplitPlan, target: Targ
     wrong: list[str] = []
     for decided in plan.layers:
         ffn, layer = source.ffn(decided.layer).map(lambda tensor: tensor.to(config.dtype)), decided
-        if (plan.options["refit"] or plan.trained) and layer.layer not in plan.layout.dense_layers:
+        if (plan.options.refit or plan.trained) and layer.layer not in plan.layout.dense_layers:
             layer = replace(layer, down_DF=torch.full_like(ffn.down_DF, torch.nan))
         free = _trained_names(writer, ffn, layer, plan)
         for name, planned_values in writer.layer(layer.layer, slice_experts(ffn, layer, plan.layout)).items():

@@ -153,7 +153,7 @@ def _plan(prepared: Prepared, layers: tuple[LayerPlan, ...], calibration: dict[s
         source=prepared.dense.name,
         family=prepared.dense.family.model_type,
         target=prepared.target.model_type,
-        options=asdict(prepared.options),
+        options=prepared.options,
         calibration=calibration,
         version=__version__,
     )

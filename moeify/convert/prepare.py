@@ -1,6 +1,6 @@
 """What is settled before a calibration token is read: model, target, layout, numbers. Also what `--dry-run` shows."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Prepared:
 
     @property
     def mixing(self) -> Mixing:
-        return Mixing.of(asdict(self.options))
+        return Mixing.of(self.options)
 
     @property
     def needs_text(self) -> bool:
@@ -77,7 +77,7 @@ class Prepared:
 
     def stream(self, ids_BC: Tensor) -> HiddenStream:
         """Hidden states of a text, in front of the first block."""
-        return HiddenStream(self.dense, ids_BC, self.options.device)
+        return HiddenStream(self.dense, {"input_ids": ids_BC}, self.options.device)
 
 
 def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) -> Prepared:

@@ -3,14 +3,12 @@
 Legend: T tokens, R routed experts, K of them chosen for a token.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeify.options import Fusion, Style
+from moeify.options import Fusion, SplitOptions, Style
 from moeify.plan import Layout
 
 
@@ -30,9 +28,9 @@ class Mixing:
     fusion: Fusion = "sum"
 
     @classmethod
-    def of(cls, options: Mapping[str, Any]) -> "Mixing":
-        """The mixing that options, or those of a saved plan, ask for."""
-        return cls(options.get("mixing", "hard"), options.get("temperature", 1.0), options.get("fusion", "sum"))
+    def of(cls, options: SplitOptions) -> "Mixing":
+        """The mixing that a split asks for."""
+        return cls(options.mixing, options.temperature, options.fusion)
 
     def weights(self, scores_TR: Tensor, layout: Layout) -> Tensor:
         """weights_TR, zero for experts that are not chosen; in the dtype of the scores."""

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from moeify.command_line import command_line
-from moeify.options import SplitOptions
 from moeify.plan import SplitPlan
 from moeify.version import __version__
 
@@ -64,15 +63,15 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int]) 
     rows = {
         "dense model": f"{plan.source} (`{plan.family}`)",
         "written as": f"`{architecture}`",
-        "partition": options["partition"] if options["plan"] is None else f"from {options['plan']}",
-        "router": "none" if layout.is_static else options["router"],
-        "down_proj refit": "yes, in closed form" if options["refit"] else "no",
-        "calibration text": ", ".join(options["calibration"]) if calibration else "none",
+        "partition": options.partition if options.plan is None else f"from {options.plan}",
+        "router": "none" if layout.is_static else options.router,
+        "down_proj refit": "yes, in closed form" if options.refit else "no",
+        "calibration text": ", ".join(options.calibration) if calibration else "none",
         "calibration tokens": f"{calibration['num_tokens']:,} in blocks of {calibration['context']}"
         if calibration
         else "none",
         "sha256 of the token ids": f"`{calibration['sha256']}`" if calibration else "none",
-        "seed": options["seed"],
+        "seed": options.seed,
     }
     return CARD.format(
         source=plan.source,
@@ -94,7 +93,7 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int]) 
 
 def _split_again(plan: SplitPlan) -> str:
     """The command that makes the checkpoint again: a budget has become a layout by now."""
-    options = replace(SplitOptions.of(plan.options), budget=None, dense_layers=plan.layout.dense_layers)
+    options = replace(plan.options, budget=None, dense_layers=plan.layout.dense_layers)
     return command_line("split", plan.source, options, out="OUT")
 
 

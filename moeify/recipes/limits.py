@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeify.benchmark.models.results import ModelBench
-from moeify.check.evaluate import EvalResult
+from moeify.check.perplexity import EvalResult
 from moeify.check.verify import VerifyReport
 from moeify.recipes.model import MAIN, TRAINED, Recipe
 

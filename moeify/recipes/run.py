@@ -13,7 +13,8 @@ from moeify.benchmark.models.run import FILE as BENCH_FILE
 from moeify.benchmark.models.run import bench, load_bench
 from moeify.cache import digest, intact, replacing
 from moeify.check.compare import compare
-from moeify.check.evaluate import EvalResult, evaluate
+from moeify.check.evaluate import evaluate
+from moeify.check.perplexity import EvalResult
 from moeify.check.verify import TOLERANCE, VerifyReport, verify
 from moeify.convert.pipeline import split
 from moeify.convert.prepare import Preview, preview

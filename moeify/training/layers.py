@@ -122,7 +122,7 @@ def fit_layers(
     """
     assert student.plan is not None
     sites = sites_of(student.target) if student.target else teacher.sites
-    stream = HiddenStream(_Loaded(student.model, sites), ids_BC, options.device)
+    stream = HiddenStream(_Loaded(student.model, sites), {"input_ids": ids_BC}, options.device)
     for layer in range(teacher.num_layers):
         inputs_TD = stream.attend(layer)
         dense = teacher.ffn(layer).map(lambda tensor: tensor.to(options.device, torch.float32))

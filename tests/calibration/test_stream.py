@@ -58,7 +58,7 @@ def test_inputs_of_every_ffn_are_the_stock_models(case: str, make_dense: MakeDen
     family, overrides = CASES[case]
     folder = make_dense(family, num_hidden_layers=3, **overrides)
     ids_BC = ids(4, 48)
-    stream = HiddenStream(open_dense(str(folder)), ids_BC)
+    stream = HiddenStream(open_dense(str(folder)), {"input_ids": ids_BC})
     for layer, (inputs_TD, outputs_TD) in enumerate(stock_ffn(folder, ids_BC)):
         found = stream.attend(layer)
         assert found.dtype == torch.float32
@@ -75,7 +75,7 @@ def test_attention_runs_once_only_where_the_output_is_added_as_it_is(
     """A norm behind the FFN, or a factor on it, makes the block run again; the logits stay right."""
     folder, ids_BC = make_dense(family), ids(2, 32)
     dense = open_dense(str(folder))
-    stream = HiddenStream(dense, ids_BC)
+    stream = HiddenStream(dense, {"input_ids": ids_BC})
     for layer in range(dense.num_layers):
         outputs_TD = dense.ffn(layer)(stream.attend(layer))
         assert stream.adds_up is adds_up
@@ -100,7 +100,7 @@ def test_a_window_is_felt(make_dense: MakeDense) -> None:
     """The test above would prove nothing for windows if 16 of 48 tokens were as good as all."""
     ids_BC = ids(2, 48)
     full, windowed = (
-        HiddenStream(open_dense(str(make_dense("mistral", **values))), ids_BC).attend(0).view(2, 48, -1)
+        HiddenStream(open_dense(str(make_dense("mistral", **values))), {"input_ids": ids_BC}).attend(0).view(2, 48, -1)
         for values in ({}, {"sliding_window": 16})
     )
     torch.testing.assert_close(full[:, :16], windowed[:, :16])
@@ -110,17 +110,17 @@ def test_a_window_is_felt(make_dense: MakeDense) -> None:
 def test_chunks_do_not_mix_blocks(make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_dense("llama")
     ids_BC = ids(5, 32)
-    whole = HiddenStream(open_dense(str(folder)), ids_BC).attend(0)
+    whole = HiddenStream(open_dense(str(folder)), {"input_ids": ids_BC}).attend(0)
     # Two blocks at a time, then one that is left; then less than a block.
     for limit in (70, 10):
         monkeypatch.setattr(calibration, "CHUNK_TOKENS", limit)
-        torch.testing.assert_close(HiddenStream(open_dense(str(folder)), ids_BC).attend(0), whole)
+        torch.testing.assert_close(HiddenStream(open_dense(str(folder)), {"input_ids": ids_BC}).attend(0), whole)
 
 
 def test_the_next_layer_sees_what_this_one_was_said_to_give(make_dense: MakeDense) -> None:
     checkpoint = open_dense(str(make_dense("llama")))
     ids_BC = ids(2, 32)
-    first, second = HiddenStream(checkpoint, ids_BC), HiddenStream(checkpoint, ids_BC)
+    first, second = HiddenStream(checkpoint, {"input_ids": ids_BC}), HiddenStream(checkpoint, {"input_ids": ids_BC})
     inputs_TD = first.attend(0)
     assert torch.equal(second.attend(0), inputs_TD)
     first.advance(torch.zeros_like(inputs_TD))
@@ -130,7 +130,7 @@ def test_the_next_layer_sees_what_this_one_was_said_to_give(make_dense: MakeDens
 
 def test_only_one_layer_is_in_memory(make_dense: MakeDense) -> None:
     checkpoint = open_dense(str(make_dense("llama")))
-    stream = HiddenStream(checkpoint, ids(2, 32))
+    stream = HiddenStream(checkpoint, {"input_ids": ids(2, 32)})
     stream.attend(0)
     assert {p.device.type for p in checkpoint.skeleton.parameters()} == {"meta"}
     assert type(checkpoint.skeleton.model.norm).__name__ == "LlamaRMSNorm"
@@ -139,7 +139,7 @@ def test_only_one_layer_is_in_memory(make_dense: MakeDense) -> None:
 
 def test_a_fork_goes_on_by_itself(make_dense: MakeDense) -> None:
     checkpoint, ids_BC = open_dense(str(make_dense("llama"))), ids(4, 32)
-    stream = HiddenStream(checkpoint, ids_BC)
+    stream = HiddenStream(checkpoint, {"input_ids": ids_BC})
     stream.advance(stream.attend(0))
     residual_TD = stream.residual().clone()
     # Two copies of the whole batch, the second of them moved.
@@ -155,7 +155,7 @@ def test_a_fork_goes_on_by_itself(make_dense: MakeDense) -> None:
 def test_dense_ffns_give_the_stock_models_logits_and_losses(tied: bool, make_dense: MakeDense) -> None:
     folder, ids_BC = make_dense("llama", num_hidden_layers=3, tie_word_embeddings=tied), ids(3, 32)
     checkpoint = open_dense(str(folder))
-    stream = HiddenStream(checkpoint, ids_BC)
+    stream = HiddenStream(checkpoint, {"input_ids": ids_BC})
     for layer in range(3):
         ffn = checkpoint.ffn(layer)
         residual_TD = stream.pass_through(layer, ffn)

@@ -20,6 +20,7 @@ from conftest import MakeDense
 
 from moeify import families, partition, routers, strategies, targets
 from moeify import plugin_list as listing
+from moeify.check.perplexity import EvalResult
 from moeify.cli.app import app, run_command
 from moeify.cli.options import KINDS
 from moeify.errors import CheckError, InputError, UsageError
@@ -366,7 +367,7 @@ def test_an_error_under_json_leaves_stdout_empty(capfd: pytest.CaptureFixture[st
 def test_json_of_an_infinite_perplexity_is_json(dense: Path, monkeypatch: pytest.MonkeyPatch, as_json: Call) -> None:
     module = importlib.import_module("moeify.check.evaluate")
     for value in (float("inf"), float("nan")):
-        result = module.EvalResult("a", "b", value, 1, 1.0, "")
+        result = EvalResult("a", "b", value, 1, 1.0, "")
         monkeypatch.setattr(module, "evaluate", lambda *_, result=result, **__: [result])
         assert as_json("eval", str(dense))["results"][0]["perplexity"] is None
 

@@ -135,7 +135,7 @@ def test_more_active_experts_change_less(scored: list[ScoredLayer]) -> None:
 
 def test_several_variants_are_finished_as_one_by_one(bench: Bench) -> None:
     check = bench.check()
-    stream = HiddenStream(bench.prepared.dense, bench.checked)
+    stream = HiddenStream(bench.prepared.dense, {"input_ids": bench.checked})
     residual_TD = stream.pass_through(0, bench.prepared.ffn(0)).clone()
     noise_TD = torch.randn(residual_TD.shape, generator=torch.Generator().manual_seed(0))
     variants = [residual_TD, residual_TD + 0.1 * noise_TD, residual_TD - 0.3 * noise_TD]

@@ -69,8 +69,7 @@ def test_scores_that_are_all_alike_give_every_token_its_number_of_experts() -> N
         torch.testing.assert_close(weights_TR.sum(dim=1), torch.full((5,), 3.0))
 
 
-def test_a_gate_comes_from_options_and_from_plans_that_have_none() -> None:
-    assert Mixing.of(vars(SplitOptions(mixing="softmax", temperature=2.0, fusion="mean"))) == Mixing(
-        "softmax", 2.0, "mean"
-    )
-    assert Mixing.of({"experts": 8}) == UNIT == Mixing.of(vars(SplitOptions()))
+def test_a_mixing_comes_from_options() -> None:
+    options = SplitOptions(mixing="softmax", temperature=2.0, fusion="mean")
+    assert Mixing.of(options) == Mixing("softmax", 2.0, "mean")
+    assert Mixing.of(SplitOptions()) == UNIT

@@ -14,7 +14,7 @@ import yaml
 from conftest import MakeDense
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
-from moeify.check.evaluate import EvalResult
+from moeify.check.perplexity import EvalResult
 from moeify.cli.app import run_command
 from moeify.errors import InputError, MoeifyError, UsageError
 from moeify.options import SplitOptions

@@ -350,7 +350,7 @@ def test_a_checkpoint_runs_in_its_own_dtype_or_is_refused(
 def walk(out: Path, dense: Path, ids_BC: torch.Tensor) -> tuple[HiddenStream, torch.Tensor]:
     """moeify's own arithmetic, layer by layer in dense order; the stream at its end and what the last FFN saw."""
     plan, source = load_plan(out), open_dense(str(dense))
-    stream = HiddenStream(source, ids_BC)
+    stream = HiddenStream(source, {"input_ids": ids_BC})
     inputs_TD = torch.empty(0)
     for layer in plan.layers:
         inputs_TD = stream.attend(layer.layer)

@@ -14,7 +14,7 @@ from torch import Tensor
 from moeify.benchmark.machine import dtype_by_name
 from moeify.benchmark.models.anatomy import Anatomy, anatomy
 from moeify.benchmark.options import BenchOptions
-from moeify.check.evaluate import DEFAULT_CONTEXT
+from moeify.check.perplexity import DEFAULT_CONTEXT
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
 from moeify.models.dense import load_config, load_tokenizer, locate

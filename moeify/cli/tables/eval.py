@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from moeify.check.evaluate import EvalResult
+    from moeify.check.perplexity import EvalResult
 
 
 def eval_table(results: "Sequence[EvalResult]") -> Table:

@@ -1,0 +1,134 @@
+"""Perplexity with a sliding window, and how fast the text went through.
+
+Legend: T tokens, B windows in a batch, C tokens in a window, V vocabulary.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from moeify.data.text import TokenStream, evaluation_tokens
+from moeify.errors import InputError
+from moeify.models.dense import load_config, load_tokenizer
+from moeify.options import EvalOptions, Track
+
+DEFAULT_CONTEXT = 512
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """One model on one text.
+
+    Args:
+        model, data: what was measured on what.
+        perplexity: exp of the mean negative log-likelihood of a token.
+        num_tokens: tokens that were scored.
+        tokens_per_second: tokens that went through the model, repeated context included.
+        sha256: of the token ids.
+    """
+
+    model: str
+    data: str
+    perplexity: float
+    num_tokens: int
+    tokens_per_second: float
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The measure of causal language models.
+
+    Args:
+        texts: the tokens of every model and source.
+        context: tokens in a window.
+        stride: tokens the window moves by.
+    """
+
+    texts: Mapping[tuple[str, str], TokenStream]
+    context: int
+    stride: int
+
+    @classmethod
+    def open(cls, paths: Mapping[str, Path], options: EvalOptions) -> Self:
+        """Settle windows and read the texts.
+
+        Raises:
+            InputError: a window does not fit, a text cannot be read, or two models cut it into different tokens.
+        """
+        limit = min(int(load_config(path).max_position_embeddings) for path in paths.values())
+        context = options.context or min(DEFAULT_CONTEXT, limit)
+        if context < 2:
+            raise InputError(f"a context of {context} leaves nothing to predict", "--context takes 2 or more")
+        if context > limit:
+            raise InputError(f"context {context} is longer than the {limit} tokens that all models take")
+        stride = options.stride or context // 2
+        if not 1 <= stride <= context:
+            raise InputError(f"stride {stride} does not fit a context of {context}", f"--stride takes 1 to {context}")
+        tokenizers = {name: load_tokenizer(path) for name, path in paths.items()}
+        texts = {
+            (name, source): evaluation_tokens(source, tokenizer, num_tokens=options.tokens)
+            for name, tokenizer in tokenizers.items()
+            for source in options.data
+        }
+        first = next(iter(paths))
+        for (name, source), text in texts.items():
+            if text.provenance.sha256 != texts[first, source].provenance.sha256:
+                raise InputError(
+                    f"{first} and {name} cut {source} into different tokens", "their perplexities do not compare"
+                )
+        return cls(texts, context, stride)
+
+    @torch.no_grad()
+    def __call__(self, model: Any, name: str, source: str, track: Track[Any]) -> EvalResult:
+        """Score every token of a text once, with at least context - stride tokens before it but at the beginning."""
+        text = self.texts[name, source]
+        ids_T = text.ids_T.to(model.device)
+        loss, count, processed = 0.0, 0, 0
+        began = time.perf_counter()
+        batches = list(self._batches(len(ids_T)))
+        for batch in track(batches, f"evaluating {name} on {source}", len(batches)):
+            ids_BC = torch.stack([ids_T[start:end] for start, end, _ in batch])
+            logits_BCV = model(ids_BC, use_cache=False).logits
+            for row, (start, _, scored) in enumerate(batch):
+                first = scored - start
+                loss += _loss(logits_BCV[row, first - 1 : -1], ids_BC[row, first:])
+                count += ids_BC.shape[1] - first
+            processed += ids_BC.numel()
+        elapsed = time.perf_counter() - began
+        perplexity = math.exp(loss / count) if math.isfinite(loss) else math.inf
+        return EvalResult(name, source, perplexity, count, processed / elapsed, text.provenance.sha256)
+
+    def _batches(self, num_tokens: int) -> Iterator[list[tuple[int, int, int]]]:
+        """Windows of full length together, shorter ones alone."""
+        windows = list(_windows(num_tokens, self.context, self.stride))
+        full = [window for window in windows if window[1] - window[0] == self.context]
+        step = max(1, BATCH_TOKENS // self.context)
+        yield from (full[i : i + step] for i in range(0, len(full), step))
+        yield from ([window] for window in windows if window[1] - window[0] < self.context)
+
+
+def _windows(num_tokens: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, end, first position whose prediction counts) of each window.
+
+    Each position counts once, but for those with nothing before them: the very first and, if windows do not overlap,
+    the first of every window.
+    """
+    scored = 0
+    for start in range(0, num_tokens, stride):
+        end, first = min(start + context, num_tokens), max(scored, start + 1)
+        if first < end:
+            yield start, end, first
+        scored = end
+
+
+def _loss(logits_CV: Tensor, ids_C: Tensor) -> float:
+    return float(cross_entropy(logits_CV.float(), ids_C, reduction="sum"))
