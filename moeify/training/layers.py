@@ -126,7 +126,7 @@ def fit_layers(
     for layer in range(teacher.num_layers):
         inputs_TD = stream.attend(layer)
         dense = teacher.ffn(layer).map(lambda tensor: tensor.to(options.device, torch.float32))
-        current = _student_ffn(student, teacher, layer, options.device)
+        current = _student_ffn(student, layer, options.device)
         if layer in student.plan.layout.dense_layers:
             stream.advance(current(inputs_TD))
             continue
@@ -241,15 +241,15 @@ def _boundary(values_TR: Tensor, chosen: int) -> Tensor:
     return ordered_TR[:, chosen - 1 : min(chosen + 1, ordered_TR.shape[1])].mean(dim=1, keepdim=True)
 
 
-def _student_ffn(student: Student, teacher: DenseModel, layer: int, device: str) -> LayerFFN:
+def _student_ffn(student: Student, layer: int, device: str) -> LayerFFN:
     assert student.plan is not None
     plan, prefix, mixing = student.plan, f"{student.blocks}.{layer}", Mixing.of(student.plan.options)
     block = student.model.get_submodule(prefix)
     if student.target is None or layer in plan.layout.dense_layers:
         tensors = {f"{prefix}.{name}": parameter.detach() for name, parameter in block.named_parameters()}
-        ffn = unpack(student.dense_ffn, prefix, tensors, layer, teacher.activation)
+        ffn = unpack(student.dense_ffn, prefix, tensors, layer, student.activation)
         return LayerFFN(ffn.map(lambda tensor: tensor.to(device, torch.float32)), plan.layout, mixing, None)
-    experts = split_ffn(block, student.target.modules, layer, teacher.activation)
+    experts = split_ffn(block, student.target.modules, layer, student.activation)
     shared_fold, routed_fold = folds(plan, student.target)
     experts = experts.folded(shared=1 / shared_fold, routed=1 / routed_fold, router=1 / student.scale)
     ffn = joined(experts.shared, experts.routed).map(lambda tensor: tensor.to(device, torch.float32))

@@ -60,6 +60,13 @@ class Student:
         return families.find(self.model.config.model_type).blocks if self.target is None else self.target.blocks
 
     @property
+    def activation(self) -> str:
+        """Of the FFNs; every target has it under the name that most families use."""
+        config = self.model.config
+        name = "hidden_act" if self.target is not None else families.find(config.model_type).activation
+        return str(getattr(config, name))
+
+    @property
     def dense_ffn(self) -> FFNFormat:
         """How FFNs lie that are not cut into experts."""
         return families.find(self.model.config.model_type).ffn if self.target is None else self.target.dense_ffn

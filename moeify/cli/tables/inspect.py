@@ -27,7 +27,7 @@ def inspect_tables(inspection: "Inspection") -> tuple[Table, Table]:
         ],
     )
     fits = Table(title="targets", title_justify="left")
-    for column in ("target", "fits", "shared experts", "why"):
+    for column in ("target", "exact", "shared experts", "why"):
         fits.add_column(column, overflow="fold")
     for fit in inspection.targets:
         fits.add_row(fit.target, "yes" if fit.fits else "no", "yes" if fit.shared else "no", fit.reason)
