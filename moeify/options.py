@@ -23,8 +23,8 @@ RefitTo = Literal["ffn", "stream"]
 DATA = "Text, jsonl or parquet file, folder, hub data set, builtin or builtin-heldout, to measure or to train on."
 CONTEXT = "Tokens in a block of text; 512, or as many as the model takes."
 SEED = "Of sampling, data order, clustering and projections."
-DTYPE = "Of the weights; auto keeps the checkpoint's."
-DEVICE = "Where the arithmetic runs: cpu, cuda, cuda:1."
+DTYPE = "Of the weights; auto keeps the checkpoint's or, where there is none, is bfloat16 on cuda and float32 on cpu."
+DEVICE = "Where the arithmetic runs: cpu, cuda, cuda:1; in benchmarks also auto."
 # Every layer adds its number to a seed, and scikit-learn's generators take 32 bits.
 SEEDS = 1 << 31
 

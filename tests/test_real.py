@@ -15,7 +15,8 @@ from moeify.check.verify import verify
 from moeify.convert.exactness import check_target
 from moeify.convert.pipeline import split
 from moeify.kernels import register
-from moeify.models.dense import locate, open_dense
+from moeify.models.dense import open_dense
+from moeify.models.files import locate
 from moeify.options import SplitOptions
 from moeify.plan import resolve_layout
 

@@ -4,9 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeify.command_line import Options, option
-from moeify.options import CONTEXT, DATA, DTYPE, DType
-
-BENCH_DEVICE = "Where the arithmetic runs: auto (cuda if there is one), cpu, cuda, cuda:1."
+from moeify.options import CONTEXT, DATA, DEVICE, DTYPE, DType
 
 Section = Literal["quality", "speed", "memory", "experts"]
 Implementation = Literal["eager", "batched_mm", "grouped_mm", "moeify"]
@@ -30,7 +28,7 @@ class BenchOptions(Options):
         2.0, "How long one model on one implementation is timed on one phase of one regime.", least=0
     )
     dtype: DType = option("auto", DTYPE)
-    device: str = option("auto", BENCH_DEVICE)
+    device: str = option("auto", DEVICE)
 
 
 @dataclass(frozen=True)
@@ -48,5 +46,5 @@ class LayerBenchOptions(Options):
     )
     seconds_per_row: float = option(0.3, "How long an implementation is timed on a case.", least=0)
     limit_seconds: float | None = option(None, "Begin no case after that; the most important ones come first.", least=0)
-    dtype: DType = option("auto", "Of the weights; auto is bfloat16 on cuda and float32 on cpu.")
-    device: str = option("auto", BENCH_DEVICE)
+    dtype: DType = option("auto", DTYPE)
+    device: str = option("auto", DEVICE)

@@ -12,7 +12,7 @@ from moeify.check.perplexity import EvalResult, Perplexity
 from moeify.errors import InputError
 from moeify.families import Modality
 from moeify.kernels import register
-from moeify.models.dense import load_config, locate
+from moeify.models.files import load_config, locate
 from moeify.options import DType, EvalOptions, Track, untracked
 
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 
 from moeify.data.text import TokenStream, evaluation_tokens
 from moeify.errors import InputError
-from moeify.models.dense import load_config, load_tokenizer
+from moeify.models.files import load_config, load_tokenizer
 from moeify.options import EvalOptions, Track
 
 DEFAULT_CONTEXT = 512

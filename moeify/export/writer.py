@@ -17,8 +17,9 @@ from moeify.errors import InputError
 from moeify.experts.mixing import UNIT, Mixing
 from moeify.experts.slices import SplitFFN
 from moeify.export.workspace import Workspace
-from moeify.models.dense import INDEX_FILE, TOKENIZER_FILES, DenseModel
+from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
+from moeify.models.files import INDEX_FILE, TOKENIZER_FILES
 from moeify.options import Track
 from moeify.plan import Layout
 from moeify.targets import ROUTER_SCALE, Target

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from moeify.errors import InputError
 from moeify.kernels import experts, launch
 from moeify.kernels.tune import Shape, Tuned, keys_of, tune
-from moeify.models.dense import load_config, locate
+from moeify.models.files import load_config, locate
 from moeify.options import Track, TuneOptions, untracked
 
 

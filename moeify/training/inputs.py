@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moeify.data.documents import read_documents
 from moeify.data.text import calibration_blocks, evaluation_tokens, sample_from_model
 from moeify.errors import InputError, UsageError
-from moeify.models.dense import DenseModel, find_shards, fingerprint, load_config, locate, open_dense
+from moeify.models.dense import DenseModel, open_dense
+from moeify.models.files import find_shards, fingerprint, load_config, locate
 from moeify.options import Track
 from moeify.plan import PLAN_FILE, SplitPlan, load_plan
 from moeify.training.model import check_stages

@@ -487,4 +487,4 @@ def test_the_installed_script_is_this_command_line() -> None:
     from importlib.metadata import entry_points
 
     found = entry_points(group="console_scripts", name="moeify")
-    assert [entry.value for entry in found] == ["moeify.cli:main"]
+    assert [entry.value for entry in found] == ["moeify.cli.app:main"]

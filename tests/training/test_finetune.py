@@ -16,7 +16,7 @@ from moeify.check.evaluate import evaluate
 from moeify.check.verify import verify
 from moeify.convert.pipeline import split
 from moeify.errors import CheckError, InputError, UsageError
-from moeify.models.dense import find_shards
+from moeify.models.files import find_shards
 from moeify.options import SplitOptions
 from moeify.plan import load_plan
 from moeify.training import losses as finetune_losses
@@ -385,7 +385,7 @@ def test_a_teacher_of_another_shape_is_refused(cut: Cut, taught: Path, tmp_path:
         ({"tokens": 0}, "--tokens 0"),
         ({"kl": -1.0}, "--kl -1.0"),
         ({"kl": 0.0, "lm": 0.0}, "are all zero"),
-        ({"stage": ()}, "no stage"),
+        ({"stage": ()}, "--stage is empty"),
         ({"stage": ("full", "layers")}, "must be the first"),
         ({"hidden": 1.0, "cache_teacher": True}, "cache holds only"),
         ({"learning_rate": float("nan")}, "--learning-rate nan"),

@@ -17,7 +17,7 @@ from moeify.benchmark.options import BenchOptions
 from moeify.check.perplexity import DEFAULT_CONTEXT
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
-from moeify.models.dense import load_config, load_tokenizer, locate
+from moeify.models.files import load_config, load_tokenizer, locate
 from moeify.options import Track
 
 DENSE = "dense"

@@ -35,7 +35,7 @@ from moeify.benchmark.timing import timer_for
 from moeify.check.evaluate import load
 from moeify.command_line import command_line
 from moeify.errors import InputError
-from moeify.models.dense import find_shards
+from moeify.models.files import find_shards
 from moeify.options import Track, untracked
 from moeify.results import read, write
 
