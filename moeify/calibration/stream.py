@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from moeify.calibration.blocks import Arrived, Block, Call, Passage, copy_sharing
 from moeify.families import Sites
 from moeify.models.ffn import CHUNK_TOKENS
 
@@ -38,10 +39,6 @@ class Source(Protocol):
     def tied(self) -> Mapping[str, str]: ...
 
     def get(self, names: Iterable[str]) -> dict[str, Tensor]: ...
-
-
-# What a block is called with beside the hidden states.
-Call = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 class HiddenStream:
@@ -67,7 +64,7 @@ class HiddenStream:
         self._hidden_BCD, self._arguments = self._enter(inputs)
         self._adds_up: dict[type, bool] = {}
         # The block that has to run again with its FFN's output.
-        self._waiting: _Block | None = None
+        self._waiting: Block | None = None
 
     @property
     def adds_up(self) -> bool:
@@ -173,7 +170,7 @@ class HiddenStream:
         calls = [passage.call for passage in passages]
         passages[0].stops = True
         for rows in self._chunks(hidden_BCD):
-            with contextlib.suppress(_Arrived):
+            with contextlib.suppress(Arrived):
                 enter(rows)
             hidden_BCD[rows] = passages[0].hidden_BCD
         return hidden_BCD, calls
@@ -190,11 +187,11 @@ class HiddenStream:
         embedding.weight, embedding.padding_idx = nn.Parameter(table_UD, requires_grad=False), None
         return ids_BC
 
-    def _outer(self) -> tuple[Any, list["_Passage"]]:
+    def _outer(self) -> tuple[Any, list[Passage]]:
         """The stock model with passages instead of blocks; its parameters are not filled yet."""
-        outer = _copy(self._model.skeleton, self._sites.blocks)
+        outer = copy_sharing(self._model.skeleton, self._sites.blocks)
         blocks: Any = self._model.skeleton.get_submodule(self._sites.blocks)
-        passages = [_Passage(block) for block in blocks]
+        passages = [Passage(block) for block in blocks]
         outer.set_submodule(self._sites.blocks, nn.ModuleList(passages))
         return outer, passages
 
@@ -210,11 +207,11 @@ class HiddenStream:
         module.load_state_dict(state, assign=True, strict=False)
         module.to(self._device)
 
-    def _load(self, layer: int) -> "_Block":
+    def _load(self, layer: int) -> Block:
         """One block with weights, its FFN replaced."""
         prefix = f"{self._sites.blocks}.{layer}"
-        module = _copy(self._model.skeleton.get_submodule(prefix))
-        block = _Block(module, self._sites, self._arguments[layer])
+        module = copy_sharing(self._model.skeleton.get_submodule(prefix))
+        block = Block(module, self._sites, self._arguments[layer])
         self._assign(module, {name: f"{prefix}.{name}" for name in module.state_dict()})
         return block
 
@@ -223,117 +220,3 @@ class HiddenStream:
         """Blocks that go through the model at once."""
         step = max(1, CHUNK_TOKENS // hidden_BCD.shape[1])
         return (slice(start, start + step) for start in range(0, len(hidden_BCD), step))
-
-
-class _Arrived(Exception):  # noqa: N818
-    """The hidden states are in front of the first block; what lies behind it need not run."""
-
-
-class _Passage(nn.Module):
-    """Stands in for a block: notes what the model passes to it, and lets the hidden states through."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.hidden_BCD = torch.empty(0)
-        self.call: Call = ((), {})
-        # What it gives instead of what it gets, if anything; or whether the model goes no further.
-        self.gives: Tensor | None = None
-        self.stops = False
-        # Some models choose the mask by an attribute of the block.
-        for name in ("attention_type", "layer_type"):
-            if hasattr(block, name):
-                setattr(self, name, getattr(block, name))
-
-    def forward(self, *arguments: Any, **named: Any) -> Tensor:
-        self.hidden_BCD = arguments[0] if arguments else named.pop("hidden_states")
-        self.call = (arguments[1:], named)
-        if self.stops:
-            raise _Arrived
-        return self.hidden_BCD if self.gives is None else self.gives
-
-
-class _Site:
-    """What passes the FFN of a block: its input, and the output that it is to give; None stands for zeros."""
-
-    def __init__(self) -> None:
-        self.inputs_BCD, self.outputs_BCD = torch.empty(0), torch.empty(0)
-        self.gives_zeros = True
-
-    def give(self) -> Tensor:
-        return torch.zeros_like(self.inputs_BCD) if self.gives_zeros else self.outputs_BCD
-
-
-class _Reader(nn.Module):
-    """Stands where the FFN reads, and, if that is one module, gives its output as well."""
-
-    def __init__(self, site: _Site, *, writes: bool) -> None:
-        super().__init__()
-        self._site, self._writes = site, writes
-
-    def forward(self, inputs_BCD: Tensor, *_: Any, **__: Any) -> Tensor:
-        self._site.inputs_BCD = inputs_BCD
-        return self._site.give() if self._writes else inputs_BCD
-
-
-class _Writer(nn.Module):
-    """Stands where the FFN writes."""
-
-    def __init__(self, site: _Site) -> None:
-        super().__init__()
-        self._site = site
-
-    def forward(self, *_: Any, **__: Any) -> Tensor:
-        return self._site.give()
-
-
-class _Silent(nn.Module):
-    """Stands for a further part of the FFN."""
-
-    def forward(self, inputs_BCD: Tensor, *_: Any, **__: Any) -> Tensor:
-        return torch.zeros_like(inputs_BCD)
-
-
-class _Block:
-    """A stock block without its FFN.
-
-    Args:
-        module: the block; its FFN is replaced in place.
-        sites: where that reads and writes.
-        call: what the model calls the block with.
-    """
-
-    def __init__(self, module: nn.Module, sites: Sites, call: Call) -> None:
-        self.kind = type(module)
-        self._module, self._call, self._site = module, call, _Site()
-        module.set_submodule(sites.read, _Reader(self._site, writes=sites.read == sites.write))
-        if sites.write != sites.read:
-            module.set_submodule(sites.write, _Writer(self._site))
-        for name in sites.beside:
-            module.set_submodule(name, _Silent())
-
-    def take_inputs(self) -> Tensor:
-        """inputs_BCD of the FFN in the last call; they are not kept."""
-        inputs_BCD, self._site.inputs_BCD = self._site.inputs_BCD, torch.empty(0)
-        return inputs_BCD
-
-    def __call__(self, hidden_BCD: Tensor, outputs_BCD: Tensor | None) -> Tensor:
-        """The block's output for an output of its FFN; None is an FFN that gives zeros."""
-        self._site.gives_zeros = outputs_BCD is None
-        if outputs_BCD is not None:
-            self._site.outputs_BCD = outputs_BCD
-        arguments, named = self._call
-        result = self._module(hidden_BCD, *arguments, **named)
-        block_BCD: Tensor = result[0] if isinstance(result, tuple) else result
-        return block_BCD
-
-    def adds_up(self, hidden_1CD: Tensor) -> bool:
-        """Whether the FFN's output is added to the rest as it is, bit for bit."""
-        generator = torch.Generator().manual_seed(0)
-        outputs_1CD = torch.randn(hidden_1CD.shape, generator=generator).to(hidden_1CD)
-        return torch.equal(self(hidden_1CD, outputs_1CD), self(hidden_1CD, None) + outputs_1CD)
-
-
-def _copy(module: nn.Module, left_out: str = "") -> Any:
-    """A copy that shares its parameters with the original, and one submodule as a whole."""
-    shared: list[Any] = [*module.parameters(), *([module.get_submodule(left_out)] if left_out else [])]
-    return copy.deepcopy(module, {id(part): part for part in shared})

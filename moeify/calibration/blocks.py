@@ -1,0 +1,130 @@
+"""Stock blocks without their FFN, and stand-ins for whole blocks: what a hidden stream is made of.
+
+Legend: B blocks of text of C tokens, D hidden size.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moeify.families import Sites
+
+# What a block is called with beside the hidden states.
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+class Arrived(Exception):  # noqa: N818
+    """The hidden states are in front of the first block; what lies behind it need not run."""
+
+
+class Passage(nn.Module):
+    """Stands in for a block: notes what the model passes to it, and lets the hidden states through."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.hidden_BCD = torch.empty(0)
+        self.call: Call = ((), {})
+        # What it gives instead of what it gets, if anything; or whether the model goes no further.
+        self.gives: Tensor | None = None
+        self.stops = False
+        # Some models choose the mask by an attribute of the block.
+        for name in ("attention_type", "layer_type"):
+            if hasattr(block, name):
+                setattr(self, name, getattr(block, name))
+
+    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+        self.hidden_BCD = arguments[0] if arguments else named.pop("hidden_states")
+        self.call = (arguments[1:], named)
+        if self.stops:
+            raise Arrived
+        return self.hidden_BCD if self.gives is None else self.gives
+
+
+class _Site:
+    """What passes the FFN of a block: its input, and the output that it is to give; None stands for zeros."""
+
+    def __init__(self) -> None:
+        self.inputs_BCD, self.outputs_BCD = torch.empty(0), torch.empty(0)
+        self.gives_zeros = True
+
+    def give(self) -> Tensor:
+        return torch.zeros_like(self.inputs_BCD) if self.gives_zeros else self.outputs_BCD
+
+
+class _Reader(nn.Module):
+    """Stands where the FFN reads, and, if that is one module, gives its output as well."""
+
+    def __init__(self, site: _Site, *, writes: bool) -> None:
+        super().__init__()
+        self._site, self._writes = site, writes
+
+    def forward(self, inputs_BCD: Tensor, *_: Any, **__: Any) -> Tensor:
+        self._site.inputs_BCD = inputs_BCD
+        return self._site.give() if self._writes else inputs_BCD
+
+
+class _Writer(nn.Module):
+    """Stands where the FFN writes."""
+
+    def __init__(self, site: _Site) -> None:
+        super().__init__()
+        self._site = site
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self._site.give()
+
+
+class _Silent(nn.Module):
+    """Stands for a further part of the FFN."""
+
+    def forward(self, inputs_BCD: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros_like(inputs_BCD)
+
+
+class Block:
+    """A stock block without its FFN.
+
+    Args:
+        module: the block; its FFN is replaced in place.
+        sites: where that reads and writes.
+        call: what the model calls the block with.
+    """
+
+    def __init__(self, module: nn.Module, sites: Sites, call: Call) -> None:
+        self.kind = type(module)
+        self._module, self._call, self._site = module, call, _Site()
+        module.set_submodule(sites.read, _Reader(self._site, writes=sites.read == sites.write))
+        if sites.write != sites.read:
+            module.set_submodule(sites.write, _Writer(self._site))
+        for name in sites.beside:
+            module.set_submodule(name, _Silent())
+
+    def take_inputs(self) -> Tensor:
+        """inputs_BCD of the FFN in the last call; they are not kept."""
+        inputs_BCD, self._site.inputs_BCD = self._site.inputs_BCD, torch.empty(0)
+        return inputs_BCD
+
+    def __call__(self, hidden_BCD: Tensor, outputs_BCD: Tensor | None) -> Tensor:
+        """The block's output for an output of its FFN; None is an FFN that gives zeros."""
+        self._site.gives_zeros = outputs_BCD is None
+        if outputs_BCD is not None:
+            self._site.outputs_BCD = outputs_BCD
+        arguments, named = self._call
+        result = self._module(hidden_BCD, *arguments, **named)
+        block_BCD: Tensor = result[0] if isinstance(result, tuple) else result
+        return block_BCD
+
+    def adds_up(self, hidden_1CD: Tensor) -> bool:
+        """Whether the FFN's output is added to the rest as it is, bit for bit."""
+        generator = torch.Generator().manual_seed(0)
+        outputs_1CD = torch.randn(hidden_1CD.shape, generator=generator).to(hidden_1CD)
+        return torch.equal(self(hidden_1CD, outputs_1CD), self(hidden_1CD, None) + outputs_1CD)
+
+
+def copy_sharing(module: nn.Module, left_out: str = "") -> Any:
+    """A copy that shares its parameters with the original, and one submodule as a whole."""
+    shared: list[Any] = [*module.parameters(), *([module.get_submodule(left_out)] if left_out else [])]
+    return copy.deepcopy(module, {id(part): part for part in shared})
