@@ -47,9 +47,10 @@ def measure(prepared: Prepared, others: list[str]) -> dict[tuple[str, str], list
     streams = [evaluation_tokens(text, dense.tokenizer(), num_tokens=OTHER_TOKENS).ids_T for text in others]
     other_BC = torch.cat([ids_T[: len(ids_T) // ids_BC.shape[1] * ids_BC.shape[1]] for ids_T in streams])
     stream = prepared.stream(torch.cat([ids_BC, other_BC.view(-1, ids_BC.shape[1])]))
-    last, num_fit = dense.num_layers - 1, ids_BC.numel()
-    chosen, errors = {round(share * last) for share in (0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 1)}, {}
-    for layer in range(dense.num_layers):
+    num_fit, num_layers = ids_BC.numel(), dense.num_layers
+    chosen = {0, num_layers // 6, num_layers // 3, num_layers // 2, 2 * num_layers // 3, num_layers - 1}
+    errors: dict[tuple[str, str], list[float]] = {}
+    for layer in range(num_layers):
         inputs_TD, ffn = stream.attend(layer), prepared.ffn(layer)
         dense_TD = ffn(inputs_TD)
         for names in methods() if layer in chosen else ():

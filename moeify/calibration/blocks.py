@@ -47,11 +47,11 @@ class _Site:
     """What passes the FFN of a block: its input, and the output that it is to give; None stands for zeros."""
 
     def __init__(self) -> None:
-        self.inputs_BCD, self.outputs_BCD = torch.empty(0), torch.empty(0)
-        self.gives_zeros = True
+        self.inputs_BCD = torch.empty(0)
+        self.outputs_BCD: Tensor | None = None
 
     def give(self) -> Tensor:
-        return torch.zeros_like(self.inputs_BCD) if self.gives_zeros else self.outputs_BCD
+        return torch.zeros_like(self.inputs_BCD) if self.outputs_BCD is None else self.outputs_BCD
 
 
 class _Reader(nn.Module):
@@ -109,9 +109,7 @@ class Block:
 
     def __call__(self, hidden_BCD: Tensor, outputs_BCD: Tensor | None) -> Tensor:
         """The block's output for an output of its FFN; None is an FFN that gives zeros."""
-        self._site.gives_zeros = outputs_BCD is None
-        if outputs_BCD is not None:
-            self._site.outputs_BCD = outputs_BCD
+        self._site.outputs_BCD = outputs_BCD
         arguments, named = self._call
         result = self._module(hidden_BCD, *arguments, **named)
         block_BCD: Tensor = result[0] if isinstance(result, tuple) else result

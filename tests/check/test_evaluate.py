@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from moeify.check.evaluate import evaluate, load
 from moeify.check.perplexity import _windows
 from moeify.data.text import evaluation_tokens
-from moeify.errors import InputError, UsageError
+from moeify.errors import InputError, MoeifyError, UsageError
 from moeify.models.builtin import BuiltinRecipe, train_tokenizer
 
 # (tokens, context, stride): half a window, all but one token, one, all of it; one window, a short one, odd ones.
@@ -134,18 +134,18 @@ def test_models_with_other_tokens_are_not_compared(
 
 
 @pytest.mark.parametrize(
-    ("values", "message"),
+    ("values", "kind", "message"),
     [
-        ({"context": 65}, "context 65 is longer than the 64 tokens"),
-        ({"context": 32, "stride": 33}, "stride 33 does not fit a context of 32"),
-        ({"context": 32, "stride": -1}, "--stride -1 is out of range"),
-        ({"context": 1}, "--context 1 is out of range"),
+        ({"context": 65}, InputError, "context 65 is longer than the 64 tokens"),
+        ({"context": 32, "stride": 33}, InputError, "stride 33 does not fit a context of 32"),
+        ({"context": 32, "stride": -1}, UsageError, "--stride -1 is out of range"),
+        ({"context": 1}, UsageError, "--context 1 is out of range"),
     ],
 )
 def test_windows_that_do_not_fit_are_refused(
-    values: dict[str, int], message: str, dense_models: dict[str, Path], text: str
+    values: dict[str, int], kind: type[MoeifyError], message: str, dense_models: dict[str, Path], text: str
 ) -> None:
-    with pytest.raises((InputError, UsageError), match=message):
+    with pytest.raises(kind, match=message):
         evaluate([str(dense_models["llama"])], [text], tokens=100, **values)
 
 

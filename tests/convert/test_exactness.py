@@ -163,3 +163,26 @@ def test_a_model_is_opened_once(make_dense: MakeDense, tmp_path: Path, monkeypat
     monkeypatch.setattr("moeify.models.dense.locate", lambda *_: pytest.fail("opened again"))
     split(dense, tmp_path / "out", SplitOptions(tokens=1024))
     assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_a_config_whose_twin_cannot_be_made_is_a_refusal() -> None:
+    """Factors for half of each head, where the target rotates all of it."""
+    factors = [1.0] * 2
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    rope |= {"short_factor": factors, "long_factor": factors, "original_max_position_embeddings": 64}
+    found = check_target(targets.find("mixtral"), dense_of("phi3", rope_parameters=rope), Layout(8, 0, 6))
+    assert not found.exact
+    assert found.reason.startswith("a toy twin cannot be converted: RuntimeError: ")
+
+
+@pytest.mark.parametrize(("window", "exact"), [(4096, False), (262_144, True)])
+def test_a_window_beyond_the_longest_text_does_nothing(window: int, exact: bool) -> None:
+    """As Phi-4-mini has it."""
+    dense = dense_of("phi3", sliding_window=window, max_position_embeddings=131_072)
+    assert check_target(targets.find("glm4_moe"), dense, LAYOUT).exact is exact
+    assert check_target(targets.find("mixtral"), dense, Layout(8, 0, 6)).exact
+
+
+def test_a_tensor_of_another_shape_is_named() -> None:
+    found = check_target(targets.find("granitemoeshared"), dense_of("llama", head_dim=16), LAYOUT)
+    assert "has another shape of model.layers.0.self_attn." in found.reason
