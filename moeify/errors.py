@@ -1,9 +1,11 @@
-"""Errors a user can cause. Each says what was found and what was expected, and carries a hint that works.
+"""Errors a user can cause, and warnings: what was found and what was expected; errors carry a hint that works.
 
 The command line turns them into `error: ...` / `hint: ...` on stderr and the class's exit code. Everything else that is
-raised is a bug of moeify's own: one line and exit code 1, with the traceback under --debug.
+raised is a bug of moeify's own: one line and exit code 1, with the traceback under --debug. Warnings become
+`warning: ...` on stderr, each once; they do not stop the work.
 """
 
+import warnings
 from typing import ClassVar
 
 
@@ -34,7 +36,20 @@ class InputError(MoeifyError):
     exit_code = 3
 
 
+class DiskError(InputError):
+    """A file could not be written or read back; what is finished stays, and the same command goes on from it."""
+
+
 class CheckError(MoeifyError):
     """A verification or a limit did not hold."""
 
     exit_code = 4
+
+
+class MoeifyWarning(UserWarning):
+    """Something about an input that a user should know and that does not stop the work."""
+
+
+def warn(message: str) -> None:
+    """Say what was found and what is done about it."""
+    warnings.warn(message, MoeifyWarning, stacklevel=2)

@@ -1,7 +1,11 @@
-"""How numbers, sizes, times and lists are written: for tables, sentences and the report alike."""
+"""How numbers, sizes, times, lists and names are written: for tables, sentences and the report alike."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
+
+# Control, format, surrogate and unassigned characters, and separators of lines and paragraphs.
+UNPRINTABLE = frozenset(("Cc", "Cf", "Cs", "Cn", "Zl", "Zp"))
 
 
 def number(value: float) -> str:
@@ -71,3 +75,11 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([value])
     return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts) or "none"
+
+
+def printable(text: object) -> str:
+    """With control characters, and those that turn the direction of text, escaped: names in files may hold any."""
+    return "".join(
+        letter if letter == "\n" or unicodedata.category(letter) not in UNPRINTABLE else ascii(letter)[1:-1]
+        for letter in str(text)
+    )

@@ -5,8 +5,9 @@ Nothing heavy is imported before a command runs.
 
 import signal
 import sys
+import warnings
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
@@ -25,7 +26,7 @@ from moeify.cli.commands.search import search_command
 from moeify.cli.commands.split import split_command
 from moeify.cli.commands.tune import tune_command
 from moeify.cli.commands.verify import verify_command
-from moeify.errors import MoeifyError
+from moeify.errors import MoeifyError, MoeifyWarning
 
 # In the order of the help.
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -78,7 +79,9 @@ def run_command(arguments: list[str], *, interrupted: Callable[[], bool] = lambd
             error of its own.
     """
     try:
-        code = app(args=arguments, standalone_mode=False)
+        with warnings.catch_warnings():
+            _show_warnings()
+            code = app(args=arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except typer.Exit as error:
@@ -86,6 +89,23 @@ def run_command(arguments: list[str], *, interrupted: Callable[[], bool] = lambd
     except Exception as error:
         return 130 if interrupted() else _report(error, debug="--debug" in arguments)
     return code if isinstance(code, int) else 0
+
+
+def _show_warnings() -> None:
+    """Have moeify's own warnings shown like its errors, each once; others as Python shows them."""
+    others, shown = warnings.showwarning, set[str]()
+
+    def show(message: Any, category: type[Warning], *place: Any) -> None:
+        from moeify.cli.render import Renderer
+
+        if not issubclass(category, MoeifyWarning):
+            others(message, category, *place)
+        elif str(message) not in shown:
+            shown.add(str(message))
+            Renderer().warning(message)
+
+    warnings.simplefilter("always", MoeifyWarning)
+    warnings.showwarning = show  # type: ignore[assignment]
 
 
 def _report(error: Exception, *, debug: bool) -> int:

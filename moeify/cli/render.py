@@ -13,7 +13,7 @@ from rich.table import Table
 from moeify.cli.options import Output
 from moeify.errors import MoeifyError
 from moeify.results import to_json
-from moeify.words import duration
+from moeify.words import duration, printable
 
 # A loop shows its bar once it has taken this long.
 PATIENCE_S = 2.0
@@ -69,9 +69,16 @@ class Renderer:
 
     def error(self, error: BaseException) -> None:
         """`error: ...` and, if there is one, `hint: ...`."""
-        self._err.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        self._say(f"error: {error}", style="red")
         if isinstance(error, MoeifyError) and error.hint:
-            self._err.print(f"hint: {error.hint}", markup=False, highlight=False, soft_wrap=True)
+            self._say(f"hint: {error.hint}")
+
+    def warning(self, message: object) -> None:
+        """`warning: ...`"""
+        self._say(f"warning: {message}", style="yellow")
+
+    def _say(self, line: str, style: str = "") -> None:
+        self._err.print(printable(line), style=style, markup=False, highlight=False, soft_wrap=True)
 
     def document(self, value: Mapping[str, Any]) -> None:
         """Print one JSON object."""
