@@ -144,6 +144,7 @@ def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Wor
             outputs_TD = converted(stage.ffn, plan, fit)(stage.inputs_TD)
         walk.leave(outputs_TD)
         yield plan
+    walk.stream.check_head()
 
 
 def _plan(prepared: Prepared, layers: tuple[LayerPlan, ...], calibration: dict[str, Any]) -> SplitPlan:
