@@ -28,6 +28,7 @@ from moeify.experts.slices import SplitFFN, slice_experts
 from moeify.export.writer import MoEWriter
 from moeify.families import Family
 from moeify.models.dense import DenseModel
+from moeify.models.files import Fingerprint
 from moeify.options import Style
 from moeify.plan import SHARED, LayerPlan, Layout
 from moeify.targets import Target
@@ -179,7 +180,8 @@ def make_twin(values: Mapping[str, Any]) -> Twin:
     rest = {name: value for name, value in values.items() if name != "model_type"}
     config = AutoConfig.for_model(values["model_type"], **rest)
     family = families.find(values["model_type"])
-    empty = Twin("twin", Path(), config, family, {}, {})
+    files = Fingerprint(Path(), {}, {})
+    empty = Twin("twin", Path(), config, family, {}, files, {})
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in empty.shapes.items():
@@ -189,7 +191,7 @@ def make_twin(values: Mapping[str, Any]) -> Twin:
             tensors[name] = noise * (EMBEDDING_SCALE if small else shape[-1] ** -0.5)
         else:
             tensors[name] = 1 + 0.1 * noise if name.endswith("weight") else 0.3 * noise
-    return Twin("twin", Path(), config, family, {}, tensors)
+    return Twin("twin", Path(), config, family, {}, files, tensors)
 
 
 @lru_cache(maxsize=256)

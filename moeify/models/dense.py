@@ -21,7 +21,7 @@ from moeify.errors import InputError
 from moeify.families import Family, Sites
 from moeify.models.attention import Attention, attention_of
 from moeify.models.ffn import FFNWeights, tensor_names, unpack
-from moeify.models.files import FLOAT_DTYPES, find_shards, fingerprint, load_config, load_tokenizer, locate
+from moeify.models.files import FLOAT_DTYPES, Fingerprint, find_shards, load_config, load_tokenizer, locate
 from moeify.options import Track, untracked
 
 
@@ -35,6 +35,7 @@ class DenseModel:
         config: its transformers config.
         family: where its FFNs are.
         shards: shard file of every tensor, by tensor name.
+        files: fingerprint of its files when it was opened.
     """
 
     name: str
@@ -42,6 +43,7 @@ class DenseModel:
     config: Any
     family: Family
     shards: Mapping[str, Path]
+    files: Fingerprint
 
     @property
     def num_layers(self) -> int:
@@ -149,8 +151,16 @@ class DenseModel:
         return self._unpack(0, {name: torch.empty(self.shapes[name], device="meta") for name in self.ffn_names(0)})
 
     def fingerprint(self) -> str:
-        """Of its files."""
-        return fingerprint(self.path, self.shards)
+        """Of its files when it was opened."""
+        return self.files.value
+
+    def check_unchanged(self) -> None:
+        """Make sure that what was read is one model: to be called when all is read, before a result is kept.
+
+        Raises:
+            InputError: a file was changed, replaced or removed since the model was opened; the message names it.
+        """
+        self.files.check_unchanged()
 
     def tokenizer(self) -> Any:
         """The model's tokenizer.
@@ -181,7 +191,8 @@ def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) 
             f"{model} is quantised ({config.quantization_config.get('quant_method', 'unknown method')})",
             "quantise after the conversion, not before: start from the unquantised checkpoint",
         )
-    checkpoint = DenseModel(str(model), path, config, family, find_shards(path))
+    shards = find_shards(path)
+    checkpoint = DenseModel(str(model), path, config, family, shards, Fingerprint.take(path, shards))
     _check_tensors(checkpoint)
     return checkpoint
 

@@ -5,7 +5,10 @@ What is wrong with them is said here: a missing or broken config, tokenizer, ind
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from moeify import families
 from moeify.cache import cache_dir, made_once
 from moeify.errors import InputError
 from moeify.options import Track, untracked
+from moeify.words import printable
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -35,6 +39,14 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+# Beside the weights, of which no value of ours depends.
+COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+MAX_NAME_BYTES = 255
+# As safetensors itself allows.
+MAX_HEADER_BYTES = 100_000_000
+# Of each tensor: weights of another training differ from the first number on.
+SAMPLE_BYTES = 4096
 HUB_PATTERNS = ["*.safetensors", SINGLE_FILE + ".index.json", "config.json", "generation_config.json", *TOKENIZER_FILES]
 
 
@@ -105,46 +117,203 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file that belongs to a model; links that leave the model's folder are not followed.
+
+    Links into the blobs of the hub's cache are: there snapshots/REVISION/NAME is a link to blobs/HASH.
+
+    Args:
+        folder: of the model.
+        name: relative, with / before what lies in a folder below; a file of that name need not be there.
+
+    Raises:
+        InputError: the name leads out of the folder, by its parts or by a link.
+    """
+    if not _is_plain(name):
+        raise InputError(
+            f"{printable(name)!r} is not the name of a file inside {folder}", "names are relative and go down, never up"
+        )
+    path, root = folder / name, folder.resolve()
+    roots = [root, *(parent.parent / "blobs" for parent in (root, *root.parents)[1:] if parent.name == "snapshots")]
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{path} is a link that leads nowhere: {error}", "put the file itself there") from error
+    if not any(target.is_relative_to(parent) for parent in roots):
+        raise InputError(
+            f"{path} is a link to {target}, which is outside of the model's folder",
+            "put the file itself there: links are followed inside the folder and into the hub's cache only",
+        )
+    return path
+
+
+def _is_plain(name: object) -> bool:
+    """Whether a name, which may come from a file of any content, is a relative path without ways up."""
+    if not isinstance(name, str):
+        return False
+    try:
+        parts = os.fsencode(name).split(b"/")
+    except ValueError:
+        return False
+    return all(
+        part not in (b"", b".", b"..") and len(part) <= MAX_NAME_BYTES and not {0, ord("\\")} & set(part)
+        for part in parts
+    )
+
+
 def find_shards(path: Path) -> dict[str, Path]:
-    """Shard of every tensor, each file's header checked against its length."""
-    index = path / INDEX_FILE
-    if index.is_file():
-        try:
-            files = sorted({path / file for file in json.loads(index.read_text())["weight_map"].values()})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{index} is not a safetensors index: {error}", "fetch it again") from error
-    else:
-        files = [path / SINGLE_FILE]
-        if not files[0].is_file():
-            pickles = sorted(p.name for p in path.glob("*.bin")) + sorted(p.name for p in path.glob("*.pt*"))
-            raise InputError(
-                f"no {SINGLE_FILE} in {path}" + (f", only {pickles[0]}, which is a pickle" if pickles else ""),
-                "moeify reads safetensors only, because a pickle can run code: "
-                "load and save the model once with transformers",
-            )
+    """Shard of every tensor that transformers would load from a folder, each file's header checked against its length.
+
+    Raises:
+        InputError: there are none, some are missing or broken, or transformers would load more than they.
+    """
+    _refuse_other_weights(path)
+    single = inside(path, SINGLE_FILE)
+    # Of both, transformers takes the single file.
+    files = [single] if single.is_file() else _indexed(path)
     shards: dict[str, Path] = {}
     for file in files:
         if not file.is_file():
             raise InputError(f"shard {file.name} is missing, {INDEX_FILE} lists it", "fetch the checkpoint again")
         try:
             with safe_open(file, framework="pt") as reader:
-                shards.update(dict.fromkeys(reader.keys(), file))
+                names = list(reader.keys())
         except (SafetensorError, OSError) as error:
             raise InputError(
                 f"shard {file.name} ({file.stat().st_size:,} bytes) is truncated or not safetensors: {error}",
                 "fetch it again",
             ) from error
+        twice = next((name for name in names if name in shards), None)
+        if twice is not None:
+            raise InputError(
+                f"{printable(twice)} is in {shards[twice].name} and in {file.name}",
+                "each tensor belongs in one shard: fetch the checkpoint again",
+            )
+        shards.update(dict.fromkeys(names, file))
     return shards
 
 
+def _refuse_other_weights(path: Path) -> None:
+    """Refuse a folder from which transformers would load more, or other, than its safetensors."""
+    adapters = sorted(file.name for file in path.glob("adapter_*") if file.name in ADAPTER_FILES)
+    if adapters:
+        raise InputError(
+            f"{path} holds an adapter ({', '.join(adapters)}), which transformers applies when it loads the folder",
+            "merge it (peft: merge_and_unload, then save_pretrained), or move the adapter's files to another folder",
+        )
+    distributed = next(path.glob("shard-[0-9]*-model-[0-9]*-of-[0-9]*.safetensors"), None)
+    if distributed is not None:
+        raise InputError(
+            f"{path} holds parts of a distributed training ({distributed.name})",
+            "load the model once with transformers and save it with save_pretrained",
+        )
+
+
+def _indexed(path: Path) -> list[Path]:
+    """The files of an index."""
+    index = inside(path, INDEX_FILE)
+    if not index.is_file():
+        pickles = sorted(file.name for kind in ("*.bin", "*.bin.index.json", "*.pt*") for file in path.glob(kind))
+        raise InputError(
+            f"no {SINGLE_FILE} in {path}" + (f", only {pickles[0]}, which is a pickle" if pickles else ""),
+            "moeify reads safetensors only, because a pickle can run code: "
+            "load and save the model once with transformers",
+        )
+    try:
+        content = json.loads(index.read_text())
+        names = set(content["weight_map"].values())
+        # Without it transformers does not load the folder either.
+        content["metadata"].items()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        raise InputError(f"{index} is not a safetensors index: {error!r}", "fetch it again") from error
+    below = next((name for name in names if not isinstance(name, str) or "/" in name or not name), None)
+    if below is not None or not names:
+        raise InputError(
+            f"{index} names the shard {printable(below)!r}, expected names of files beside it", "fetch it again"
+        )
+    return [inside(path, name) for name in sorted(names)]
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """A model's files at one moment: enough to notice that one was changed or replaced, without reading all of them.
+
+    Of config.json the content counts; of a shard its name, size, modification time, header and the first bytes of each
+    tensor, so that a file of the same size and time is noticed, too. Inodes and times of the file system do not count:
+    a copy that keeps modification times is the same model, and goes on with what was begun with the first.
+
+    Args:
+        path: the folder.
+        weights: digest of config.json and of each shard, by name.
+        companions: digest of each file that is carried along; no result of ours depends on them.
+    """
+
+    path: Path
+    weights: Mapping[str, str]
+    companions: Mapping[str, str]
+
+    @classmethod
+    def take(cls, path: Path, shards: Mapping[str, Path]) -> "Fingerprint":
+        """Of the files as they are now.
+
+        Args:
+            path: the folder.
+            shards: file of each tensor.
+        """
+        names = {"config.json", *(file.name for file in shards.values())}
+        beside = {name for name in COMPANIONS if (path / name).is_file()}
+        return cls(
+            path,
+            {name: _file_digest(path / name) for name in sorted(names)},
+            {name: _file_digest(path / name) for name in sorted(beside)},
+        )
+
+    @cached_property
+    def value(self) -> str:
+        """In hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.weights, sort_keys=True).encode()).hexdigest()
+
+    def check_unchanged(self) -> None:
+        """Compare the files with what they are now.
+
+        Raises:
+            InputError: one was changed, replaced or removed since.
+        """
+        for name, before in {**self.weights, **self.companions}.items():
+            try:
+                same = _file_digest(self.path / name) == before
+            except OSError:
+                same = False
+            if not same:
+                raise InputError(
+                    f"{self.path / name} changed while the model was read",
+                    "run the same command again when nothing writes there any more",
+                )
+
+
 def fingerprint(path: Path, shards: Mapping[str, Path]) -> str:
-    """sha256 over config and each shard's name, size, modification time and header; enough to notice a change."""
-    digest = hashlib.sha256((path / "config.json").read_bytes())
-    for shard in sorted(set(shards.values())):
-        stat = shard.stat()
-        digest.update(f"{shard.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-        with shard.open("rb") as file:
-            digest.update(file.read(1 << 16))
+    """The value of a fingerprint that is taken now."""
+    return Fingerprint.take(path, shards).value
+
+
+def _file_digest(file: Path) -> str:
+    """Of a safetensors file what `Fingerprint` says; of any other the content."""
+    with file.open("rb") as opened:
+        if file.suffix != ".safetensors":
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+        stat = os.fstat(opened.fileno())
+        digest = hashlib.sha256(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+        length = int.from_bytes(opened.read(8), "little")
+        header = opened.read(min(length, MAX_HEADER_BYTES))
+        digest.update(header)
+        try:
+            offsets = sorted(tensor["data_offsets"][0] for tensor in json.loads(header).values() if "dtype" in tensor)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            # Half-written: another digest than that of the whole file is all that is needed.
+            offsets = []
+        for offset in offsets:
+            opened.seek(8 + length + offset)
+            digest.update(opened.read(SAMPLE_BYTES))
     return digest.hexdigest()
 
 
