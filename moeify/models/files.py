@@ -21,33 +21,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from moeify import families
 from moeify.cache import cache_dir, made_once
 from moeify.errors import InputError
+from moeify.models.companions import COMPANION_PATTERNS, companion_names
 from moeify.options import Track, untracked
 from moeify.words import printable
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What a user would need beside the weights; copied as it is.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
-# Beside the weights, of which no value of ours depends.
-COMPANIONS = ("generation_config.json", *TOKENIZER_FILES)
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 MAX_NAME_BYTES = 255
 # As safetensors itself allows.
 MAX_HEADER_BYTES = 100_000_000
 # Of each tensor: weights of another training differ from the first number on.
 SAMPLE_BYTES = 4096
-HUB_PATTERNS = ["*.safetensors", SINGLE_FILE + ".index.json", "config.json", "generation_config.json", *TOKENIZER_FILES]
+HUB_PATTERNS = ["*.safetensors", INDEX_FILE, "config.json", "generation_config.json", *COMPANION_PATTERNS]
 
 
 def load_config(path: Path) -> Any:
@@ -261,7 +248,7 @@ class Fingerprint:
             shards: file of each tensor.
         """
         names = {"config.json", *(file.name for file in shards.values())}
-        beside = {name for name in COMPANIONS if (path / name).is_file()}
+        beside = {name for name in ("generation_config.json", *companion_names(path)) if (path / name).is_file()}
         return cls(
             path,
             {name: _file_digest(path / name) for name in sorted(names)},
