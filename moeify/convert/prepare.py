@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from moeify import partition, routers, targets
@@ -17,6 +16,7 @@ from moeify.data.text import TokenBlocks, calibration_blocks, sample_from_model
 from moeify.errors import InputError, UsageError
 from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter, check_fits
+from moeify.models import stock
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights, pack
 from moeify.options import SplitOptions, Track, untracked
@@ -147,7 +147,7 @@ def calibration_text(prepared: Prepared) -> TokenBlocks:
     options, dense = prepared.options, prepared.dense
 
     def sample(num_tokens: int, context: int, seed: int) -> Tensor:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32)
+        model: Any = stock.load(dense.path)
         return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=context, seed=seed)
 
     assert options.context is not None
