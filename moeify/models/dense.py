@@ -4,6 +4,7 @@ Everything that can be wrong with a checkpoint is found here, before any work: i
 truncated shards, missing tensors, wrong shapes. NaN and infinite weights are found when a tensor is read.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -111,6 +112,11 @@ class DenseModel:
     def dtype(self) -> torch.dtype:
         """Floating-point type of the first layer's FFN, which the converted checkpoint keeps."""
         return FLOAT_DTYPES[self.stored[f"{self.block(0)}.{self.family.ffn.up}.weight"].dtype]
+
+    @cached_property
+    def num_of_dtype(self) -> dict[str, int]:
+        """How many tensors are stored as which type, in the words of safetensors; the most frequent first."""
+        return dict(Counter(tensor.dtype for tensor in self.stored.values()).most_common())
 
     @property
     def num_parameters(self) -> int:
