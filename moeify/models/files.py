@@ -180,13 +180,14 @@ def find_shards(path: Path) -> dict[str, Path]:
     shards: dict[str, Path] = {}
     for file in files:
         if not file.is_file():
-            raise InputError(f"shard {file.name} is missing, {INDEX_FILE} lists it", "fetch the checkpoint again")
+            raise InputError(f"shard {printable(file.name)} is missing, {INDEX_FILE} lists it", "fetch the checkpoint again")
         try:
             with safe_open(file, framework="pt") as reader:
                 names = list(reader.keys())
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"shard {file.name} ({file.stat().st_size:,} bytes) is truncated or not safetensors: {error}",
+                f"shard {printable(file.name)} ({file.stat().st_size:,} bytes) is truncated or not safetensors: "
+                f"{printable(error)}",
                 "fetch it again",
             ) from error
         twice = next((name for name in names if name in shards), None)

@@ -212,7 +212,9 @@ def placed(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str
         origin = marks.get(tensor.storage_offset())
         if origin is not None and tensor.shape == stand_ins[origin].shape and tensor.is_contiguous():
             stored[name] = origin
-    return stored, Report.of(info)
+    # Of tied tensors that are both not there, one is needed.
+    tied = {name for name, source in model.all_tied_weights_keys.items() if source in info["missing_keys"]}
+    return stored, Report.of({**info, "missing_keys": info["missing_keys"] - tied})
 
 
 @contextmanager

@@ -262,7 +262,7 @@ def reading(checkpoint: Path) -> Iterator[None]:
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             f"the training state {checkpoint} cannot be read: {printable(first)}",
-            "remove that folder and run the same command again: it goes on from the one before or starts the stage anew",
+            "remove that folder: the same command goes on from the one before it, or starts the stage anew",
         ) from error
 
 
