@@ -180,7 +180,9 @@ def find_shards(path: Path) -> dict[str, Path]:
     shards: dict[str, Path] = {}
     for file in files:
         if not file.is_file():
-            raise InputError(f"shard {printable(file.name)} is missing, {INDEX_FILE} lists it", "fetch the checkpoint again")
+            raise InputError(
+                f"shard {printable(file.name)} is missing, {INDEX_FILE} lists it", "fetch the checkpoint again"
+            )
         try:
             with safe_open(file, framework="pt") as reader:
                 names = list(reader.keys())
@@ -260,14 +262,18 @@ def _indexed(path: Path) -> list[Path]:
         )
     try:
         content = json.loads(index.read_text())
-        names = set(content["weight_map"].values())
-        # Without it transformers does not load the folder either.
-        content["metadata"].items()
+        names = list(content["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise InputError(f"{index} is not a safetensors index: {error!r}", "fetch it again") from error
-    below = next((name for name in names if not isinstance(name, str) or "/" in name or not name), None)
-    if below is not None or not names:
+        raise InputError(f"{index} is not a safetensors index: {printable(error)}", "fetch it again") from error
+    outside = next((name for name in names if not _is_plain(name) or "/" in name), None)
+    if outside is not None or not names:
         raise InputError(
-            f"{index} names the shard {printable(below)!r}, expected names of files beside it", "fetch it again"
+            f"{index} is an index of the shard {printable(outside)!r}, expected names of files beside it",
+            "fetch it again",
         )
-    return [inside(path, name) for name in sorted(names)]
+    if not isinstance(content.get("metadata"), dict):
+        raise InputError(
+            f"the index {index} has no metadata, without which transformers does not load it",
+            'fetch it again, or add "metadata": {}',
+        )
+    return [inside(path, name) for name in sorted(set(names))]

@@ -45,7 +45,7 @@ COMPARED: Mapping[str, tuple[str, ...]] = {
 }
 # Part of the shapes of tensors, or no part of the computation.
 HARMLESS = {"attention.causal", "feed_forward_length", "rope.dimension_count", "tensor_data_layout", "vocab_size"}
-# Values that multiply or bend what flows through the model, and the value of each that changes nothing.
+# Values that multiply or bend what flows through the model, and the value of each that changes nothing; so does 0.
 EFFECTS: Mapping[str, float] = {
     "attention.clamp_kqv": 0,
     "attention.scale": 0,
@@ -165,7 +165,7 @@ def check_complete(file: Path, header: Header, config: Any) -> None:
                     f"it would be another model: {FROM_SAFETENSORS}",
                 )
         elif key in EFFECTS:
-            if not read.get(key) and value != EFFECTS[key]:
+            if not read.get(key) and value not in (0, EFFECTS[key]):
                 raise InputError(
                     f"{file} says {printable(key)} = {value}, which transformers does not read from a GGUF",
                     f"it would be another model: {FROM_SAFETENSORS}",

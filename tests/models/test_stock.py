@@ -18,6 +18,7 @@ from moeify import families
 from moeify.check.evaluate import load
 from moeify.check.verify import verify
 from moeify.convert.pipeline import split
+from moeify.convert.prepare import prepare
 from moeify.errors import InputError, MoeifyWarning
 from moeify.models import stock
 from moeify.models.dense import open_dense
@@ -179,15 +180,13 @@ def test_tensors_that_transformers_leaves_out_are_said(dense: Path) -> None:
         load(str(dense))
 
 
-@pytest.mark.parametrize("asked", ["auto", "float32"])
-def test_mixed_types_are_said(dense: Path, tmp_path: Path, calibration_file: Path, asked: Any) -> None:
+@pytest.mark.parametrize(("asked", "written"), [("auto", "bfloat16"), ("float32", "float32")])
+def test_mixed_types_are_said(dense: Path, asked: Any, written: str) -> None:
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(dense / SINGLE_FILE).items()}
+    prepare(open_dense(str(dense)), SplitOptions(dtype=asked))
     store(dense, tensors | {name: tensor.float() for name, tensor in tensors.items() if "norm" in name})
-    options = SplitOptions(calibration=(str(calibration_file),), tokens=1024, dtype=asked)
-    with pytest.warns(
-        MoeifyWarning, match=f"15 as BF16 and 5 as F32: all are written as {asked.replace('auto', 'bf')}"
-    ):
-        split(str(dense), tmp_path / "out", options, dry_run=True)
+    with pytest.warns(MoeifyWarning, match=f"15 as BF16 and 5 as F32: all are written as {written}"):
+        prepare(open_dense(str(dense)), SplitOptions(dtype=asked))
 
 
 @pytest.mark.parametrize(("name", "pattern"), [(UP, "1 tensors of llama are missing"), (None, r"has shape \[3, 32\]")])
