@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 
 from moeify.calibration.overflow import check_activations
+from moeify.models import stock
 from moeify.models.dense import DenseModel
 
 # Tokens whose gradients are taken.
@@ -30,7 +30,7 @@ def output_gradients(dense: DenseModel, ids_BC: Tensor, device: str) -> list[Ten
     Raises:
         InputError: gradients are not finite.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32, trust_remote_code=False)
+    model: Any = stock.load(dense.path)
     model.to(device).eval().requires_grad_(requires_grad=False)
     outputs: dict[int, Tensor] = {}
 

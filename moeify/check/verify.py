@@ -18,7 +18,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from transformers import AutoModelForCausalLM
 
 from moeify import targets
 from moeify.data.text import evaluation_tokens
@@ -27,6 +26,7 @@ from moeify.experts.mixing import Mixing
 from moeify.experts.slices import slice_experts
 from moeify.export.in_memory import moe_parameters, split_ffn
 from moeify.export.writer import MoEWriter
+from moeify.models import stock
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights
 from moeify.models.files import find_shards, load_config, locate
@@ -115,7 +115,7 @@ def verify(
     if not whole:
         return VerifyReport(str(moe), source.name, tuple(checks), None, deviation)
     _restore_dense(model, source, plan, target)
-    reference: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
+    reference: Any = stock.load(source.path)
     difference, allowed = _logit_difference(model, reference, ids, load_config(path).dtype, tolerance)
     checks += [
         Check(
@@ -135,12 +135,9 @@ def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
     """The stock model in float32 with every routed expert selected, and what loading said about its keys."""
     config = load_config(path)
     config.num_experts_per_tok = layout.num_routed
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    model, info = loaded
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    found = ", ".join(f"{len(names)} {kind.split('_')[0]}" for kind, names in wrong.items())
+    model, report = stock.load_with_report(path, config=config)
+    wrong = {"missing": report.missing, "unexpected": report.unexpected, "mismatched": tuple(report.mismatched)}
+    found = ", ".join(f"{len(names)} {kind}" for kind, names in wrong.items())
     first = next((names[0] for names in wrong.values() if names), "")
     check = Check(
         "stock transformers loads every key",
@@ -288,7 +285,7 @@ def _trained_names(writer: MoEWriter, ffn: FFNWeights, layer: LayerPlan, plan: S
 @torch.no_grad()
 def _gate_deviation(path: Path, ids: Tensor, target: Target, plan: SplitPlan) -> float:
     """Largest |weight * fold - 1| that the experts of the unchanged model receive."""
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, ignore_mismatched_sizes=True).eval()
+    model, _ = stock.load_with_report(path)
     model.set_experts_implementation("eager")
     fold = target.routed_fold(plan.layout)
     largest = 0.0

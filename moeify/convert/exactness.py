@@ -10,8 +10,7 @@ Legend: L layers, D hidden size, C tokens.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging
 
 from moeify import families, targets
 from moeify.errors import InputError
@@ -28,7 +26,8 @@ from moeify.experts.slices import SplitFFN, slice_experts
 from moeify.export.writer import MoEWriter
 from moeify.families import Family
 from moeify.models.dense import DenseModel
-from moeify.models.files import Fingerprint
+from moeify.models.fingerprint import Fingerprint
+from moeify.models.stock import quiet
 from moeify.options import Style
 from moeify.plan import SHARED, LayerPlan, Layout
 from moeify.targets import Target
@@ -236,7 +235,7 @@ def _scattered(layer: int, twin: Twin, layout: Layout) -> LayerPlan:
 def _logits(config: Any, tensors: Mapping[str, Tensor], ids_1C: Tensor) -> tuple[Tensor, str]:
     """Logits of the stock model with these tensors, and in words the first tensor that does not belong to it."""
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    with _silence():
+    with quiet():
         loaded: Any = model_class.from_pretrained(
             None,
             config=config,
@@ -260,17 +259,3 @@ def _logits(config: Any, tensors: Mapping[str, Tensor], ids_1C: Tensor) -> tuple
     if not math.isfinite(float(logits_1CV.abs().max())):
         return logits_1CV, "a toy twin's logits are not finite"
     return logits_1CV, ""
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keys that do not fit are read from the loader's report; its table of them is not for the user."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()

@@ -3,12 +3,10 @@
 What is wrong with them is said here: a missing or broken config, tokenizer, index or shard; pickles are never opened.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,11 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from moeify import families
-from moeify.cache import cache_dir, made_once
 from moeify.errors import InputError
-from moeify.models.companions import COMPANION_PATTERNS, companion_names
+from moeify.models.companions import COMPANION_PATTERNS
 from moeify.options import Track, untracked
 from moeify.words import printable
 
@@ -30,10 +27,6 @@ SINGLE_FILE = "model.safetensors"
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 MAX_NAME_BYTES = 255
-# As safetensors itself allows.
-MAX_HEADER_BYTES = 100_000_000
-# Of each tensor: weights of another training differ from the first number on.
-SAMPLE_BYTES = 4096
 HUB_PATTERNS = ["*.safetensors", INDEX_FILE, "config.json", "generation_config.json", *COMPANION_PATTERNS]
 
 
@@ -75,11 +68,13 @@ def locate(model: str, track: Track[Any] = untracked) -> Path:
         from moeify.models.builtin import builtin_model
 
         return builtin_model(track=track)
-    if _kind(path) == "file" and path.suffix == ".gguf":
-        return _from_gguf(path)
+    gguf = _only_gguf(path) if _kind(path) == "folder" else path
+    if gguf is not None and gguf.suffix == ".gguf" and _kind(gguf) == "file":
+        from moeify.models.gguf import from_gguf
+
+        return from_gguf(gguf)
     if _kind(path) == "folder":
-        ggufs = sorted(path.glob("*.gguf"))
-        return _from_gguf(ggufs[0]) if ggufs and not (path / "config.json").is_file() else path
+        return path
     if _kind(path) or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise InputError(f"no model at {model}", "give a folder, a .gguf file, a hub id (org/name) or `builtin`")
     try:
@@ -89,6 +84,19 @@ def locate(model: str, track: Track[Any] = untracked) -> Path:
             f"{model} is neither a local folder nor a hub model that can be reached: {_first_line(error)}",
             "check the name and the network; a private model needs `hf auth login`",
         ) from error
+
+
+def _only_gguf(folder: Path) -> Path | None:
+    """The GGUF of a folder that holds nothing else to convert."""
+    names = sorted(file.name for file in folder.glob("*.gguf"))
+    if not names or (folder / "config.json").is_file():
+        return None
+    if len(names) > 1:
+        raise InputError(
+            f"{folder} holds {len(names)} GGUF files: {printable(', '.join(names))}",
+            "name the file; parts of one model are joined by llama-gguf-split --merge",
+        )
+    return inside(folder, names[0])
 
 
 def _kind(path: Path) -> str:
@@ -161,13 +169,16 @@ def find_shards(path: Path) -> dict[str, Path]:
     shards: dict[str, Path] = {}
     for file in files:
         if not file.is_file():
-            raise InputError(f"shard {file.name} is missing, {INDEX_FILE} lists it", "fetch the checkpoint again")
+            raise InputError(
+                f"shard {printable(file.name)} is missing, {INDEX_FILE} lists it", "fetch the checkpoint again"
+            )
         try:
             with safe_open(file, framework="pt") as reader:
                 names = list(reader.keys())
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"shard {file.name} ({file.stat().st_size:,} bytes) is truncated or not safetensors: {error}",
+                f"shard {printable(file.name)} ({file.stat().st_size:,} bytes) is truncated or not safetensors: "
+                f"{printable(error)}",
                 "fetch it again",
             ) from error
         twice = next((name for name in names if name in shards), None)
@@ -178,6 +189,38 @@ def find_shards(path: Path) -> dict[str, Path]:
             )
         shards.update(dict.fromkeys(names, file))
     return shards
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a safetensors file, of which the header was read.
+
+    Args:
+        file: it is in.
+        name: in the file.
+        dtype: in the words of safetensors.
+        shape: of it.
+    """
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(shards: Mapping[str, Path]) -> dict[str, Stored]:
+    """What is in shards, by name; reads no weight.
+
+    Args:
+        shards: file of each tensor.
+    """
+    tensors = {}
+    for file in sorted(set(shards.values())):
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118
+                tensor = reader.get_slice(name)
+                tensors[name] = Stored(file, name, tensor.get_dtype(), tuple(tensor.get_shape()))
+    return tensors
 
 
 def _refuse_other_weights(path: Path) -> None:
@@ -208,124 +251,18 @@ def _indexed(path: Path) -> list[Path]:
         )
     try:
         content = json.loads(index.read_text())
-        names = set(content["weight_map"].values())
-        # Without it transformers does not load the folder either.
-        content["metadata"].items()
+        names = list(content["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
-        raise InputError(f"{index} is not a safetensors index: {error!r}", "fetch it again") from error
-    below = next((name for name in names if not isinstance(name, str) or "/" in name or not name), None)
-    if below is not None or not names:
+        raise InputError(f"{index} is not a safetensors index: {printable(error)}", "fetch it again") from error
+    outside = next((name for name in names if not _is_plain(name) or "/" in name), None)
+    if outside is not None or not names:
         raise InputError(
-            f"{index} names the shard {printable(below)!r}, expected names of files beside it", "fetch it again"
+            f"{index} is an index of the shard {printable(outside)!r}, expected names of files beside it",
+            "fetch it again",
         )
-    return [inside(path, name) for name in sorted(names)]
-
-
-@dataclass(frozen=True)
-class Fingerprint:
-    """A model's files at one moment: enough to notice that one was changed or replaced, without reading all of them.
-
-    Of config.json the content counts; of a shard its name, size, modification time, header and the first bytes of each
-    tensor, so that a file of the same size and time is noticed, too. Inodes and times of the file system do not count:
-    a copy that keeps modification times is the same model, and goes on with what was begun with the first.
-
-    Args:
-        path: the folder.
-        weights: digest of config.json and of each shard, by name.
-        companions: digest of each file that is carried along; no result of ours depends on them.
-    """
-
-    path: Path
-    weights: Mapping[str, str]
-    companions: Mapping[str, str]
-
-    @classmethod
-    def take(cls, path: Path, shards: Mapping[str, Path]) -> "Fingerprint":
-        """Of the files as they are now.
-
-        Args:
-            path: the folder.
-            shards: file of each tensor.
-        """
-        names = {"config.json", *(file.name for file in shards.values())}
-        beside = {name for name in ("generation_config.json", *companion_names(path)) if (path / name).is_file()}
-        return cls(
-            path,
-            {name: _file_digest(path / name) for name in sorted(names)},
-            {name: _file_digest(path / name) for name in sorted(beside)},
-        )
-
-    @cached_property
-    def value(self) -> str:
-        """In hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.weights, sort_keys=True).encode()).hexdigest()
-
-    def check_unchanged(self) -> None:
-        """Compare the files with what they are now.
-
-        Raises:
-            InputError: one was changed, replaced or removed since.
-        """
-        for name, before in {**self.weights, **self.companions}.items():
-            try:
-                same = _file_digest(self.path / name) == before
-            except OSError:
-                same = False
-            if not same:
-                raise InputError(
-                    f"{self.path / name} changed while the model was read",
-                    "run the same command again when nothing writes there any more",
-                )
-
-
-def fingerprint(path: Path, shards: Mapping[str, Path]) -> str:
-    """The value of a fingerprint that is taken now."""
-    return Fingerprint.take(path, shards).value
-
-
-def _file_digest(file: Path) -> str:
-    """Of a safetensors file what `Fingerprint` says; of any other the content."""
-    with file.open("rb") as opened:
-        if file.suffix != ".safetensors":
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-        stat = os.fstat(opened.fileno())
-        digest = hashlib.sha256(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
-        length = int.from_bytes(opened.read(8), "little")
-        header = opened.read(min(length, MAX_HEADER_BYTES))
-        digest.update(header)
-        try:
-            offsets = sorted(tensor["data_offsets"][0] for tensor in json.loads(header).values() if "dtype" in tensor)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            # Half-written: another digest than that of the whole file is all that is needed.
-            offsets = []
-        for offset in offsets:
-            opened.seek(8 + length + offset)
-            digest.update(opened.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
-def _from_gguf(file: Path) -> Path:
-    """Convert a GGUF once, through transformers, to a folder in the cache; float32, which GGUF dequantises to."""
-    stat = file.stat()
-    key = hashlib.sha256(f"{file.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:16]
-    folder = cache_dir() / f"gguf-{key}"
-    if folder.is_dir():
-        return folder
-    try:
-        model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except ImportError as error:
-        raise InputError("reading GGUF needs the gguf package", "pip install 'moeify[gguf]'") from error
-    except Exception as error:
-        # A damaged file: the reader raises whatever its parser stumbles over.
+    if not isinstance(content.get("metadata"), dict):
         raise InputError(
-            f"transformers cannot read {file}: {_first_line(error)}", "fetch it again, or start from safetensors"
-        ) from error
-    # transformers marks the dequantised model as quantised, which forbids saving it.
-    values = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
-    plain = AutoModelForCausalLM.from_config(type(model.config)(**values), dtype=torch.float32)
-    plain.load_state_dict(model.state_dict())
-    with made_once(folder) as partial:
-        plain.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-    return folder
+            f"the index {index} has no metadata, without which transformers does not load it",
+            'fetch it again, or add "metadata": {}',
+        )
+    return [inside(path, name) for name in sorted(set(names))]
