@@ -12,7 +12,9 @@ from moeify.check.perplexity import EvalResult, Perplexity
 from moeify.errors import InputError
 from moeify.families import Modality
 from moeify.kernels import register
-from moeify.models.files import load_config, locate
+from moeify.models.config import first_line, load_config
+from moeify.models.files import locate
+from moeify.models.generation import generation_arguments
 from moeify.options import DType, EvalOptions, Track, untracked
 
 
@@ -45,11 +47,13 @@ def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: A
         arguments: passed on to `from_pretrained`.
     """
     path = locate(model)
-    load_config(path)
+    config = load_config(path)
+    # As the config was checked, and without defaults for generation that would stop it.
+    arguments = {"config": config, "trust_remote_code": False, **generation_arguments(path, config), **arguments}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False, **arguments)
-    except (OSError, ValueError) as error:
-        raise InputError(f"transformers cannot load {model}: {str(error).splitlines()[0]}") from error
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **arguments)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise InputError(f"transformers cannot load {model}: {first_line(error)}") from error
     loaded = loaded.to(device).eval()
     chosen = "experts_implementation" in arguments or not loaded._can_set_experts_implementation()
     if loaded.device.type in ("cuda", "cpu") and not chosen:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 from moeify.errors import InputError
 from moeify.experts.mixing import UNIT, Mixing
@@ -19,7 +19,9 @@ from moeify.experts.slices import SplitFFN
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
-from moeify.models.files import INDEX_FILE, TOKENIZER_FILES
+from moeify.models.files import INDEX_FILE
+from moeify.models.generation import GENERATION_FILE, default_generation, usable_generation
+from moeify.models.tokenizer import TOKENIZER_FILES
 from moeify.options import Track
 from moeify.plan import Layout
 from moeify.targets import ROUTER_SCALE, Target
@@ -152,13 +154,10 @@ class MoEWriter:
         for name in TOKENIZER_FILES:
             if (self.dense.path / name).is_file():
                 workspace.copy(self.dense.path / name)
-        generation = self.dense.path / "generation_config.json"
-        if generation.is_file():
-            workspace.copy(generation)
+        if usable_generation(self.dense.path):
+            workspace.copy(self.dense.path / GENERATION_FILE)
         else:
-            workspace.write_text(
-                generation.name, GenerationConfig.from_model_config(self.dense.config).to_json_string()
-            )
+            workspace.write_text(GENERATION_FILE, default_generation(self.dense.config).to_json_string())
 
 
 def router_scale(mixing: Mixing) -> float:

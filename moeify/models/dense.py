@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from moeify import families
 from moeify.errors import InputError
 from moeify.families import Family, Sites
 from moeify.models.attention import Attention, attention_of
+from moeify.models.config import check_blocks, empty_model, load_config
 from moeify.models.ffn import FFNWeights, tensor_names, unpack
-from moeify.models.files import FLOAT_DTYPES, find_shards, fingerprint, load_config, load_tokenizer, locate
+from moeify.models.files import FLOAT_DTYPES, find_shards, fingerprint, locate
+from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track, untracked
 
 
@@ -67,8 +67,7 @@ class DenseModel:
     @cached_property
     def skeleton(self) -> Any:
         """The stock model on the meta device, its buffers real; layers are filled one at a time."""
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(self.config).eval()
+        return empty_model(self.config, buffers=True)
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
@@ -156,9 +155,9 @@ class DenseModel:
         """The model's tokenizer.
 
         Raises:
-            InputError: the folder has none that transformers can load without remote code.
+            InputError: the folder has none that transformers can load without remote code, or it is another model's.
         """
-        return load_tokenizer(self.path)
+        return load_tokenizer(self.path, self.config)
 
 
 def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) -> DenseModel:
@@ -182,6 +181,7 @@ def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) 
             "quantise after the conversion, not before: start from the unquantised checkpoint",
         )
     checkpoint = DenseModel(str(model), path, config, family, find_shards(path))
+    check_blocks(config, family.blocks, checkpoint.shards)
     _check_tensors(checkpoint)
     return checkpoint
 

@@ -13,60 +13,17 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moeify import families
 from moeify.cache import cache_dir, made_once
 from moeify.errors import InputError
+from moeify.models.tokenizer import TOKENIZER_FILES
 from moeify.options import Track, untracked
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What a user would need beside the weights; copied as it is.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 HUB_PATTERNS = ["*.safetensors", SINGLE_FILE + ".index.json", "config.json", "generation_config.json", *TOKENIZER_FILES]
-
-
-def load_config(path: Path) -> Any:
-    """The transformers config of a folder; code inside the folder is never run."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise InputError(f"no config.json in {path}", "expected a Hugging Face model folder")
-    try:
-        declared = json.loads(file.read_text())
-        if "model_type" not in declared:
-            raise InputError(f"{file} has no model_type", "expected the config of a transformers model")
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        if isinstance(error, json.JSONDecodeError):
-            raise InputError(f"{file} is not JSON: {error}", "fetch it again") from error
-        raise InputError(
-            f"transformers cannot read {file}: {_first_line(error)}", f"supported: {', '.join(families.names())}"
-        ) from error
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a folder.
-
-    Raises:
-        InputError: the folder has none that transformers can load without remote code.
-    """
-    try:
-        # False, not the default: that one asks whoever sits at the terminal, and runs the code at a "y".
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"no usable tokenizer in {path}: {error}", "copy tokenizer.json beside the weights") from error
 
 
 def locate(model: str, track: Track[Any] = untracked) -> Path:

@@ -15,7 +15,8 @@ from moeify.export.in_memory import moe_parameters, on_disk
 from moeify.export.model_card import finetuned_card
 from moeify.export.workspace import LAST_FILE, RECORD_FILE, Workspace
 from moeify.export.writer import check_fits
-from moeify.models.files import FLOAT_DTYPES, INDEX_FILE, TOKENIZER_FILES, find_shards
+from moeify.models.files import FLOAT_DTYPES, INDEX_FILE, find_shards
+from moeify.models.tokenizer import TOKENIZER_FILES
 from moeify.plan import SplitPlan
 from moeify.training.inputs import Inputs
 from moeify.training.model import Student
