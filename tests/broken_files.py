@@ -1,7 +1,8 @@
 """What can be wrong with the files of a model, as tables: changes of config.json and texts of the files beside it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,129 @@ def change_config(folder: Path, name: str, value: Any) -> None:
     text = json.dumps({**json.loads(file.read_text()), name: value})
     file.unlink()
     file.write_text(text)
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A broken file beside the weights.
+
+    Args:
+        file: its name.
+        kind: what is wrong with it.
+        change: from the text that was there, or nothing, to its bytes.
+    """
+
+    file: str
+    kind: str
+    change: Callable[[str], bytes]
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.kind}"
+
+    def apply(self, folder: Path) -> None:
+        """Write it into a model's folder."""
+        file = folder / self.file
+        content = self.change(file.read_text() if file.exists() else "{}")
+        file.unlink(missing_ok=True)
+        file.write_bytes(content)
+
+
+def _whole(file: str, *kinds: str) -> Iterator[Companion]:
+    for kind in kinds or TEXTS:
+        yield Companion(file, kind, lambda _, content=TEXTS[kind]: content)  # type: ignore[misc]
+
+
+def _changed(file: str, kind: str, change: Callable[[dict[str, Any]], Any]) -> Companion:
+    """A JSON file of which something was changed in place."""
+
+    def changed(text: str) -> bytes:
+        values = json.loads(text)
+        change(values)
+        return json.dumps(values).encode()
+
+    return Companion(file, kind, changed)
+
+
+def _set(file: str, name: str, *values: Any) -> Iterator[Companion]:
+    for value in values:
+        yield _changed(file, f"{name} {value!r:.40}", lambda old, value=value: old.update({name: value}))  # type: ignore[misc]
+
+
+def _vocabulary(kind: str, change: Callable[[dict[str, int]], Any]) -> Companion:
+    return _changed("tokenizer.json", kind, lambda values: change(values["model"]["vocab"]))
+
+
+def _shift(vocabulary: dict[str, int]) -> None:
+    vocabulary.update({token: number + 5_000 for token, number in vocabulary.items()})
+
+
+SOME = ("empty", "null", "list", "number", "cut", "latin-1", "deep", "a pickle", "a page")
+TOKENIZER, SETTINGS, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+# Files that stock transformers cannot load the tokenizer with, and tokenizers that are of no use.
+NEEDED: tuple[Companion, ...] = (
+    *_whole(TOKENIZER),
+    _changed(TOKENIZER, "no model", lambda old: old.pop("model")),
+    *_set(TOKENIZER, "model", None, "x", {}, {"type": "nope"}, {"type": "BPE", "vocab": {}, "merges": []}),
+    *_set(TOKENIZER, "pre_tokenizer", "x", {"type": "nope"}),
+    *_set(TOKENIZER, "decoder", {"type": "nope"}),
+    *_set(TOKENIZER, "added_tokens", "x", [1]),
+    *_set(TOKENIZER, "version", 9, "9.9"),
+    _vocabulary("no token left", lambda vocabulary: vocabulary.clear()),
+    _vocabulary("huge ids", lambda vocabulary: vocabulary.update(dict.fromkeys(vocabulary, HUGE))),
+    _vocabulary("negative ids", lambda vocabulary: vocabulary.update(dict.fromkeys(vocabulary, -1))),
+    _vocabulary("ids that are texts", lambda vocabulary: vocabulary.update(dict.fromkeys(vocabulary, "1"))),  # type: ignore[arg-type]
+    _vocabulary("ids beyond the model's", _shift),
+    *_whole(SETTINGS, *(kind for kind in TEXTS if kind != "no model_type")),
+    *_whole("special_tokens_map.json", *SOME),
+    *_whole("added_tokens.json", *SOME),
+)
+# Files and values that stock transformers lives with, or that only chats and generation need.
+UNNEEDED: tuple[Companion, ...] = (
+    *_whole("vocab.json", "empty", "cut", "list"),
+    *_whole("merges.txt", "empty", "latin-1", "a page"),
+    *_whole("chat_template.json", "empty", "cut", "list", "latin-1"),
+    *_whole("tokenizer.model", "empty", "text", "a page"),
+    *_whole(GENERATION),
+    *_set(GENERATION, "temperature", "x", NAN, -1, [], None),
+    *_set(GENERATION, "do_sample", "x", [], 2),
+    *_set(GENERATION, "eos_token_id", "x", HUGE, [], ["x"], -5),
+    *_set(GENERATION, "max_length", "x", -1, NAN, []),
+    *_set(GENERATION, "num_beams", "x", 0, HUGE),
+    *_set(GENERATION, "top_k", "x", -1, NAN),
+    *_set(GENERATION, "cache_implementation", "nope", 1),
+    *_set(GENERATION, "watermarking_config", "x", 1, {"x": 1}),
+    *_set(GENERATION, "compile_config", "x", {"x": 1}),
+    *_set(GENERATION, "to_dict", 1),
+    *_set(GENERATION, "transformers_version", 1, "99"),
+    *(
+        Companion("chat_template.jinja", kind, lambda _, text=text: text.encode())  # type: ignore[misc]
+        for kind, text in {
+            "an open tag": "{% if messages",
+            "an open value": "{{ messages",
+            "an unknown tag": "{% nope %}",
+            "nested deeply": "{{ " + "(" * 5_000,
+            "a bomb": "{{ 'x' * 100000000000 }}",
+            "code": "{{ ''.__class__.__mro__ }}",
+        }.items()
+    ),
+)
+# Settings of a tokenizer: loaded or refused, whatever transformers makes of them.
+EITHER: tuple[Companion, ...] = (
+    *_set(SETTINGS, "tokenizer_class", "Nope", 1, [], {}, "../x", "GPT2Tokenizer", "LlamaTokenizer", "BertTokenizer"),
+    *_set(SETTINGS, "model_max_length", "x", -1, 0, NAN, 10**30, []),
+    *_set(SETTINGS, "bos_token", 1, [], {}, {"content": 1}, {"content": "<s>", "__type": "AddedToken"}, True),
+    *_set(SETTINGS, "eos_token", 1, [], {}, "new", ["</s>"]),
+    *_set(SETTINGS, "added_tokens_decoder", "x", [], {"x": {}}, {"0": 1}, {"0": {}}, {str(HUGE): {"content": "y"}}),
+    *_set(SETTINGS, "extra_special_tokens", "x", 1, ["a", 1], {"a": 1}),
+    *_set(SETTINGS, "chat_template", "{% if", 1, [], {}, [{"name": 1}], [{"name": "a", "template": "{%"}]),
+    *_set(SETTINGS, "auto_map", "x", 1, [], {"AutoTokenizer": ["evil.Evil", None]}, {"AutoTokenizer": 1}),
+    *_set(SETTINGS, "padding_side", "up", 1),
+    *_set(SETTINGS, "backend", "nope", 1),
+    *_set(SETTINGS, "add_bos_token", "x", []),
+    *_set(SETTINGS, "vocab_file", "/etc/passwd", 1),
+    *_set(SETTINGS, "_tokenizer", 1),
+    *_set(SETTINGS, "encode", 1),
+    *_set("special_tokens_map.json", "bos_token", 1, []),
+    *_set("added_tokens.json", "x", "y", -1, HUGE),
+    Companion("chat_template.jinja", "latin-1", lambda _: b"\xe4"),
+)

@@ -25,6 +25,8 @@ from moeify.experts.slices import SplitFFN, slice_experts
 from moeify.export.model_card import model_card
 from moeify.export.workspace import LAST_FILE, RECORD_FILE, Workspace, check_replaceable
 from moeify.models.dense import DenseModel, open_dense
+from moeify.models.generation import usable_generation
+from moeify.models.tokenizer import has_tokenizer
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import LayerPlan, Layout, SplitPlan, load_plan
 from moeify.version import __version__
@@ -76,6 +78,7 @@ def split(
     out = Path(out)
     options = options or SplitOptions()
     dense = open_dense(model, track)
+    _check_companions(dense)
     if options.budget is not None:
         check_replaceable(out, overwrite=overwrite)
         options = under_budget(dense, options, track, announce)
@@ -94,6 +97,13 @@ def split(
     sizes = count_parameters(prepared.writer)
     reason = prepared.target_reason
     return SplitResult(out, prepared.target.model_type, reason, prepared.layout, *sizes, load_plan(out))
+
+
+def _check_companions(dense: DenseModel) -> None:
+    """Refuse a tokenizer of no use and warn of broken files beside it, before any work; a model may have none."""
+    usable_generation(dense.path)
+    if has_tokenizer(dense.path):
+        dense.tokenizer()
 
 
 def _write(

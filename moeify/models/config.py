@@ -6,7 +6,7 @@ how they fit the weights beside them. All of it reads two small files and alloca
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import lru_cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -33,8 +33,8 @@ LIMIT_BYTES = 1 << 24
 # Ranges of whole numbers, by transformers' common names; the upper ends are far beyond any model.
 RANGES: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), (1, 2**31 - 1)),
-    **dict.fromkeys(("moe_intermediate_size", "n_inner", "sliding_window"), (1, 2**31 - 1)),
-    **dict.fromkeys(("shared_intermediate_size", "shared_expert_intermediate_size"), (0, 2**31 - 1)),
+    **dict.fromkeys(("moe_intermediate_size", "n_inner"), (1, 2**31 - 1)),
+    **dict.fromkeys(("shared_intermediate_size", "shared_expert_intermediate_size", "sliding_window"), (0, 2**31 - 1)),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok"), (1, 2**16)),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), (0, 2**16)),
     **dict.fromkeys(("n_group", "topk_group", "decoder_sparse_step", "pretraining_tp"), (1, 2**16)),
@@ -81,6 +81,9 @@ def load_config(path: Path) -> Any:
         raise InputError(f"transformers cannot read {file}: {first_line(cause or error)}", _hint()) from error
     # How attention is computed is said by whoever loads the model: a config may name a kernel on the hub.
     config._attn_implementation = None
+    if getattr(config, "is_heterogeneous", False):
+        # Each layer has values of its own; transformers refuses to give one for all.
+        return config
     _check_numbers(file, {field.name: getattr(config, field.name, None) for field in fields(config)}, type(config))
     _check_relations(file, config)
     if fault := rotary_fault(config):
@@ -111,14 +114,16 @@ def empty_model(config: Any, *, buffers: bool) -> Any:
         ) from error
 
 
-def check_blocks(config: Any, blocks: str, names: Iterable[str]) -> None:
-    """Refuse weights that have another number of blocks than their config says, before a model is made of it.
+def check_layers(config: Any, blocks: str, names: Iterable[str]) -> None:
+    """Refuse layers that differ in size, and weights with another number of them, before a model is made of a config.
 
     Args:
         config: from `load_config`.
         blocks: the list of blocks, by its name in the stock model; names of tensors may have other prefixes.
         names: of all tensors.
     """
+    if getattr(config, "is_heterogeneous", False):
+        raise InputError("config.json has a per_layer_config, expected layers of one size", "start from another model")
     number = re.compile(rf"(?:^|\.){re.escape(blocks.rpartition('.')[2])}\.(\d+)\.")
     count = len({found[1] for name in names if (found := number.search(name))})
     if count != config.num_hidden_layers:
@@ -186,8 +191,6 @@ def _check_extra(file: Path, name: str, value: Any) -> None:
         raise _refused(file, name, value, _between(*RANGES[name]))
     if name == "output_attentions" and not isinstance(value, bool):
         raise _refused(file, name, value, "true, false or null")
-    if name == "per_layer_config" and value != {}:
-        raise _refused(file, name, value, "null: layers of one size")
     if name in ("dtype", "torch_dtype") and not _is_float_type(value):
         raise _refused(file, name, value, 'a floating-point type of torch, such as "bfloat16"')
     functions = FUNCTIONS.get(name.strip("_"))
@@ -200,13 +203,15 @@ def _check_extra(file: Path, name: str, value: Any) -> None:
 def _check_types(file: Path, values: Mapping[str, Any], config_class: Any) -> None:
     """Check every field against its annotation in the class."""
     for name, kind in _annotations(config_class).items():
-        if name not in values:
+        value = values.get(name, MISSING)
+        # A list may hold infinity in transformers' own writing, a mapping, which its own validation knows.
+        if value is MISSING or (isinstance(value, list) and any(isinstance(one, dict) for one in value)):
             continue
         try:
-            type_validator(name, values[name], kind)
+            type_validator(name, value, kind)
         except (TypeError, ValueError) as error:
-            words = dict.fromkeys(WORDS.get(get_origin(one) or one, str(one)) for one in _members(kind))
-            raise _refused(file, name, values[name], " or ".join(words)) from error
+            words = dict.fromkeys(WORDS.get(_plain(one), str(one)) for one in _members(kind))
+            raise _refused(file, name, value, " or ".join(words)) from error
 
 
 @lru_cache
@@ -218,6 +223,10 @@ def _annotations(config_class: Any) -> dict[str, Any]:
 
 def _members(kind: Any) -> tuple[Any, ...]:
     return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _plain(kind: Any) -> Any:
+    return get_origin(kind) or kind
 
 
 def _check_numbers(file: Path, values: Mapping[str, Any], config_class: Any) -> None:
@@ -279,14 +288,11 @@ def _is_float_type(name: Any) -> bool:
 def _check_relations(file: Path, config: Any) -> None:
     """Check how fields fit each other."""
     heads, keys = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
-    hidden = getattr(config, "hidden_size", None)
     if isinstance(heads, int) and isinstance(keys, int) and heads % keys:
         raise InputError(
             f"{file}: num_attention_heads is {heads}, which is no multiple of num_key_value_heads, {keys}",
             "every head of keys and values serves equally many others",
         )
-    if isinstance(heads, int) and isinstance(hidden, int) and not getattr(config, "head_dim", None) and hidden % heads:
-        raise InputError(f"{file}: hidden_size is {hidden}, which does not divide into {heads} attention heads")
     for name in ACTIVATIONS:
         value = getattr(config, name, None)
         if value is not None and not (isinstance(value, str) and value in ACT2FN):

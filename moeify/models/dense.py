@@ -18,7 +18,7 @@ from moeify import families
 from moeify.errors import InputError
 from moeify.families import Family, Sites
 from moeify.models.attention import Attention, attention_of
-from moeify.models.config import check_blocks, empty_model, load_config
+from moeify.models.config import check_layers, empty_model, load_config
 from moeify.models.ffn import FFNWeights, tensor_names, unpack
 from moeify.models.files import FLOAT_DTYPES, find_shards, fingerprint, locate
 from moeify.models.tokenizer import load_tokenizer
@@ -181,7 +181,7 @@ def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) 
             "quantise after the conversion, not before: start from the unquantised checkpoint",
         )
     checkpoint = DenseModel(str(model), path, config, family, find_shards(path))
-    check_blocks(config, family.blocks, checkpoint.shards)
+    check_layers(config, family.blocks, checkpoint.shards)
     _check_tensors(checkpoint)
     return checkpoint
 

@@ -49,7 +49,8 @@ def _rotations(config: Any) -> Iterator[tuple[str, Any]]:
     if not isinstance(values, Mapping):
         yield "rope_parameters", values
         return
-    nested = [key for key in values if key in (getattr(config, "layer_types", None) or ())]
+    kinds = getattr(config, "_rope_type_labels", None) or getattr(config, "layer_types", None) or ()
+    nested = [key for key in values if key in kinds]
     for key in nested:
         if values[key] is not None:
             yield f"rope_parameters.{key}", values[key]

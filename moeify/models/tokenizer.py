@@ -34,7 +34,7 @@ TOKENIZER_FILES = (
 )
 LIMIT_BYTES = 1 << 28
 # Letters, digits, signs, spaces and lines, and characters of two to four bytes.
-PROBE = "Hello, world! 12,345 times:\n\n\t\u00e4\u00f6\u20ac \u6f22\u5b57 \U0001f642 <s>.\n"
+PROBE = "Hello, world! 12,345 times:\n\n\t\u00e4\u00f6\u20ac \u6f22\u5b57 \U0001f642.\n"
 
 
 def load_tokenizer(path: Path, config: Any) -> Any:
