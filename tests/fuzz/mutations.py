@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from hypothesis import strategies as st
@@ -23,20 +24,27 @@ VALUES = st.recursive(
 
 
 @st.composite
-def changed_json(draw: st.DrawFn, document: Any) -> bytes:
-    """A JSON document in which one to three values were replaced, moved, removed or added."""
+def changed_json(draw: st.DrawFn, document: Any, names: Sequence[str] = ()) -> bytes:
+    """A JSON document in which one to three values were replaced, moved, removed or added.
+
+    Args:
+        document: what is changed.
+        names: of keys to add, beside random ones.
+    """
+    keys = st.one_of(TEXTS, st.sampled_from(names)) if names else TEXTS
     whole = [copy.deepcopy(document)]
     for _ in range(draw(st.integers(1, 3))):
         places = list(_places(whole))
         holder, key = draw(st.sampled_from(places))
-        kind = draw(st.sampled_from(["value", "value", "number", "move", "remove", "add"]))
+        kind = draw(st.sampled_from(["value", "value", "number", "move", "remove", "add", "add"]))
         if kind == "move":
             other, name = draw(st.sampled_from(places))
             holder[key] = copy.deepcopy(other[name])
         elif kind == "remove" and holder is not whole:
             del holder[key]
-        elif kind == "add" and isinstance(holder[key], dict):
-            holder[key][draw(TEXTS)] = draw(VALUES)
+        elif kind == "add" and any(isinstance(other[name], dict) for other, name in places):
+            holder, key = draw(st.sampled_from([place for place in places if isinstance(place[0][place[1]], dict)]))
+            holder[key][draw(keys)] = draw(VALUES)
         elif kind == "number":
             holder[key] = draw(NUMBERS)
         else:

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from mutations import changed_bytes, changed_json
 from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from moeify.check.compare import Comparison, Row
 from moeify.convert.pipeline import split
@@ -56,6 +57,20 @@ limits: {max_ratio: 1.5, beats: [static], max_decode_time: 1.0}
 """
 
 
+# Whatever else transformers' configs and tokenizers have or take.
+CONFIG_NAMES = (
+    *dir(LlamaConfig()),
+    *("rope_scaling", "rope_theta", "text_config", "encoder", "torch_dtype", "attn_implementation", "layer_types"),
+    *("quantization_config", "auto_map", "num_labels", "sliding_window", "transformers_weights", "fusion_config"),
+    *("mlp_layer_types", "vision_config", "decoder", "generator", "tie_encoder_decoder", "_commit_hash"),
+)
+TOKENIZER_NAMES = (
+    *dir(PreTrainedTokenizerFast),
+    *("tokenizer_file", "tokenizer_object", "gguf_file", "vocab_file", "merges_file", "auto_map", "backend"),
+    *("extra_special_tokens", "additional_special_tokens", "subfolder", "from_slow", "fix_mistral_regex"),
+)
+
+
 def open_tokenizer(folder: Path) -> Any:
     """With the config of a model that is whole."""
     return load_tokenizer(folder, load_config(folder))
@@ -74,22 +89,24 @@ class Kind:
         file: its name in the folder.
         read: reads the folder.
         header: it is safetensors, and the JSON in front of it is changed.
+        names: of keys that mean something to its reader.
     """
 
     file: str
     read: Callable[[Path], Any]
     header: bool = False
+    names: tuple[str, ...] = ()
 
 
 KINDS: Mapping[str, Kind] = {
-    "config": Kind("config.json", open_dense),
+    "config": Kind("config.json", open_dense, names=CONFIG_NAMES),
     "index": Kind(INDEX, open_dense),
     "weights": Kind("model-1.safetensors", open_and_read, header=True),
     "tokenizer": Kind("tokenizer.json", open_tokenizer),
-    "tokenizer settings": Kind("tokenizer_config.json", open_tokenizer),
+    "tokenizer settings": Kind("tokenizer_config.json", open_tokenizer, names=TOKENIZER_NAMES),
     "special tokens": Kind("special_tokens_map.json", open_tokenizer),
     "added tokens": Kind("added_tokens.json", open_tokenizer),
-    "generation": Kind("generation_config.json", usable_generation),
+    "generation": Kind("generation_config.json", usable_generation, names=tuple(dir(GenerationConfig()))),
     "recipe": Kind("recipe.yaml", lambda folder: load_recipe(folder / "recipe.yaml")),
     "plan": Kind(PLAN_FILE, load_plan, header=True),
     "result": Kind("compare.json", lambda folder: read(folder / "compare.json", Comparison)),
@@ -133,7 +150,7 @@ def changed(kind: Kind, content: bytes) -> st.SearchStrategy[bytes]:
         return headers.map(lambda new: len(new).to_bytes(8, "little") + new + body) | changed_bytes(content[:400]).map(
             lambda new: new + content[400:]
         )
-    return changed_json(yaml.safe_load(content)) | changed_bytes(content)
+    return changed_json(yaml.safe_load(content), kind.names) | changed_bytes(content)
 
 
 def fuzz(name: str, whole: Path, folder: Path, examples: int, number: int) -> None:
