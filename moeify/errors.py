@@ -8,6 +8,8 @@ raised is a bug of moeify's own: one line and exit code 1, with the traceback un
 import warnings
 from typing import ClassVar
 
+from moeify.words import printable
+
 
 class MoeifyError(Exception):
     """Base of all errors that have a user-facing message.
@@ -48,6 +50,13 @@ class CheckError(MoeifyError):
 
 class MoeifyWarning(UserWarning):
     """Something about an input that a user should know and that does not stop the work."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, in one line; its kind as well where the words alone say nothing."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    told = isinstance(error, ValueError | OSError | ImportError) and line
+    return printable(line if told else f"{type(error).__name__}: {line}".rstrip(": "))
 
 
 def warn(message: str) -> None:

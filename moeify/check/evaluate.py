@@ -10,7 +10,8 @@ from moeify.check.perplexity import EvalResult, Perplexity
 from moeify.families import Modality
 from moeify.kernels import register
 from moeify.models import stock
-from moeify.models.files import load_config, locate
+from moeify.models.config import load_config
+from moeify.models.files import locate
 from moeify.options import DType, EvalOptions, Track, untracked
 
 

@@ -16,7 +16,8 @@ from torch.nn.functional import cross_entropy
 
 from moeify.data.text import TokenStream, evaluation_tokens
 from moeify.errors import InputError
-from moeify.models.files import load_config, load_tokenizer
+from moeify.models.config import load_config
+from moeify.models.tokenizer import load_tokenizer
 from moeify.options import EvalOptions, Track
 
 DEFAULT_CONTEXT = 512
@@ -64,7 +65,8 @@ class Perplexity:
         Raises:
             InputError: a window does not fit, a text cannot be read, or two models cut it into different tokens.
         """
-        limit = min(int(load_config(path).max_position_embeddings) for path in paths.values())
+        configs = {name: load_config(path) for name, path in paths.items()}
+        limit = min(int(config.max_position_embeddings) for config in configs.values())
         context = options.context or min(DEFAULT_CONTEXT, limit)
         if context < 2:
             raise InputError(f"a context of {context} leaves nothing to predict", "--context takes 2 or more")
@@ -73,7 +75,7 @@ class Perplexity:
         stride = options.stride or context // 2
         if not 1 <= stride <= context:
             raise InputError(f"stride {stride} does not fit a context of {context}", f"--stride takes 1 to {context}")
-        tokenizers = {name: load_tokenizer(path) for name, path in paths.items()}
+        tokenizers = {name: load_tokenizer(path, configs[name]) for name, path in paths.items()}
         texts = {
             (name, source): evaluation_tokens(source, tokenizer, num_tokens=options.tokens)
             for name, tokenizer in tokenizers.items()

@@ -27,9 +27,10 @@ from moeify.experts.slices import slice_experts
 from moeify.export.in_memory import moe_parameters, split_ffn
 from moeify.export.writer import MoEWriter
 from moeify.models import stock
+from moeify.models.config import load_config
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights
-from moeify.models.files import find_shards, load_config, locate
+from moeify.models.files import find_shards, locate
 from moeify.options import Track, untracked
 from moeify.plan import SHARED, LayerPlan, Layout, SplitPlan, load_plan
 from moeify.targets import Target

@@ -1,4 +1,4 @@
-"""Everything that a checkpoint gets beside config and weights; a tokenizer that cuts text as the source's does.
+"""What a checkpoint gets beside config and weights; among it a tokenizer that cuts text as the source's does.
 
 transformers chooses the class of a tokenizer by the model's type, and some classes put parts of their own in the place
 of what tokenizer.json says. The same files may therefore cut text in another way beside another config.json. So they
@@ -17,11 +17,14 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from moeify.errors import DiskError, InputError, warn
+from moeify.errors import DiskError, InputError, first_line, warn
 from moeify.export.workspace import Workspace
 from moeify.models.companions import companion_names, tokenizer_names
-from moeify.models.files import inside, load_tokenizer
+from moeify.models.config import load_config
+from moeify.models.files import inside
+from moeify.models.generation import GENERATION_FILE, default_generation, usable_generation
 from moeify.models.same_tokens import token_difference
+from moeify.models.tokenizer import load_tokenizer
 
 CONFIG_FILE = "tokenizer_config.json"
 # All versions of transformers and everything beside it knows this name, and reads tokenizer.json as it is.
@@ -61,18 +64,23 @@ def settle_companions(source: Path, config: str) -> Companions:
     Raises:
         InputError: a file leads out of the folder, the tokenizer cannot be read, or it would cut text otherwise.
     """
-    copies = {name: inside(source, name) for name in companion_names(source)}
+    copies, source_config = {name: inside(source, name) for name in companion_names(source)}, load_config(source)
+    written: dict[str, bytes] = {}
+    if usable_generation(source):
+        copies[GENERATION_FILE] = inside(source, GENERATION_FILE)
+    else:
+        written[GENERATION_FILE] = default_generation(source_config).to_json_string().encode()
+    companions = Companions(copies, written)
     if not tokenizer_names(source):
-        return Companions(copies)
-    tokenizer = load_tokenizer(source)
-    companions = Companions(copies)
+        return companions
+    tokenizer = load_tokenizer(source, source_config)
     reason = _difference(companions, config, tokenizer)
     if not reason:
         return companions
     if not getattr(tokenizer, "is_fast", False):
         raise _unlike(source, config, reason)
     kept = {name: path for name, path in copies.items() if name not in REPLACED}
-    companions = Companions(kept, _rewritten(tokenizer))
+    companions = Companions(kept, {**written, **_rewritten(tokenizer)})
     if again := _difference(companions, config, tokenizer):
         raise _unlike(source, config, again)
     warn(
@@ -122,7 +130,7 @@ def _difference(companions: Companions, config: str, expected: Any) -> str:
             found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:
             # Its readers raise whatever they stumble over.
-            return f"it cannot be read there ({next(iter(str(error).splitlines()), type(error).__name__)})"
+            return f"it cannot be read there ({first_line(error)})"
         return token_difference(found, expected)
 
 

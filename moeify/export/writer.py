@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 from moeify.errors import InputError
 from moeify.experts.mixing import UNIT, Mixing
@@ -19,7 +19,7 @@ from moeify.experts.slices import SplitFFN
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
-from moeify.models.files import INDEX_FILE, inside
+from moeify.models.files import INDEX_FILE
 from moeify.options import Track
 from moeify.plan import Layout
 from moeify.targets import ROUTER_SCALE, Target
@@ -127,7 +127,6 @@ class MoEWriter:
         }
         workspace.write_text(INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
         workspace.write_text("config.json", self.config_text())
-        self._write_generation_config(workspace)
 
     def values(self, names: Collection[str], experts_of: ExpertsOf) -> dict[str, Tensor]:
         """The named tensors; a layer, or a matrix that is taken apart, is read again for each shard with a part of it.
@@ -151,15 +150,6 @@ class MoEWriter:
                     check_fits(name, tensor)
                     values[name] = tensor.contiguous()
         return values
-
-    def _write_generation_config(self, workspace: Workspace) -> None:
-        generation = inside(self.dense.path, "generation_config.json")
-        if generation.is_file():
-            workspace.copy(generation, generation.name)
-        else:
-            workspace.write_text(
-                generation.name, GenerationConfig.from_model_config(self.dense.config).to_json_string()
-            )
 
 
 def router_scale(mixing: Mixing) -> float:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from moeify.errors import InputError
 from moeify.kernels import experts, launch
 from moeify.kernels.tune import Shape, Tuned, keys_of, tune
-from moeify.models.files import load_config, locate
+from moeify.models.config import empty_model, load_config
+from moeify.models.files import locate
 from moeify.options import Track, TuneOptions, untracked
 
 
@@ -77,8 +77,7 @@ def experts_shape(model: str) -> Shape:
         InputError: it has none, or none that the kernels run.
     """
     config = load_config(locate(model))
-    with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    built = empty_model(config, buffers=False)
     modules: list[Any] = [
         module for module in built.modules() if hasattr(module, "has_gate") and hasattr(module, "act_fn")
     ]

@@ -12,27 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from moeify import families
 from moeify.errors import InputError, warn
 from moeify.families import Family, Sites
 from moeify.models.attention import Attention, attention_of
+from moeify.models.config import check_layers, empty_model, load_config
 from moeify.models.ffn import FFNWeights, tensor_names, unpack
-from moeify.models.files import (
-    FLOAT_DTYPES,
-    Stored,
-    find_shards,
-    load_config,
-    load_tokenizer,
-    locate,
-    read_headers,
-)
+from moeify.models.files import FLOAT_DTYPES, Stored, find_shards, locate, read_headers
 from moeify.models.fingerprint import Fingerprint
 from moeify.models.stock import check_architecture, placed, settled
+from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track, untracked
 from moeify.words import printable
 
@@ -84,7 +76,7 @@ class DenseModel:
     @cached_property
     def skeleton(self) -> Any:
         """The stock model on the meta device, its buffers real; layers are filled one at a time."""
-        return _skeleton(self.config)
+        return empty_model(self.config, buffers=True)
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
@@ -184,9 +176,9 @@ class DenseModel:
         """The model's tokenizer.
 
         Raises:
-            InputError: the folder has none that transformers can load without remote code.
+            InputError: the folder has none that transformers can load without remote code, or it is another model's.
         """
-        return load_tokenizer(self.path)
+        return load_tokenizer(self.path, self.config)
 
 
 def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) -> DenseModel:
@@ -212,7 +204,9 @@ def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) 
     shards = find_shards(path)
     config = settled(config)
     check_architecture(config)
-    config, stored = _tensors(config, read_headers(shards))
+    headers = read_headers(shards)
+    check_layers(config, family.blocks, headers)
+    config, stored = _tensors(config, headers)
     return DenseModel(str(model), path, config, family, stored, Fingerprint.take(path, shards))
 
 
@@ -224,7 +218,7 @@ def _tensors(config: Any, headers: Mapping[str, Stored]) -> tuple[Any, dict[str,
     """
     names, report = placed(config, {name: tensor.shape for name, tensor in headers.items()})
     report.check(config.model_type)
-    skeleton = _skeleton(config)
+    skeleton = empty_model(config, buffers=True)
     _refuse_heads(skeleton, report.unexpected, headers)
     report.warn_of_unexpected()
     for head, embedding in skeleton.all_tied_weights_keys.items():
@@ -249,12 +243,6 @@ def _tensors(config: Any, headers: Mapping[str, Stored]) -> tuple[Any, dict[str,
                 "quantise after the conversion, not before: start from the unquantised checkpoint",
             )
     return config, stored
-
-
-def _skeleton(config: Any) -> Any:
-    """The stock model on the meta device, its buffers real."""
-    with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config).eval()
 
 
 def _refuse_heads(skeleton: Any, unexpected: Iterable[str], headers: Mapping[str, Stored]) -> None:

@@ -14,10 +14,8 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer
 
-from moeify import families
-from moeify.errors import InputError
+from moeify.errors import InputError, first_line
 from moeify.models.companions import COMPANION_PATTERNS
 from moeify.options import Track, untracked
 from moeify.words import printable
@@ -28,37 +26,6 @@ FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 MAX_NAME_BYTES = 255
 HUB_PATTERNS = ["*.safetensors", INDEX_FILE, "config.json", "generation_config.json", *COMPANION_PATTERNS]
-
-
-def load_config(path: Path) -> Any:
-    """The transformers config of a folder; code inside the folder is never run."""
-    file = path / "config.json"
-    if not file.is_file():
-        raise InputError(f"no config.json in {path}", "expected a Hugging Face model folder")
-    try:
-        declared = json.loads(file.read_text())
-        if "model_type" not in declared:
-            raise InputError(f"{file} has no model_type", "expected the config of a transformers model")
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        if isinstance(error, json.JSONDecodeError):
-            raise InputError(f"{file} is not JSON: {error}", "fetch it again") from error
-        raise InputError(
-            f"transformers cannot read {file}: {_first_line(error)}", f"supported: {', '.join(families.names())}"
-        ) from error
-
-
-def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a folder.
-
-    Raises:
-        InputError: the folder has none that transformers can load without remote code.
-    """
-    try:
-        # False, not the default: that one asks whoever sits at the terminal, and runs the code at a "y".
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"no usable tokenizer in {path}: {error}", "copy tokenizer.json beside the weights") from error
 
 
 def locate(model: str, track: Track[Any] = untracked) -> Path:
@@ -81,7 +48,7 @@ def locate(model: str, track: Track[Any] = untracked) -> Path:
         return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise InputError(
-            f"{model} is neither a local folder nor a hub model that can be reached: {_first_line(error)}",
+            f"{model} is neither a local folder nor a hub model that can be reached: {first_line(error)}",
             "check the name and the network; a private model needs `hf auth login`",
         ) from error
 
@@ -106,10 +73,6 @@ def _kind(path: Path) -> str:
     except OSError:
         # Longer than a name may be.
         return ""
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def inside(folder: Path, name: str) -> Path:

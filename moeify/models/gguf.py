@@ -19,9 +19,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moeify.cache import cache_dir, made_once
-from moeify.errors import InputError, warn
+from moeify.errors import InputError, first_line, warn
 from moeify.models.fingerprint import SAMPLE_BYTES
-from moeify.models.stock import first_line, load_gguf, quiet
+from moeify.models.stock import load_gguf, quiet
 from moeify.words import listing, printable
 
 # Of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: number of a value's type -> its format for struct.

@@ -16,8 +16,10 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
-from moeify.errors import InputError, warn
-from moeify.models.files import find_shards, load_config
+from moeify.errors import InputError, first_line, warn
+from moeify.models.config import load_config
+from moeify.models.files import find_shards
+from moeify.models.generation import generation_arguments
 from moeify.words import printable
 
 # An architecture that ends so has the head of a language model, whatever the class is called.
@@ -109,7 +111,7 @@ def load_with_report(
         find_shards(path)
         config = settled(config or load_config(path))
         check_architecture(config)
-        arguments = {"config": config, **arguments}
+        arguments = {"config": config, **generation_arguments(path, config), **arguments}
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -158,6 +160,9 @@ def settled(config: Any) -> Any:
         )
     config.fusion_config = None
     del config.fusion_config
+    if getattr(config, "quantization_config", None) == {}:
+        # It says nothing, and transformers asks it for a method.
+        del config.quantization_config
     return config
 
 
@@ -196,16 +201,23 @@ def placed(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str
         name: torch.empty(torch.Size(shapes[name]).numel() + mark, device="meta")[mark:].view(shapes[name])
         for mark, name in marks.items()
     }
-    with quiet():
-        loaded: Any = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=dict(stand_ins),
-            dtype=torch.float32,
-            device_map="meta",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+    try:
+        with quiet():
+            loaded: Any = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=dict(stand_ins),
+                dtype=torch.float32,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+    except Exception as error:
+        # Renaming tensors of any name and shape raises whatever it stumbles over.
+        raise InputError(
+            f"transformers cannot load a {config.model_type} of these tensors: {first_line(error)}",
+            "config.json and the weights are not of the same model",
+        ) from error
     model, info = loaded
     stored = {}
     for name, tensor in model.state_dict().items():
@@ -229,8 +241,3 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bar:
             logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """What an exception of another library says, in one line."""
-    return printable(next(iter(str(error).splitlines()), type(error).__name__))

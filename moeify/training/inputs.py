@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from moeify.data.documents import read_documents
 from moeify.data.text import calibration_blocks, evaluation_tokens, sample_from_model
 from moeify.errors import InputError, UsageError
 from moeify.models import stock
+from moeify.models.config import load_config
 from moeify.models.dense import DenseModel, open_dense
-from moeify.models.files import find_shards, load_config, locate
+from moeify.models.files import find_shards, locate
 from moeify.models.fingerprint import fingerprint
+from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track
 from moeify.plan import PLAN_FILE, SplitPlan, load_plan
 from moeify.training.model import check_stages
@@ -68,7 +69,7 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
     dense = open_dense(teacher, track)
     _check_device(options)
     context = _context(options, config, dense.config)
-    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    tokenizer = load_tokenizer(path, config)
     _check_alike(moe, tokenizer, config, dense, options.data)
 
     def sample(num_tokens: int, length: int, seed: int) -> Tensor:

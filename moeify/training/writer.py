@@ -22,7 +22,7 @@ from moeify.training.inputs import Inputs
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
 
-OTHER_FILES = ("config.json", "generation_config.json", INDEX_FILE)
+OTHER_FILES = ("config.json", INDEX_FILE)
 
 
 def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, workspace: Workspace) -> None:

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from moeify.errors import InputError
+from moeify.models.config import empty_model
 
 # Ends of class names that say what mixes tokens; whatever else is in a layer is its FFN.
 MIXERS = ("Attention", "Mamba", "Mamba2Mixer", "Mixer", "GatedDeltaNet")
@@ -98,14 +97,7 @@ def anatomy(config: Any) -> Anatomy:
     Raises:
         InputError: transformers cannot build it, or its layers have experts of different sizes.
     """
-    try:
-        with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        raise InputError(
-            f"transformers cannot build a {config.model_type} to generate text: {str(error).splitlines()[0]}",
-            "expected a causal language model that stock transformers holds",
-        ) from error
+    model = empty_model(config, buffers=False)
     config = config.get_text_config()
     heads = int(config.num_attention_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)

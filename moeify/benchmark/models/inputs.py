@@ -17,7 +17,9 @@ from moeify.benchmark.options import BenchOptions
 from moeify.check.perplexity import DEFAULT_CONTEXT
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
-from moeify.models.files import load_config, load_tokenizer, locate
+from moeify.models.config import load_config
+from moeify.models.files import locate
+from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track
 
 DENSE = "dense"
@@ -114,7 +116,7 @@ class Texts:
                     f"--context takes 2 to {limit}, --prompt 1 to {limit - 1}",
                 )
         regimes = tuple((batch, length) for length in lengths for batch in options.batch)
-        tokenizers = [load_tokenizer(one.path) for one in entrants]
+        tokenizers = [load_tokenizer(one.path, one.config) for one in entrants]
         needed = max(batch * (length + 1) for batch, length in regimes)
         blocks = {source: _blocks(source, entrants, tokenizers, options.tokens, context) for source in options.data}
         text_T = evaluation_tokens(options.data[0], tokenizers[0], num_tokens=needed).ids_T

@@ -1,0 +1,334 @@
+"""The config of a model, checked before anything is made from it: every field has a type and a range.
+
+transformers checks the types of its configs' fields; sizes, ranges and how fields fit each other are checked here, and
+how they fit the weights beside them. All of it reads two small files and allocates nothing.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, fields
+from functools import lru_cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub.dataclasses import type_validator
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moeify import families
+from moeify.errors import InputError, first_line, warn
+from moeify.models.json_files import read_mapping, shown
+from moeify.models.rotary import rotary_fault
+
+CONFIG_FILE = "config.json"
+LIMIT_BYTES = 1 << 24
+# Ranges of whole numbers, by transformers' common names; the upper ends are far beyond any model.
+RANGES: Mapping[str, tuple[int, int]] = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), (1, 2**31 - 1)),
+    **dict.fromkeys(("moe_intermediate_size", "n_inner"), (1, 2**31 - 1)),
+    **dict.fromkeys(("shared_intermediate_size", "shared_expert_intermediate_size", "sliding_window"), (0, 2**31 - 1)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok"), (1, 2**16)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), (0, 2**16)),
+    **dict.fromkeys(("n_group", "topk_group", "decoder_sparse_step", "pretraining_tp"), (1, 2**16)),
+    **dict.fromkeys(("first_k_dense_replace", "max_window_layers", "num_mtp_layers"), (0, 2**16)),
+    "num_hidden_layers": (1, 4096),
+    "num_labels": (0, 2**16),
+}
+MAPPINGS = ("rope_parameters", "rope_scaling", "quantization_config", "auto_map", "id2label", "label2id")
+FUNCTIONS = {"attn_implementation": ALL_ATTENTION_FUNCTIONS, "experts_implementation": ALL_EXPERTS_FUNCTIONS}
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+WORDS: Mapping[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    NoneType: "null",
+    list: "a list",
+    dict: "a mapping",
+}
+# A number takes at least half a byte of a file, whatever it is quantised to, and tied ones are there once.
+NUMBERS_PER_BYTE = 2
+# Fewer take no memory to speak of: what is wrong with such weights is said by whoever reads them.
+FEW_NUMBERS = 1 << 28
+
+
+def load_config(path: Path) -> Any:
+    """The transformers config of a folder, checked; code inside the folder is never run.
+
+    Raises:
+        InputError: it cannot be read, a field is not what it must be, or fields do not fit each other or the weights.
+    """
+    file = path / CONFIG_FILE
+    if not file.exists() and not file.is_symlink():
+        raise InputError(f"no {CONFIG_FILE} in {path}", "expected a Hugging Face model folder")
+    declared = read_mapping(file, limit_bytes=LIMIT_BYTES)
+    config_class = _class_of(file, declared)
+    _check_declared(file, declared, config_class)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:
+        # Validators of its classes, and whatever else transformers stumbles over.
+        cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
+        raise InputError(f"transformers cannot read {file}: {first_line(cause or error)}", _hint()) from error
+    # How attention is computed is said by whoever loads the model: a config may name a kernel on the hub.
+    config._attn_implementation = None
+    if getattr(config, "is_heterogeneous", False):
+        # Each layer has values of its own; transformers refuses to give one for all.
+        return config
+    _check_numbers(file, {field.name: getattr(config, field.name, None) for field in fields(config)}, type(config))
+    _check_relations(file, config)
+    if fault := rotary_fault(config):
+        raise _refused(file, *fault)
+    _check_tokens(file, config)
+    _check_sizes(file, config)
+    return config
+
+
+def empty_model(config: Any, *, buffers: bool) -> Any:
+    """The stock model of a config without weights.
+
+    Args:
+        config: from `load_config`.
+        buffers: its buffers are real, its parameters alone are on the meta device.
+
+    Raises:
+        InputError: transformers cannot build it.
+    """
+    try:
+        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+    except Exception as error:
+        place = f" of {Path(config.name_or_path) / CONFIG_FILE}" if config.name_or_path else ""
+        raise InputError(
+            f"transformers cannot build the {config.model_type}{place} to generate text: {first_line(error)}",
+            "expected the config of a causal language model that stock transformers holds",
+        ) from error
+
+
+def check_layers(config: Any, blocks: str, names: Iterable[str]) -> None:
+    """Refuse layers that differ in size, and weights with another number of them, before a model is made of a config.
+
+    Args:
+        config: from `load_config`.
+        blocks: the list of blocks, by its name in the stock model; names of tensors may have other prefixes.
+        names: of all tensors.
+    """
+    if getattr(config, "is_heterogeneous", False):
+        raise InputError("config.json has a per_layer_config, expected layers of one size", "start from another model")
+    number = re.compile(rf"(?:^|\.){re.escape(blocks.rpartition('.')[2])}\.(\d+)\.")
+    count = len({found[1] for name in names if (found := number.search(name))})
+    if count != config.num_hidden_layers:
+        raise InputError(
+            f"config.json says {config.num_hidden_layers:,} layers, the weights have {count:,}",
+            "config.json and the weights are not of the same model",
+        )
+
+
+def _hint() -> str:
+    # A file of a newer transformers may hold what this one does not know.
+    return f"this is transformers {transformers.__version__}; supported: {', '.join(families.names())}"
+
+
+def _refused(file: Path, name: str, value: Any, expected: str) -> InputError:
+    return InputError(f"{file}: {name} is {shown(value)}, expected {expected}", "fetch the file again, or correct it")
+
+
+def _class_of(file: Path, declared: Mapping[str, Any]) -> Any:
+    """transformers' class of this config."""
+    if "model_type" not in declared:
+        raise InputError(f"{file} has no model_type", "expected the config of a transformers model")
+    name = declared["model_type"]
+    if not isinstance(name, str):
+        raise _refused(file, "model_type", name, "the name of an architecture")
+    if name not in CONFIG_MAPPING:
+        code = "; code of the folder is never run" if declared.get("auto_map") else ""
+        raise InputError(
+            f"{file}: model_type {shown(name)} is not known to transformers {transformers.__version__}{code}",
+            f"supported: {', '.join(families.names())}",
+        )
+    return CONFIG_MAPPING[name]
+
+
+def _check_declared(file: Path, declared: Mapping[str, Any], config_class: Any) -> None:
+    """Check what must be right before transformers makes lists of so many layers or labels from it."""
+    for name, value in declared.items():
+        # They would replace what the config does.
+        if name.startswith("__") or name == "attribute_map" or callable(getattr(config_class, name, None)):
+            raise InputError(f"{file}: {shown(name)} is no field of a config", "remove it from the file")
+        _check_extra(file, name, value)
+    _check_types(file, declared, config_class)
+    _check_numbers(file, declared, config_class)
+    kinds, layers = declared.get("layer_types"), declared.get(_stored_name(config_class, "num_hidden_layers"))
+    if isinstance(kinds, list) and isinstance(layers, int) and len(kinds) != layers:
+        raise _refused(file, "layer_types", kinds, f"one for each of {layers:,} layers, not {len(kinds):,}")
+
+
+def _check_extra(file: Path, name: str, value: Any) -> None:
+    """Check fields that transformers takes beside those that its classes declare."""
+    if value is None:
+        return
+    if name in MAPPINGS and not isinstance(value, dict):
+        raise _refused(file, name, value, "a mapping or null")
+    if name == "layer_types" and not (isinstance(value, list) and all(isinstance(kind, str) for kind in value)):
+        raise _refused(file, name, value, "a list of texts or null")
+    if name == "num_labels" and not _whole(value, *RANGES[name]):
+        raise _refused(file, name, value, _between(*RANGES[name]))
+    if name == "output_attentions" and not isinstance(value, bool):
+        raise _refused(file, name, value, "true, false or null")
+    if name in ("dtype", "torch_dtype") and not _is_float_type(value):
+        raise _refused(file, name, value, 'a floating-point type of torch, such as "bfloat16"')
+    functions = FUNCTIONS.get(name.strip("_"))
+    if functions is not None:
+        names = {"eager", *functions.valid_keys()}
+        if not (isinstance(value, str) and value in names):
+            raise _refused(file, name, value, f"null or one of {', '.join(sorted(names))}")
+
+
+def _check_types(file: Path, values: Mapping[str, Any], config_class: Any) -> None:
+    """Check every field against its annotation in the class."""
+    for name, kind in _annotations(config_class).items():
+        value = values.get(name, MISSING)
+        # A list may hold infinity in transformers' own writing, a mapping, which its own validation knows.
+        if value is MISSING or (isinstance(value, list) and any(isinstance(one, dict) for one in value)):
+            continue
+        try:
+            type_validator(name, value, kind)
+        except (TypeError, ValueError) as error:
+            words = dict.fromkeys(WORDS.get(_plain(one), str(one)) for one in _members(kind))
+            raise _refused(file, name, value, " or ".join(words)) from error
+
+
+@lru_cache
+def _annotations(config_class: Any) -> dict[str, Any]:
+    """Type of every field; those of the base class are texts, which transformers' own validation takes for anything."""
+    base = get_type_hints(PreTrainedConfig, localns={"torch": torch})
+    return {f.name: base.get(f.name, f.type) if isinstance(f.type, str) else f.type for f in fields(config_class)}
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _plain(kind: Any) -> Any:
+    return get_origin(kind) or kind
+
+
+def _check_numbers(file: Path, values: Mapping[str, Any], config_class: Any) -> None:
+    """Check the range of every number that the class declares to be one; null is left to the types."""
+    for names, is_whole in _numbers(config_class):
+        for name in names:
+            value = values.get(name)
+            if value is None:
+                continue
+            low_high = next((RANGES[known] for known in names if known in RANGES), None)
+            if not is_whole:
+                _check_float(file, name, value)
+            elif low_high is not None and not _whole(value, *low_high):
+                raise _refused(file, name, value, _between(*low_high))
+
+
+def _check_float(file: Path, name: str, value: Any) -> None:
+    fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= torch.finfo().max
+    if name.endswith(("_eps", "_epsilon")):
+        # Of a norm whose inputs may all be zero.
+        if not (fits and 0 < value < 1):
+            raise _refused(file, name, value, "a number above 0 and below 1")
+    elif name.endswith(("dropout", "_pdrop")):
+        if not (fits and 0 <= value <= 1):
+            raise _refused(file, name, value, "a number from 0 to 1")
+    elif not fits:
+        raise _refused(file, name, value, "a finite number that float32 holds")
+
+
+@lru_cache
+def _numbers(config_class: Any) -> list[tuple[tuple[str, ...], bool]]:
+    """Fields of one number, by their own name and transformers' common one, and whether they are whole numbers."""
+    common = {stored: name for name, stored in config_class.attribute_map.items()}
+    numbers = []
+    for name, kind in _annotations(config_class).items():
+        members = set(_members(kind))
+        if members <= {int, float, NoneType} and not name.endswith(("_token_id", "_token_index")):
+            numbers.append((tuple(dict.fromkeys((name, common.get(name, name)))), float not in members))
+    return numbers
+
+
+def _stored_name(config_class: Any, name: str) -> str:
+    return str(config_class.attribute_map.get(name, name))
+
+
+def _whole(value: Any, low: int, high: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+
+
+def _between(low: int, high: int) -> str:
+    return f"a whole number from {low} to {high:,}"
+
+
+def _is_float_type(name: Any) -> bool:
+    dtype = getattr(torch, name, None) if isinstance(name, str) else None
+    return isinstance(dtype, torch.dtype) and dtype.is_floating_point
+
+
+def _check_relations(file: Path, config: Any) -> None:
+    """Check how fields fit each other."""
+    heads, keys = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(keys, int) and heads % keys:
+        raise InputError(
+            f"{file}: num_attention_heads is {heads}, which is no multiple of num_key_value_heads, {keys}",
+            "every head of keys and values serves equally many others",
+        )
+    for name in ACTIVATIONS:
+        value = getattr(config, name, None)
+        if value is not None and not (isinstance(value, str) and value in ACT2FN):
+            raise _refused(file, name, value, f"one of {', '.join(ACT2FN)}")
+    active, experts = getattr(config, "num_experts_per_tok", None), _experts(config)
+    if isinstance(active, int) and experts is not None and active > experts:
+        raise _refused(file, "num_experts_per_tok", active, f"at most the number of experts, {experts:,}")
+
+
+def _experts(config: Any) -> int | None:
+    values = (getattr(config, name, None) for name in EXPERTS)
+    return next((value for value in values if isinstance(value, int) and value), None)
+
+
+def _check_tokens(file: Path, config: Any) -> None:
+    """Refuse a padding token without an embedding; others matter to nothing but the end of generated text."""
+    vocabulary = getattr(config, "vocab_size", None)
+    if not isinstance(vocabulary, int):
+        return
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, name, None)
+        for token in value if isinstance(value, list) else [value]:
+            if not isinstance(token, int) or 0 <= token < vocabulary:
+                continue
+            if name == "pad_token_id" and token != -1:
+                raise _refused(file, name, token, f"null or a token of the vocabulary, 0 to {vocabulary - 1:,}")
+            warn(f"{file}: {name} {token:,} is outside the vocabulary of {vocabulary:,} tokens; it is kept as it is")
+
+
+def _check_sizes(file: Path, config: Any) -> None:
+    """Refuse sizes that the weights beside the config cannot have, before anything is made of them."""
+    try:
+        num_bytes = sum(shard.stat().st_size for shard in file.parent.glob("*.safetensors"))
+    except OSError:
+        # Said by whoever reads the weights.
+        return
+    hidden = getattr(config, "hidden_size", None)
+    if not num_bytes or not isinstance(hidden, int):
+        return
+    for name in ("vocab_size", "num_hidden_layers", *EXPERTS):
+        rows = getattr(config, name, None)
+        if isinstance(rows, int) and rows * hidden > max(FEW_NUMBERS, num_bytes * NUMBERS_PER_BYTE):
+            raise InputError(
+                f"{file}: {name} is {rows:,} and hidden_size {hidden:,}, the weights have {num_bytes:,} bytes",
+                "config.json and the weights are not of the same model, or the weights are cut off",
+            )
