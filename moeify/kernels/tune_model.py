@@ -12,6 +12,7 @@ from moeify.errors import InputError
 from moeify.kernels import experts, launch
 from moeify.kernels.tune import Shape, Tuned, keys_of, tune
 from moeify.models.files import load_config, locate
+from moeify.models.stock import settled
 from moeify.options import Track, TuneOptions, untracked
 
 
@@ -78,7 +79,7 @@ def experts_shape(model: str) -> Shape:
     """
     config = load_config(locate(model))
     with torch.device("meta"):
-        built = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        built = AutoModelForCausalLM.from_config(settled(config), trust_remote_code=False)
     modules: list[Any] = [
         module for module in built.modules() if hasattr(module, "has_gate") and hasattr(module, "act_fn")
     ]

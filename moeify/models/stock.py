@@ -106,9 +106,9 @@ def load_with_report(
         InputError: there is something that transformers would run, or it cannot load the rest.
     """
     if "gguf_file" not in arguments:
-        find_shards(path)
         config = settled(config or load_config(path))
         check_architecture(config)
+        find_shards(path)
         arguments = {"config": config, **arguments}
     try:
         with quiet():

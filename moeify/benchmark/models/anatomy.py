@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from moeify.errors import InputError
+from moeify.models.stock import settled
 
 # Ends of class names that say what mixes tokens; whatever else is in a layer is its FFN.
 MIXERS = ("Attention", "Mamba", "Mamba2Mixer", "Mixer", "GatedDeltaNet")
@@ -100,7 +101,7 @@ def anatomy(config: Any) -> Anatomy:
     """
     try:
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model: Any = AutoModelForCausalLM.from_config(settled(config), trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise InputError(
             f"transformers cannot build a {config.model_type} to generate text: {str(error).splitlines()[0]}",
