@@ -130,6 +130,8 @@ def from_gguf(file: Path) -> Path:
             raise InputError(
                 f"transformers cannot read {file}: {first_line(error)}", f"fetch it again, or {FROM_SAFETENSORS}"
             ) from error
+    if (stat.st_size, stat.st_mtime_ns) != (file.stat().st_size, file.stat().st_mtime_ns):
+        raise InputError(f"{file} changed while it was read", "run the same command again when nothing writes there")
     report.check(f"{file.name} ({header.architecture})")
     # transformers marks the dequantised model as quantised, which forbids saving it.
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
