@@ -79,8 +79,7 @@ def load_config(path: Path) -> Any:
         # Validators of its classes, and whatever else transformers stumbles over.
         cause = error.__cause__ if isinstance(error, StrictDataclassError) else None
         raise InputError(f"transformers cannot read {file}: {first_line(cause or error)}", _hint()) from error
-    # How attention is computed is said by whoever loads the model: a config may name a kernel on the hub.
-    config._attn_implementation = None
+    _forget_implementations(file, config)
     if getattr(config, "is_heterogeneous", False):
         # Each layer has values of its own; transformers refuses to give one for all.
         return config
@@ -131,6 +130,26 @@ def check_layers(config: Any, blocks: str, names: Iterable[str]) -> None:
             f"config.json says {config.num_hidden_layers:,} layers, the weights have {count:,}",
             "config.json and the weights are not of the same model",
         )
+
+
+def _forget_implementations(file: Path, config: Any) -> None:
+    """Leave to whoever loads the model how it is computed: a config may name kernels of the hub, or modules to replace.
+
+    Raises:
+        InputError: it names another file of weights.
+    """
+    config._attn_implementation = config._experts_implementation = None
+    other = getattr(config, "transformers_weights", None)
+    if other is not None:
+        raise InputError(
+            f"{file} says that the weights are in {shown(other)} (transformers_weights)",
+            "name the file model.safetensors and remove that line",
+        )
+    config.fusion_config = None
+    del config.fusion_config
+    if getattr(config, "quantization_config", None) == {}:
+        # It says nothing, and transformers asks it for a method.
+        del config.quantization_config
 
 
 def _hint() -> str:

@@ -23,7 +23,7 @@ from moeify.models.config import check_layers, empty_model, load_config
 from moeify.models.ffn import FFNWeights, tensor_names, unpack
 from moeify.models.files import FLOAT_DTYPES, Stored, find_shards, locate, read_headers
 from moeify.models.fingerprint import Fingerprint
-from moeify.models.stock import check_architecture, placed, settled
+from moeify.models.stock import check_architecture, placed
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track, untracked
 from moeify.words import printable
@@ -202,7 +202,6 @@ def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) 
             "quantise after the conversion, not before: start from the unquantised checkpoint",
         )
     shards = find_shards(path)
-    config = settled(config)
     check_architecture(config)
     headers = read_headers(shards)
     check_layers(config, family.blocks, headers)

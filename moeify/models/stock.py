@@ -6,7 +6,6 @@ package calls `from_pretrained` of a model on a folder.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,26 +107,20 @@ def load_with_report(
         InputError: there is something that transformers would run, or it cannot load the rest.
     """
     if "gguf_file" not in arguments:
-        find_shards(path)
-        config = settled(config or load_config(path))
+        config = config or load_config(path)
         check_architecture(config)
+        find_shards(path)
         arguments = {"config": config, **generation_arguments(path, config), **arguments}
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **arguments,
-            )
-    except ImportError as error:
-        raise InputError(f"transformers needs another package to load {path}: {first_line(error)}") from error
-    except Exception as error:
-        # Its readers raise whatever they stumble over.
-        raise InputError(f"transformers cannot load {path}: {first_line(error)}", "fetch the model again") from error
+    with _loading(str(path)):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **arguments,
+        )
     model, info = loaded
     return model, Report.of(info)
 
@@ -144,26 +137,6 @@ def load_gguf(file: Path) -> tuple[Any, Report]:
         # Otherwise packed weights are computed with kernels from the hub, where there are any.
         arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
     return load_with_report(file.parent, **arguments)
-
-
-def settled(config: Any) -> Any:
-    """A copy of a config that names no implementation: one of another name would be fetched from the hub, and run."""
-    config = deepcopy(config)
-    config._attn_implementation = None
-    config._experts_implementation = None
-    # Both exist in a config.json only: which file the weights are in, and which modules to put in place of the model's.
-    other = getattr(config, "transformers_weights", None)
-    if other is not None:
-        raise InputError(
-            f"config.json says that the weights are in {printable(other)!r} (transformers_weights)",
-            "name the file model.safetensors and remove that line",
-        )
-    config.fusion_config = None
-    del config.fusion_config
-    if getattr(config, "quantization_config", None) == {}:
-        # It says nothing, and transformers asks it for a method.
-        del config.quantization_config
-    return config
 
 
 def check_architecture(config: Any) -> None:
@@ -195,29 +168,22 @@ def placed(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str
     Returns:
         Stored name of each tensor of the model, where it is a stored tensor as it is; and the loader's report.
     """
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     marks = dict(enumerate(sorted(shapes), start=1))
     stand_ins = {
         name: torch.empty(torch.Size(shapes[name]).numel() + mark, device="meta")[mark:].view(shapes[name])
         for mark, name in marks.items()
     }
-    try:
-        with quiet():
-            loaded: Any = model_class.from_pretrained(
-                None,
-                config=config,
-                state_dict=dict(stand_ins),
-                dtype=torch.float32,
-                device_map="meta",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-    except Exception as error:
-        # Renaming tensors of any name and shape raises whatever it stumbles over.
-        raise InputError(
-            f"transformers cannot load a {config.model_type} of these tensors: {first_line(error)}",
-            "config.json and the weights are not of the same model",
-        ) from error
+    with _loading(f"a {config.model_type} of this config.json"):
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        loaded: Any = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(stand_ins),
+            dtype=torch.float32,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     model, info = loaded
     stored = {}
     for name, tensor in model.state_dict().items():
@@ -227,6 +193,21 @@ def placed(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str
     # Of tied tensors that are both not there, one is needed.
     tied = {name for name, source in model.all_tied_weights_keys.items() if source in info["missing_keys"]}
     return stored, Report.of({**info, "missing_keys": info["missing_keys"] - tied})
+
+
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Turn whatever the readers of transformers stumble over into an error with a hint."""
+    try:
+        with quiet():
+            yield
+    except ImportError as error:
+        message = f"transformers needs another package to load {what}: {first_line(error)}"
+        raise InputError(message, "install it beside moeify") from error
+    except Exception as error:
+        memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        hint = "it needs more memory than there is" if memory else "fetch the model again"
+        raise InputError(f"transformers cannot load {what}: {first_line(error)}", hint) from error
 
 
 @contextmanager
