@@ -2,9 +2,11 @@
 
 Legend: R routed experts, f neurons of one expert, D hidden size.
 
-The stock model is loaded as any user would load it. Then, in memory only: the dense columns of down_proj are put back
-(a refit changes them), router rows are set to zero (so that every expert's weight is exactly the architecture's
-constant) and every expert is switched on, with the fold for all of them. Its logits must then be the dense ones.
+Both models are loaded as any user would load them, and the loader of transformers says what it found: a fault of
+moeify's own reader does not hide here. What they are is compared, and how they cut text. Then, in memory only: the
+dense columns of down_proj are put back (a refit changes them), router rows are set to zero (so that every expert's
+weight is exactly the architecture's constant) and every expert is switched on, with the fold for all of them. Its
+logits must then be the dense ones.
 
 Of a fine-tuned checkpoint it is checked what training left alone: with the stages `layers` and `router` all of the
 above but the experts' weights, otherwise keys, shapes, config, finite values and the routers of the plan.
@@ -17,9 +19,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from moeify import targets
+from moeify.check.logits import logit_difference
+from moeify.check.reference import Reference, architecture_difference
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
@@ -31,13 +34,13 @@ from moeify.models.config import load_config
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights
 from moeify.models.files import find_shards, locate
+from moeify.models.same_tokens import token_difference
+from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track, untracked
 from moeify.plan import SHARED, LayerPlan, Layout, SplitPlan, load_plan
 from moeify.targets import Target
 
 TOLERANCE = 1e-4
-# Of SmolLM2-135M, Qwen2.5-0.5B and the embedded model none is larger.
-USUAL_LOGIT = 30.0
 # Spacing of bf16 numbers just above one, and what the router scale aims for is half of it: unseen text may score higher
 # than the calibration text did.
 GATE_LIMIT = 2.0**-7
@@ -106,18 +109,20 @@ def verify(
     if plan.layout.is_static:
         raise InputError(f"{moe} is statically pruned: it has no experts to switch on", "`moeify eval` measures it")
     target = targets.find(plan.target)
-    model, keys = _load_all_on(path, plan.layout)
     ids = _tokens(source)
     hard = Mixing.of(plan.options).style == "hard" and not plan.trained
+    # Before the other two models are in memory.
     deviation = _gate_deviation(path, ids, target, plan) if hard else 0.0
+    reference = Reference.of(source)
+    model, keys = _load_all_on(path, plan.layout)
     whole = set(plan.trained) <= KEEPS_NEURONS
-    places = _place_checks(model, source, plan, target)
-    checks = [keys, *(places if whole else places[:1]), *_stored_checks(path, source, plan, target)]
+    places = _place_checks(model, reference, plan, target)
+    checks = [keys, *(places if whole else places[:1]), *_stored_checks(path, reference, plan, target)]
+    checks += _identity_checks(path, model, reference, values=whole)
     if not whole:
         return VerifyReport(str(moe), source.name, tuple(checks), None, deviation)
-    _restore_dense(model, source, plan, target)
-    reference: Any = stock.load(source.path)
-    difference, allowed = _logit_difference(model, reference, ids, load_config(path).dtype, tolerance)
+    _restore_dense(model, reference, plan, target)
+    difference, allowed = logit_difference(model, reference.model, ids, load_config(path).dtype, tolerance)
     checks += [
         Check(
             "logits equal dense, all experts on",
@@ -147,6 +152,16 @@ def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
         not any(wrong.values()),
     )
     return model.eval(), check
+
+
+def _identity_checks(path: Path, model: Any, reference: Reference, *, values: bool) -> list[Check]:
+    """What both models are, as stock transformers sees them, and how both read a text."""
+    other = architecture_difference(model, reference.model, load_config(path).dtype, values=values)
+    tokens = token_difference(load_tokenizer(path, load_config(path)), reference.tokenizer())
+    return [
+        Check("architecture is the dense model's", other or "equal", "equal", not other),
+        Check("text is cut into the dense model's tokens", tokens or "equal", "equal", not tokens),
+    ]
 
 
 def _place_checks(model: Any, source: DenseModel, plan: SplitPlan, target: Target) -> list[Check]:
@@ -193,46 +208,6 @@ def _restore_dense(model: Any, source: DenseModel, plan: SplitPlan, target: Targ
         parts["down"].copy_(torch.stack(routed) * target.routed_fold(everything))
         if "shared_down" in parts:
             parts["shared_down"].copy_(down_DF[:, layer.neurons(SHARED)] * target.shared_fold)
-
-
-class _Float64(TorchFunctionMode):
-    """Norms, softmax and routers of stock models compute in float32 whatever the model's type; here in float64."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        wider = {torch.float32: torch.float64}
-        args = [wider.get(value, value) if isinstance(value, torch.dtype) else value for value in args]
-        named = {
-            name: wider.get(value, value) if isinstance(value, torch.dtype) else value
-            for name, value in (kwargs or {}).items()
-        }
-        return torch.Tensor.double(*args) if func is torch.Tensor.float else func(*args, **named)
-
-
-@torch.no_grad()
-def _logit_difference(
-    model: Any, dense: Any, ids: Tensor, stored: torch.dtype, tolerance: float
-) -> tuple[float, float]:
-    """Largest difference of a logit, and how large it may be.
-
-    In float32 or, if that is beyond the tolerance, in float64, which tells errors from rounding: experts add up in
-    another order than the dense FFN, and through 30 layers of SmolLM2-135M that alone makes 0.8e-4 to 1.3e-4 in logits
-    up to 27. Attention whose scores are in the thousands makes more of the last bit.
-
-    Logits of usual models end at USUAL_LOGIT, and for those the tolerance is as it was given. It grows with logits
-    beyond that, as rounding does: with a last norm of 1e10 they are 1e10, and float64 itself has no 1e-4 there.
-    """
-    # The loop over experts adds in a fixed order and in full precision.
-    model.set_experts_implementation("eager")
-    # A checkpoint in another dtype than the dense model is compared with the dense model rounded like it.
-    for parameter in dense.parameters():
-        parameter.copy_(parameter.to(stored))
-    dense_BCV = dense(ids).logits
-    allowed = tolerance * max(1.0, float(dense_BCV.abs().max()) / USUAL_LOGIT)
-    difference = float((model(ids).logits - dense_BCV).abs().max())
-    if difference > allowed:
-        with _Float64():
-            difference = float((model.double()(ids).logits - dense.double()(ids).logits).abs().max())
-    return difference, allowed
 
 
 def _stored_checks(path: Path, source: DenseModel, plan: SplitPlan, target: Target) -> list[Check]:

@@ -95,7 +95,7 @@ def choose_target(
             engines = target.engines_with_dense if layout.dense_layers else target.engines
             shared = f"{'with' if layout.num_shared else 'without'} shared experts"
             why = f"represents the model exactly, {shared}; known to {', '.join(('transformers', *engines))}"
-            return target, layout, why + (f" ({'; '.join(reasons)})" if reasons else "")
+            return target, layout, why + target.caution + (f" ({'; '.join(reasons)})" if reasons else "")
         reasons.append(f"{target.model_type}: {exactness.reason}")
     raise InputError("no target represents this model exactly: " + "; ".join(reasons), "see `moeify inspect`")
 

@@ -298,4 +298,4 @@ def _choose_target(dense: DenseModel, options: SplitOptions, *, writable: bool) 
             f"{options.target} does not represent this model exactly: {exactness.reason}",
             "`moeify inspect` lists the targets that do",
         )
-    return layout, target, "asked for"
+    return layout, target, "asked for" + target.caution
