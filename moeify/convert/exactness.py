@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -42,6 +43,8 @@ CONTEXT = 256
 WINDOW = 32
 # As small as trained embeddings, so that a wrong epsilon in a norm shows.
 EMBEDDING_SCALE = 0.02
+# What transformers raises for a model that it cannot build; its configs' own errors are no ValueErrors.
+STOPS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError, StrictDataclassError)
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ def _compare(target_name: str, config: str, layout: Layout) -> Exactness:
         writer = MoEWriter(twin, target, layout, torch.float32)
         converted = writer.values(list(writer.shapes()), experts_of)
         logits_1CV, wrong = _logits(writer.config(), converted, ids_1C)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
+    except STOPS as error:
         # Whatever stops a conversion that nobody has seen before is the reason why it is not done.
         first_line = str(error).splitlines()[0] if str(error) else ""
         return Exactness(False, f"a toy twin cannot be converted: {type(error).__name__}: {first_line:.160}")

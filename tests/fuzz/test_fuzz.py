@@ -38,6 +38,7 @@ from moeify.results import read, write
 
 # Random changes of each file; together about 20 s on one core.
 EXAMPLES = 400
+# Of processor time: other work on the machine does not count.
 LIMIT_SECONDS = 5
 LIMIT_BYTES = 1 << 30
 INDEX = "model.safetensors.index.json"
@@ -165,12 +166,12 @@ def fuzz(name: str, whole: Path, folder: Path, examples: int, number: int) -> No
     @given(changed(kind, content))
     def check(new: bytes) -> None:
         (folder / kind.file).write_bytes(new)
-        began = time.perf_counter()
+        began = time.process_time()
         try:
             kind.read(folder)
         except MoeifyError as error:
             assert str(error)
-        assert time.perf_counter() - began < LIMIT_SECONDS
+        assert time.process_time() - began < LIMIT_SECONDS
 
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with warnings.catch_warnings():

@@ -16,9 +16,11 @@ from transformers import AutoConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moeify import families, targets
+from moeify.convert.exactness import check_target
 from moeify.errors import InputError, MoeifyWarning
 from moeify.models.config import load_config
 from moeify.models.dense import open_dense
+from moeify.plan import Layout
 
 CODE = "raise SystemExit('a stranger ran')\n"
 
@@ -200,3 +202,11 @@ def test_configs_of_other_architectures(tmp_path: Path, model_type: str, values:
 def test_the_defaults_of_an_architecture_pass(tmp_path: Path, model_type: str) -> None:
     CONFIG_MAPPING[model_type]().save_pretrained(tmp_path)
     assert load_config(tmp_path).to_dict() == AutoConfig.from_pretrained(tmp_path).to_dict()
+
+
+def test_a_value_that_no_target_takes_is_a_reason_not_to_take_it(model: Path) -> None:
+    """The dense architecture allows null where the others need a number."""
+    change_config(model, "attention_dropout", None)
+    exactness = check_target(targets.find("qwen2_moe"), open_dense(model), Layout(4, 1, 2))
+    assert not exactness.exact
+    assert "attention_dropout" in exactness.reason
