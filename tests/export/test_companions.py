@@ -87,7 +87,7 @@ def test_copies_are_bit_identical_where_they_agree(target: str, make_dense: Make
     companions = settle_companions(dense, config(target))
     assert not companions.rewritten
     tokenizer = written(companions, tmp_path / "out", target)
-    assert companions.copies.keys() == {"tokenizer.json", "tokenizer_config.json"}
+    assert companions.copies.keys() == {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert all((tmp_path / "out" / name).read_bytes() == (dense / name).read_bytes() for name in companions.copies)
     assert token_difference(tokenizer, AutoTokenizer.from_pretrained(dense)) == ""
 
@@ -208,7 +208,10 @@ def test_a_link_out_of_the_folder_is_refused(make_dense: MakeDense, tmp_path: Pa
 
 def test_a_folder_without_a_tokenizer_is_carried_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "NOTICE").write_text("by us")
-    assert settle_companions(tmp_path, "{}") == Companions({"NOTICE": tmp_path / "NOTICE"})
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "eos_token_id": 7}')
+    companions = settle_companions(tmp_path, "{}")
+    assert companions.copies == {"NOTICE": tmp_path / "NOTICE"}
+    assert json.loads(companions.rewritten["generation_config.json"])["eos_token_id"] == 7
 
 
 def test_a_full_disk_of_temporary_files_is_said(make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch) -> None:
