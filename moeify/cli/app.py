@@ -111,6 +111,7 @@ def _show_warnings() -> None:
 def _report(error: Exception, *, debug: bool) -> int:
     """Show an error and return its exit code."""
     from moeify.cli.render import Renderer, traceback_of
+    from moeify.resources import resource_error
 
     if hasattr(error, "show") and hasattr(error, "exit_code"):
         # The option parser's own errors print themselves with the usage line.
@@ -118,6 +119,8 @@ def _report(error: Exception, *, debug: bool) -> int:
         return 2
     if debug:
         traceback_of(error)
+    # Disks and memory may fail at any line.
+    error = resource_error(error) or error
     if isinstance(error, MoeifyError):
         Renderer().error(error)
         return error.exit_code
