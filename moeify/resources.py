@@ -27,8 +27,8 @@ MEMORY_WORDS = (
     "failed to map segment",
 )
 # torch: "you tried to allocate 123 bytes"; CUDA: "Tried to allocate 2.00 GiB"; numpy: "Unable to allocate 1.5 GiB".
-ALLOCATION = re.compile(r"(?:allocate|mmap) ([\d.]+) (bytes|[KMGT]iB)")
-UNITS = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+ALLOCATION = re.compile(r"(?:allocate|mmap) ([\d.]+) (bytes|[KMGTPE]iB)")
+UNITS = {"bytes": 1, **{f"{letter}iB": 1 << 10 * power for power, letter in enumerate("KMGTPE", start=1)}}
 # Address space that the libraries take before any work; with less they abort or never return. Measured: a split of the
 # embedded model passes with 2.0 GB and not with 1.7 GB (torch 2.13 for CPUs, transformers 5.23, 2026-11-25).
 LIBRARIES_BYTES = 2_200_000_000

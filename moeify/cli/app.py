@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, NoReturn
 
 import typer
@@ -45,6 +46,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ls": list_command,
     "schema": schema_command,
 }
+
+# Commands that load no model.
+LIGHT = ("report", "ls", "schema")
 
 app = typer.Typer(
     name="moeify",
@@ -135,8 +139,21 @@ def root(
     """Turn a dense Hugging Face transformer into a mixture-of-experts checkpoint that stock software loads."""
 
 
+def _with_room(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, once it is known that the libraries fit into the address space that it may use."""
+
+    @wraps(command)
+    def call(**values: Any) -> None:
+        from moeify.resources import check_address_space
+
+        check_address_space()
+        command(**values)
+
+    return call
+
+
 for _name, _command in COMMANDS.items():
-    app.command(_name)(option.expanded(_command))
+    app.command(_name)(option.expanded(_command if _name in LIGHT else _with_room(_command)))
 
 
 if __name__ == "__main__":

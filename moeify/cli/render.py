@@ -12,7 +12,6 @@ from rich.table import Table
 
 from moeify.cli.options import Output
 from moeify.errors import MoeifyError
-from moeify.resources import check_address_space
 from moeify.results import to_json
 from moeify.words import duration, printable
 
@@ -99,13 +98,7 @@ class Renderer:
 
 
 def renderer_for(output: Output, *, loads_models: bool = True) -> Renderer:
-    """The renderer of a command; unless it is verbose, the libraries below keep silent.
-
-    Raises:
-        InputError: less address space is allowed than the libraries take.
-    """
-    if loads_models:
-        check_address_space()
+    """The renderer of a command; unless it is verbose, the libraries below keep silent."""
     if loads_models and not output.verbose:
         from transformers.utils import logging
 

@@ -79,8 +79,9 @@ def _place_of(out: Path) -> Path:
             f"{out} is the folder that you are in, or one around it, and a result takes the whole place of its folder",
             "-o ./moe puts it below",
         )
-    if place.is_mount():
-        raise UsageError(f"{out} is where a disk is mounted, and no folder can take its place", f"-o {out / 'moe'}")
+    with disk_errors(place):
+        if place.is_mount():
+            raise UsageError(f"{out} is where a disk is mounted, and no folder can take its place", f"-o {out / 'moe'}")
     check_place(place.with_name(f"{place.name}.partial"))
     return place
 
@@ -140,7 +141,10 @@ def strangers(folder: Path, files: Collection[str]) -> Iterator[str]:
         for name in sorted([*below, *here]):
             relative = str((at / name).relative_to(folder))
             known, further = (folders, above) if name in below else (names, patterns)
-            if (at / name).is_symlink() or not (
-                relative in known or any(fnmatchcase(relative, pattern) for pattern in further)
-            ):
+            if (at / name).is_symlink() or not (relative in known or _matches(relative, further)):
                 yield relative
+
+
+def _matches(name: str, patterns: Collection[str]) -> bool:
+    """A star stands for a part of one name, never for a slash."""
+    return any(name.count("/") == pattern.count("/") and fnmatchcase(name, pattern) for pattern in patterns)
