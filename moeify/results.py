@@ -127,10 +127,7 @@ def check_replaceable(file: Path, kind: "type[Any] | str") -> None:
             values = intact(file, lambda path: json.loads(path.read_bytes()))
             is_of_kind = isinstance(values, dict) and str(values.get("schema")).startswith(f"moeify.{name}/")
     if not is_of_kind:
-        article = "an" if name[0] in "aeiou" else "a"
-        raise InputError(
-            f"{file} is not {article} {name} that moeify wrote, so it is not replaced", "choose another -o"
-        )
+        raise InputError(f"{file} was not written by moeify as {name}, so it is not replaced", "choose another -o")
 
 
 def load_json(file: Path, hint: str = HINT) -> Any:

@@ -205,7 +205,8 @@ def _evaluated_last(trainer: FinetuneTrainer) -> bool:
 
 
 def _steady(entry: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if not any(part in name for part in TIMES)}
+    """In one order: the Trainer gives entries from before a resumption sorted, and others not."""
+    return {name: value for name, value in sorted(entry.items()) if not any(part in name for part in TIMES)}
 
 
 def _before_and_after(history: list[dict[str, Any]], options: FinetuneOptions) -> dict[str, dict[str, float]]:

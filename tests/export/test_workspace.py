@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moeify import cache
-from moeify.errors import DiskError, InputError
+from moeify.errors import CheckError, DiskError, InputError, UsageError
 from moeify.export.record import LAST_FILE, RECORD_FILE
 from moeify.export.workspace import Workspace
 from moeify.plan import PLAN_FILE, LayerPlan
@@ -294,4 +294,106 @@ def test_nothing_that_the_weights_library_left_behind_gets_into_the_result(out: 
         (work.path / ".tmpA1b2C3").write_text("half a shard")
         (work.path / "work" / ".tmpD4e5F6").write_text("half a layer")
     finish(out, "new")
+    assert names(out) == FILES
+
+
+def test_a_refusal_leaves_nothing_that_the_run_began(out: Path) -> None:
+    for error in (InputError("bad weights"), UsageError("bad option")):
+        with pytest.raises(type(error)), Workspace(out, JOB, overwrite=False) as work:
+            work.save_layer(LAYER)
+            raise error
+        # Not even the folders above it.
+        assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "error", [DiskError("full"), KeyboardInterrupt(), CheckError("loss is NaN"), ZeroDivisionError()]
+)
+def test_what_is_finished_stays_after_anything_else(out: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), Workspace(out, JOB, overwrite=False) as work:
+        work.save_layer(LAYER)
+        raise error
+    with Workspace(out, JOB, overwrite=False) as work:
+        assert work.load_layer(3) is not None
+
+
+def test_a_refusal_keeps_what_an_earlier_run_finished(out: Path) -> None:
+    with Workspace(out, JOB, overwrite=False) as work:
+        work.save_layer(LAYER)
+    with pytest.raises(InputError), Workspace(out, JOB, overwrite=False) as work:
+        raise InputError("bad weights")
+    with Workspace(out, JOB, overwrite=False) as work:
+        assert work.load_layer(3) is not None
+        work.discard()
+    assert not out.parent.exists() or not any(out.parent.iterdir())
+
+
+def test_a_strangers_file_in_an_unfinished_folder_is_never_lost(out: Path) -> None:
+    with Workspace(out, JOB, overwrite=False) as work:
+        work.write_text("config.json", "{}")
+    notes = work.path / "notes.txt"
+    notes.write_text("years of work")
+    for job, overwrite in ((JOB, False), (JOB, True), ({"model": "other"}, True)):
+        with pytest.raises(InputError, match=r"notes\.txt was not written by moeify"):
+            finish_job(out, job, overwrite=overwrite)
+    notes.unlink()
+    with pytest.raises(InputError, match=r"notes\.txt was not written by moeify"), Workspace(out, JOB, overwrite=False):
+        notes.write_text("years of work")
+        work.write_record({}, "card")
+    assert notes.read_text() == "years of work"
+
+
+def finish_job(out: Path, job: dict[str, Any], *, overwrite: bool) -> None:
+    with Workspace(out, job, overwrite=overwrite):
+        pass
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["", "work", "work/names", "config.json"])
+def test_a_link_in_the_place_of_a_work_file_is_not_followed(out: Path, name: str, overwrite: bool) -> None:
+    elsewhere = out.parent / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "thesis.tmp").write_text("years of work")
+    link = out.with_name("out.partial") / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(InputError, match="is a link, which moeify did not make"):
+        finish(out, "new", overwrite=overwrite)
+    assert (elsewhere / "thesis.tmp").read_text() == "years of work"
+    assert link.is_symlink()
+
+
+def test_a_file_that_appears_in_out_during_the_work_is_kept(out: Path) -> None:
+    result(out)
+    with (
+        pytest.raises(InputError, match=r"notes\.txt was not written by moeify"),
+        Workspace(out, JOB, overwrite=True) as work,
+    ):
+        work.write_record({}, "card")
+        (out / "notes.txt").write_text("years of work")
+        work.commit()
+    assert (out / "notes.txt").read_text() == "years of work"
+    # What was finished is kept as well, and only the name is missing.
+    (out / "notes.txt").unlink()
+    with Workspace(out, JOB, overwrite=True) as work:
+        assert work.is_complete
+        work.commit()
+    assert names(out) == {RECORD_FILE, LAST_FILE}
+
+
+def test_the_record_names_every_file(out: Path) -> None:
+    with Workspace(out, JOB, overwrite=False) as work:
+        work.write_text("config.json", "{}")
+    # A run that goes on knows what the earlier one wrote.
+    with Workspace(out, JOB, overwrite=False) as work:
+        work.write_tensors("model-00001-of-00001.safetensors", {"a": torch.ones(1)}, {})
+        (work.path / "logs" / "0-full").mkdir(parents=True)
+        (work.path / "logs" / "0-full" / "events.out.tfevents.17.host.1").write_text("")
+        work.write_record({"parameters": 3}, "card")
+        work.commit()
+    record = json.loads((out / RECORD_FILE).read_text())
+    events = "logs/*/events.out.tfevents.*"
+    assert set(record["files"]) == {"config.json", "model-00001-of-00001.safetensors", RECORD_FILE, LAST_FILE, events}
+    assert (record["schema"], record["job"], record["parameters"]) == ("moeify.record/1", JOB, 3)
+    finish(out, "new", overwrite=True)
     assert names(out) == FILES
