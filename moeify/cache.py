@@ -20,6 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from moeify.errors import InputError
 from moeify.resources import resource_error
 
 T = TypeVar("T")
@@ -31,8 +32,18 @@ GRACE_S = 5.0
 
 
 def cache_dir() -> Path:
-    """The user's folder for such work: $MOEIFY_CACHE or ~/.cache/moeify."""
-    return Path(os.environ.get("MOEIFY_CACHE") or Path.home() / ".cache" / "moeify")
+    """The user's folder for such work: $MOEIFY_CACHE or ~/.cache/moeify.
+
+    Raises:
+        InputError: neither is there.
+    """
+    named = os.environ.get("MOEIFY_CACHE")
+    if named:
+        return Path(named)
+    try:
+        return Path.home() / ".cache" / "moeify"
+    except RuntimeError as error:
+        raise InputError(f"there is no home folder for the cache: {error}", "set MOEIFY_CACHE to a folder") from error
 
 
 def digest(*parts: Any) -> str:

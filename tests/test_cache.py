@@ -257,3 +257,14 @@ def test_a_folder_that_somebody_else_has_for_himself_is_not_waited_for(tmp_path:
     finally:
         os.close(descriptor)
     assert (tmp_path / "file").exists()
+
+
+def test_without_a_home_the_cache_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(_: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MOEIFY_CACHE")
+    monkeypatch.setattr(Path, "home", classmethod(nowhere))
+    with pytest.raises(InputError, match="no home folder") as caught:
+        cache.cache_dir()
+    assert "MOEIFY_CACHE" in caught.value.hint
