@@ -6,6 +6,7 @@
     process = forking.Process(target=main, args=(run,))
 """
 
+import hashlib
 import importlib
 import os
 import signal
@@ -69,3 +70,9 @@ def die_at(module: str, name: str, count: int) -> None:
         return really(*arguments, **named)
 
     setattr(owner, last, call)
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder, by name."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

@@ -1,7 +1,10 @@
 """Finished work is whole or not there, whoever is killed and whoever is faster, and known by all of its inputs."""
 
 import errno
+import fcntl
 import json
+import os
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,4 +206,65 @@ def test_a_disk_that_takes_nothing(
     with pytest.raises(InputError, match=message) as caught:
         once(tmp_path / "compare" / "value.json", lambda: 1)
     assert hint in caught.value.hint
-    assert list((tmp_path / "compare").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_processes_left_goes_when_nobody_else_writes(tmp_path: Path) -> None:
+    old = time.time() - 60
+    file, unique = tmp_path / "value.json", "0123456789abcdef" * 2
+    leftover, young, users = (tmp_path / name for name in (f"x.{unique}.tmp", f"y.{unique}.tmp", "thesis.tmp"))
+    for path in (leftover, young, users):
+        path.touch()
+    for path in (leftover, users):
+        os.utime(path, (old, old))
+    with replacing(tmp_path / "other.json") as temporary:
+        temporary.touch()
+        os.utime(temporary, (old, old))
+        with replacing(file) as inner:
+            inner.touch()
+        # The outer one is still at work.
+        assert temporary.exists()
+        assert leftover.exists() is False
+    with replacing(file) as inner:
+        inner.touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"value.json", "other.json", young.name, users.name}
+
+
+def test_folders_that_killed_processes_left_half_made_go(tmp_path: Path) -> None:
+    old = time.time() - 60
+    dead = tmp_path / f"model.partial-{'ab' * 16}"
+    (dead / "deep").mkdir(parents=True)
+    other = tmp_path / f"another.partial-{'ab' * 16}"
+    other.mkdir()
+    os.utime(dead, (old, old))
+    os.utime(other, (old, old))
+    with made_once(tmp_path / "model") as partial:
+        os.utime(partial, (old, old))
+        assert not dead.exists()
+        with made_once(tmp_path / "model") as second:
+            # The first one lives.
+            assert partial.exists()
+            (second / "file").touch()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", other.name}
+
+
+def test_a_folder_that_somebody_else_has_for_himself_is_not_waited_for(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with replacing(tmp_path / "file") as temporary:
+            temporary.touch()
+    finally:
+        os.close(descriptor)
+    assert (tmp_path / "file").exists()
+
+
+def test_without_a_home_the_cache_must_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(_: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("MOEIFY_CACHE")
+    monkeypatch.setattr(Path, "home", classmethod(nowhere))
+    with pytest.raises(InputError, match="no home folder") as caught:
+        cache.cache_dir()
+    assert "MOEIFY_CACHE" in caught.value.hint

@@ -25,7 +25,18 @@ from moeify.errors import InputError, UsageError
 from moeify.plan import Layout
 from moeify.recipes.limits import Limit
 from moeify.recipes.run import RunResult
-from moeify.results import KINDS, find_kind, json_schema, parse, read, schema_name, to_json, write
+from moeify.results import (
+    KINDS,
+    check_writable,
+    find_kind,
+    json_schema,
+    parse,
+    read,
+    schema_name,
+    to_json,
+    write,
+    write_text,
+)
 from moeify.training.finetune import FinetuneHistory, FinetuneResult, StageHistory, StageResult
 
 CHECK = Check("keys", "all", "all", passed=True)
@@ -146,3 +157,56 @@ def test_the_command_prints_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(["schema", "nothing"]) == 2
     with pytest.raises(UsageError, match="nothing"):
         json_schema("nothing")
+
+
+OTHERS = {
+    "another result": json.dumps({"schema": "moeify.search/1"}),
+    "a list": "[1]",
+    "no json": "years of work",
+    "no text": "\0",
+}
+
+
+@pytest.mark.parametrize("content", OTHERS.values(), ids=OTHERS)
+def test_a_file_of_another_kind_is_never_replaced(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "eval.json"
+    file.write_text(content)
+    for call in (lambda: check_writable(file, Evaluation), lambda: write(RESULTS["eval"], file)):
+        with pytest.raises(InputError, match=r"eval\.json was not written by moeify as eval") as caught:
+            call()
+        assert caught.value.hint
+        assert file.read_text() == content
+
+
+def test_a_file_of_the_kind_and_an_empty_one_are_replaced(tmp_path: Path) -> None:
+    for content in ("", json.dumps({"schema": "moeify.eval/0"})):
+        (tmp_path / "target.json").write_text(content)
+        (tmp_path / "eval.json").unlink(missing_ok=True)
+        (tmp_path / "eval.json").symlink_to("target.json")
+        check_writable(tmp_path / "eval.json", Evaluation)
+        assert (tmp_path / "target.json").read_text() == content
+        write(RESULTS["eval"], tmp_path / "eval.json")
+        # Through the link.
+        assert read(tmp_path / "target.json", Evaluation) == RESULTS["eval"]
+        assert (tmp_path / "eval.json").is_symlink()
+
+
+def test_a_page_or_drawing_is_replaced_if_it_says_that_it_is_ours(tmp_path: Path) -> None:
+    file = tmp_path / "page.html"
+    write_text("<p>ours</p>", file, "ours")
+    write_text("<p>ours, again</p>", file, "ours")
+    with pytest.raises(InputError, match=r"page\.html was not written by moeify as html file"):
+        write_text("<p>", file, "another mark")
+    assert file.read_text() == "<p>ours, again</p>"
+
+
+@pytest.mark.parametrize("place", [".", "/dev/null", "/proc/result.json", "file/result.json"])
+def test_a_bad_place_for_a_result_is_refused_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("years of work")
+    with pytest.raises(InputError, match=r"is no file|cannot write") as caught:
+        check_writable(Path(place), Evaluation)
+    assert caught.value.hint
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

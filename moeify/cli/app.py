@@ -7,6 +7,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from functools import wraps
 from typing import Any, NoReturn
 
 import typer
@@ -45,6 +46,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "ls": list_command,
     "schema": schema_command,
 }
+
+# Commands that load no model.
+LIGHT = ("report", "ls", "schema")
 
 app = typer.Typer(
     name="moeify",
@@ -111,6 +115,7 @@ def _show_warnings() -> None:
 def _report(error: Exception, *, debug: bool) -> int:
     """Show an error and return its exit code."""
     from moeify.cli.render import Renderer, traceback_of
+    from moeify.resources import resource_error
 
     if hasattr(error, "show") and hasattr(error, "exit_code"):
         # The option parser's own errors print themselves with the usage line.
@@ -118,6 +123,8 @@ def _report(error: Exception, *, debug: bool) -> int:
         return 2
     if debug:
         traceback_of(error)
+    # Disks and memory may fail at any line.
+    error = resource_error(error) or error
     if isinstance(error, MoeifyError):
         Renderer().error(error)
         return error.exit_code
@@ -132,8 +139,21 @@ def root(
     """Turn a dense Hugging Face transformer into a mixture-of-experts checkpoint that stock software loads."""
 
 
+def _with_room(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, once it is known that the libraries fit into the address space that it may use."""
+
+    @wraps(command)
+    def call(**values: Any) -> None:
+        from moeify.resources import check_address_space
+
+        check_address_space()
+        command(**values)
+
+    return call
+
+
 for _name, _command in COMMANDS.items():
-    app.command(_name)(option.expanded(_command))
+    app.command(_name)(option.expanded(_command if _name in LIGHT else _with_room(_command)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from moeify.errors import InputError
 from moeify.export.companions import settle_companions
 from moeify.export.in_memory import moe_parameters, on_disk
 from moeify.export.model_card import finetuned_card
-from moeify.export.workspace import LAST_FILE, RECORD_FILE, Workspace
+from moeify.export.record import RECORD_FILE
+from moeify.export.workspace import Workspace
 from moeify.export.writer import check_fits
 from moeify.models.files import FLOAT_DTYPES, INDEX_FILE, find_shards, inside
 from moeify.plan import SplitPlan
@@ -26,7 +27,7 @@ OTHER_FILES = ("config.json", INDEX_FILE)
 
 
 def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, workspace: Workspace) -> None:
-    """Write shards, plan, record and card; LAST_FILE comes last.
+    """Write shards, plan, record and card.
 
     Raises:
         InputError: a trained value does not fit the checkpoint's type, or a file leads out of the student's folder.
@@ -51,14 +52,10 @@ def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, wo
     settle_companions(inputs.path, (inputs.path / "config.json").read_text()).write(workspace)
     if inputs.plan is not None:
         workspace.write_plan(_trained_plan(student, inputs.plan, options, _dtype(shards)))
-    record = {"schema": "moeify.record/1", "job": workspace.job, **_sizes(inputs.path)}
-    workspace.write_text(RECORD_FILE, json.dumps(record, indent=1, sort_keys=True) + "\n")
     config = json.loads((inputs.path / "config.json").read_text())
     trained = (*(inputs.plan.trained if inputs.plan else ()), *options.stage)
-    workspace.write_text(
-        LAST_FILE,
-        finetuned_card(inputs.name, inputs.teacher.name, config, asdict(options), inputs.provenance, trained=trained),
-    )
+    card = finetuned_card(inputs.name, inputs.teacher.name, config, asdict(options), inputs.provenance, trained=trained)
+    workspace.write_record(_sizes(inputs.path), card)
 
 
 def _trained_plan(student: Student, plan: SplitPlan, options: FinetuneOptions, dtype: torch.dtype) -> SplitPlan:

@@ -5,7 +5,6 @@ pytest tests/convert/test_resume.py -s -m stress  # twenty kills while a model o
 """
 
 import contextlib
-import hashlib
 import os
 import random
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command_process import Run, main
+from command_process import Run, main, tree
 from conftest import MakeDense
 
 LAYERS = 4
@@ -85,12 +84,6 @@ def take_time(shard_bytes: int, pause: float) -> None:
 
     writer.SHARD_BYTES = shard_bytes
     cache.sync = sync
-
-
-def tree(folder: Path) -> dict[str, str]:
-    """sha256 of every file below a folder, by name."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def stage(out: Path) -> str:

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from moeify import cache
-from moeify.errors import InputError
-from moeify.export.workspace import RECORD_FILE, Workspace
+from moeify.errors import CheckError, DiskError, InputError, UsageError
+from moeify.export.record import LAST_FILE, RECORD_FILE
+from moeify.export.workspace import Workspace
 from moeify.plan import PLAN_FILE, LayerPlan
 
 JOB = {"model": "abc", "options": {"experts": 8, "calibration": ["a.txt"]}}
@@ -25,23 +26,25 @@ LAYER = LayerPlan(
 )
 
 
+FILES = {PLAN_FILE, "weights", RECORD_FILE, LAST_FILE}
+
+
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "out"
 
 
-def result(folder: Path, content: str = "old") -> Path:
+def result(folder: Path) -> Path:
     """What moeify would have left at `folder`."""
-    folder.mkdir(parents=True)
-    for name in (PLAN_FILE, RECORD_FILE, "weights"):
-        (folder / name).write_text(content)
+    finish(folder, "old")
     return folder
 
 
 def finish(out: Path, content: str, **arguments: Any) -> None:
     with Workspace(out, JOB, **{"overwrite": False, **arguments}) as work:
-        for name in (PLAN_FILE, RECORD_FILE, "weights"):
+        for name in (PLAN_FILE, "weights"):
             work.write_text(name, content)
+        work.write_record({"parameters": 1}, "card")
         work.commit()
 
 
@@ -156,15 +159,14 @@ def test_an_existing_result_needs_overwrite(out: Path) -> None:
         finish(out, "new")
     assert "--overwrite" in caught.value.hint
     assert (out / "weights").read_text() == "old"
-    assert names(out.parent) == {"out", *(f"out/{name}" for name in (PLAN_FILE, RECORD_FILE, "weights"))}
+    assert names(out.parent) == {"out", *(f"out/{name}" for name in FILES)}
 
 
 def test_overwrite_replaces_a_result(out: Path) -> None:
     result(out)
-    (out / "old-shard").write_text("old")
     finish(out, "new", overwrite=True)
     assert (out / "weights").read_text() == "new"
-    assert names(out.parent) == {"out", *(f"out/{name}" for name in (PLAN_FILE, RECORD_FILE, "weights"))}
+    assert names(out.parent) == {"out", *(f"out/{name}" for name in FILES)}
 
 
 @pytest.mark.parametrize("present", [(), (PLAN_FILE,), (RECORD_FILE,)])
@@ -223,7 +225,7 @@ def test_a_second_run_in_another_process_is_refused(out: Path) -> None:
         # Its death releases the lock, and what it left is of another job.
         other.kill()
     finish(out, "new", overwrite=True)
-    assert names(out.parent) == {"out", *(f"out/{name}" for name in (PLAN_FILE, RECORD_FILE, "weights"))}
+    assert names(out.parent) == {"out", *(f"out/{name}" for name in FILES)}
 
 
 def test_the_lock_is_released_after_an_error(out: Path) -> None:
@@ -237,26 +239,35 @@ def test_the_lock_is_released_after_an_error(out: Path) -> None:
     assert [path.name for path in out.parent.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
-def test_a_full_disk_is_an_error_with_a_hint(out: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (errno.ENOSPC, r"disk of .* is full \([\d,]+ MB free\)"),
+        (errno.EDQUOT, r"quota of the disk of .* is used up"),
+        (errno.EFBIG, "largest size that is allowed"),
+    ],
+)
+def test_a_full_disk_is_an_error_with_a_hint(
+    out: Path, monkeypatch: pytest.MonkeyPatch, code: int, message: str
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(code, "no room")
 
     with Workspace(out, JOB, overwrite=False) as work:
         monkeypatch.setattr(cache, "sync", full)
-        with pytest.raises(InputError, match=r"is full \([\d,]+ MB free\)") as caught:
+        with pytest.raises(DiskError, match=message) as caught:
             work.write_text("shard", "1")
         assert "same command again" in caught.value.hint
         assert not work.has("shard")
 
 
-def test_another_disk_error_is_not_hidden(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_disk_is_named(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any) -> None:
         raise OSError(errno.EIO, "broken disk")
 
     with Workspace(out, JOB, overwrite=False) as work:
         monkeypatch.setattr(cache, "sync", broken)
-        with pytest.raises(OSError, match="broken disk"):
+        with pytest.raises(DiskError, match=r"cannot write .*out\.partial: Input/output error"):
             work.write_text("shard", "1")
 
 
@@ -266,13 +277,6 @@ def test_a_file_where_a_folder_is_needed(tmp_path: Path, where: str) -> None:
     with pytest.raises(InputError, match=str(tmp_path / "file")):
         finish(tmp_path / where, "new")
     assert (tmp_path / "file").read_text() == "years of work"
-
-
-def test_the_working_folder_itself_can_be_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    finish(Path(), "new")
-    assert (tmp_path / "here" / "weights").read_text() == "new"
 
 
 def test_a_result_can_be_read_by_whoever_may_read_its_folder(out: Path) -> None:
@@ -290,4 +294,106 @@ def test_nothing_that_the_weights_library_left_behind_gets_into_the_result(out: 
         (work.path / ".tmpA1b2C3").write_text("half a shard")
         (work.path / "work" / ".tmpD4e5F6").write_text("half a layer")
     finish(out, "new")
-    assert names(out) == {PLAN_FILE, RECORD_FILE, "weights"}
+    assert names(out) == FILES
+
+
+def test_a_refusal_leaves_nothing_that_the_run_began(out: Path) -> None:
+    for error in (InputError("bad weights"), UsageError("bad option")):
+        with pytest.raises(type(error)), Workspace(out, JOB, overwrite=False) as work:
+            work.save_layer(LAYER)
+            raise error
+        # Not even the folders above it.
+        assert not out.parent.exists()
+
+
+@pytest.mark.parametrize(
+    "error", [DiskError("full"), KeyboardInterrupt(), CheckError("loss is NaN"), ZeroDivisionError()]
+)
+def test_what_is_finished_stays_after_anything_else(out: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)), Workspace(out, JOB, overwrite=False) as work:
+        work.save_layer(LAYER)
+        raise error
+    with Workspace(out, JOB, overwrite=False) as work:
+        assert work.load_layer(3) is not None
+
+
+def test_a_refusal_keeps_what_an_earlier_run_finished(out: Path) -> None:
+    with Workspace(out, JOB, overwrite=False) as work:
+        work.save_layer(LAYER)
+    with pytest.raises(InputError), Workspace(out, JOB, overwrite=False) as work:
+        raise InputError("bad weights")
+    with Workspace(out, JOB, overwrite=False) as work:
+        assert work.load_layer(3) is not None
+        work.discard()
+    assert not out.parent.exists() or not any(out.parent.iterdir())
+
+
+def test_a_strangers_file_in_an_unfinished_folder_is_never_lost(out: Path) -> None:
+    with Workspace(out, JOB, overwrite=False) as work:
+        work.write_text("config.json", "{}")
+    notes = work.path / "notes.txt"
+    notes.write_text("years of work")
+    for job, overwrite in ((JOB, False), (JOB, True), ({"model": "other"}, True)):
+        with pytest.raises(InputError, match=r"notes\.txt was not written by moeify"):
+            finish_job(out, job, overwrite=overwrite)
+    notes.unlink()
+    with pytest.raises(InputError, match=r"notes\.txt was not written by moeify"), Workspace(out, JOB, overwrite=False):
+        notes.write_text("years of work")
+        work.write_record({}, "card")
+    assert notes.read_text() == "years of work"
+
+
+def finish_job(out: Path, job: dict[str, Any], *, overwrite: bool) -> None:
+    with Workspace(out, job, overwrite=overwrite):
+        pass
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", ["", "work", "work/names", "config.json"])
+def test_a_link_in_the_place_of_a_work_file_is_not_followed(out: Path, name: str, overwrite: bool) -> None:
+    elsewhere = out.parent / "elsewhere"
+    elsewhere.mkdir(parents=True)
+    (elsewhere / "thesis.tmp").write_text("years of work")
+    link = out.with_name("out.partial") / name
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(elsewhere)
+    with pytest.raises(InputError, match="is a link, which moeify did not make"):
+        finish(out, "new", overwrite=overwrite)
+    assert (elsewhere / "thesis.tmp").read_text() == "years of work"
+    assert link.is_symlink()
+
+
+def test_a_file_that_appears_in_out_during_the_work_is_kept(out: Path) -> None:
+    result(out)
+    with (
+        pytest.raises(InputError, match=r"notes\.txt was not written by moeify"),
+        Workspace(out, JOB, overwrite=True) as work,
+    ):
+        work.write_record({}, "card")
+        (out / "notes.txt").write_text("years of work")
+        work.commit()
+    assert (out / "notes.txt").read_text() == "years of work"
+    # What was finished is kept as well, and only the name is missing.
+    (out / "notes.txt").unlink()
+    with Workspace(out, JOB, overwrite=True) as work:
+        assert work.is_complete
+        work.commit()
+    assert names(out) == {RECORD_FILE, LAST_FILE}
+
+
+def test_the_record_names_every_file(out: Path) -> None:
+    with Workspace(out, JOB, overwrite=False) as work:
+        work.write_text("config.json", "{}")
+    # A run that goes on knows what the earlier one wrote.
+    with Workspace(out, JOB, overwrite=False) as work:
+        work.write_tensors("model-00001-of-00001.safetensors", {"a": torch.ones(1)}, {})
+        (work.path / "logs" / "0-full").mkdir(parents=True)
+        (work.path / "logs" / "0-full" / "events.out.tfevents.17.host.1").write_text("")
+        work.write_record({"parameters": 3}, "card")
+        work.commit()
+    record = json.loads((out / RECORD_FILE).read_text())
+    events = "logs/*/events.out.tfevents.*"
+    assert set(record["files"]) == {"config.json", "model-00001-of-00001.safetensors", RECORD_FILE, LAST_FILE, events}
+    assert (record["schema"], record["job"], record["parameters"]) == ("moeify.record/1", JOB, 3)
+    finish(out, "new", overwrite=True)
+    assert names(out) == FILES

@@ -94,7 +94,10 @@ def test_a_killed_run_goes_on_to_the_same_bits(
     expected, found = weights(whole), weights(out)
     assert set(found) == set(expected)
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-    assert history(out) == history(whole)
+    # Of every other file all bytes; TensorBoard's hold times, host and process, in their names as well.
+    alike = {path.name for path in whole.iterdir() if path.is_file()}
+    assert {path.name for path in out.iterdir()} == {*alike, "logs"}
+    assert [name for name in alike if (out / name).read_bytes() != (whole / name).read_bytes()] == []
 
 
 @pytest.fixture(scope="module")
