@@ -15,6 +15,8 @@ from moeify.errors import UsageError
 
 SHORT = {"out": "-o"}
 NUMBERS = {int: "whole number", float: "number"}
+# Nothing has so many experts, tokens or steps.
+COUNTABLE = 1 << 31
 
 
 def option(
@@ -155,17 +157,48 @@ def _repeated(name: str, values: Any) -> list[str]:
     return [word for item in items for word in (flag(name), str(item))]
 
 
+def check_text(text: str) -> str:
+    """The text, if it can be a name or a path.
+
+    Raises:
+        ValueError: it is empty, or holds what no file name can hold.
+    """
+    if not text.strip():
+        raise ValueError("expected a text that is not empty")
+    if "\0" in text:
+        raise ValueError("expected a text without NUL characters")
+    return text
+
+
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise UsageError unless one value is a known name and in its range."""
+    """Raise UsageError unless one value is a known name, a text that can be a name, or in its range."""
     name, known = flag(field.name), choices(field)
-    least, above, below = (field.metadata[key] for key in ("least", "above", "below"))
-    if value is None or (known and value in known):
+    if value is None or isinstance(value, bool) or (known and value in known):
         return
     if known:
         raise UsageError(f"{name} {value} is unknown", f"{name} takes {', '.join(known)}")
+    if isinstance(value, str):
+        try:
+            check_text(value)
+        except ValueError as error:
+            raise UsageError(f"{name} {value!r}: {error}", f"leave {name} out, or name something") from error
+    elif not _in_range(field, value):
+        raise UsageError(f"{name} {_shown(value)} is out of range", f"{name} takes {_range(field)}")
+    elif abs(value) >= COUNTABLE and isinstance(value, int):
+        raise UsageError(f"{name} {_shown(value)} is out of range", f"{name} takes less than {COUNTABLE:,}")
+
+
+def _in_range(field: dataclasses.Field[Any], value: float) -> bool:
+    """Whether a number is finite and in the range of its option."""
+    least, above, below = (field.metadata[key] for key in ("least", "above", "below"))
     low = (least is None or value >= least) and (above is None or value > above)
-    if (least is not None or above is not None) and not (low and value < below):
-        raise UsageError(f"{name} {value} is out of range", f"{name} takes {_range(field)}")
+    # Whole numbers of any length are compared without making them floats.
+    return low and value < below and (isinstance(value, int) or math.isfinite(value))
+
+
+def _shown(value: float) -> str:
+    """A number; Python refuses to write a whole one of more than 4,300 digits."""
+    return f"of {value.bit_length():,} bits" if isinstance(value, int) and value.bit_length() > 100 else str(value)
 
 
 def _range(field: dataclasses.Field[Any]) -> str:
@@ -173,5 +206,7 @@ def _range(field: dataclasses.Field[Any]) -> str:
     least, above, below = (field.metadata[key] for key in ("least", "above", "below"))
     if below < math.inf and item_type(field) is int:
         return f"{least:,} to {below - 1:,}"
+    if least is None and above is None:
+        return "finite numbers"
     low = f"{least:g} or more" if least is not None else f"more than {above:g}"
     return low if below == math.inf else f"{low} and less than {below:g}"
