@@ -7,6 +7,7 @@ renders the command that repeats a run. Imports nothing heavy.
 
 import dataclasses
 import math
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, get_args, get_origin
@@ -27,6 +28,7 @@ def option(
     above: float | None = None,
     below: float = math.inf,
     commas: bool = False,
+    form: str = "",
 ) -> Any:
     """A field of a dataclass of options.
 
@@ -36,8 +38,9 @@ def option(
         text: the help.
         least, above, below: the range of a number, of each one in a tuple.
         commas: items of a tuple hold no commas, so that several may stand in one word; true of numbers and fixed names.
+        form: a regular expression that a text must match as a whole.
     """
-    limits = {"least": least, "above": above, "below": below}
+    limits = {"least": least, "above": above, "below": below, "form": form}
     return dataclasses.field(default=default, metadata={"text": text, "commas": commas, **limits})
 
 
@@ -131,11 +134,30 @@ def command_line(command: str, *parts: str | Options, **further: Any) -> str:
     """
     words = ["moeify", command]
     for part in parts:
-        words += [part] if isinstance(part, str) else _words(part)
+        # A path that begins like an option.
+        words += [f"./{part}" if part.startswith("-") else part] if isinstance(part, str) else _words(part)
     for name, value in further.items():
         if value is not None and value is not False:
             words += [flag(name)] if value is True else _repeated(name, value)
-    return shlex.join(words)
+    return quoted(words)
+
+
+def quoted(words: Sequence[str]) -> str:
+    """A command that a shell reads back as these words, on one line and free of control characters.
+
+    Words with such characters stand in quotes that bash, zsh and POSIX of 2024 know: $'one\\012two'.
+    """
+    return " ".join(shlex.quote(word) if word.isprintable() else f"$'{_escaped(word)}'" for word in words)
+
+
+def _escaped(word: str) -> str:
+    return "".join(letter if letter.isprintable() and letter not in "'\\" else _octal(letter) for letter in word)
+
+
+def _octal(letter: str) -> str:
+    """The bytes of a letter; half ones are bytes of a file name that is not UTF-8."""
+    errors = "surrogateescape" if "\udc80" <= letter <= "\udcff" else "surrogatepass"
+    return "".join(f"\\{byte:03o}" for byte in letter.encode(errors=errors))
 
 
 def _words(options: Options) -> Iterator[str]:
@@ -182,6 +204,8 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
             check_text(value)
         except ValueError as error:
             raise UsageError(f"{name} {value!r}: {error}", f"leave {name} out, or name something") from error
+        if field.metadata["form"] and not re.fullmatch(field.metadata["form"], value):
+            raise UsageError(f"{name} {value!r:.100} is unknown", f"{name}: {field.metadata['text']}")
     elif not _in_range(field, value):
         raise UsageError(f"{name} {_shown(value)} is out of range", f"{name} takes {_range(field)}")
     elif abs(value) >= COUNTABLE and isinstance(value, int):

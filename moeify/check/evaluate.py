@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from moeify import families
 from moeify.check.perplexity import EvalResult, Perplexity
+from moeify.convert.prepare import check_device
 from moeify.errors import InputError
 from moeify.families import Modality
 from moeify.kernels import register
@@ -87,6 +88,7 @@ def evaluate(
     """
     paths = {model: locate(model, track) for model in models}
     options = EvalOptions(tuple(data), tokens, context, stride, dtype, device)
+    check_device(device)
     measure = MEASURES[_modality(paths)](paths, options)
     results = []
     for name in models:

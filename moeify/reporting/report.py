@@ -5,12 +5,12 @@
 The page needs no network and no other file: it can be sent around.
 """
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from moeify.benchmark.models.results import Interval
+from moeify.command_line import command_line
 from moeify.errors import InputError
 from moeify.reporting.facts import Facts, active_parameters, facts_of, of_kind, parameters, speeds
 from moeify.reporting.page import render
@@ -83,7 +83,7 @@ def report(run_dir: str | Path, out: Path | None = None) -> ReportResult:
     out = folder / PAGE if out is None else out
     bench = run.bench.value
     subjects = [(facts, answers(facts)) for facts in (facts_of(bench, model) for model in of_kind(bench, "moe"))]
-    page = render(run, subjects, command=shlex.join(["moeify", "report", str(folder), "-o", str(out)]))
+    page = render(run, subjects, command=command_line("report", str(folder), out=out))
     # Names come from files: half a code point cannot be encoded.
     data = page.encode("utf-8", "replace")
     temporary = out.with_name(f"{out.name}.tmp")

@@ -555,7 +555,7 @@ def test_the_command_prints_the_headline(folder: Path, tmp_path: Path, capfd: py
     out = tmp_path / "new" / "page.html"
     assert run_command(["report", str(folder), "-o", str(out)]) == 0
     said = capfd.readouterr().out
-    assert all(words in said for words in ("should I use it?", "Not as it is", "2.196", f"open {out} in a browser"))
+    assert all(words in said for words in ("should I use it?", "Not as it is", "2.196", f"python -m webbrowser {out}"))
     assert run_command(["report", str(folder), "-o", str(out), "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert found["schema"] == "moeify.report/1"

@@ -23,8 +23,9 @@ def run_recipe_command(
     renderer = renderer_for(output)
     loaded = load_recipe(find_recipe(recipe), set_, out=out)
     if dry_run:
+        step = command_line("run", recipe, set=set_, out=out, overwrite=overwrite)
         plan = preview_run(loaded, overwrite=overwrite, track=renderer.track)
-        renderer.result(plan, run_preview_table(plan), next_step="the same without --dry-run")
+        renderer.result(plan, run_preview_table(plan), next_step=step)
         return
     result = run(loaded, overwrite=overwrite, track=renderer.track)
     step = command_line("report", str(result.out)) if loaded.bench else ""
