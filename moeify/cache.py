@@ -5,11 +5,13 @@ file, `intact` reads the file again, `once` does all three for a JSON value, `ma
 """
 
 import contextlib
-import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -18,14 +20,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from safetensors import SafetensorError
-
-from moeify.errors import InputError
+from moeify.resources import resource_error
 
 T = TypeVar("T")
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-REFUSED = (errno.EACCES, errno.EROFS, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG)
+# How the names of files and folders end that are being made.
+UNIQUE = "[0-9a-f]" * 32
+# Seconds from the making of a file or folder to its lock, with room to spare.
+GRACE_S = 5.0
 
 
 def cache_dir() -> Path:
@@ -72,15 +74,14 @@ def _software() -> str:
 def replacing(file: Path) -> Iterator[Path]:
     """Yield a temporary path beside a file; what is written to it becomes the file at the end, whole or not at all.
 
-    Of two processes that write the same file at the same time, each writes its own copy, and one of them stays.
+    Of two processes that write the same file at the same time, each writes its own copy, and one of them stays. What
+    killed processes left in the folder goes when nobody else is writing there.
 
     Raises:
-        InputError: the disk is full or cannot be written.
+        DiskError: the disk is full or cannot be written.
     """
     temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp")
-    with disk_errors(file.parent):
-        if not file.parent.is_dir():
-            file.parent.mkdir(parents=True, exist_ok=True)
+    with disk_errors(file.parent), made_folders(file.parent), _busy(file.parent, clear=True):
         try:
             yield temporary
             # safetensors makes private files; a folder's reader may read all of it.
@@ -90,14 +91,77 @@ def replacing(file: Path) -> Iterator[Path]:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        temporary.rename(file)
+        temporary.replace(file)
+
+
+@contextlib.contextmanager
+def made_folders(folder: Path) -> Iterator[None]:
+    """Have a folder; what had to be made for it goes again if the work fails and leaves it empty."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        if not folder.is_dir():
+            folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in missing:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        raise
+
+
+def check_place(file: Path) -> None:
+    """Try that a file can be written; nothing is left of that.
+
+    Raises:
+        DiskError: it cannot.
+    """
+    with contextlib.suppress(_TriedError), replacing(file) as temporary:
+        temporary.write_text("moeify tries whether it can write here\n")
+        sync(temporary)
+        raise _TriedError
+
+
+class _TriedError(Exception):
+    """A trial went well."""
+
+
+@contextlib.contextmanager
+def _busy(folder: Path, *, clear: bool = False) -> Iterator[None]:
+    """Tell other processes that files are being written in a folder, by a shared lock on it.
+
+    Args:
+        folder: exists.
+        clear: first remove files that killed processes left there, unless others are writing.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        if clear and _locked(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            for leftover in folder.glob(f"*.{UNIQUE}.tmp"):
+                if _is_old(leftover):
+                    leftover.unlink(missing_ok=True)
+        # Whoever has it for himself alone, such as a user's `flock`, is not waited for.
+        _locked(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int, kind: int) -> bool:
+    """False if another process has it locked, or its file system knows no such locks."""
+    try:
+        fcntl.flock(descriptor, kind)
+    except OSError:
+        return False
+    return True
 
 
 def intact(file: Path, read: Callable[[Path], T]) -> T | None:
     """The content of a file, or None where it is missing or damaged, so that it has to be made again."""
+    from safetensors import SafetensorError
+
     try:
         return read(file)
-    except (FileNotFoundError, NotADirectoryError, SafetensorError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -105,7 +169,7 @@ def once(file: Path, make: Callable[[], Any]) -> Any:
     """The JSON value in a file; made and written if it is missing or damaged.
 
     Raises:
-        InputError: the disk is full or cannot be written.
+        DiskError: the disk is full or cannot be written.
     """
     value = intact(file, lambda path: json.loads(path.read_text()))
     if value is None:
@@ -122,50 +186,67 @@ def made_once(folder: Path) -> Iterator[Path]:
     Of two processes that make the same thing at the same time, the one that finishes second discards its copy.
 
     Raises:
-        InputError: the disk is full or cannot be written.
+        DiskError: the disk is full or cannot be written.
     """
     partial = folder.with_name(f"{folder.name}.partial-{uuid.uuid4().hex}")
     try:
         with disk_errors(folder.parent, cached=True):
+            _clear_abandoned(folder)
             partial.mkdir(parents=True)
-            yield partial
-            for path in partial.iterdir():
-                sync(path)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
+            with _busy(partial):
+                yield partial
+                for path in partial.iterdir():
+                    sync(path)
+                try:
+                    partial.rename(folder)
+                except OSError:
+                    if not folder.is_dir():
+                        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _clear_abandoned(folder: Path) -> None:
+    """Remove what killed processes left of this folder; whoever lives holds a lock on its own."""
+    for partial in folder.parent.glob(f"{glob.escape(folder.name)}.partial-{UNIQUE}"):
+        with contextlib.suppress(FileNotFoundError):
+            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                if _is_old(partial) and _locked(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    shutil.rmtree(partial, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _is_old(path: Path) -> bool:
+    """Older than what another process has made and not locked yet."""
+    try:
+        return time.time() - path.stat().st_mtime > GRACE_S
+    except FileNotFoundError:
+        return False
+
+
 @contextlib.contextmanager
 def disk_errors(folder: Path, *, cached: bool = False) -> Iterator[None]:
-    """Turn a full or read-only disk into an error with a hint; whatever is finished stays, and the next run uses it."""
+    """Turn a disk that takes nothing, and memory that is used up, into errors with a hint; what is finished stays.
+
+    Args:
+        folder: what is written.
+        cached: it is in the cache, wherever that is.
+
+    Raises:
+        DiskError: the disk is full, read-only or broken, or a quota or a limit of file sizes is reached.
+        InputError: memory is used up.
+    """
     try:
         yield
-    except SafetensorError as error:
-        if "No space left" not in str(error) and "os error 28" not in str(error):
+    except Exception as error:
+        in_cache = cached or folder.is_relative_to(cache_dir())
+        hint = "set MOEIFY_CACHE to a folder that can be written" if in_cache else "choose another -o"
+        known = resource_error(error, folder, hint, name="to the cache" if in_cache else "")
+        if known is None:
             raise
-        raise _disk_full(folder) from error
-    except OSError as error:
-        if error.errno in FULL:
-            raise _disk_full(folder) from error
-        if error.errno not in REFUSED:
-            raise
-        if cached or folder.is_relative_to(cache_dir()):
-            hint = "set MOEIFY_CACHE to a folder that can be written"
-            raise InputError(f"cannot write to the cache {folder}: {error.strerror}", hint) from error
-        raise InputError(f"cannot write {folder}: {error.strerror}", "choose another -o") from error
-
-
-def _disk_full(folder: Path) -> InputError:
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    return InputError(
-        f"the disk of {folder} is full ({shutil.disk_usage(there).free / 1e6:,.0f} MB free)",
-        "make room and run the same command again: it goes on from what is finished",
-    )
+        raise known from error
 
 
 def sync(path: Path) -> None:

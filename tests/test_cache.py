@@ -203,4 +203,4 @@ def test_a_disk_that_takes_nothing(
     with pytest.raises(InputError, match=message) as caught:
         once(tmp_path / "compare" / "value.json", lambda: 1)
     assert hint in caught.value.hint
-    assert list((tmp_path / "compare").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []

@@ -50,6 +50,7 @@ NOUNS = {
     "plan",
     "plugin_list",
     "plugins",
+    "resources",
     "results",
     "version",
     "words",

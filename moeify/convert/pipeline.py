@@ -3,7 +3,6 @@
 Legend: T tokens, D hidden size.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,13 +19,15 @@ from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.convert.search import under_budget
 from moeify.convert.walk import CalibrationWalk
 from moeify.data.text import TokenBlocks
-from moeify.errors import UsageError
+from moeify.errors import InputError
 from moeify.experts.slices import SplitFFN, slice_experts
 from moeify.export.model_card import model_card
-from moeify.export.workspace import LAST_FILE, RECORD_FILE, Workspace, check_replaceable
+from moeify.export.record import check_is_no_model, check_out
+from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import LayerPlan, Layout, SplitPlan, load_plan
+from moeify.resources import check_room
 from moeify.version import __version__
 
 
@@ -73,23 +74,22 @@ def split(
     Raises:
         InputError: the model, the text or the place is not usable; `out` is untouched.
     """
-    out = Path(out)
+    out = check_out(Path(out), [model], overwrite=overwrite)
     options = options or SplitOptions()
     dense = open_dense(model, track)
+    check_is_no_model(out, dense.path)
     if options.budget is not None:
-        check_replaceable(out, overwrite=overwrite)
         options = under_budget(dense, options, track, announce)
     prepared = prepare(dense, options)
-    if out.resolve() == prepared.dense.path.resolve():
-        raise UsageError(f"{out} is the dense model itself", "choose another -o")
-    check_replaceable(out, overwrite=overwrite)
     blocks = calibration_text(prepared) if prepared.needs_text else None
     calibration = asdict(blocks.provenance) if blocks else {}
     with Workspace(out, _job(prepared, calibration), overwrite=overwrite) as workspace:
         if not workspace.is_complete:
+            check_room(workspace.path, prepared.writer.num_bytes - workspace.num_bytes)
             layers = track(decide_layers(prepared, blocks, workspace), "splitting layers", prepared.dense.num_layers)
             # The refit columns stay on disk until their shard is written.
             _write(prepared, workspace, tuple(replace(layer, down_DF=None) for layer in layers), calibration, track)
+            _check_source(prepared.dense, workspace)
         workspace.commit()
     sizes = count_parameters(prepared.writer)
     reason = prepared.target_reason
@@ -114,9 +114,8 @@ def _write(
     writer.write(workspace, experts_of, track)
     workspace.write_plan(plan)
     parameters, active = count_parameters(writer)
-    record = {"schema": "moeify.record/1", "job": workspace.job, "parameters": parameters, "active_parameters": active}
-    workspace.write_text(RECORD_FILE, json.dumps(record, indent=1, sort_keys=True) + "\n")
-    workspace.write_text(LAST_FILE, model_card(plan, writer.config().architectures[0], (parameters, active)))
+    card = model_card(plan, writer.config().architectures[0], (parameters, active))
+    workspace.write_record({"parameters": parameters, "active_parameters": active}, card)
 
 
 def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Workspace) -> Iterator[LayerPlan]:
@@ -139,11 +138,21 @@ def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Wor
                 stage.ffn, stage.inputs_TD, fit, again, gradient_GD=stage.gradient_GD, goal_TD=stage.goal_TD
             )
             plan = fitted.plan
+            _check_source(prepared.dense, workspace)
             workspace.save_layer(plan)
         else:
             outputs_TD = converted(stage.ffn, plan, fit)(stage.inputs_TD)
         walk.leave(outputs_TD)
         yield plan
+
+
+def _check_source(dense: DenseModel, workspace: Workspace) -> None:
+    """Refuse a model that changed since it was opened, and all that was made of it."""
+    try:
+        dense.check_unchanged()
+    except InputError:
+        workspace.discard()
+        raise
 
 
 def _plan(prepared: Prepared, layers: tuple[LayerPlan, ...], calibration: dict[str, Any]) -> SplitPlan:

@@ -11,7 +11,8 @@ import glob
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,28 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moeify import cache
-from moeify.cache import disk_errors, intact, replacing
-from moeify.errors import InputError
+from moeify.cache import disk_errors, intact, made_folders, replacing
+from moeify.errors import DiskError, InputError, UsageError
+from moeify.export.record import (
+    LAST_FILE,
+    PATTERNS,
+    RECORD_FILE,
+    check_replaceable,
+    read_record,
+    record_text,
+    strangers,
+)
 from moeify.plan import PLAN_FILE, LayerPlan, SplitPlan
 
-RECORD_FILE = "moeify.json"
-# Written last: a folder that has it has everything.
-LAST_FILE = "README.md"
+NAMES_FILE = "work/names"
 
 
 class Workspace:
-    """The folder a checkpoint is built in. Use as a context manager: it holds a lock while open."""
+    """The folder a checkpoint is built in. Use as a context manager: it holds a lock while open.
+
+    A refusal (InputError, UsageError) leaves nothing that this run began; an interruption, a kill or a DiskError keeps
+    what is finished for the next run.
+    """
 
     def __init__(self, out: Path, job: Mapping[str, Any], *, overwrite: bool) -> None:
         # `.` has no name of its own.
@@ -41,40 +53,70 @@ class Workspace:
         self.job = json.loads(json.dumps(job))
         self._overwrite = overwrite
         self._lock = FileLock(str(out.with_name("." + out.name + ".lock")))
+        self._began_here = False
+        self._files: set[str] = set()
+        self._stack = ExitStack()
 
     def __enter__(self) -> "Workspace":
-        with disk_errors(self.path):
-            self.out.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.enter_context(disk_errors(self.path))
+            stack.enter_context(made_folders(self.out.parent))
             try:
                 self._lock.acquire(timeout=0)
             except Timeout as error:
                 raise InputError(f"another run is writing {self.out}", "wait for it or choose another -o") from error
+            stack.callback(self._release)
             try:
                 self._open()
             except BaseException:
-                self._release()
+                if self._began_here:
+                    self.discard()
                 raise
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._release()
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        refused = kind is not None and issubclass(kind, (InputError, UsageError)) and not issubclass(kind, DiskError)
+        if refused and self._began_here:
+            self.discard()
+        self._stack.__exit__(kind, *error)
+
+    def discard(self) -> None:
+        """Remove all that was built; a file that somebody else put there keeps the folder."""
+        if self._stranger() is None:
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def _open(self) -> None:
         check_replaceable(self.out, overwrite=self._overwrite)
-        if self.path.exists() and any(self.path.iterdir()):
-            differs = _differences(self._earlier_job(), self.job)
-            if differs and not self._overwrite:
-                raise InputError(
-                    f"{self.path} holds an unfinished run that differs in: {', '.join(differs)}",
-                    "--overwrite discards it; the command that began it would resume it",
-                )
-            if differs:
-                shutil.rmtree(self.path)
+        if link := next((path for path in (self.path, *self.path.rglob("*")) if path.is_symlink()), None):
+            # What it leads to is not moeify's to change.
+            raise InputError(f"{link} is a link, which moeify did not make", "move it or choose another -o")
+        self._began_here = not self.path.exists() or not any(self.path.iterdir())
+        if not self._began_here:
+            self._take_over()
         (self.path / "work").mkdir(parents=True, exist_ok=True)
+        self.write_text("job.json", json.dumps(self.job, indent=1, sort_keys=True))
+
+    def _take_over(self) -> None:
+        """Go on from an earlier run, or discard it if it made something else and may be overwritten."""
+        differs = _differences(self._earlier_job(), self.job)
+        if differs and not self._overwrite:
+            raise InputError(
+                f"{self.path} holds an unfinished run that differs in: {', '.join(differs)}",
+                "--overwrite discards it; the command that began it would resume it",
+            )
         # `replacing` ends its names in .tmp; safetensors begins its own with it, before it renames them to those.
         for leftover in (*self.path.rglob("*.tmp"), *self.path.rglob(".tmp*")):
             leftover.unlink()
-        self.write_text("job.json", json.dumps(self.job, indent=1, sort_keys=True))
+        names = intact(self.path / NAMES_FILE, Path.read_text) or ""
+        record = intact(self.path / RECORD_FILE, read_record) or {}
+        self._files = {*names.split("\n"), *record.get("files", ())} - {""}
+        if stranger := self._stranger():
+            raise InputError(f"{stranger} was not written by moeify", "move it away, or choose another -o")
+        if differs:
+            shutil.rmtree(self.path)
+            self._files.clear()
+            self._began_here = True
 
     def _earlier_job(self) -> dict[str, Any]:
         """The job of the run that left this folder.
@@ -97,6 +139,12 @@ class Workspace:
         """Everything is written and only the final name is missing."""
         return self.has(LAST_FILE)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the files that are finished, work apart."""
+        files = (self.path / name for name in self._files)
+        return sum(file.stat().st_size for file in files if file.is_file())
+
     def _release(self) -> None:
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()
@@ -104,21 +152,53 @@ class Workspace:
     def has(self, name: str) -> bool:
         return (self.path / name).is_file()
 
-    def write_text(self, name: str, text: str) -> None:
+    @contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """Yield a temporary path; what is written to it becomes the file, which belongs to the folder's record."""
         with replacing(self.path / name) as temporary:
+            if not _is_work(name) and name not in self._files:
+                # First its name: a run that goes on must know its own files from a stranger's.
+                with (self.path / NAMES_FILE).open("a") as names:
+                    names.write(f"\n{name}")
+                self._files.add(name)
+            yield temporary
+
+    def write_text(self, name: str, text: str) -> None:
+        with self.writing(name) as temporary:
             temporary.write_text(text)
 
     def copy(self, source: Path) -> None:
-        with replacing(self.path / source.name) as temporary:
+        with self.writing(source.name) as temporary:
             shutil.copyfile(source, temporary)
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-        with replacing(self.path / name) as temporary:
+        with self.writing(name) as temporary:
             save_file(tensors, temporary, metadata=metadata)
 
     def write_plan(self, plan: SplitPlan) -> None:
-        with replacing(self.path / PLAN_FILE) as temporary:
+        with self.writing(PLAN_FILE) as temporary:
             plan.save(temporary)
+
+    def write_record(self, numbers: Mapping[str, Any], card: str) -> None:
+        """The folder's record, and the model card, after which the folder is complete.
+
+        Args:
+            numbers: of parameters.
+            card: text of LAST_FILE.
+
+        Raises:
+            InputError: there is a file that moeify did not write.
+        """
+        if stranger := self._stranger():
+            raise InputError(f"{stranger} was not written by moeify", "move it away and run the same command again")
+        logs = {pattern for pattern in PATTERNS if next(self.path.glob(pattern), None)}
+        self.write_text(RECORD_FILE, record_text(self.job, self._files | logs, numbers))
+        self.write_text(LAST_FILE, card)
+
+    def _stranger(self) -> Path | None:
+        """The first thing in the folder that belongs neither to the result nor to the work."""
+        names = strangers(self.path, {*self._files, *PATTERNS})
+        return next((self.path / name for name in names if not _is_work(name)), None)
 
     def save_layer(self, plan: LayerPlan) -> None:
         diagnostics = json.dumps(dict(plan.diagnostics))
@@ -136,36 +216,32 @@ class Workspace:
 
     def commit(self) -> None:
         """Drop the work files and give the folder its final name; a former OUT goes only after that."""
-        shutil.rmtree(self.path / "work", ignore_errors=True)
-        (self.path / "job.json").unlink(missing_ok=True)
+        # All is finished, and stays even if OUT is in the way.
+        self._began_here = False
         with disk_errors(self.path):
+            # Files may have appeared meanwhile.
+            check_replaceable(self.out, overwrite=self._overwrite)
+            shutil.rmtree(self.path / "work", ignore_errors=True)
+            (self.path / "job.json").unlink(missing_ok=True)
             if self.out.exists():
                 # A name that nothing of the user's can have.
                 self.out.rename(self.out.with_name(f"{self.out.name}.replaced-{uuid.uuid4().hex}"))
             self.path.rename(self.out)
             cache.sync(self.out.parent)
-        for former in self.out.parent.glob(f"{glob.escape(self.out.name)}.replaced-{'[0-9a-f]' * 32}"):
-            shutil.rmtree(former, ignore_errors=True)
+        for former in self.out.parent.glob(f"{glob.escape(self.out.name)}.replaced-{cache.UNIQUE}"):
+            _remove_former(former)
 
 
-def check_replaceable(out: Path, *, overwrite: bool) -> None:
-    """Refuse an OUT that exists, and never replace a folder that moeify did not write.
-
-    Raises:
-        InputError: OUT exists and may not be replaced.
-    """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise InputError(f"{out} exists", "--overwrite replaces it once the new one is complete")
-    if not ((out / PLAN_FILE).is_file() and (out / RECORD_FILE).is_file()) and not _has_record(out):
-        raise InputError(f"{out} was not written by moeify, so it is not replaced", "choose another -o")
+def _remove_former(folder: Path) -> None:
+    """Remove a former result; what appeared in it at the last moment keeps the folder."""
+    record = intact(folder / RECORD_FILE, read_record) or {}
+    if next(strangers(folder, record.get("files", [])), None) is None:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _has_record(out: Path) -> bool:
-    """A fine-tuned dense model has a record and no plan."""
-    schema = intact(out / RECORD_FILE, lambda file: json.loads(file.read_text())["schema"])
-    return str(schema).startswith("moeify.record/")
+def _is_work(name: str) -> bool:
+    """A file or folder that goes at the end."""
+    return name in ("job.json", "work") or name.startswith("work/")
 
 
 def _differences(earlier: Any, now: Any, prefix: str = "") -> list[str]:

@@ -65,6 +65,11 @@ class MoEWriter:
         """Every tensor of the checkpoint on the meta device, by name."""
         return {name: tensor for _, tensors in self._parts() for name, tensor in tensors.items()}
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors of the checkpoint."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.shapes().values())
+
     def _parts(self) -> Iterator[tuple[Source, dict[str, Tensor]]]:
         """The checkpoint from front to back: a source, and what it becomes, on the meta device."""
         ffns = {name for layer in range(self.dense.num_layers) for name in self.dense.ffn_names(layer)}

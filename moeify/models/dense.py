@@ -152,6 +152,25 @@ class DenseModel:
         """Of its files."""
         return fingerprint(self.path, self.shards)
 
+    @cached_property
+    def _first_fingerprint(self) -> str:
+        return self.fingerprint()
+
+    def check_unchanged(self) -> None:
+        """Compare the files with what they were when the model was opened.
+
+        Raises:
+            InputError: they changed, or are gone.
+        """
+        try:
+            unchanged = self.fingerprint() == self._first_fingerprint
+        except OSError:
+            unchanged = False
+        if not unchanged:
+            raise InputError(
+                f"{self.path} changed while it was read", "run the command again when nothing else writes there"
+            )
+
     def tokenizer(self) -> Any:
         """The model's tokenizer.
 
@@ -182,6 +201,8 @@ def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) 
             "quantise after the conversion, not before: start from the unquantised checkpoint",
         )
     checkpoint = DenseModel(str(model), path, config, family, find_shards(path))
+    # To be known before anything is read.
+    _ = checkpoint._first_fingerprint
     _check_tensors(checkpoint)
     return checkpoint
 

@@ -18,7 +18,7 @@ from moeify.check.verify import TOLERANCE, VerifyReport, verify
 from moeify.command_line import command_line
 from moeify.convert.pipeline import split
 from moeify.convert.prepare import Preview, preview
-from moeify.export.workspace import RECORD_FILE
+from moeify.export.record import RECORD_FILE
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
 from moeify.recipes import markers

@@ -27,8 +27,8 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moeify.errors import UsageError
-from moeify.export.workspace import Workspace, check_replaceable
+from moeify.export.record import check_is_no_model, check_out
+from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel
 from moeify.options import Track, untracked
 from moeify.results import read, to_json
@@ -125,15 +125,13 @@ def finetune(
         InputError: models, text or place are not usable; `out` is untouched.
         CheckError: the loss became NaN or infinite; the last good checkpoint is kept.
     """
-    out, options = Path(out), options or FinetuneOptions()
+    out, options = check_out(Path(out), [moe, teacher], overwrite=overwrite), options or FinetuneOptions()
     processes = PartialState(cpu=options.device == "cpu", timeout=TIMEOUT)
     inputs = open_inputs(moe, teacher, options, track)
-    if out.resolve() in (inputs.path.resolve(), inputs.teacher.path.resolve()):
-        raise UsageError(f"{out} is one of the models themselves", "choose another -o")
+    check_is_no_model(out, inputs.path, inputs.teacher.path)
     workspace = Workspace(out, _job(inputs, options, processes.num_processes), overwrite=overwrite)
     with ExitStack() as stack:
         if processes.is_main_process:
-            check_replaceable(out, overwrite=overwrite)
             stack.enter_context(workspace)
         processes.wait_for_everyone()
         if not workspace.is_complete:

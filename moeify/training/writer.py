@@ -13,7 +13,8 @@ from torch import Tensor
 from moeify.errors import InputError
 from moeify.export.in_memory import moe_parameters, on_disk
 from moeify.export.model_card import finetuned_card
-from moeify.export.workspace import LAST_FILE, RECORD_FILE, Workspace
+from moeify.export.record import RECORD_FILE
+from moeify.export.workspace import Workspace
 from moeify.export.writer import check_fits
 from moeify.models.files import FLOAT_DTYPES, INDEX_FILE, TOKENIZER_FILES, find_shards
 from moeify.plan import SplitPlan
@@ -25,7 +26,7 @@ COMPANIONS = ("config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_FI
 
 
 def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, workspace: Workspace) -> None:
-    """Write shards, plan, record and card; LAST_FILE comes last.
+    """Write shards, plan, record and card.
 
     Raises:
         InputError: a trained value does not fit the checkpoint's type.
@@ -49,14 +50,10 @@ def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, wo
             workspace.copy(inputs.path / name)
     if inputs.plan is not None:
         workspace.write_plan(_trained_plan(student, inputs.plan, options, _dtype(shards)))
-    record = {"schema": "moeify.record/1", "job": workspace.job, **_sizes(inputs.path)}
-    workspace.write_text(RECORD_FILE, json.dumps(record, indent=1, sort_keys=True) + "\n")
     config = json.loads((inputs.path / "config.json").read_text())
     trained = (*(inputs.plan.trained if inputs.plan else ()), *options.stage)
-    workspace.write_text(
-        LAST_FILE,
-        finetuned_card(inputs.name, inputs.teacher.name, config, asdict(options), inputs.provenance, trained=trained),
-    )
+    card = finetuned_card(inputs.name, inputs.teacher.name, config, asdict(options), inputs.provenance, trained=trained)
+    workspace.write_record(_sizes(inputs.path), card)
 
 
 def _trained_plan(student: Student, plan: SplitPlan, options: FinetuneOptions, dtype: torch.dtype) -> SplitPlan:
