@@ -4,7 +4,6 @@ Nothing heavy is imported before a command runs.
 """
 
 import io
-import os
 import re
 import signal
 import sys
@@ -29,7 +28,7 @@ from moeify.cli.commands.search import search_command
 from moeify.cli.commands.split import split_command
 from moeify.cli.commands.tune import tune_command
 from moeify.cli.commands.verify import verify_command
-from moeify.errors import InputError, MoeifyError, MoeifyWarning, UsageError
+from moeify.errors import MoeifyError, MoeifyWarning, UsageError
 
 # In the order of the help.
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -135,6 +134,7 @@ def _show_warnings() -> None:
 def _report(error: Exception, *, debug: bool) -> int:
     """Show an error and return its exit code."""
     from moeify.cli.render import Renderer, traceback_of
+    from moeify.resources import resource_error
 
     if hasattr(error, "show") and hasattr(error, "exit_code"):
         # The option parser's own errors word themselves, with the usage line.
@@ -144,24 +144,13 @@ def _report(error: Exception, *, debug: bool) -> int:
         return 2
     if debug:
         traceback_of(error)
-    known = _of_the_machine(error)
+    # Whatever no command has told of the disk or of memory is told here.
+    known = error if isinstance(error, MoeifyError) else resource_error(error)
     if known is not None:
         Renderer().error(known)
         return known.exit_code
     Renderer().error(RuntimeError(f"{type(error).__name__}: {error} (a bug in moeify; --debug shows where)"))
     return 1
-
-
-def _of_the_machine(error: Exception) -> MoeifyError | None:
-    """The error as a user may cause it: our own, or what the system says of a file or of memory; None for a bug."""
-    if isinstance(error, MoeifyError):
-        return error
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return InputError("there is not enough memory here", "`moeify split MODEL --dry-run` says what a split takes")
-    if isinstance(error, OSError) and error.errno is not None:
-        where = f"{error.filename!s:.300}: " if error.filename is not None else ""
-        return InputError(f"{where}{os.strerror(error.errno)}", "--debug shows what was done with it")
-    return None
 
 
 @app.callback()

@@ -6,7 +6,7 @@ import yaml
 
 from moeify.cache import intact
 from moeify.errors import InputError
-from moeify.export.workspace import check_replaceable
+from moeify.export.record import check_replaceable
 from moeify.recipes.markers import Stage, is_own, read_marker
 from moeify.recipes.model import Recipe
 from moeify.results import load_json
