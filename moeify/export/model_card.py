@@ -177,4 +177,5 @@ def _head(source: str, tag: str) -> str:
 
 def _table(rows: Mapping[str, Any]) -> str:
     """Rows of two cells; a cell ends at a bar, also in code."""
-    return "\n".join(f"| {key} | {str(value).replace('|', '\\|')} |" for key, value in rows.items())
+    cells = ((key, str(value).replace("|", "\\|")) for key, value in rows.items())
+    return "\n".join(f"| {key} | {value} |" for key, value in cells)
