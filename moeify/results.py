@@ -9,17 +9,19 @@ import dataclasses
 import importlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
+from moeify.cache import check_place, disk_errors, intact, replacing
 from moeify.errors import InputError, UsageError
 
 Result = TypeVar("Result")
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
+# Of a page or drawing: its first words say that moeify wrote it.
+BEGINNING_BYTES = 4096
 HINT = "measure it again, or move the file away"
 # The schema's name without `moeify.` and version -> the dataclass that has it.
 KINDS: Mapping[str, str] = {
@@ -74,19 +76,61 @@ def write(value: Any, file: Path) -> None:
     """Replace a JSON file by a result, so that it is whole at any moment; makes its folder.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: it cannot be written, or holds something else, see `check_writable`.
     """
-    temporary = file.with_name(f"{file.name}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w") as opened:
-            json.dump(to_json(value), opened, indent=1, allow_nan=False)
-            opened.write("\n")
-            opened.flush()
-            os.fsync(opened.fileno())
-        temporary.replace(file)
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror}", "choose another --out") from error
+    text = json.dumps(to_json(value), indent=1, allow_nan=False) + "\n"
+    write_text(text, file, type(value))
+
+
+def write_text(text: str, file: Path, kind: "type[Any] | str") -> None:
+    """Replace a file of a kind, see `check_writable`, by another."""
+    check_replaceable(file, kind)
+    with replacing(file.resolve()) as temporary:
+        # Names come from files: half a code point cannot be encoded.
+        temporary.write_bytes(text.encode("utf-8", "replace"))
+
+
+def check_writable(file: Path, kind: "type[Any] | str") -> None:
+    """Refuse, before the work, a file that could not be written after it.
+
+    Args:
+        file: it need not exist.
+        kind: of a file that may be replaced: the dataclass of its result, or words that stand near its beginning.
+
+    Raises:
+        InputError: it cannot be written, or is of another kind.
+    """
+    check_replaceable(file, kind)
+    check_place(file.resolve())
+
+
+def check_new(file: Path, *, overwrite: bool) -> None:
+    """Raise InputError for a file that exists and may not be overwritten."""
+    with disk_errors(file):
+        if file.exists() and not overwrite:
+            raise InputError(f"{file} exists", "--overwrite replaces it")
+
+
+def check_replaceable(file: Path, kind: "type[Any] | str") -> None:
+    """Raise InputError for a file that moeify did not write as one of this kind; an empty one is nobody's."""
+    with disk_errors(file):
+        if not file.exists() or (file.is_file() and not file.stat().st_size):
+            return
+        if not file.is_file():
+            raise InputError(f"{file} is no file", "choose another -o")
+        if isinstance(kind, str):
+            with file.open("rb") as opened:
+                is_of_kind = kind.encode() in opened.read(BEGINNING_BYTES)
+            name = f"{file.suffix.removeprefix('.')} file"
+        else:
+            name = schema_name(kind)
+            values = intact(file, lambda path: json.loads(path.read_bytes()))
+            is_of_kind = isinstance(values, dict) and str(values.get("schema")).startswith(f"moeify.{name}/")
+    if not is_of_kind:
+        article = "an" if name[0] in "aeiou" else "a"
+        raise InputError(
+            f"{file} is not {article} {name} that moeify wrote, so it is not replaced", "choose another -o"
+        )
 
 
 def load_json(file: Path, hint: str = HINT) -> Any:

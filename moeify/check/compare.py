@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.cache import cache_dir, digest, disk_errors, once
+from moeify.cache import cache_dir, check_place, digest, once
 from moeify.check.baselines import NeuronOracle, fit_bias_compensated
 from moeify.check.bootstrap import draws, interval
 from moeify.check.trials import Control, Trial, Trials
@@ -24,7 +24,7 @@ from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
-from moeify.results import write
+from moeify.results import check_writable, write
 
 DENSE = "dense"
 REFERENCE = "static + refit"
@@ -147,14 +147,14 @@ def compare(
     options = options or SplitOptions()
     _check(options, budgets, data, only)
     if out is not None:
-        with disk_errors(out.parent):
-            out.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(out, Comparison)
     # Experts of any width: no kernel limits a split that is only measured.
     base = replace(options, dtype="float32")
     dense = open_dense(model, track)
     prepared = prepare(dense, base, writable=False)
     blocks = calibration_text(prepared)
     texts = {source: _blocks(prepared, source, tokens) for source in data}
+    check_place(cache_dir() / "compare" / "losses")
     trials = Trials(prepared, blocks.ids_BC, torch.cat(list(texts.values())))
     split = partial(_split, dense, trials)
     entries = [*_entries(trials, split, base, budgets, only), *_further(split, base, further or {})]
@@ -206,6 +206,7 @@ class _Entry:
 
         def measure() -> dict[str, Any]:
             trial = self.measure()
+            prepared.dense.check_unchanged()
             losses = trial.losses_BL.double().mean(dim=1).tolist()
             return {"losses": losses, "diagnostics": dict(trial.diagnostics)}
 

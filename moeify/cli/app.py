@@ -144,11 +144,11 @@ def _report(error: Exception, *, debug: bool) -> int:
         return 2
     if debug:
         traceback_of(error)
-    # Whatever no command has told of the disk or of memory is told here.
-    known = error if isinstance(error, MoeifyError) else resource_error(error)
-    if known is not None:
-        Renderer().error(known)
-        return known.exit_code
+    # Disks and memory may fail at any line.
+    error = resource_error(error) or error
+    if isinstance(error, MoeifyError):
+        Renderer().error(error)
+        return error.exit_code
     Renderer().error(RuntimeError(f"{type(error).__name__}: {error} (a bug in moeify; --debug shows where)"))
     return 1
 

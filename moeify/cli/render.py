@@ -18,6 +18,7 @@ from rich.text import Text
 
 from moeify.cli.options import Output
 from moeify.errors import MoeifyError
+from moeify.resources import check_address_space
 from moeify.results import to_json
 from moeify.words import duration, on_one_line, printable
 
@@ -131,8 +132,13 @@ class Renderer:
 
 
 def renderer_for(output: Output, *, loads_models: bool = True) -> Renderer:
-    """The renderer of a command; unless it is verbose, the libraries below keep silent."""
+    """The renderer of a command; unless it is verbose, the libraries below keep silent.
+
+    Raises:
+        InputError: less address space is allowed than the libraries take.
+    """
     if loads_models:
+        check_address_space()
         from transformers.utils import logging as library
 
         if not output.verbose:

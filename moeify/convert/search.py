@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from moeify import strategies, targets
-from moeify.cache import cache_dir, digest, disk_errors
+from moeify.cache import cache_dir, check_place, digest
 from moeify.convert.estimate import count_parameters, forward_flops, matmul_rate
 from moeify.convert.prepare import MIN_TOKENS, Prepared, calibration_text, prepare
 from moeify.convert.search_scores import OutputChange, OutputCheck, ScoredLayer, score
@@ -126,7 +126,7 @@ def search(
 
     Raises:
         UsageError: the budget cannot be met by these candidates.
-        InputError: no target holds the model with some layers dense.
+        InputError: no target holds the model with some layers dense, or it changed meanwhile.
     """
     if not 0 < budget < 1:
         raise UsageError(f"budget {budget} is out of range", "--budget takes more than 0 and less than 1")
@@ -134,7 +134,7 @@ def search(
     dense = open_dense(model, track)
     table = _score(dense, budget, options or SplitOptions(), track, announce)
     points = [table.best(limit, greedy, "greedy", 1) for limit in _limits(table, budget)] if frontier else []
-    return SearchResult(
+    result = SearchResult(
         model=dense.name,
         budget=budget,
         choice=table.best(budget, choose, strategy, trials),
@@ -143,6 +143,8 @@ def search(
         dense_perplexity=table.dense_perplexity,
         losses=table.losses,
     )
+    dense.check_unchanged()
+    return result
 
 
 def _score(
@@ -303,13 +305,12 @@ def _folder(prepared: Prepared, layouts: Sequence[Layout], text: str) -> Path:
     """The folder of this job's scored layers.
 
     Raises:
-        InputError: it cannot be made.
+        DiskError: nothing can be written there.
     """
     options = {key: value for key, value in asdict(prepared.options).items() if key not in ("device", "target")}
     key = digest(prepared.dense.fingerprint(), options, [asdict(layout) for layout in layouts], text)
     folder = cache_dir() / f"search-{key[:16]}"
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    check_place(folder / "layer")
     return folder
 
 

@@ -6,20 +6,30 @@ from typing import Any
 
 from moeify.convert.search import SearchResult
 from moeify.errors import UsageError
-from moeify.results import read, write
+from moeify.results import check_writable, read, write, write_text
+
+# Says that a drawing was written by moeify.
+DRAWING = 'data-generator="moeify"'
 
 
 def check_drawable(file: Path) -> None:
-    """Raise UsageError, before a long search, if `write_frontier` could not write to this file."""
+    """Refuse, before a long search, a file to which `write_frontier` could not write.
+
+    Raises:
+        UsageError: its name does not end in .json.
+        InputError: it, or the drawing beside it, cannot be written or is not ours to replace.
+    """
     if file.suffix != ".json":
         raise UsageError(f"{file} does not end in .json", "the drawing is put beside it as .svg")
+    check_writable(file, SearchResult)
+    check_writable(file.with_suffix(".svg"), DRAWING)
 
 
 def write_frontier(result: SearchResult, file: Path, drawing: str) -> None:
     """Write FILE.json and, beside it, the drawing as FILE.svg."""
     check_drawable(file)
     write(result, file)
-    file.with_suffix(".svg").write_text(drawing, encoding="utf-8")
+    write_text(drawing, file.with_suffix(".svg"), DRAWING)
 
 
 def searched_rows(files: Sequence[Path]) -> Mapping[str, Mapping[str, Any]]:

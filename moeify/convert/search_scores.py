@@ -127,7 +127,9 @@ def score(
             first = num_fit // ids_BC.shape[1]
             fitted = [fit_layer(ffn, inputs_TD[:num_fit], prepared.fit(layout))[0] for layout in layouts]
             changed_BCD = torch.cat([stream.behind(candidate(inputs_TD[num_fit:]), first) for candidate in fitted])
-            _save(file, [candidate.plan for candidate in fitted], check.finish(stream.fork(changed_BCD), layer + 1))
+            changes = check.finish(stream.fork(changed_BCD), layer + 1)
+            prepared.dense.check_unchanged()
+            _save(file, [candidate.plan for candidate in fitted], changes)
             scored = _load(layer, file)
         yield scored
         stream.advance(ffn(inputs_TD))

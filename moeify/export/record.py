@@ -73,7 +73,7 @@ def _place_of(out: Path) -> Path:
     except (ValueError, RuntimeError, OSError) as error:
         raise UsageError(f"{out} is no path: {error}", "choose another -o") from error
     if not is_folder:
-        raise UsageError(f"{out} leads through {parent}, which is no folder", "choose another -o")
+        raise UsageError(f"{out} leads through {parent.parent}, which is no folder", "choose another -o")
     if here.is_relative_to(place):
         raise UsageError(
             f"{out} is the folder that you are in, or one around it, and a result takes the whole place of its folder",

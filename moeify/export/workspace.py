@@ -83,7 +83,7 @@ class Workspace:
 
     def discard(self) -> None:
         """Remove all that was built; a file that somebody else put there keeps the folder."""
-        if self._stranger() is None:
+        if self.path.exists() and self._stranger() is None:
             shutil.rmtree(self.path, ignore_errors=True)
 
     def _open(self) -> None:

@@ -17,7 +17,8 @@ import torch
 import triton
 from torch import Tensor
 
-from moeify.cache import cache_dir
+from moeify.cache import cache_dir, replacing
+from moeify.errors import InputError
 
 # Tokens up to which a call without gradients takes the road of decode.py.
 DECODE_TOKENS = 64
@@ -169,7 +170,7 @@ def tuned(device: torch.device) -> Mapping[str, Launch]:
     """What `moeify tune` kept; empty before it ran.
 
     Raises:
-        ValueError: the file is not one of its own.
+        InputError: the file is not one of its own.
     """
     path = tuned_file(device)
     if not path.is_file():
@@ -178,17 +179,15 @@ def tuned(device: torch.device) -> Mapping[str, Launch]:
         launches = json.loads(path.read_text(encoding="utf-8"))["launches"]
         return {key: Launch(**launch) for key, launch in launches.items() if key in TABLE}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} holds no launches of moeify tune ({error}); delete it") from error
+        raise InputError(f"{path} holds no launches of moeify tune: {error}", "delete it") from error
 
 
 def keep_tuned(device: torch.device, launches: Mapping[str, Launch]) -> Path:
     """Write what was found for a device; what an earlier run found for other keys stays."""
     path = tuned_file(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
     kept = {**tuned(device), **launches}
-    partial = path.with_suffix(".partial")
     found = {"schema": "moeify.launch/1", "launches": {key: asdict(launch) for key, launch in sorted(kept.items())}}
-    partial.write_text(json.dumps(found, indent=2), encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(found, indent=2), encoding="utf-8")
     tuned.cache_clear()
     return path

@@ -4,18 +4,16 @@ from pathlib import Path
 
 import yaml
 
-from moeify.cache import intact
+from moeify import results
 from moeify.errors import InputError
 from moeify.export.record import check_replaceable
 from moeify.recipes.markers import Stage, is_own, read_marker
 from moeify.recipes.model import Recipe
-from moeify.results import load_json
 
 RECIPE_FILE = "recipe.yaml"
 RUN_FILE = "run.json"
 # First line of the file; a recipe that someone wrote does not have it.
 HEADER = "# What `moeify run` did here, with every default. Written by moeify, replaced by the next run.\n"
-ELSEWHERE = "move it away, or choose another -o"
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -42,20 +40,7 @@ def check_folder(out: Path, stage: Stage, *, overwrite: bool) -> None:
     if not overwrite and not is_own(out, stage):
         what = "was put into the place of what this run made" if marker else "was not made by this run"
         raise InputError(f"{place} {what}", "--overwrite replaces it; or choose another -o")
-    if stage.folder is None:
-        check_file(place)
-    else:
+    if stage.folder is not None:
         check_replaceable(place, overwrite=True)
-
-
-def check_file(file: Path) -> None:
-    """Raise InputError if there is a file of this name that moeify did not write."""
-    if not file.exists():
-        return
-    if file.name == RECIPE_FILE:
-        own = intact(file, lambda path: path.read_text().startswith(HEADER)) if file.is_file() else False
     else:
-        value = load_json(file, ELSEWHERE)
-        own = isinstance(value, dict) and value.get("schema") == f"moeify.{file.stem}/1"
-    if not own:
-        raise InputError(f"{file} was not written by moeify, so it is not replaced", ELSEWHERE)
+        results.check_replaceable(place, results.find_kind(stage.name))

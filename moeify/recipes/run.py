@@ -10,7 +10,7 @@ from moeify.benchmark.models.results import ModelBench
 from moeify.benchmark.models.run import FILE as BENCH_FILE
 from moeify.benchmark.models.run import bench, load_bench
 from moeify.benchmark.options import BenchOptions
-from moeify.cache import digest, replacing
+from moeify.cache import digest
 from moeify.check.compare import compare
 from moeify.check.evaluate import evaluate
 from moeify.check.perplexity import EvalResult
@@ -22,12 +22,12 @@ from moeify.export.record import RECORD_FILE
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
 from moeify.recipes import markers
-from moeify.recipes.folder import RECIPE_FILE, RUN_FILE, check_file, check_folder, recipe_text
+from moeify.recipes.folder import HEADER, RECIPE_FILE, RUN_FILE, check_folder, recipe_text
 from moeify.recipes.limits import Limit, check_quality, check_times, judged
 from moeify.recipes.markers import Stage
 from moeify.recipes.model import Recipe, control_options
 from moeify.recipes.names import BENCH, COMPARE, MAIN, TRAINED
-from moeify.results import write
+from moeify.results import check_replaceable, write, write_text
 from moeify.training.finetune import finetune
 
 # Options that a split settles or counts anew: a record does not hold them as they were given.
@@ -101,8 +101,7 @@ def run(recipe: Recipe, *, overwrite: bool = False, track: Track[Any] = untracke
     speeds = stages.bench() if recipe.bench else None
     limits = (*check_quality(recipe, report, evals), *check_times(recipe, speeds))
     result = RunResult(out, tuple(stages.skipped), report, evals, limits)
-    with replacing(out / RECIPE_FILE) as temporary:
-        temporary.write_text(recipe_text(recipe))
+    write_text(recipe_text(recipe), out / RECIPE_FILE, HEADER)
     write(result, out / RUN_FILE)
     return result
 
@@ -129,8 +128,8 @@ class _Stages:
     def check(self, splits: Mapping[str, SplitOptions], *, overwrite: bool) -> None:
         """Raise InputError if a stage would replace something that it may not."""
         out = self.recipe.out
-        check_file(out / RECIPE_FILE)
-        check_file(out / RUN_FILE)
+        check_replaceable(out / RECIPE_FILE, HEADER)
+        check_replaceable(out / RUN_FILE, RunResult)
         for name, options in splits.items():
             if not self.has_split(name, options):
                 check_folder(out, self._split_stage(name, options), overwrite=overwrite)

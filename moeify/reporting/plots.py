@@ -116,7 +116,10 @@ class Plot:
         words = (_element("title", self.title), _element("desc", self.description), _element("style", Markup(style)))
         paper = _element("rect", class_="paper", width="100%", height="100%")
         xmlns = "http://www.w3.org/2000/svg"
-        return str(_element("svg", *words, paper, *_inside(self), xmlns=xmlns, role="img", viewBox=_box(self))) + "\n"
+        svg = _element(
+            "svg", *words, paper, *_inside(self), xmlns=xmlns, role="img", viewBox=_box(self), data_generator="moeify"
+        )
+        return f"{svg}\n"
 
 
 def _element(tag: str, *inner: str, **attributes: object) -> Markup:

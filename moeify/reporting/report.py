@@ -11,13 +11,15 @@ from pathlib import Path
 
 from moeify.benchmark.models.results import Interval
 from moeify.command_line import command_line
-from moeify.errors import InputError
 from moeify.reporting.facts import Facts, active_parameters, facts_of, of_kind, parameters, speeds
 from moeify.reporting.page import render
 from moeify.reporting.reader import read_run
 from moeify.reporting.verdict import Answers, answers
+from moeify.results import check_writable, write_text
 
 PAGE = "report.html"
+# Says that a page was written by moeify.
+GENERATOR = '<meta name="generator" content="moeify'
 
 
 @dataclass(frozen=True)
@@ -81,20 +83,13 @@ def report(run_dir: str | Path, out: Path | None = None) -> ReportResult:
     folder = Path(run_dir)
     run = read_run(folder)
     out = folder / PAGE if out is None else out
+    check_writable(out, GENERATOR)
     bench = run.bench.value
     subjects = [(facts, answers(facts)) for facts in (facts_of(bench, model) for model in of_kind(bench, "moe"))]
     page = render(run, subjects, command=command_line("report", str(folder), out=out))
-    # Names come from files: half a code point cannot be encoded.
-    data = page.encode("utf-8", "replace")
-    temporary = out.with_name(f"{out.name}.tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data)
-        temporary.replace(out)
-    except OSError as error:
-        raise InputError(f"cannot write {out}: {error.strerror}", "name another file with -o") from error
+    write_text(page, out, GENERATOR)
     headlines = tuple(_headline(*subject) for subject in subjects)
-    return ReportResult(out, len(data), headlines, run.sources, run.notes)
+    return ReportResult(out, out.stat().st_size, headlines, run.sources, run.notes)
 
 
 def _headline(facts: Facts, said: Answers) -> Headline:

@@ -27,6 +27,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moeify.errors import InputError
 from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel
@@ -139,6 +140,7 @@ def finetune(
             if processes.is_main_process:
                 student = _student(inputs, options, workspace, len(options.stage))
                 write_trained(student, inputs, options, workspace)
+                _check_sources(inputs, workspace)
         else:
             results = _finished(workspace.path / HISTORY_FILE)
         processes.wait_for_everyone()
@@ -223,23 +225,36 @@ class _Stages:
         gc.collect()
 
     def _finish(self, number: int, stage: Stage, state: dict[str, Tensor], figures: dict[str, Any]) -> None:
-        """The figures first: a stage with its tensors is done."""
+        """The figures first: a stage with its tensors is done.
+
+        Raises:
+            InputError: a model changed while it was read; nothing of it is kept.
+        """
+        _check_sources(self.inputs, self.workspace)
         self.workspace.write_text(_figures_file(number, stage), json.dumps({"stage": stage, **figures}))
         self.workspace.write_tensors(_state_file(number, stage), state, {"format": "pt"})
 
     def _teacher(self) -> tuple[Teacher, list[Blocks]]:
         options = self.options
         return open_teacher(
-            self.inputs.teacher.path,
+            self.inputs.teacher,
             [self.inputs.ids_BC, self.inputs.eval_BC],
             device=str(self.processes.device),
             half=options.precision == "bfloat16" or (options.precision == "auto" and options.device == "cuda"),
             cached=options.cache_teacher,
-            fingerprint=self.inputs.teacher.fingerprint(),
             first=self.processes.is_main_process,
             wait=self.processes.wait_for_everyone,
             track=self.track,
         )
+
+
+def _check_sources(inputs: Inputs, workspace: Workspace) -> None:
+    """Refuse models that changed since they were opened, and all that was made of them."""
+    try:
+        inputs.check_unchanged()
+    except InputError:
+        workspace.discard()
+        raise
 
 
 def _student(inputs: Inputs, options: FinetuneOptions, workspace: Workspace, number: int) -> Student:

@@ -49,6 +49,22 @@ class Inputs:
     eval_BC: Tensor
     provenance: dict[str, Any]
 
+    def check_unchanged(self) -> None:
+        """Compare the files of both models with what they were when they were opened.
+
+        Raises:
+            InputError: they changed, or are gone.
+        """
+        self.teacher.check_unchanged()
+        try:
+            unchanged = fingerprint(self.path, find_shards(self.path)) == self.fingerprint
+        except (OSError, InputError):
+            unchanged = False
+        if not unchanged:
+            raise InputError(
+                f"{self.path} changed while it was read", "run the command again when nothing else writes there"
+            )
+
 
 def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOptions, track: Track[Any]) -> Inputs:
     """Open and check everything; loads no weights, but for the source `self`.

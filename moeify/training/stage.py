@@ -12,12 +12,14 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from moeify.options import Track
+from moeify.resources import check_room
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions, Stage
 from moeify.training.teacher import Blocks, Teacher
 from moeify.training.trainer import COMPLETE_FILE, FinetuneTrainer, last_checkpoint
 
 CLIP_NORM = 1.0
+KEPT_CHECKPOINTS = 2
 # What changes from run to run is left out of the history, and the mean loss, which is of the last session.
 TIMES = ("runtime", "per_second", "flos")
 
@@ -51,6 +53,8 @@ def train_stage(
     processes.wait_for_everyone()
     checkpoint = last_checkpoint(folder)
     arguments = training_arguments(folder, options, options.rate(stage), num_steps=num_steps, fresh=checkpoint is None)
+    if processes.is_main_process:
+        _check_room(student, folder, num_saves=-(-num_steps // int(arguments.save_steps)))
     bar = iter(track(range(num_steps), f"training {stage}", num_steps))
     trainer = FinetuneTrainer(
         student,
@@ -69,6 +73,9 @@ def train_stage(
         state = trainer.trained_state()
     finally:
         trainer.detach_model()
+        if processes.is_main_process:
+            # What a full disk cut short takes room that the next run needs.
+            _drop_incomplete(folder)
     step_tokens = blocks.ids_BC.shape[1] * options.batch * options.accumulate * int(processes.num_processes)
     num_tokens = int(trainer.state.global_step * step_tokens)
     return state, {**_before_and_after(history, options), "num_tokens": num_tokens, "history": history}
@@ -106,7 +113,7 @@ def training_arguments(
         eval_steps=every,
         save_strategy="steps",
         save_steps=every,
-        save_total_limit=2,
+        save_total_limit=KEPT_CHECKPOINTS,
         load_best_model_at_end=options.patience is not None,
         metric_for_best_model="eval_loss",
         greater_is_better=False,
@@ -149,6 +156,18 @@ def _num_steps(num_blocks: int, options: FinetuneOptions, num_processes: int) ->
     return options.epochs * -(-batches // options.accumulate)
 
 
+def _check_room(student: Student, folder: Path, *, num_saves: int) -> None:
+    """Refuse a disk that could not take the checkpoints: what is trained, and two numbers of AdamW for each of them.
+
+    Raises:
+        DiskError: it is too full.
+    """
+    trained = sum(tensor.numel() * tensor.element_size() for tensor in student.trained_state().values())
+    # A new one is complete before the oldest goes.
+    held = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    check_room(folder, min(num_saves, KEPT_CHECKPOINTS + 1) * 3 * trained - held)
+
+
 def _recompute(model: Any) -> None:
     """Activation checkpointing, by the name it has in this version of transformers."""
     if hasattr(model, "activation_checkpointing_enable"):
@@ -158,7 +177,7 @@ def _recompute(model: Any) -> None:
 
 
 def _drop_incomplete(folder: Path) -> None:
-    """Checkpoints that a kill left half written."""
+    """Remove checkpoints that a kill or a full disk left half written."""
     for checkpoint in folder.glob("checkpoint-*"):
         if not (checkpoint / COMPLETE_FILE).is_file():
             shutil.rmtree(checkpoint)

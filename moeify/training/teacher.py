@@ -7,6 +7,8 @@ logits in bfloat16 take 98 kB. Rounding to float16 changes its distribution by a
 Legend: B blocks of C tokens, D hidden size, V vocabulary.
 """
 
+import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from moeify.cache import cache_dir, digest, made_once
+from moeify.cache import cache_dir, digest, intact, made_once
 from moeify.check.evaluate import load
 from moeify.errors import InputError
+from moeify.models.dense import DenseModel
 from moeify.options import Track
+from moeify.resources import check_room
 from moeify.training.losses import TeacherHead
 
 CACHE_FILE = "hidden.npy"
@@ -68,13 +72,12 @@ class Teacher:
 
 
 def open_teacher(
-    path: Path,
+    dense: DenseModel,
     texts: list[Tensor],
     *,
     device: str,
     half: bool,
     cached: bool,
-    fingerprint: str,
     first: bool,
     wait: Any,
     track: Track[Any],
@@ -82,44 +85,55 @@ def open_teacher(
     """The teacher, and every text with its hidden states where those are on disk.
 
     Args:
-        path: the dense model's folder.
+        dense: the model.
         texts: ids_BC of the training and of the evaluation text.
         device: where it runs.
         half: in bfloat16.
         cached: write its hidden states to disk, or use those that are there.
-        fingerprint: of the dense checkpoint.
         first: this process writes them; the others `wait`.
         track: shows the progress of that.
 
     Raises:
         InputError: hidden states are beyond the range of float16, or the cache cannot be written.
     """
-    model = load(str(path), dtype="bfloat16" if half else "float32", device=device).requires_grad_(False)
+    model = load(str(dense.path), dtype="bfloat16" if half else "float32", device=device).requires_grad_(False)
     head = TeacherHead.of(model)
     if not cached:
         return Teacher(model, head), [Blocks(ids_BC) for ids_BC in texts]
     stored = []
     for ids_BC in texts:
-        folder = cache_dir() / f"teacher-{digest(ids_BC.numpy(), fingerprint, half)[:16]}"
-        if first and not folder.is_dir():
-            with made_once(folder) as partial:
+        file = cache_dir() / f"teacher-{digest(ids_BC.numpy(), dense.fingerprint(), half)[:16]}" / CACHE_FILE
+        if first and intact(file, _read) is None:
+            # None, or one that lost its end.
+            shutil.rmtree(file.parent, ignore_errors=True)
+            with made_once(file.parent) as partial:
                 _write(model, ids_BC, partial / CACHE_FILE, track)
+                dense.check_unchanged()
         wait()
-        stored.append(Blocks(ids_BC, np.load(folder / CACHE_FILE, mmap_mode="r")))
+        stored.append(Blocks(ids_BC, _read(file)))
     return Teacher(None, head), stored
+
+
+def _read(file: Path) -> "np.ndarray[Any, np.dtype[np.float16]]":
+    hidden_BCD: np.ndarray[Any, np.dtype[np.float16]] = np.load(file, mmap_mode="r")
+    return hidden_BCD
 
 
 @torch.no_grad()
 def _write(model: Any, ids_BC: Tensor, file: Path, track: Track[Any]) -> None:
-    shape = (*ids_BC.shape, model.config.hidden_size)
-    hidden_BCD = np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape)
-    for block in track(range(len(ids_BC)), "asking the teacher", len(ids_BC)):
-        ids_1C = ids_BC[block : block + 1].to(model.device)
-        hidden_CD = model.model(input_ids=ids_1C, use_cache=False).last_hidden_state[0]
-        if not hidden_CD.abs().max() <= LARGEST:
-            raise InputError(
-                f"the teacher's hidden states reach {float(hidden_CD.abs().max()):.0f}, float16 ends at {LARGEST:.0f}",
-                "leave --cache-teacher out",
-            )
-        hidden_BCD[block] = hidden_CD.float().cpu().numpy().astype(np.float16)
-    hidden_BCD.flush()
+    """Write plainly, not through mapped memory, in which a disk that is full kills the process."""
+    shape = (*ids_BC.shape, int(model.config.hidden_size))
+    check_room(file.parent, math.prod(shape) * np.dtype(np.float16).itemsize)
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False, "shape": shape}
+    with file.open("wb") as opened:
+        np.lib.format.write_array_header_1_0(opened, header)
+        for block in track(range(len(ids_BC)), "asking the teacher", len(ids_BC)):
+            ids_1C = ids_BC[block : block + 1].to(model.device)
+            hidden_CD = model.model(input_ids=ids_1C, use_cache=False).last_hidden_state[0]
+            if not hidden_CD.abs().max() <= LARGEST:
+                largest = float(hidden_CD.abs().max())
+                raise InputError(
+                    f"the teacher's hidden states reach {largest:.0f}, float16 ends at {LARGEST:.0f}",
+                    "leave --cache-teacher out",
+                )
+            opened.write(hidden_CD.float().cpu().numpy().astype(np.float16).tobytes())

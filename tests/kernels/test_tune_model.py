@@ -125,7 +125,7 @@ def test_a_file_that_is_no_table_is_named(text: str) -> None:
     path = tuned_file(CPU)
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    with pytest.raises(ValueError, match="holds no launches of moeify tune"):
+    with pytest.raises(InputError, match="holds no launches of moeify tune"):
         current("up/128")
 
 

@@ -19,9 +19,8 @@ from moeify.benchmark.layers.results import LayerBench
 from moeify.benchmark.machine import device_by_name, dtype_by_name, machine_facts, versions
 from moeify.benchmark.options import LayerBenchOptions
 from moeify.benchmark.timing import release_memory, timer_for
-from moeify.errors import InputError
 from moeify.options import Track, untracked
-from moeify.results import write
+from moeify.results import check_new, check_writable, write
 
 
 def layer_bench(
@@ -51,8 +50,9 @@ def layer_bench(
     peers = find_peers(options.peers)
     timer = timer_for(device_by_name(options.device))
     dtype = dtype_by_name(options.dtype, timer.device)
-    if out is not None and out.exists() and not overwrite:
-        raise InputError(f"{out} exists", "--overwrite replaces it")
+    if out is not None:
+        check_new(out, overwrite=overwrite)
+        check_writable(out, LayerBench)
     result = LayerBench(
         machine=machine_facts(timer.device),
         versions=versions(["torch", "triton", *(name for peer in PEERS.values() for name in peer.packages)]),

@@ -34,10 +34,9 @@ from moeify.benchmark.options import BenchOptions, Section
 from moeify.benchmark.timing import timer_for
 from moeify.check.evaluate import load
 from moeify.command_line import command_line
-from moeify.errors import InputError
 from moeify.models.files import find_shards
 from moeify.options import Track, untracked
-from moeify.results import read, write
+from moeify.results import check_new, check_writable, read, write
 
 FILE = "bench.json"
 PACKAGES = ("moeify", "torch", "transformers", "triton")
@@ -122,13 +121,9 @@ def load_bench(path: Path) -> ModelBench:
 
 
 def check_folder(folder: Path, *, overwrite: bool) -> None:
-    """Make the folder; raise InputError if it cannot be made, or holds a result that must not be replaced."""
-    if (folder / FILE).exists() and not overwrite:
-        raise InputError(f"{folder / FILE} exists", "--overwrite replaces it")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write {folder}: {error.strerror}", "choose another --out") from error
+    """Raise InputError for a folder whose result cannot be written, or must not be replaced."""
+    check_new(folder / FILE, overwrite=overwrite)
+    check_writable(folder / FILE, ModelBench)
 
 
 def _model(one: Entrant, dense: Entrant, context: int, dtype: torch.dtype) -> Model:
