@@ -50,7 +50,7 @@ def test_a_child_gets_its_arguments_and_gives_what_it_prints(tmp_path: Path, env
     assert done.stdout.endswith("'a b', '-c'] __main__\n")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_child_dies_with_its_parent(tmp_path: Path, environment: dict[str, str], number: signal.Signals) -> None:
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     file = tmp_path / "pid"
