@@ -171,7 +171,8 @@ def _head(source: str, tag: str) -> str:
         "pipeline_tag": "text-generation",
         "tags": ["moeify", tag],
     }
-    text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=True, width=10_000)
+    plain = source.isprintable()
+    text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=plain, width=10_000)
     return f"---\n{text}---\n"
 
 

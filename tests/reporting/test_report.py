@@ -423,6 +423,15 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
     assert "{{7*7}}" in html.unescape(text)
     assert HOSTILE[0] in seen.text
     assert "\0" not in text
+    assert "\u202e" not in text
+
+
+def test_a_drawing_of_hostile_names_is_xml() -> None:
+    point = plots.Point(1.0, 1.0, "]]>\x1b\0", HOSTILE[0])
+    series = plots.Series(HOSTILE[2] + HOSTILE[3], "moe", (point,))
+    plot = plots.Plot("key", HOSTILE[1], "\ufffe\u2028", plots.Axis("<x>"), plots.Axis("&y"), (series,))
+    (title, description, *_) = ElementTree.fromstring(plot.file())
+    assert (title.text, description.text) == (HOSTILE[1], "\\ufffe\\u2028")
 
 
 def _plain(folder: Path) -> Path:
