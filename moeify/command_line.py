@@ -7,6 +7,7 @@ renders the command that repeats a run. Imports nothing heavy.
 
 import dataclasses
 import math
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, get_args, get_origin
@@ -15,6 +16,8 @@ from moeify.errors import UsageError
 
 SHORT = {"out": "-o"}
 NUMBERS = {int: "whole number", float: "number"}
+# Nothing has so many experts, tokens or steps.
+COUNTABLE = 1 << 31
 
 
 def option(
@@ -25,6 +28,7 @@ def option(
     above: float | None = None,
     below: float = math.inf,
     commas: bool = False,
+    form: str = "",
 ) -> Any:
     """A field of a dataclass of options.
 
@@ -34,8 +38,9 @@ def option(
         text: the help.
         least, above, below: the range of a number, of each one in a tuple.
         commas: items of a tuple hold no commas, so that several may stand in one word; true of numbers and fixed names.
+        form: a regular expression that a text must match as a whole.
     """
-    limits = {"least": least, "above": above, "below": below}
+    limits = {"least": least, "above": above, "below": below, "form": form}
     return dataclasses.field(default=default, metadata={"text": text, "commas": commas, **limits})
 
 
@@ -129,11 +134,30 @@ def command_line(command: str, *parts: str | Options, **further: Any) -> str:
     """
     words = ["moeify", command]
     for part in parts:
-        words += [part] if isinstance(part, str) else _words(part)
+        # A path that begins like an option.
+        words += [f"./{part}" if part.startswith("-") else part] if isinstance(part, str) else _words(part)
     for name, value in further.items():
         if value is not None and value is not False:
             words += [flag(name)] if value is True else _repeated(name, value)
-    return shlex.join(words)
+    return quoted(words)
+
+
+def quoted(words: Sequence[str]) -> str:
+    """A command that a shell reads back as these words, on one line and free of control characters.
+
+    Words with such characters stand in quotes that bash, zsh and POSIX of 2024 know: $'one\\012two'.
+    """
+    return " ".join(shlex.quote(word) if word.isprintable() else f"$'{_escaped(word)}'" for word in words)
+
+
+def _escaped(word: str) -> str:
+    return "".join(letter if letter.isprintable() and letter not in "'\\" else _octal(letter) for letter in word)
+
+
+def _octal(letter: str) -> str:
+    """The bytes of a letter; half ones are bytes of a file name that is not UTF-8."""
+    errors = "surrogateescape" if "\udc80" <= letter <= "\udcff" else "surrogatepass"
+    return "".join(f"\\{byte:03o}" for byte in letter.encode(errors=errors))
 
 
 def _words(options: Options) -> Iterator[str]:
@@ -155,17 +179,50 @@ def _repeated(name: str, values: Any) -> list[str]:
     return [word for item in items for word in (flag(name), str(item))]
 
 
+def check_text(text: str) -> str:
+    """The text, if it can be a name or a path.
+
+    Raises:
+        ValueError: it is empty, or holds what no file name can hold.
+    """
+    if not text.strip():
+        raise ValueError("expected a text that is not empty")
+    if "\0" in text:
+        raise ValueError("expected a text without NUL characters")
+    return text
+
+
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
-    """Raise UsageError unless one value is a known name and in its range."""
+    """Raise UsageError unless one value is a known name, a text that can be a name, or in its range."""
     name, known = flag(field.name), choices(field)
-    least, above, below = (field.metadata[key] for key in ("least", "above", "below"))
-    if value is None or (known and value in known):
+    if value is None or isinstance(value, bool) or (known and value in known):
         return
     if known:
         raise UsageError(f"{name} {value} is unknown", f"{name} takes {', '.join(known)}")
+    if isinstance(value, str):
+        try:
+            check_text(value)
+        except ValueError as error:
+            raise UsageError(f"{name} {value!r}: {error}", f"leave {name} out, or name something") from error
+        if field.metadata["form"] and not re.fullmatch(field.metadata["form"], value):
+            raise UsageError(f"{name} {value!r:.100} is unknown", f"{name}: {field.metadata['text']}")
+    elif not _in_range(field, value):
+        raise UsageError(f"{name} {_shown(value)} is out of range", f"{name} takes {_range(field)}")
+    elif abs(value) >= COUNTABLE and isinstance(value, int):
+        raise UsageError(f"{name} {_shown(value)} is out of range", f"{name} takes less than {COUNTABLE:,}")
+
+
+def _in_range(field: dataclasses.Field[Any], value: float) -> bool:
+    """Whether a number is finite and in the range of its option."""
+    least, above, below = (field.metadata[key] for key in ("least", "above", "below"))
     low = (least is None or value >= least) and (above is None or value > above)
-    if (least is not None or above is not None) and not (low and value < below):
-        raise UsageError(f"{name} {value} is out of range", f"{name} takes {_range(field)}")
+    # Whole numbers of any length are compared without making them floats.
+    return low and value < below and (isinstance(value, int) or math.isfinite(value))
+
+
+def _shown(value: float) -> str:
+    """A number; Python refuses to write a whole one of more than 4,300 digits."""
+    return f"of {value.bit_length():,} bits" if isinstance(value, int) and value.bit_length() > 100 else str(value)
 
 
 def _range(field: dataclasses.Field[Any]) -> str:
@@ -173,5 +230,7 @@ def _range(field: dataclasses.Field[Any]) -> str:
     least, above, below = (field.metadata[key] for key in ("least", "above", "below"))
     if below < math.inf and item_type(field) is int:
         return f"{least:,} to {below - 1:,}"
+    if least is None and above is None:
+        return "finite numbers"
     low = f"{least:g} or more" if least is not None else f"more than {above:g}"
     return low if below == math.inf else f"{low} and less than {below:g}"

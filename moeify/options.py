@@ -25,6 +25,7 @@ CONTEXT = "Tokens in a block of text; 512, or as many as the model takes."
 SEED = "Of sampling, data order, clustering and projections."
 DTYPE = "Of the weights; auto keeps the checkpoint's or, where there is none, is bfloat16 on cuda and float32 on cpu."
 DEVICE = "Where the arithmetic runs: cpu, cuda, cuda:1; in benchmarks also auto."
+DEVICES = r"auto|cpu|cuda(:[0-9]{1,3})?"
 # Every layer adds its number to a seed, and scikit-learn's generators take 32 bits.
 SEEDS = 1 << 31
 
@@ -62,10 +63,10 @@ class SplitOptions(Options):
         "equal share of the tokens.",
     )
     tokens: int = option(16384, "Calibration tokens; a search uses 8,192 of them.")
-    context: int | None = option(None, CONTEXT)
+    context: int | None = option(None, CONTEXT, least=1)
     seed: int = option(0, SEED, least=0, below=SEEDS)
     dtype: DType = option("auto", DTYPE)
-    device: str = option("cpu", DEVICE)
+    device: str = option("cpu", DEVICE, form=DEVICES)
     plan: str | None = option(None, "Use the partition and routers of a saved plan again.")
 
     def __post_init__(self) -> None:
@@ -84,7 +85,7 @@ class SearchOptions(Options):
 
     budget: float = option(0.75, "Share of all FFN parameters active per token.", above=0, below=1)
     strategy: str = option("greedy", "How layers are chosen: moeify ls strategies.")
-    trials: int = option(32, "Whole choices that a strategy may measure.")
+    trials: int = option(32, "Whole choices that a strategy may measure.", least=0)
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class EvalOptions(Options):
     context: int | None = option(None, CONTEXT, least=2)
     stride: int | None = option(None, "Tokens the window moves by; half the context.", least=1)
     dtype: DType = option("auto", DTYPE)
-    device: str = option("cpu", DEVICE)
+    device: str = option("cpu", DEVICE, form=DEVICES)
 
 
 @dataclass(frozen=True)
@@ -116,5 +117,5 @@ class TuneOptions(Options):
     tokens: tuple[int, ...] = option(
         (1, 8, 32, 64, 128, 512, 2048, 8192), "Tokens of a call, the most important last.", least=1
     )
-    device: str = option("cuda", DEVICE)
+    device: str = option("cuda", DEVICE, form=DEVICES)
     backward: bool = option(True, "Tune the backward pass as well.")

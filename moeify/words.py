@@ -83,3 +83,8 @@ def printable(text: object) -> str:
         letter if letter == "\n" or unicodedata.category(letter) not in UNPRINTABLE else ascii(letter)[1:-1]
         for letter in str(text)
     )
+
+
+def on_one_line(text: object) -> str:
+    """The same, with line breaks escaped as well."""
+    return printable(text).replace("\n", "\\n")

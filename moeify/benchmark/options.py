@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeify.command_line import Options, option
-from moeify.options import CONTEXT, DATA, DEVICE, DTYPE, DType
+from moeify.options import CONTEXT, DATA, DEVICE, DEVICES, DTYPE, DType
 
 Section = Literal["quality", "speed", "memory", "experts"]
 Implementation = Literal["eager", "batched_mm", "grouped_mm", "moeify"]
@@ -18,7 +18,7 @@ class BenchOptions(Options):
 
     data: tuple[str, ...] = option(("builtin-heldout",), DATA)
     tokens: int = option(8192, "At most so many tokens of each text, in whole blocks.", least=1)
-    context: int | None = option(None, CONTEXT)
+    context: int | None = option(None, CONTEXT, least=1)
     batch: tuple[int, ...] = option((1, 8), "Sequences at once, such as 1,8.", least=1)
     prompt: tuple[int, ...] = option((), "Tokens of a prompt; 128,512 where all models take them.", least=1)
     implementation: tuple[Implementation, ...] = option((), "Of experts, such as eager,grouped_mm; all that run.")
@@ -28,7 +28,7 @@ class BenchOptions(Options):
         2.0, "How long one model on one implementation is timed on one phase of one regime.", least=0
     )
     dtype: DType = option("auto", DTYPE)
-    device: str = option("auto", DEVICE)
+    device: str = option("auto", DEVICE, form=DEVICES)
 
 
 @dataclass(frozen=True)
@@ -47,4 +47,4 @@ class LayerBenchOptions(Options):
     seconds_per_row: float = option(0.3, "How long an implementation is timed on a case.", least=0)
     limit_seconds: float | None = option(None, "Begin no case after that; the most important ones come first.", least=0)
     dtype: DType = option("auto", DTYPE)
-    device: str = option("auto", DEVICE)
+    device: str = option("auto", DEVICE, form=DEVICES)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from moeify import families
 from moeify.check.perplexity import EvalResult, Perplexity
+from moeify.convert.prepare import check_device
 from moeify.families import Modality
 from moeify.kernels import register
 from moeify.models import stock
@@ -81,6 +82,7 @@ def evaluate(
     """
     paths = {model: locate(model, track) for model in models}
     options = EvalOptions(tuple(data), tokens, context, stride, dtype, device)
+    check_device(device)
     measure = MEASURES[_modality(paths)](paths, options)
     results = []
     for name in models:

@@ -3,6 +3,8 @@
 Nothing heavy is imported before a command runs.
 """
 
+import io
+import re
 import signal
 import sys
 import warnings
@@ -27,7 +29,7 @@ from moeify.cli.commands.search import search_command
 from moeify.cli.commands.split import split_command
 from moeify.cli.commands.tune import tune_command
 from moeify.cli.commands.verify import verify_command
-from moeify.errors import MoeifyError, MoeifyWarning
+from moeify.errors import MoeifyError, MoeifyWarning, UsageError
 
 # In the order of the help.
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -71,6 +73,9 @@ def main() -> None:
     # A parent that has the signal ignored, as shells do for background jobs, keeps it so.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a letter of a name gets its code, as Python does it on stderr.
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(run_command(sys.argv[1:], interrupted=lambda: bool(interrupts)))
 
 
@@ -85,6 +90,7 @@ def run_command(arguments: list[str], *, interrupted: Callable[[], bool] = lambd
     try:
         with warnings.catch_warnings():
             _show_warnings()
+            _check_words(arguments)
             code = app(args=arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         return 130
@@ -95,15 +101,32 @@ def run_command(arguments: list[str], *, interrupted: Callable[[], bool] = lambd
     return code if isinstance(code, int) else 0
 
 
-def _show_warnings() -> None:
-    """Have moeify's own warnings shown like its errors, each once; others as Python shows them."""
-    others, shown = warnings.showwarning, set[str]()
+def _check_words(arguments: list[str]) -> None:
+    """Raise UsageError if a word can be no name, path or value, whatever the command.
 
-    def show(message: Any, category: type[Warning], *place: Any) -> None:
+    `Path("")` is the folder that one is in, so an empty variable of a script would name that.
+    """
+    for before, word in zip(["moeify", *arguments], arguments, strict=False):
+        if not word or re.fullmatch(r"--?[\w-]+=", word):
+            raise UsageError(f"nothing stands behind {word or before}", "leave it out, or name something")
+        if "\0" in word or not _is_utf8(word):
+            raise UsageError(f"{word!r:.100} holds NUL or is not UTF-8", "names and values are UTF-8")
+
+
+def _is_utf8(word: str) -> bool:
+    """Python has half letters for bytes of a command line that are no UTF-8."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in word)
+
+
+def _show_warnings() -> None:
+    """Have moeify's own warnings shown like its errors, each once; others as Python words them."""
+    shown = set[str]()
+
+    def show(message: Any, category: type[Warning], filename: str, lineno: int, *_: Any) -> None:
         from moeify.cli.render import Renderer
 
         if not issubclass(category, MoeifyWarning):
-            others(message, category, *place)
+            Renderer().lines(warnings.formatwarning(message, category, filename, lineno))
         elif str(message) not in shown:
             shown.add(str(message))
             Renderer().warning(message)
@@ -118,8 +141,10 @@ def _report(error: Exception, *, debug: bool) -> int:
     from moeify.resources import resource_error
 
     if hasattr(error, "show") and hasattr(error, "exit_code"):
-        # The option parser's own errors print themselves with the usage line.
-        error.show()
+        # The option parser's own errors word themselves, with the usage line.
+        text = io.StringIO()
+        error.show(text)
+        Renderer().lines(text.getvalue())
         return 2
     if debug:
         traceback_of(error)

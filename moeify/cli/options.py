@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 
 from moeify.command_line import Options, choices, fields, flag, help_text, is_repeated, item_type, option, parse
+from moeify.errors import UsageError
 from moeify.options import SplitOptions
 from moeify.version import __version__
 
@@ -72,6 +73,20 @@ def _parameter(field: Field[Any]) -> inspect.Parameter:
     kind: Any = Annotated[list[str] if repeated else field.type, info]
     value = [str(item) for item in default] if isinstance(default, tuple) else default
     return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kind)
+
+
+def beside(model: str, suffix: str) -> Path:
+    """Where a result goes that is given no place: NAME-suffix in this folder, whatever the model's path looks like.
+
+    Raises:
+        UsageError: the model has no name.
+    """
+    name = Path(model).name
+    if name in ("", ".."):
+        name = Path(model).resolve().name
+    if not name:
+        raise UsageError(f"{model} has no name that {suffix} could be added to", "say with -o where to write")
+    return Path(f"{name}-{suffix}")
 
 
 def _version(show: bool) -> None:

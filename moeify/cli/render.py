@@ -1,7 +1,12 @@
-"""The only file that prints: tables and one JSON object on stdout, progress and errors on stderr."""
+"""The only file that prints: tables and one JSON object on stdout, progress and errors on stderr.
+
+Names come from files and may hold anything. Whatever is printed is plain text: no markup, no emoji codes, and control
+characters escaped, so that they reach no terminal. Cells that want a style are rich.text.Text. Not covered are lines
+that compiled libraries print by themselves.
+"""
 
 import json
-import sys
+import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -9,16 +14,34 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from moeify.cli.options import Output
 from moeify.errors import MoeifyError
 from moeify.results import to_json
-from moeify.words import duration, printable
+from moeify.words import duration, on_one_line, printable
 
 # A loop shows its bar once it has taken this long.
 PATIENCE_S = 2.0
 # Without a terminal it prints a line this often instead.
 LOG_EVERY_S = 20.0
+
+
+class PlainConsole(Console):
+    """A console that takes every string, of cells, titles and headers too, for plain text."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def render_str(self, text: str, **styles: Any) -> Text:
+        return super().render_str(printable(text), **{**styles, "markup": False, "emoji": False})
+
+
+class PrintableFormatter(logging.Formatter):
+    """Log lines of libraries, which quote what stands in files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class Renderer:
@@ -32,19 +55,25 @@ class Renderer:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self._as_json = as_json
         self._quiet = quiet
-        self._out = Console()
-        self._err = Console(stderr=True)
+        self._out = PlainConsole()
+        self._err = PlainConsole(stderr=True)
 
     def track(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
         """Yield the items, with progress on stderr for a loop that takes more than PATIENCE_S."""
         if self._quiet:
             yield from items
             return
+        label = on_one_line(label)
         if not self._err.is_terminal:
             yield from self._log(items, label, total)
             return
         began = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         with Progress(*columns, TimeRemainingColumn(), console=self._err, transient=True) as progress:
             task = progress.add_task(label, total=total, visible=False)
             for item in items:
@@ -59,13 +88,12 @@ class Renderer:
             if time.monotonic() - last > LOG_EVERY_S:
                 last = time.monotonic()
                 left = duration((last - began) / done * (total - done))
-                line = f"{label}: {done}/{total}, about {left} left"
-                self._err.print(line, markup=False, highlight=False, soft_wrap=True)
+                self._err.print(f"{label}: {done}/{total}, about {left} left", soft_wrap=True)
 
     def announce(self, seconds: float) -> None:
         """Say on stderr what a search is going to take."""
         if not self._quiet:
-            self._err.print(f"the search will take about {duration(seconds)}", highlight=False)
+            self._err.print(f"the search will take about {duration(seconds)}")
 
     def error(self, error: BaseException) -> None:
         """`error: ...` and, if there is one, `hint: ...`."""
@@ -78,7 +106,12 @@ class Renderer:
         self._say(f"warning: {message}", style="yellow")
 
     def _say(self, line: str, style: str = "") -> None:
-        self._err.print(printable(line), style=style, markup=False, highlight=False, soft_wrap=True)
+        # A name with a line break in it adds no line that looks like one of ours.
+        self._err.print(on_one_line(line), style=style, soft_wrap=True)
+
+    def lines(self, text: str) -> None:
+        """Text of several lines on stderr: usage, tracebacks, warnings of libraries."""
+        self._err.print(text.rstrip("\n"), soft_wrap=True)
 
     def document(self, value: Mapping[str, Any]) -> None:
         """Print one JSON object."""
@@ -94,20 +127,25 @@ class Renderer:
         for table in tables:
             self._out.print(table)
         if next_step:
-            self._out.print(f"next: {next_step}", markup=False, highlight=False, soft_wrap=True)
+            self._out.print(f"next: {next_step}", soft_wrap=True)
 
 
 def renderer_for(output: Output, *, loads_models: bool = True) -> Renderer:
     """The renderer of a command; unless it is verbose, the libraries below keep silent."""
-    if loads_models and not output.verbose:
-        from transformers.utils import logging
+    if loads_models:
+        from transformers.utils import logging as library
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        if not output.verbose:
+            library.set_verbosity_error()
+            library.disable_progress_bar()
+        for handler in (*logging.getLogger("transformers").handlers, logging.lastResort):
+            if handler is not None:
+                handler.setFormatter(PrintableFormatter())
     return Renderer(as_json=output.json, quiet=output.quiet)
 
 
 def traceback_of(error: BaseException) -> None:
+    """The traceback of an error, on stderr."""
     import traceback
 
-    traceback.print_exception(error, file=sys.stderr)
+    Renderer().lines("".join(traceback.format_exception(error)))

@@ -116,7 +116,7 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
             "leave --dense-layers out; `moeify compare` measures it",
         )
     layout, target, reason = _choose_target(dense, options, writable=writable)
-    _check_device(options.device)
+    check_device(options.device)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     if len(dense.num_of_dtype) > 1:
         kinds = listing([f"{count:,} as {kind}" for kind, count in dense.num_of_dtype.items()])
@@ -246,7 +246,7 @@ def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype, *, writab
         )
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     """Raise UsageError unless there is such a device here."""
     try:
         torch.empty(0, device=device)

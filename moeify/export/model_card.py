@@ -1,22 +1,24 @@
-"""The model card of a converted checkpoint: what it is, how it was made, how to load it, how to make it again."""
+"""The model card of a converted checkpoint: what it is, how it was made, how to load it, how to make it again.
 
+Names come from users and files and may hold anything: the head is YAML by a library, elsewhere they stand as code on
+one line, where no character has a meaning.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from moeify import targets
 from moeify.command_line import command_line
 from moeify.plan import SplitPlan
 from moeify.version import __version__
+from moeify.words import on_one_line
 
-CARD = """---
-base_model: {source}
-library_name: transformers
-pipeline_tag: text-generation
-tags: [{tags}]
----
-
+CARD = """{head}
 # {name}
 
 {source} ({family}) with {which} cut into {experts} equal slices by moeify {version}: {cut}.
@@ -62,12 +64,12 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int]) 
     if layout.dense_layers:
         which += f" but {', '.join(map(str, layout.dense_layers))}"
     rows = {
-        "dense model": f"{plan.source} (`{plan.family}`)",
-        "written as": f"`{architecture}`",
-        "partition": options.partition if options.plan is None else f"from {options.plan}",
+        "dense model": f"{code(plan.source)} ({code(plan.family)})",
+        "written as": code(architecture),
+        "partition": options.partition if options.plan is None else f"from {code(options.plan)}",
         "router": "none" if layout.is_static else options.router,
         "down_proj refit": "yes, in closed form" if options.refit else "no",
-        "calibration text": ", ".join(options.calibration) if calibration else "none",
+        "calibration text": ", ".join(map(code, options.calibration)) if calibration else "none",
         "calibration tokens": f"{calibration['num_tokens']:,} in blocks of {calibration['context']}"
         if calibration
         else "none",
@@ -75,18 +77,18 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int]) 
         "seed": options.seed,
     }
     return CARD.format(
-        source=plan.source,
-        family=plan.family,
-        tags="moeify, pruned" if layout.is_static else "moeify, mixture-of-experts",
+        head=_head(plan.source, "pruned" if layout.is_static else "mixture-of-experts"),
+        source=code(plan.source),
+        family=code(plan.family),
         which=which,
-        name=f"{Path(plan.source).name} {'pruned' if layout.is_static else 'as a mixture of experts'}",
+        name=f"{code(Path(plan.source).name)} {'pruned' if layout.is_static else 'as a mixture of experts'}",
         experts=layout.num_experts,
         version=plan.version,
         cut=cut,
         parameters=parameters[0],
         active=parameters[1],
-        architecture=architecture,
-        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        architecture=on_one_line(architecture),
+        rows=_table(rows),
         split=_split_again(plan),
         verify=command_line("verify", "OUT", dense=plan.source),
         training=_training(plan.target),
@@ -99,16 +101,10 @@ def _split_again(plan: SplitPlan) -> str:
     return command_line("split", plan.source, options, out="OUT")
 
 
-FINETUNED = """---
-base_model: {source}
-library_name: transformers
-pipeline_tag: text-generation
-tags: [moeify, fine-tuned]
----
-
+FINETUNED = """{head}
 # {name}, fine-tuned
 
-{source} (`{model_type}`), trained by moeify {version} to do what {teacher} does.
+{source} ({model_type}), trained by moeify {version} to do what {teacher} does.
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -143,19 +139,20 @@ def finetuned_card(
     """README.md for a fine-tuned checkpoint."""
     rows = {
         "stages since the split": ", ".join(trained),
-        "text": text["data"]["source"],
+        "text": code(text["data"]["source"]),
         "tokens": f"{text['data']['num_tokens']:,} in blocks of {text['data']['context']}",
         "sha256 of the token ids": f"`{text['data']['sha256']}`",
         **{name: options[name] for name in ("epochs", "kl", "lm", "hidden", "router_rate", "schedule", "seed")},
     }
     return FINETUNED.format(
-        source=source,
-        teacher=teacher,
-        name=Path(source).name,
+        head=_head(source, "fine-tuned"),
+        source=code(source),
+        teacher=code(teacher),
+        name=code(Path(source).name),
         version=__version__,
-        model_type=config["model_type"],
-        architecture=config["architectures"][0],
-        rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        model_type=code(config["model_type"]),
+        architecture=on_one_line(config["architectures"][0]),
+        rows=_table(rows),
         training=_training(config["model_type"]),
     )
 
@@ -164,3 +161,31 @@ def _training(model_type: str) -> str:
     """What must be known before the checkpoint is trained further; nothing for architectures that are no target."""
     text = targets.find(model_type).autocast if model_type in targets.names() else ""
     return f"\n{text}\n" if text else ""
+
+
+def code(text: object) -> str:
+    """A name as code: in more backticks than it has in a row, control characters escaped."""
+    line = on_one_line(text)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", line)), default=0))
+    # A space on both sides goes again; without it a backtick or a space at an end would belong to the fence, or go.
+    inside = f" {line} " if line[:1] in ("`", " ") or line[-1:] in ("`", " ") or not line else line
+    return f"{fence}{inside}{fence}"
+
+
+def _head(source: str, tag: str) -> str:
+    """What the Hugging Face hub reads, between lines of ---."""
+    values = {
+        "base_model": source,
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["moeify", tag],
+    }
+    plain = source.isprintable()
+    text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=plain, width=10_000)
+    return f"---\n{text}---\n"
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    """Rows of two cells; a cell ends at a bar, also in code."""
+    cells = ((key, str(value).replace("|", "\\|")) for key, value in rows.items())
+    return "\n".join(f"| {key} | {value} |" for key, value in cells)

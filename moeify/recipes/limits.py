@@ -7,7 +7,8 @@ from pathlib import Path
 from moeify.benchmark.models.results import ModelBench
 from moeify.check.perplexity import EvalResult
 from moeify.check.verify import VerifyReport
-from moeify.recipes.model import MAIN, TRAINED, Recipe
+from moeify.recipes.model import Recipe
+from moeify.recipes.names import MAIN, TRAINED
 
 
 @dataclass(frozen=True)

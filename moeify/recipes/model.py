@@ -17,11 +17,12 @@ limits: {max_ratio: 1.5, beats: [static], max_decode_time: 1.0}
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -33,17 +34,34 @@ from pydantic import (
 
 from moeify.benchmark.models.results import Phase
 from moeify.benchmark.options import BenchOptions
+from moeify.command_line import check_text
 from moeify.errors import InputError, UsageError
 from moeify.options import CompareOptions, EvalOptions, SplitOptions
 from moeify.plugin_list import recipe_folders
+from moeify.recipes.names import MAIN, PathPart, check_different
+from moeify.recipes.plain_yaml import load_yaml
 from moeify.training.options import FinetuneOptions
 
-MAIN = "moe"
 # Shaped like the recipe, so that errors name the place in it.
 _CONTROLS = TypeAdapter(dict[str, dict[str, SplitOptions]])
 NOT_STATIC = ("budget", "dense_layers", "mixing", "temperature", "fusion")
-TRAINED = "-finetuned"
-DENSE = "dense"
+
+
+def _text(value: Any) -> Any:
+    """Not empty, and one that a file may have for a name."""
+    return check_text(value) if isinstance(value, str) else value
+
+
+def _inside(path: Path) -> Path:
+    """A folder that has a name: nothing is written beside everything else."""
+    if path.resolve().parent == path.resolve():
+        raise ValueError("expected a folder other than the root of the disk")
+    return path
+
+
+Text = Annotated[str, BeforeValidator(_text)]
+Folder = Annotated[Path, BeforeValidator(_text), AfterValidator(_inside)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Strict(BaseModel):
@@ -65,11 +83,11 @@ class Limits(Strict):
             batch and prompt that `bench` measures; a time fails if its whole interval lies above.
     """
 
-    max_ratio: float | None = Field(default=None, gt=0)
+    max_ratio: Positive | None = None
     beats: tuple[str, ...] = ()
-    max_logit_difference: float | None = Field(default=None, gt=0)
-    max_decode_time: float | None = Field(default=None, gt=0)
-    max_prefill_time: float | None = Field(default=None, gt=0)
+    max_logit_difference: Positive | None = None
+    max_decode_time: Positive | None = None
+    max_prefill_time: Positive | None = None
 
     @property
     def max_times(self) -> dict[Phase, float]:
@@ -85,10 +103,10 @@ class Recipe(Strict):
     """
 
     version: Literal[1]
-    model: str
-    out: Path
+    model: Text
+    out: Folder
     split: SplitOptions = SplitOptions()
-    controls: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    controls: dict[PathPart, dict[str, Any]] = Field(default_factory=dict)
     finetune: FinetuneOptions | None = None
     finetune_controls: tuple[str, ...] = ()
     verify: bool = True
@@ -106,6 +124,12 @@ class Recipe(Strict):
         except UsageError as error:
             raise UsageError(f"{info.field_name}: {error}", error.hint) from error
 
+    @field_validator("controls")
+    @classmethod
+    def _name_folders_apart(cls, controls: dict[str, Any]) -> dict[str, Any]:
+        check_different(controls)
+        return controls
+
     @property
     def trained(self) -> tuple[str, ...]:
         """The splits that are fine-tuned."""
@@ -120,35 +144,43 @@ def find_recipe(name: str) -> Path:
     return next((file for file in files if file.is_file()), Path(name))
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(path: Path, overrides: Sequence[str] = (), *, out: Path | None = None) -> Recipe:
     """Read and check a recipe.
 
     Args:
         path: the YAML file.
         overrides: `section.key=value`, the value read as YAML.
+        out: the folder of the run; the recipe's own if it is None.
 
     Raises:
-        InputError: no such file, or not YAML.
+        InputError: no such file, or not YAML of plain values.
         UsageError: an unknown key or a value of the wrong kind; the message names it.
     """
-    if not path.is_file():
-        raise InputError(f"no recipe at {path}", "`moeify ls recipes` lists those that come with moeify")
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {error}") from error
+        data = path.read_bytes() if path.is_file() else None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    if data is None:
+        raise InputError(f"no recipe at {path}", "`moeify ls recipes` lists those that come with moeify")
+    values = load_yaml(data, str(path))
     if not isinstance(values, dict):
         raise InputError(f"{path} holds {type(values).__name__}, expected a mapping")
     for override in overrides:
         _override(values, override)
+    if out is not None:
+        values["out"] = str(out)
     try:
         recipe = Recipe.model_validate(values)
         for name, control in recipe.controls.items():
             control_options(recipe, name, control)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UsageError(f"{path}: {where}: {first['msg']}, found {first['input']!r}") from error
+        raise _named(path, error) from error
+    _check_sections(path, recipe)
+    return recipe
+
+
+def _check_sections(path: Path, recipe: Recipe) -> None:
+    """Raise UsageError if a section needs another one."""
     if recipe.eval is None and (recipe.limits.beats or recipe.limits.max_ratio is not None):
         raise UsageError(f"{path}: limits on perplexity need an eval section")
     if recipe.limits.max_times and (recipe.bench is None or "speed" in recipe.bench.skip):
@@ -161,7 +193,6 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             raise UsageError(f"{path}: {key} names {unknown[0]!r}, which is not among the controls")
     if recipe.finetune_controls and recipe.finetune is None:
         raise UsageError(f"{path}: finetune_controls needs a finetune section")
-    return recipe
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -178,23 +209,28 @@ def _override(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise UsageError(f"--set {key}: {section} holds {values!r}, not a section", hint)
     try:
-        values[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UsageError(f"--set {key}: {value} is not YAML", hint) from error
+        values[last] = load_yaml(value.encode(errors="surrogatepass"), f"--set {key}")
+    except InputError as error:
+        raise UsageError(str(error), hint) from error
+
+
+def _named(path: Path, error: ValidationError) -> UsageError:
+    """The first mistake: its place, what is expected there, and the value."""
+    first = error.errors(include_url=False)[0]
+    # Keys are marked by a word of pydantic's own.
+    where = ".".join(str(part) for part in first["loc"] if part != "[key]")
+    return UsageError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}, found {first['input']!r:.100}")
 
 
 def control_options(recipe: Recipe, name: str, control: Mapping[str, Any]) -> SplitOptions:
     """The main split's options with the control's in place of them; what follows from the method is left open."""
-    if name in (MAIN, DENSE):
-        raise UsageError(f"a control cannot be called {name!r}")
-    if name.endswith(TRAINED):
-        raise UsageError(f"a control cannot be called {name!r}", f"what ends in {TRAINED} is trained")
-    if Path(name).name != name:
-        raise UsageError(f"a control cannot be called {name!r}", "it becomes a folder of that name")
     base = {key: value for key, value in asdict(recipe.split).items() if key not in ("shared", "target", "plan")}
     if control.get("static"):
         budget = recipe.split.budget
         base["active"] = recipe.split.active if budget is None else max(1, round(budget * recipe.split.experts))
         # A pruned model has FFNs of one width and nothing to weight.
         base = {key: value for key, value in base.items() if key not in NOT_STATIC}
-    return _CONTROLS.validate_python({"controls": {name: {**base, **control}}})["controls"][name]
+    try:
+        return _CONTROLS.validate_python({"controls": {name: {**base, **control}}})["controls"][name]
+    except UsageError as error:
+        raise UsageError(f"controls.{name}: {error}", error.hint) from error

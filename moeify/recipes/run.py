@@ -1,30 +1,37 @@
 """Running a recipe: its stages in a fixed order, finished ones skipped, limits last."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from moeify.benchmark.models.results import ModelBench
 from moeify.benchmark.models.run import FILE as BENCH_FILE
 from moeify.benchmark.models.run import bench, load_bench
-from moeify.cache import digest, intact, replacing
+from moeify.benchmark.options import BenchOptions
+from moeify.cache import digest
 from moeify.check.compare import compare
 from moeify.check.evaluate import evaluate
 from moeify.check.perplexity import EvalResult
 from moeify.check.verify import TOLERANCE, VerifyReport, verify
+from moeify.command_line import command_line
 from moeify.convert.pipeline import split
 from moeify.convert.prepare import Preview, preview
 from moeify.export.record import RECORD_FILE
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
+from moeify.recipes import markers
+from moeify.recipes.folder import HEADER, RECIPE_FILE, RUN_FILE, check_folder, recipe_text
 from moeify.recipes.limits import Limit, check_quality, check_times, judged
-from moeify.recipes.model import MAIN, TRAINED, Recipe, control_options
-from moeify.results import write
+from moeify.recipes.markers import Stage
+from moeify.recipes.model import Recipe, control_options
+from moeify.recipes.names import BENCH, COMPARE, MAIN, TRAINED
+from moeify.results import check_replaceable, write, write_text
 from moeify.training.finetune import finetune
+
+# Options that a split settles or counts anew: a record does not hold them as they were given.
+SETTLED = ("experts", "shared", "active", "budget", "dense_layers", "target", "context")
 
 
 @dataclass(frozen=True)
@@ -59,16 +66,23 @@ class RunPreview:
     further: tuple[str, ...]
 
 
-def run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunResult:
+def run(recipe: Recipe, *, overwrite: bool = False, track: Track[Any] = untracked) -> RunResult:
     """Run all stages; a stage whose inputs have not changed since it finished is skipped.
 
+    Args:
+        recipe: what to do.
+        overwrite: replace also results that lie in its folder and were not made by this run or an earlier one of this
+            folder.
+        track: wraps long loops.
+
     Raises:
-        InputError, UsageError: as the stages do.
+        InputError: something lies in the folder that is not replaced; then nothing has been done. Or as the stages do.
+        UsageError: as the stages do.
     """
     out = recipe.out
     splits = _splits(recipe)
-    dense = open_dense(recipe.model, track)
-    stages = _Stages(recipe, dense, track)
+    stages = _Stages(recipe, open_dense(recipe.model, track), track)
+    stages.check(splits, overwrite=overwrite)
     for name, options in splits.items():
         stages.split(name, options)
     for name in recipe.trained:
@@ -78,17 +92,17 @@ def run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunResult:
     report = None
     if recipe.verify:
         tolerance = recipe.limits.max_logit_difference or TOLERANCE
-        report = verify(out / MAIN, dense, tolerance=tolerance)
+        report = verify(out / MAIN, stages.dense, tolerance=tolerance)
     evals: tuple[EvalResult, ...] = ()
     if recipe.eval is not None:
         names = [*splits, *(name + TRAINED for name in recipe.trained)]
         models = [recipe.model, *(str(out / name) for name in names)]
         evals = tuple(evaluate(models, **asdict(recipe.eval), track=track))
-    speeds = stages.bench([name for name, options in splits.items() if options.static]) if recipe.bench else None
+    speeds = stages.bench() if recipe.bench else None
     limits = (*check_quality(recipe, report, evals), *check_times(recipe, speeds))
     result = RunResult(out, tuple(stages.skipped), report, evals, limits)
-    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    write(result, out / "run.json")
+    write_text(recipe_text(recipe), out / RECIPE_FILE, HEADER)
+    write(result, out / RUN_FILE)
     return result
 
 
@@ -111,26 +125,47 @@ class _Stages:
         """Fingerprint of the dense model."""
         return self.dense.fingerprint()
 
+    def check(self, splits: Mapping[str, SplitOptions], *, overwrite: bool) -> None:
+        """Raise InputError if a stage would replace something that it may not."""
+        out = self.recipe.out
+        check_replaceable(out / RECIPE_FILE, HEADER)
+        check_replaceable(out / RUN_FILE, RunResult)
+        for name, options in splits.items():
+            if not self.has_split(name, options):
+                check_folder(out, self._split_stage(name, options), overwrite=overwrite)
+        for name in self.recipe.trained:
+            stage = self._finetune_stage(name)
+            if not markers.is_done(out, stage, self._finetune_key(name)):
+                check_folder(out, stage, overwrite=overwrite)
+        sections = {COMPARE: self.recipe.compare, BENCH: self.recipe.bench}
+        for stage in (self._compare_stage, self._bench_stage):
+            if sections[stage.name] is not None:
+                check_folder(out, stage, overwrite=overwrite)
+
+    def has_split(self, name: str, options: SplitOptions) -> bool:
+        """Whether that split is made."""
+        return markers.is_done(self.recipe.out, self._split_stage(name, options), self._split_key(options))
+
     def split(self, name: str, options: SplitOptions) -> None:
-        out = self.recipe.out / name
-        work = partial(split, self.dense, out, options, overwrite=True, track=self.track)
-        self._once(name, out / RECORD_FILE, _split_key(self.source, options), work)
+        stage = self._split_stage(name, options)
+        work = partial(split, self.dense, self.recipe.out / name, options, overwrite=True, track=self.track)
+        self._once(stage, self._split_key(options), work)
 
     def finetune(self, name: str) -> None:
         """Train one of the splits against the dense model."""
+        stage, student = self._finetune_stage(name), self.recipe.out / name
+        assert stage.folder is not None
         options = self.recipe.finetune
-        assert options is not None
-        student, out = self.recipe.out / name, self.recipe.out / (name + TRAINED)
-        key = digest(self.source, student / RECORD_FILE, options, *map(Path, (*options.data, *options.eval_data)))
-        work = partial(finetune, str(student), self.dense, out, options, overwrite=True, track=self.track)
-        self._once(out.name, out / RECORD_FILE, key, work)
+        work = partial(finetune, str(student), self.dense, stage.folder, options, overwrite=True, track=self.track)
+        self._once(stage, self._finetune_key(name), work)
 
     def compare(self) -> None:
         """Published methods; a comparison keeps its own results in the cache."""
-        section = self.recipe.compare
+        section, stage = self.recipe.compare, self._compare_stage
         assert section is not None
         # Budgets say how much is active.
         options = replace(self.recipe.split, active=None, shared=None, budget=None)
+        markers.begin(self.recipe.out, stage, "")
         compare(
             self.dense,
             section.budget,
@@ -138,71 +173,92 @@ class _Stages:
             options,
             tokens=section.data_tokens,
             only=section.method,
-            out=self.recipe.out / "compare.json",
+            out=stage.result,
             track=self.track,
         )
+        markers.finish(self.recipe.out, stage, "")
 
-    def bench(self, static: Sequence[str]) -> ModelBench:
+    def bench(self) -> ModelBench:
         """The main split beside the dense model and the pruned controls."""
-        recipe, options = self.recipe, self.recipe.bench
+        recipe, options, (main, *others) = self.recipe, self.recipe.bench, self._judged
         assert options is not None
-        main, *others = (judged(recipe, name) for name in (MAIN, *static))
         records = (Path(folder) / RECORD_FILE for folder in (main, *others))
         key = digest(self.source, *records, options, *map(Path, options.data))
         work = partial(bench, [main], [recipe.model, *others], options, out=recipe.out, overwrite=True)
-        self._once("bench", recipe.out / BENCH_FILE, key, partial(work, track=self.track))
+        self._once(self._bench_stage, key, partial(work, track=self.track))
         return load_bench(recipe.out)
 
-    def _once(self, name: str, result: Path, key: str, work: Callable[[], Any]) -> None:
+    def _once(self, stage: Stage, key: str, work: Callable[[], Any]) -> None:
         """Do a stage unless it is done.
 
         Args:
-            name: of the stage.
-            result: the file that it writes last.
+            stage: what it makes.
             key: digest of its inputs.
-            work: the stage.
+            work: makes it.
         """
-        if _is_done(self.recipe.out, name, result, key):
-            self.skipped.append(name)
+        if markers.is_done(self.recipe.out, stage, key):
+            self.skipped.append(stage.name)
             return
+        markers.begin(self.recipe.out, stage, key)
         work()
-        with replacing(_marker(self.recipe.out, name)) as temporary:
-            temporary.write_text(digest(key, result))
+        markers.finish(self.recipe.out, stage, key)
+
+    def _split_stage(self, name: str, options: SplitOptions) -> Stage:
+        given = {key: value for key, value in asdict(options).items() if key not in SETTLED}
+        return self._folder_stage(name, {"model": self.source, "options": given})
+
+    def _split_key(self, options: SplitOptions) -> str:
+        return digest(self.source, options, *map(Path, options.calibration))
+
+    def _finetune_stage(self, name: str) -> Stage:
+        options = self.recipe.finetune
+        assert options is not None
+        return self._folder_stage(name + TRAINED, {"teacher": self.source, "options": asdict(options)})
+
+    def _finetune_key(self, name: str) -> str:
+        options = self.recipe.finetune
+        assert options is not None
+        student = self.recipe.out / name / RECORD_FILE
+        return digest(self.source, student, options, *map(Path, (*options.data, *options.eval_data)))
+
+    def _folder_stage(self, name: str, job: Mapping[str, Any]) -> Stage:
+        folder = self.recipe.out / name
+        return Stage(name, folder / RECORD_FILE, folder, {"job": job})
+
+    @property
+    def _compare_stage(self) -> Stage:
+        return Stage(COMPARE, self.recipe.out / f"{COMPARE}.json", None, {"model": self.dense.name})
+
+    @property
+    def _bench_stage(self) -> Stage:
+        out, options, (main, *others) = self.recipe.out, self.recipe.bench or BenchOptions(), self._judged
+        command = command_line("bench", main, options, against=[self.recipe.model, *others], out=out, overwrite=True)
+        return Stage(BENCH, out / BENCH_FILE, None, {"command": command})
+
+    @property
+    def _judged(self) -> list[str]:
+        """The folders that are benchmarked: of the main split, and of the controls that are pruned."""
+        static = [name for name, options in _splits(self.recipe).items() if options.static]
+        return [judged(self.recipe, name) for name in (MAIN, *static)]
 
 
-def preview_run(recipe: Recipe, *, track: Track[Any] = untracked) -> RunPreview:
+def preview_run(recipe: Recipe, *, overwrite: bool = False, track: Track[Any] = untracked) -> RunPreview:
     """Settle what the run would do and cost, as far as that is known before it; reads headers, writes nothing.
 
     Raises:
-        InputError, UsageError: as the splits would.
+        InputError, UsageError: as the run would before its first split.
     """
-    dense, splits = open_dense(recipe.model, track), _splits(recipe)
-    source = dense.fingerprint()
-    finished = [
-        name
-        for name, options in splits.items()
-        if _is_done(recipe.out, name, recipe.out / name / RECORD_FILE, _split_key(source, options))
-    ]
-    previews = {name: preview(dense, options) for name, options in splits.items()}
+    splits = _splits(recipe)
+    stages = _Stages(recipe, open_dense(recipe.model, track), track)
+    stages.check(splits, overwrite=overwrite)
+    finished = tuple(name for name, options in splits.items() if stages.has_split(name, options))
+    previews = {name: preview(stages.dense, options) for name, options in splits.items()}
     further = [name + TRAINED for name in recipe.trained]
-    further += [name for name in ("compare", "verify", "eval", "bench") if getattr(recipe, name)]
-    return RunPreview(recipe.out, previews, tuple(finished), tuple(further))
+    further += [name for name in (COMPARE, "verify", "eval", BENCH) if getattr(recipe, name)]
+    return RunPreview(recipe.out, previews, finished, tuple(further))
 
 
 def _splits(recipe: Recipe) -> dict[str, SplitOptions]:
     """All that are made, by folder."""
     controls = {name: control_options(recipe, name, control) for name, control in recipe.controls.items()}
     return {MAIN: recipe.split, **controls}
-
-
-def _split_key(source: str, options: SplitOptions) -> str:
-    return digest(source, options, *map(Path, options.calibration))
-
-
-def _is_done(out: Path, name: str, result: Path, key: str) -> bool:
-    """The marker binds the inputs to the very result: another checkpoint may have been put into its place."""
-    return result.is_file() and intact(_marker(out, name), Path.read_text) == digest(key, result)
-
-
-def _marker(out: Path, name: str) -> Path:
-    return out / f"{name}.done"

@@ -1,6 +1,7 @@
 """Puts the parts of a report into one HTML page.
 
-Everything that comes from a result (tokens, paths, names) is escaped by jinja2; the policy in the page's head lets no
+Everything that comes from a result (tokens, paths, names) is escaped by jinja2, control characters and those that turn
+the direction of text are spelled out; the policy in the page's head lets no
 script run but its own, told by hash, and nothing be fetched.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -19,7 +21,7 @@ from moeify.reporting import drawings, experts, provenance, tables, verdict
 from moeify.reporting.facts import Facts, active_parameters, facts_of, of_kind, speeds
 from moeify.reporting.reader import RunFolder
 from moeify.version import __version__
-from moeify.words import count, factor, number, percent, size
+from moeify.words import count, factor, number, percent, printable, size
 
 LEVELS = {"yes": "Yes", "partly": "In part", "no": "No", "unknown": "Cannot say"}
 
@@ -45,7 +47,12 @@ def render(run: RunFolder, subjects: Sequence[tuple[Facts, verdict.Answers]], *,
     script = _asset("report.js")
     loader = PackageLoader("moeify", "reporting")
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        finalize=_spelled_out,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     measured = [*(facts for facts, _ in subjects), *(facts_of(bench, model) for model in of_kind(bench, "static"))]
     return environment.get_template("report.html.j2").render(
@@ -79,6 +86,10 @@ def render(run: RunFolder, subjects: Sequence[tuple[Facts, verdict.Answers]], *,
         checkpoints=provenance.checkpoints(run),
         command=command,
     )
+
+
+def _spelled_out(value: Any) -> Any:
+    return printable(value) if type(value) is str else value
 
 
 def _asset(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Literal
 from markupsafe import Markup
 
 from moeify.reporting.tables import Cell, Table, cell
-from moeify.words import number
+from moeify.words import number, printable
 
 # The drawing's own units; the page scales it. Narrow enough that text can be read on a phone.
 WIDTH, HEIGHT = 420, 260
@@ -129,7 +129,9 @@ def _element(tag: str, *inner: str, **attributes: object) -> Markup:
         for name, value in attributes.items()
         if value is not None
     ]
-    return Markup("<{0}{1}>{2}</{0}>").format(Markup(tag), Markup("").join(words), Markup("").join(inner))
+    # XML has no place for control characters, however they are written.
+    parts = (part if isinstance(part, Markup) else printable(part) for part in inner)
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(tag), Markup("").join(words), Markup("").join(parts))
 
 
 def _inside(plot: Plot) -> Iterator[Markup]:

@@ -5,12 +5,12 @@
 The page needs no network and no other file: it can be sent around.
 """
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from moeify.benchmark.models.results import Interval
+from moeify.command_line import command_line
 from moeify.reporting.facts import Facts, active_parameters, facts_of, of_kind, parameters, speeds
 from moeify.reporting.page import render
 from moeify.reporting.reader import read_run
@@ -86,7 +86,7 @@ def report(run_dir: str | Path, out: Path | None = None) -> ReportResult:
     check_writable(out, GENERATOR)
     bench = run.bench.value
     subjects = [(facts, answers(facts)) for facts in (facts_of(bench, model) for model in of_kind(bench, "moe"))]
-    page = render(run, subjects, command=shlex.join(["moeify", "report", str(folder), "-o", str(out)]))
+    page = render(run, subjects, command=command_line("report", str(folder), out=out))
     write_text(page, out, GENERATOR)
     headlines = tuple(_headline(*subject) for subject in subjects)
     return ReportResult(out, out.stat().st_size, headlines, run.sources, run.notes)

@@ -33,7 +33,7 @@ class FinetuneOptions(Options):
     layer_tokens: int = option(
         65_536, "At most so many of the tokens for layers, which holds their hidden states in memory.", least=1
     )
-    context: int | None = option(None, CONTEXT)
+    context: int | None = option(None, CONTEXT, least=1)
     batch: int = option(4, "Blocks at once, on each process.", least=1)
     accumulate: int = option(1, "Batches that make one step.", least=1)
     learning_rate: float | None = option(

@@ -283,7 +283,7 @@ def test_a_result_that_is_gone_is_made_again(
     assert len(splits) == 2
 
 
-def test_a_result_of_another_split_is_made_again(
+def test_a_result_of_another_split_is_replaced_only_when_that_is_said(
     write: Write, splits: list[tuple[str, SplitOptions]], text: Path, tmp_path: Path
 ) -> None:
     """Someone has put another checkpoint into its place."""
@@ -292,7 +292,9 @@ def test_a_result_of_another_split_is_made_again(
     out, model = tmp_path / "runs" / "moe", load_recipe(path).model
     command = ["split", model, "-o", str(out), "--experts", "4", "--tokens", "1024", "--calibration", str(text)]
     assert run_command([*command, "--overwrite", "--quiet"]) == 0
-    assert run(load_recipe(path)).skipped == ()
+    with pytest.raises(InputError, match="was put into the place of what this run made"):
+        run(load_recipe(path))
+    assert run(load_recipe(path), overwrite=True).skipped == ()
     assert len(splits) == 2
 
 

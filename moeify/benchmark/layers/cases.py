@@ -44,6 +44,8 @@ class Shape:
     active: int
 
     def __post_init__(self) -> None:
+        if not (self.hidden and self.width and self.slices):
+            raise UsageError(f"{self.name}: hidden size, width and slices are 1 or more")
         if self.width % self.slices:
             raise UsageError(f"{self.name}: width {self.width} does not divide into {self.slices} slices")
         if not 0 < self.active <= self.num_experts:
@@ -77,7 +79,7 @@ class Case:
 
 
 # "slices/active" or "slices/shared+active".
-_CUT = re.compile(r"(\d+)x(\d+)-(\d+)/(?:(\d+)\+)?(\d+)")
+_CUT = re.compile(r"(\d{1,6})x(\d{1,6})-(\d{1,6})/(?:(\d{1,6})\+)?(\d{1,6})")
 _MODELS = {"llama3-8b": "4096x14336", "qwen2.5-0.5b": "896x4864", "qwen3-8b": "4096x12288"}
 # Those of the results, the most important first; each with how far behind the first it stands (see `cases`).
 SHAPES = {

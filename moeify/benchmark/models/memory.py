@@ -1,13 +1,12 @@
 """Peak memory of loading and of running a model, each model in a process of its own: peaks are a process's.
 
-    python -m moeify.benchmark.memory REQUEST.json
+    python -m moeify.benchmark.models.memory REQUEST.json
 
 reads what to do and writes REQUEST.json.out; `measure_memory` makes the request and starts it.
 """
 
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 import moeify
+from moeify.benchmark.children import run_child
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,8 @@ def measure_memory(path: Path, ids_BC: Tensor, *, dtype: str, device: str) -> Me
         # The same moeify as this one, wherever it was imported from.
         home = str(Path(moeify.__file__).resolve().parent.parent)
         paths = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
-        done = subprocess.run(
-            [sys.executable, "-m", "moeify.benchmark.models.memory", str(request)],
-            env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = run_child("moeify.benchmark.models.memory", str(request), environment=environment)
         found = json.loads(answer.read_text()) if answer.is_file() else {}
     reason = ""
     if done.returncode:

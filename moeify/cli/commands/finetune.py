@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 from moeify.cli import options as option
 from moeify.command_line import command_line
@@ -26,6 +25,6 @@ def finetune_command(
     # Of several processes the first one speaks.
     first = int(os.environ.get("RANK", "0")) == 0
     renderer = renderer_for(output if first else replace(output, json=False, quiet=True))
-    folder = out or Path(f"{Path(moe).name}-finetuned")
+    folder = out or option.beside(moe, "finetuned")
     result = finetune(moe, teacher, folder, options, overwrite=overwrite, track=renderer.track)
     renderer.result(result, finetune_table(result), next_step=command_line("eval", teacher, moe, str(folder)))

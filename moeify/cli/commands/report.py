@@ -1,6 +1,7 @@
 """`moeify report`: what was lost and gained, as one page."""
 
 from moeify.cli import options as option
+from moeify.command_line import quoted
 
 
 def report_command(run_dir: option.RunDir, *, out: option.ReportOut = None, output: option.Output) -> None:
@@ -10,5 +11,5 @@ def report_command(run_dir: option.RunDir, *, out: option.ReportOut = None, outp
     from moeify.reporting.report import report
 
     result = report(run_dir, out)
-    step = f"open {result.out} in a browser"
+    step = quoted(["python", "-m", "webbrowser", str(result.out)])
     renderer_for(output, loads_models=False).result(result, *report_tables(result), next_step=step)

@@ -10,6 +10,7 @@ def run_recipe_command(
     *,
     set_: option.Overrides = [],  # noqa: B006
     out: option.Out = None,
+    overwrite: option.Overwrite = False,
     dry_run: option.DryRun = False,
     output: option.Output,
 ) -> None:
@@ -20,13 +21,13 @@ def run_recipe_command(
     from moeify.recipes.run import preview_run, run
 
     renderer = renderer_for(output)
-    overrides = [*set_, *([f"out={out}"] if out else [])]
-    loaded = load_recipe(find_recipe(recipe), overrides)
+    loaded = load_recipe(find_recipe(recipe), set_, out=out)
     if dry_run:
-        plan = preview_run(loaded, track=renderer.track)
-        renderer.result(plan, run_preview_table(plan), next_step="the same without --dry-run")
+        step = command_line("run", recipe, set=set_, out=out, overwrite=overwrite)
+        plan = preview_run(loaded, overwrite=overwrite, track=renderer.track)
+        renderer.result(plan, run_preview_table(plan), next_step=step)
         return
-    result = run(loaded, track=renderer.track)
+    result = run(loaded, overwrite=overwrite, track=renderer.track)
     step = command_line("report", str(result.out)) if loaded.bench else ""
     renderer.result(result, *run_tables(result), next_step=step)
     if not result.passed:

@@ -1,7 +1,5 @@
 """`moeify split`: dense in, mixture of experts out."""
 
-from pathlib import Path
-
 from moeify.cli import options as option
 from moeify.command_line import command_line
 from moeify.options import SplitOptions
@@ -26,9 +24,10 @@ def split_command(
     renderer = renderer_for(output)
     if dry_run:
         plan = preview(model, options, track=renderer.track)
-        renderer.result(plan, preview_table(plan), next_step="the same without --dry-run")
+        step = command_line("split", model, options, out=out, overwrite=overwrite)
+        renderer.result(plan, preview_table(plan), next_step=step)
         return
-    folder = out or Path(f"{Path(model).name}-{'static' if options.static else 'moe'}")
+    folder = out or option.beside(model, "static" if options.static else "moe")
     result = split(model, folder, options, overwrite=overwrite, track=renderer.track, announce=renderer.announce)
     tables = (split_table(result), *((layers_table(result.plan),) if report else ()))
     evaluate, verify = command_line("eval", model, str(folder)), command_line("verify", str(folder), dense=model)

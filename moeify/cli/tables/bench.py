@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def model_bench_tables(result: "ModelBench") -> tuple[Table, ...]:
     tables = _grid_tables(model_table.grids(result), "moeify bench", model_table.notes(result))
     verdicts = Table(title="verdicts", title_justify="left", show_header=False, show_lines=True)
     for line in model_table.verdict_lines(result):
-        verdicts.add_row(escape(line))
+        verdicts.add_row(line)
     return (*tables, verdicts) if verdicts.row_count else tables
 
 
@@ -38,9 +37,9 @@ def _grid_tables(grids: "Sequence[Grid]", title: str, notes: Sequence[str]) -> t
         for column in grid.columns:
             table.add_column(column, justify="left" if column in grid.words else "right", overflow="fold")
         for line in grid.lines:
-            table.add_row(*(escape(cell) for cell in line))
+            table.add_row(*line)
         tables.append(table)
     where = Table(title=title, title_justify="left", show_header=False)
     for note in notes:
-        where.add_row(escape(note))
+        where.add_row(note)
     return (*tables, where)

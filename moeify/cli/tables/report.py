@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-from rich.markup import escape
 from rich.table import Table
 
 from moeify.cli.tables.words import key_value_table
@@ -33,7 +32,7 @@ def report_tables(result: "ReportResult") -> tuple[Table, ...]:
             ("decode speed", span(headline.decode_speed)),
             ("prefill speed", span(headline.prefill_speed)),
         ]
-        tables.append(key_value_table(escape(headline.model), [(key, escape(value)) for key, value in rows]))
-    rows = [("page", f"{escape(str(result.out))}, {size(result.num_bytes)}")]
-    rows += [("note", escape(note)) for note in result.notes]
+        tables.append(key_value_table(headline.model, rows))
+    rows = [("page", f"{result.out}, {size(result.num_bytes)}")]
+    rows += [("note", note) for note in result.notes]
     return (*tables, key_value_table("moeify report", rows))
