@@ -5,16 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import AutoModelForCausalLM
-
 from moeify import families
 from moeify.check.perplexity import EvalResult, Perplexity
-from moeify.errors import InputError
 from moeify.families import Modality
 from moeify.kernels import register
-from moeify.models.config import first_line, load_config
+from moeify.models import stock
+from moeify.models.config import load_config
 from moeify.models.files import locate
-from moeify.models.generation import generation_arguments
 from moeify.options import DType, EvalOptions, Track, untracked
 
 
@@ -46,14 +43,7 @@ def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: A
         device: where to put it.
         arguments: passed on to `from_pretrained`.
     """
-    path = locate(model)
-    config = load_config(path)
-    # As the config was checked, and without defaults for generation that would stop it.
-    arguments = {"config": config, "trust_remote_code": False, **generation_arguments(path, config), **arguments}
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **arguments)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise InputError(f"transformers cannot load {model}: {first_line(error)}") from error
+    loaded: Any = stock.load(locate(model), dtype=dtype, **arguments)
     loaded = loaded.to(device).eval()
     chosen = "experts_implementation" in arguments or not loaded._can_set_experts_implementation()
     if loaded.device.type in ("cuda", "cpu") and not chosen:

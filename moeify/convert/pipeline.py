@@ -22,6 +22,7 @@ from moeify.convert.walk import CalibrationWalk
 from moeify.data.text import TokenBlocks
 from moeify.errors import UsageError
 from moeify.experts.slices import SplitFFN, slice_experts
+from moeify.export.companions import settle_companions
 from moeify.export.model_card import model_card
 from moeify.export.workspace import LAST_FILE, RECORD_FILE, Workspace, check_replaceable
 from moeify.models.dense import DenseModel, open_dense
@@ -86,13 +87,17 @@ def split(
     if out.resolve() == prepared.dense.path.resolve():
         raise UsageError(f"{out} is the dense model itself", "choose another -o")
     check_replaceable(out, overwrite=overwrite)
+    # Before any work: a tokenizer that would cut text otherwise is a refusal.
+    companions = settle_companions(dense.path, prepared.writer.config_text())
     blocks = calibration_text(prepared) if prepared.needs_text else None
     calibration = asdict(blocks.provenance) if blocks else {}
     with Workspace(out, _job(prepared, calibration), overwrite=overwrite) as workspace:
         if not workspace.is_complete:
             layers = track(decide_layers(prepared, blocks, workspace), "splitting layers", prepared.dense.num_layers)
             # The refit columns stay on disk until their shard is written.
-            _write(prepared, workspace, tuple(replace(layer, down_DF=None) for layer in layers), calibration, track)
+            kept = tuple(replace(layer, down_DF=None) for layer in layers)
+            companions.write(workspace)
+            _write(prepared, workspace, kept, calibration, track)
         workspace.commit()
     sizes = count_parameters(prepared.writer)
     reason = prepared.target_reason
@@ -154,6 +159,7 @@ def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Wor
             outputs_TD = converted(stage.ffn, plan, fit)(stage.inputs_TD)
         walk.leave(outputs_TD)
         yield plan
+    walk.stream.check_head()
 
 
 def _plan(prepared: Prepared, layers: tuple[LayerPlan, ...], calibration: dict[str, Any]) -> SplitPlan:

@@ -108,9 +108,17 @@ class Workspace:
         with replacing(self.path / name) as temporary:
             temporary.write_text(text)
 
-    def copy(self, source: Path) -> None:
-        with replacing(self.path / source.name) as temporary:
+    def copy(self, source: Path, name: str) -> None:
+        """Copy a file; the name may have folders before it."""
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path / name) as temporary:
             shutil.copyfile(source, temporary)
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file; the name may have folders before it."""
+        (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path / name) as temporary:
+            temporary.write_bytes(content)
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         with replacing(self.path / name) as temporary:

@@ -19,9 +19,8 @@ from moeify.experts.slices import SplitFFN
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
-from moeify.models.files import INDEX_FILE
+from moeify.models.files import INDEX_FILE, inside
 from moeify.models.generation import GENERATION_FILE, default_generation, usable_generation
-from moeify.models.tokenizer import TOKENIZER_FILES
 from moeify.options import Track
 from moeify.plan import Layout
 from moeify.targets import ROUTER_SCALE, Target
@@ -62,6 +61,10 @@ class MoEWriter:
             values["tie_word_embeddings"] = False
         values.pop("model_type", None)
         return AutoConfig.for_model(self.target.model_type, **values)
+
+    def config_text(self) -> str:
+        """What config.json holds."""
+        return str(self.config().to_json_string(use_diff=False))
 
     def shapes(self) -> dict[str, Tensor]:
         """Every tensor of the checkpoint on the meta device, by name."""
@@ -110,7 +113,7 @@ class MoEWriter:
         return self.target.ffn_tensors(prefix, folded)
 
     def write(self, workspace: Workspace, experts_of: ExpertsOf, track: Track[Any]) -> None:
-        """Write all shards that are not there yet, then index, config, generation config and tokenizer files."""
+        """Write all shards that are not there yet, then index, config and generation config."""
         meta = self.shapes()
         shards = split_torch_state_dict_into_shards(
             meta, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
@@ -124,8 +127,8 @@ class MoEWriter:
             "weight_map": {name: file for file, names in files.items() for name in names},
         }
         workspace.write_text(INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
-        workspace.write_text("config.json", self.config().to_json_string(use_diff=False))
-        self._copy_companions(workspace)
+        workspace.write_text("config.json", self.config_text())
+        self._write_generation_config(workspace)
 
     def values(self, names: Collection[str], experts_of: ExpertsOf) -> dict[str, Tensor]:
         """The named tensors; a layer, or a matrix that is taken apart, is read again for each shard with a part of it.
@@ -150,12 +153,10 @@ class MoEWriter:
                     values[name] = tensor.contiguous()
         return values
 
-    def _copy_companions(self, workspace: Workspace) -> None:
-        for name in TOKENIZER_FILES:
-            if (self.dense.path / name).is_file():
-                workspace.copy(self.dense.path / name)
+    def _write_generation_config(self, workspace: Workspace) -> None:
+        generation = inside(self.dense.path, GENERATION_FILE)
         if usable_generation(self.dense.path):
-            workspace.copy(self.dense.path / GENERATION_FILE)
+            workspace.copy(generation, generation.name)
         else:
             workspace.write_text(GENERATION_FILE, default_generation(self.dense.config).to_json_string())
 

@@ -17,32 +17,17 @@ from jinja2.parser import Parser
 from transformers import AutoTokenizer
 
 from moeify.errors import InputError, warn
-from moeify.models.config import first_line
+from moeify.models.companions import tokenizer_names
+from moeify.models.config import first_line, load_config
 from moeify.models.json_files import read_mapping
 
-# What a user would need beside the weights; copied as it is.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 LIMIT_BYTES = 1 << 28
 # Letters, digits, signs, spaces and lines, and characters of two to four bytes.
 PROBE = "Hello, world! 12,345 times:\n\n\t\u00e4\u00f6\u20ac \u6f22\u5b57 \U0001f642.\n"
 
 
-def load_tokenizer(path: Path, config: Any) -> Any:
-    """The tokenizer of a folder.
-
-    Args:
-        path: the folder.
-        config: the model's, from `load_config`.
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model's folder.
 
     Raises:
         InputError: the folder has none that transformers can load without remote code, or it does not fit the model.
@@ -58,7 +43,7 @@ def load_tokenizer(path: Path, config: Any) -> Any:
         raise _unusable(path, error) from error
     if not isinstance(ids, list) or not ids or not all(isinstance(token, int) and token >= 0 for token in ids):
         raise InputError(f"the tokenizer in {path} gives no tokens for a text", "fetch its files again")
-    vocab_size = config.get_text_config().vocab_size
+    vocab_size = load_config(path).get_text_config().vocab_size
     if max(ids) >= vocab_size:
         raise InputError(
             f"the tokenizer gives token id {max(ids)}, the model has {vocab_size} tokens",
@@ -73,7 +58,7 @@ def load_tokenizer(path: Path, config: Any) -> Any:
 
 def has_tokenizer(path: Path) -> bool:
     """Whether a folder has a file of a tokenizer; some checkpoints come without."""
-    return any((path / name).is_file() for name in TOKENIZER_FILES)
+    return bool(tokenizer_names(path))
 
 
 def _unusable(path: Path, error: BaseException) -> InputError:
@@ -111,14 +96,12 @@ def _is_tiktoken(file: Path) -> bool:
 
 def _faults(path: Path) -> Iterator[tuple[Path, str]]:
     """Files of a tokenizer that are not what their names say, and why."""
-    for name in TOKENIZER_FILES:
+    for name in tokenizer_names(path):
         file = path / name
-        if not file.exists() and not file.is_symlink():
-            continue
         try:
             if name.endswith(".json"):
                 read_mapping(file, limit_bytes=LIMIT_BYTES)
-            elif not name.endswith(".model"):
+            elif name.endswith((".txt", ".jinja")):
                 file.read_text("utf-8")
         except InputError as error:
             yield file, str(error).removeprefix(f"{file} ")

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from moeify.data.documents import read_documents
 from moeify.data.text import calibration_blocks, evaluation_tokens, sample_from_model
 from moeify.errors import InputError, UsageError
+from moeify.models import stock
 from moeify.models.config import load_config
 from moeify.models.dense import DenseModel, open_dense
-from moeify.models.files import find_shards, fingerprint, locate
+from moeify.models.files import find_shards, locate
+from moeify.models.fingerprint import fingerprint
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track
 from moeify.plan import PLAN_FILE, SplitPlan, load_plan
@@ -68,11 +69,11 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
     dense = open_dense(teacher, track)
     _check_device(options)
     context = _context(options, config, dense.config)
-    tokenizer = load_tokenizer(path, config)
+    tokenizer = load_tokenizer(path)
     _check_alike(moe, tokenizer, config, dense, options.data)
 
     def sample(num_tokens: int, length: int, seed: int) -> Tensor:
-        model: Any = AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32)
+        model: Any = stock.load(dense.path)
         return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=length, seed=seed)
 
     blocks = calibration_blocks(
