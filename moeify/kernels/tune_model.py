@@ -12,6 +12,7 @@ from moeify.kernels import experts, launch
 from moeify.kernels.tune import Shape, Tuned, keys_of, tune
 from moeify.models.config import empty_model, load_config
 from moeify.models.files import locate
+from moeify.models.stock import settled
 from moeify.options import Track, TuneOptions, untracked
 
 
@@ -77,7 +78,7 @@ def experts_shape(model: str) -> Shape:
         InputError: it has none, or none that the kernels run.
     """
     config = load_config(locate(model))
-    built = empty_model(config, buffers=False)
+    built = empty_model(settled(config), buffers=False)
     modules: list[Any] = [
         module for module in built.modules() if hasattr(module, "has_gate") and hasattr(module, "act_fn")
     ]

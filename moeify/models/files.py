@@ -221,10 +221,10 @@ def _indexed(path: Path) -> list[Path]:
         names = list(content["weight_map"].values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
         raise InputError(f"{index} is not a safetensors index: {printable(error)}", "fetch it again") from error
-    outside = next((name for name in names if not _is_plain(name) or "/" in name), None)
-    if outside is not None or not names:
+    outside = [name for name in names if not _is_plain(name) or "/" in name]
+    if outside or not names:
         raise InputError(
-            f"{index} is an index of the shard {printable(outside)!r}, expected names of files beside it",
+            f"{index} is an index of the shards {printable(outside[:1])}, expected names of files beside it",
             "fetch it again",
         )
     if not isinstance(content.get("metadata"), dict):

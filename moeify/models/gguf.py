@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -129,19 +130,14 @@ def from_gguf(file: Path) -> Path:
             raise InputError(
                 f"transformers cannot read {file}: {first_line(error)}", f"fetch it again, or {FROM_SAFETENSORS}"
             ) from error
+    if (stat.st_size, stat.st_mtime_ns) != (file.stat().st_size, file.stat().st_mtime_ns):
+        raise InputError(f"{file} changed while it was read", "run the same command again when nothing writes there")
     report.check(f"{file.name} ({header.architecture})")
-    stored = sum(math.prod(shape) for shape in header.shapes.values())
-    loaded = sum(parameter.numel() for parameter in model.parameters())
-    if stored > loaded:
-        raise InputError(
-            f"{file} holds {stored:,} weights, of which transformers reads {loaded:,}",
-            f"the rest would be lost: {FROM_SAFETENSORS}",
-        )
     # transformers marks the dequantised model as quantised, which forbids saving it.
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     plain = AutoModelForCausalLM.from_config(type(model.config)(**values), dtype=model.dtype)
     plain.load_state_dict(model.state_dict())
-    with made_once(folder) as partial:
+    with made_once(folder) as partial, quiet():
         plain.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     return folder
@@ -154,6 +150,7 @@ def check_complete(file: Path, header: Header, config: Any) -> None:
         InputError: they differ, or the config leaves out a value that changes what the model computes.
     """
     _check_rotation(file, header, config)
+    _check_sizes(file, header, config)
     read = getattr(transformers.integrations.ggml, "GGUF_CONFIG_MAPPING", {}).get(header.architecture, {})
     unknown = []
     for key, value in sorted(header.own.items()):
@@ -174,6 +171,30 @@ def check_complete(file: Path, header: Header, config: Any) -> None:
             unknown.append(printable(key))
     if unknown:
         warn(f"{file.name}: transformers does not read {listing(unknown)}, and whether that matters is not known here")
+
+
+def _check_sizes(file: Path, header: Header, config: Any) -> None:
+    """Compare the numbers of weights, before memory is taken for a model that a damaged header describes."""
+    blocks = {name.split(".")[1] for name in header.shapes if name.startswith("blk.")}
+    if header.own.get("block_count") != len(blocks):
+        raise InputError(
+            f"{file} says {header.own.get('block_count')} blocks, and holds tensors of {len(blocks)}",
+            f"fetch it again, or {FROM_SAFETENSORS}",
+        )
+    stored = sum(math.prod(shape) for shape in header.shapes.values())
+    with torch.device("meta"):
+        described = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if stored > described:
+        raise InputError(
+            f"{file} holds {stored:,} weights, the model that transformers makes of it has {described:,}",
+            f"the rest would be lost: {FROM_SAFETENSORS}",
+        )
+    # What is missing is named when it is loaded.
+    if described > 2 * stored:
+        raise InputError(
+            f"{file} describes a model of {described:,} weights and holds {stored:,}",
+            f"fetch it again, or {FROM_SAFETENSORS}",
+        )
 
 
 def _check_rotation(file: Path, header: Header, config: Any) -> None:

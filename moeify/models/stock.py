@@ -108,26 +108,20 @@ def load_with_report(
         InputError: there is something that transformers would run, or it cannot load the rest.
     """
     if "gguf_file" not in arguments:
-        find_shards(path)
         config = settled(config or load_config(path))
         check_architecture(config)
+        find_shards(path)
         arguments = {"config": config, **generation_arguments(path, config), **arguments}
-    try:
-        with quiet():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path,
-                dtype=dtype,
-                trust_remote_code=False,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                **arguments,
-            )
-    except ImportError as error:
-        raise InputError(f"transformers needs another package to load {path}: {first_line(error)}") from error
-    except Exception as error:
-        # Its readers raise whatever they stumble over.
-        raise InputError(f"transformers cannot load {path}: {first_line(error)}", "fetch the model again") from error
+    with _loading(str(path)):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **arguments,
+        )
     model, info = loaded
     return model, Report.of(info)
 
@@ -192,13 +186,13 @@ def placed(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str
     Returns:
         Stored name of each tensor of the model, where it is a stored tensor as it is; and the loader's report.
     """
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     marks = dict(enumerate(sorted(shapes), start=1))
     stand_ins = {
         name: torch.empty(torch.Size(shapes[name]).numel() + mark, device="meta")[mark:].view(shapes[name])
         for mark, name in marks.items()
     }
-    with quiet():
+    with _loading(f"a {config.model_type} of this config.json"):
+        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
         loaded: Any = model_class.from_pretrained(
             None,
             config=config,
@@ -217,6 +211,21 @@ def placed(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str
     # Of tied tensors that are both not there, one is needed.
     tied = {name for name, source in model.all_tied_weights_keys.items() if source in info["missing_keys"]}
     return stored, Report.of({**info, "missing_keys": info["missing_keys"] - tied})
+
+
+@contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Turn whatever the readers of transformers stumble over into an error with a hint."""
+    try:
+        with quiet():
+            yield
+    except ImportError as error:
+        message = f"transformers needs another package to load {what}: {first_line(error)}"
+        raise InputError(message, "install it beside moeify") from error
+    except Exception as error:
+        memory = isinstance(error, MemoryError) or "allocate memory" in str(error)
+        hint = "it needs more memory than there is" if memory else "fetch the model again"
+        raise InputError(f"transformers cannot load {what}: {first_line(error)}", hint) from error
 
 
 @contextmanager

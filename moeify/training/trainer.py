@@ -10,16 +10,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME
 
-from moeify.errors import CheckError, InputError
+from moeify.errors import CheckError, InputError, MoeifyError
 from moeify.training.losses import RouterLosses, ScoringHead, hidden_error, load_figures, router_losses
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
@@ -238,12 +237,17 @@ class FinetuneTrainer(Trainer):
                 self._student.load_state(load_file(Path(resume_from_checkpoint) / STATE_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        with reading(Path(checkpoint or "")):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            with reading(Path(checkpoint)):
+                if not self.is_fsdp_enabled:
+                    # The Trainer would begin with a new optimizer, and not say so.
+                    (Path(checkpoint) / OPTIMIZER_NAME).stat()
+                super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        with reading(Path(checkpoint or "")):
-            super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            with reading(Path(checkpoint)):
+                super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint), self.model_wrapped)
@@ -258,7 +262,10 @@ def reading(checkpoint: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (UnpicklingError, SafetensorError, RuntimeError, ValueError, LookupError, TypeError, OSError) as error:
+    except Exception as error:
+        # Its readers raise whatever they stumble over; ours have said all that there is to say.
+        if isinstance(error, MoeifyError):
+            raise
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(
             f"the training state {checkpoint} cannot be read: {printable(first)}",

@@ -17,6 +17,7 @@ from moeify.convert.exactness import TOLERANCE, Twin, check_target, twin_values
 from moeify.convert.pipeline import split
 from moeify.errors import InputError
 from moeify.models.dense import DenseModel, open_dense
+from moeify.models.fingerprint import Fingerprint
 from moeify.options import SplitOptions
 from moeify.plan import Layout
 from moeify.targets import Target
@@ -28,7 +29,7 @@ LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads":
 def dense_of(family: str, **values: Any) -> DenseModel:
     """A model that exists as a config only."""
     config = AutoConfig.for_model(family, **{**families.find(family).tiny_values, **values})
-    return Twin("model", Path(), config, families.find(family), {}, {})
+    return Twin("model", Path(), config, families.find(family), {}, Fingerprint(Path(), {}, {}), {})
 
 
 def with_config(target: Target, **changes: Any) -> Target:

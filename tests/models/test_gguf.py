@@ -213,13 +213,26 @@ def test_folder_with_a_link_that_leads_out(file: Path, tmp_path: Path) -> None:
 
 
 def test_missing_tensors(changed: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match=r"9 tensors of changed\.gguf .llama. are missing, .* model\.layers\.1"):
+    with pytest.raises(InputError, match=r"4 tensors of changed\.gguf .llama. are missing, .* model\.layers\.1\.mlp"):
+        open_dense(str(changed(without="blk.1.ffn_")))
+    with pytest.raises(InputError, match="says 2 blocks, and holds tensors of 1"):
         open_dense(str(changed(without="blk.1")))
+
+
+def test_a_header_that_describes_a_huge_model(changed: Callable[..., Path]) -> None:
+    """Refused before memory is taken."""
+
+    def change(writer: Any) -> None:
+        for name, value in {"embedding_length": 2**20, "feed_forward_length": 2**24}.items():
+            writer.kv_data[0][f"llama.{name}"].value = value
+
+    with pytest.raises(InputError, match=r"describes a model of [\d,]{14,} weights and holds"):
+        open_dense(str(changed(change)))
 
 
 def test_tensors_that_transformers_does_not_read(changed: Callable[..., Path]) -> None:
     extra = torch.ones(8, 32).numpy()
-    with pytest.raises(InputError, match=r"of which transformers reads"):
+    with pytest.raises(InputError, match=r"weights, the model that transformers makes of it has"):
         open_dense(str(changed(lambda writer: writer.add_tensor("blk.0.attn_extra.weight", extra))))
 
 

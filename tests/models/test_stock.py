@@ -157,7 +157,7 @@ def test_reward_models_are_refused(make_dense: MakeDense, tmp_path: Path, family
         open_dense(str(folder))
 
 
-@pytest.mark.parametrize("names", [None, [], ["LlamaForCausalLM"], ["LLaMAForCausalLM"], ["LlamaModel"], [5]])
+@pytest.mark.parametrize("names", [None, [], ["LlamaForCausalLM"], ["LLaMAForCausalLM"], ["LlamaModel"]])
 def test_architectures_of_language_models(dense: Path, names: Any) -> None:
     config = open_dense(str(dense)).config
     config.architectures = names

@@ -15,6 +15,7 @@ from torch import nn
 
 from moeify.errors import InputError
 from moeify.models.config import empty_model
+from moeify.models.stock import settled
 
 # Ends of class names that say what mixes tokens; whatever else is in a layer is its FFN.
 MIXERS = ("Attention", "Mamba", "Mamba2Mixer", "Mixer", "GatedDeltaNet")
@@ -97,7 +98,7 @@ def anatomy(config: Any) -> Anatomy:
     Raises:
         InputError: transformers cannot build it, or its layers have experts of different sizes.
     """
-    model = empty_model(config, buffers=False)
+    model = empty_model(settled(config), buffers=False)
     config = config.get_text_config()
     heads = int(config.num_attention_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
