@@ -13,7 +13,7 @@ SIZE = (*NO_NUMBER, 1.5, NAN, -1, 0, HUGE)
 FLOAT = (*NO_NUMBER, NAN, INFINITY, -1.0, -1e40, 1e300)
 BOOL = ("no", 2, [], {}, NAN, "true")
 TOKEN = ("x", 1.5, -7, 99_999, {}, NAN, HUGE, True)
-KERNELS = ("kernels-community/flash-attn", "nope", 1, [], {}, "paged|nope", "org/repo@main:layer")
+KERNELS = ("kernels-community/flash-attn", "flash_attention_2", "nope", "paged|nope", "org/repo@main:layer")
 DTYPE = ("nope", 1, [], {}, "int8", "Tensor", "complex64", "load", "", "nn")
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {
@@ -74,10 +74,10 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
     "rope_scaling": ("x", 1, ["linear"], {"type": "nope"}, {"type": "linear"}, {"type": "linear", "factor": "2"}),
     "layer_types": ("x", 1, {}, ["full_attention"], ["nope"] * 4, [1] * 4, [[]] * 4, ["conv"] * 3, "full"),
     "architectures": ("x", 1, [1], {}, NAN, [None]),
-    "attn_implementation": KERNELS,
-    "_attn_implementation": KERNELS,
-    "experts_implementation": (1, [], "org/repo"),
-    "quantization_config": ("x", 1, {"quant_method": "nope"}, {"quant_method": 1}, True, [1], {"bits": 4}),
+    "attn_implementation": (1, [], {}),
+    "_attn_implementation": (1, [], {}),
+    "experts_implementation": (1, [], {}),
+    "quantization_config": ("x", 1, {}, {"quant_method": "nope"}, {"quant_method": 1}, True, [1], {"bits": 4}),
     "id2label": ("x", 1, {"a": "b"}, {"0": 1}, True),
     "label2id": ("x", 1, [1]),
     "num_labels": ("x", -1, 10**9, 1.5, [], NAN),
@@ -97,13 +97,15 @@ ACCEPTED: Mapping[str, tuple[Any, ...]] = {
     "pad_token_id": (None, -1, 0),
     "rope_parameters": (None, {}, YARN, LLAMA3, {**LONG, "short_factor": FACTORS, "long_factor": FACTORS}),
     "rope_scaling": (None, {"type": "linear", "factor": 2.0}),
-    "attn_implementation": (None, "eager", "sdpa"),
+    "attn_implementation": (None, "eager", "sdpa", *KERNELS),
+    "_attn_implementation": KERNELS,
+    "experts_implementation": KERNELS,
     "auto_map": ({}, {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}, {"AutoConfig": "a/b--evil.E"}),
     "architectures": (None, []),
     "unknown": (None, 1, "x", [[]], {"a": NAN}),
     "output_attentions": (None, True),
     "transformers_version": ("99.0", None),
-    "quantization_config": (None, {}),
+    "quantization_config": (None,),
 }
 # Whole files.
 TEXTS: Mapping[str, bytes] = {

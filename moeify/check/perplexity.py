@@ -75,7 +75,7 @@ class Perplexity:
         stride = options.stride or context // 2
         if not 1 <= stride <= context:
             raise InputError(f"stride {stride} does not fit a context of {context}", f"--stride takes 1 to {context}")
-        tokenizers = {name: load_tokenizer(path, configs[name]) for name, path in paths.items()}
+        tokenizers = {name: load_tokenizer(path) for name, path in paths.items()}
         texts = {
             (name, source): evaluation_tokens(source, tokenizer, num_tokens=options.tokens)
             for name, tokenizer in tokenizers.items()

@@ -157,7 +157,7 @@ def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
 def _identity_checks(path: Path, model: Any, reference: Reference, *, values: bool) -> list[Check]:
     """What both models are, as stock transformers sees them, and how both read a text."""
     other = architecture_difference(model, reference.model, load_config(path).dtype, values=values)
-    tokens = token_difference(load_tokenizer(path, load_config(path)), reference.tokenizer())
+    tokens = token_difference(load_tokenizer(path), reference.tokenizer())
     return [
         Check("architecture is the dense model's", other or "equal", "equal", not other),
         Check("text is cut into the dense model's tokens", tokens or "equal", "equal", not tokens),

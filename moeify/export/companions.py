@@ -17,7 +17,8 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from moeify.errors import DiskError, InputError, first_line, warn
+from moeify.cache import disk_errors
+from moeify.errors import InputError, first_line, warn
 from moeify.export.workspace import Workspace
 from moeify.models.companions import companion_names, tokenizer_names
 from moeify.models.config import load_config
@@ -73,7 +74,7 @@ def settle_companions(source: Path, config: str) -> Companions:
     companions = Companions(copies, written)
     if not tokenizer_names(source):
         return companions
-    tokenizer = load_tokenizer(source, source_config)
+    tokenizer = load_tokenizer(source)
     reason = _difference(companions, config, tokenizer)
     if not reason:
         return companions
@@ -136,10 +137,5 @@ def _difference(companions: Companions, config: str, expected: Any) -> str:
 
 @contextmanager
 def _temporary() -> Iterator[Path]:
-    try:
-        with tempfile.TemporaryDirectory(prefix="moeify-") as folder:
-            yield Path(folder)
-    except OSError as error:
-        raise DiskError(
-            f"cannot write to the folder of temporary files: {error}", "set TMPDIR to a folder with room"
-        ) from error
+    with disk_errors(Path(tempfile.gettempdir())), tempfile.TemporaryDirectory(prefix="moeify-") as folder:
+        yield Path(folder)

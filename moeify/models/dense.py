@@ -178,7 +178,7 @@ class DenseModel:
         Raises:
             InputError: the folder has none that transformers can load without remote code, or it is another model's.
         """
-        return load_tokenizer(self.path, self.config)
+        return load_tokenizer(self.path)
 
 
 def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) -> DenseModel:

@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from moeify.errors import InputError, first_line, warn
 from moeify.models.companions import tokenizer_names
+from moeify.models.config import load_config
 from moeify.models.json_files import read_mapping
 
 LIMIT_BYTES = 1 << 28
@@ -25,12 +26,8 @@ LIMIT_BYTES = 1 << 28
 PROBE = "Hello, world! 12,345 times:\n\n\t\u00e4\u00f6\u20ac \u6f22\u5b57 \U0001f642.\n"
 
 
-def load_tokenizer(path: Path, config: Any) -> Any:
-    """The tokenizer of a folder.
-
-    Args:
-        path: the folder.
-        config: the model's, from `load_config`.
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a model's folder.
 
     Raises:
         InputError: the folder has none that transformers can load without remote code, or it does not fit the model.
@@ -46,7 +43,7 @@ def load_tokenizer(path: Path, config: Any) -> Any:
         raise _unusable(path, error) from error
     if not isinstance(ids, list) or not ids or not all(isinstance(token, int) and token >= 0 for token in ids):
         raise InputError(f"the tokenizer in {path} gives no tokens for a text", "fetch its files again")
-    vocab_size = config.get_text_config().vocab_size
+    vocab_size = load_config(path).get_text_config().vocab_size
     if max(ids) >= vocab_size:
         raise InputError(
             f"the tokenizer gives token id {max(ids)}, the model has {vocab_size} tokens",
@@ -99,7 +96,7 @@ def _faults(path: Path) -> Iterator[tuple[Path, str]]:
         try:
             if name.endswith(".json"):
                 read_mapping(file, limit_bytes=LIMIT_BYTES)
-            elif not name.endswith((".model", ".tiktoken")):
+            elif name.endswith((".txt", ".jinja")):
                 file.read_text("utf-8")
         except InputError as error:
             yield file, str(error).removeprefix(f"{file} ")

@@ -85,7 +85,7 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
     dense = open_dense(teacher, track)
     _check_device(options)
     context = _context(options, config, dense.config)
-    tokenizer = load_tokenizer(path, config)
+    tokenizer = load_tokenizer(path)
     _check_alike(moe, tokenizer, config, dense, options.data)
 
     def sample(num_tokens: int, length: int, seed: int) -> Tensor:

@@ -219,9 +219,8 @@ def test_a_full_disk_of_temporary_files_is_said(make_dense: MakeDense, monkeypat
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(companions_module.shutil, "copyfile", full)
-    with pytest.raises(DiskError, match="No space left") as caught:
+    with pytest.raises(DiskError, match=r"the disk of .* is full"):
         settle_companions(make_dense("llama"), config("mixtral"))
-    assert "TMPDIR" in caught.value.hint
 
 
 Damage = Callable[[dict[str, Any], dict[str, Any]], None]

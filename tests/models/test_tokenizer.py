@@ -29,7 +29,7 @@ def dense(make_dense: MakeDense, tmp_path: Path) -> Path:
 
 
 def tokenizer_of(folder: Path) -> Any:
-    return load_tokenizer(folder, load_config(folder))
+    return load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("change", NEEDED, ids=str)

@@ -116,7 +116,7 @@ class Texts:
                     f"--context takes 2 to {limit}, --prompt 1 to {limit - 1}",
                 )
         regimes = tuple((batch, length) for length in lengths for batch in options.batch)
-        tokenizers = [load_tokenizer(one.path, one.config) for one in entrants]
+        tokenizers = [load_tokenizer(one.path) for one in entrants]
         needed = max(batch * (length + 1) for batch, length in regimes)
         blocks = {source: _blocks(source, entrants, tokenizers, options.tokens, context) for source in options.data}
         text_T = evaluation_tokens(options.data[0], tokenizers[0], num_tokens=needed).ids_T
