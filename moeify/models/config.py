@@ -145,9 +145,6 @@ def _forget_implementations(file: Path, config: Any) -> None:
         )
     config.fusion_config = None
     del config.fusion_config
-    if getattr(config, "quantization_config", None) == {}:
-        # It says nothing, and transformers asks it for a method.
-        del config.quantization_config
 
 
 def _hint() -> str:
