@@ -44,7 +44,7 @@ NUMBERS = {
         "--experts": ("nan", "0", "-1", LARGE, HUGE, "1e3"),
         "--tokens": ("1e30", "0", "-5", HUGE),
         "--budget": ("nan", "inf", "-1", "0", "1", "2"),
-        "--temperature": ("nan", "inf", "-inf", "0", "-1"),
+        "--temperature": ("nan", "inf", "-inf", "0", "-1", "1e-320", "1e308"),
         "--seed": ("-1", HUGE, "nan"),
         "--context": ("0", "-1", LARGE),
         "--shared": ("-1", LARGE),
