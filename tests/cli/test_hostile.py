@@ -146,8 +146,8 @@ def test_usage_errors_show_no_raw_letters(refused: Refused, name: str) -> None:
 
 def test_nothing_behind_an_option_names_it(refused: Refused) -> None:
     """An empty variable of a script is not the folder that one is in."""
-    assert "nothing stands behind -o" in refused("split", "MODEL", "-o", "")
-    assert "nothing stands behind --out=" in refused("split", "MODEL", "--out=")
+    assert "-o is empty" in refused("split", "MODEL", "-o", "")
+    assert "--out= is empty" in refused("split", "MODEL", "--out=")
 
 
 def console_on(out: io.StringIO, *, terminal: bool) -> PlainConsole:
