@@ -52,7 +52,8 @@ class SplitOptions(Options):
     mixing: Style = option(
         "hard", "Weights of the chosen experts: hard (all one), softmax (of their scores), or soft (all experts)."
     )
-    temperature: float = option(1.0, "Scores are divided by it before a softmax.", above=0)
+    # Beyond these float32 knows no difference, or no scores.
+    temperature: float = option(1.0, "Scores are divided by it before a softmax.", above=0.0001, below=10_000)
     fusion: Fusion = option("sum", "Weights add up to the number of chosen experts (sum) or to one (mean).")
     refit: bool = option(True, "Fit down_proj in closed form.")
     refit_to: RefitTo = option("ffn", "What the refit restores: the FFN's output or the dense model's residual stream.")

@@ -108,7 +108,7 @@ def _check_words(arguments: list[str]) -> None:
     """
     for before, word in zip(["moeify", *arguments], arguments, strict=False):
         if not word or re.fullmatch(r"--?[\w-]+=", word):
-            raise UsageError(f"nothing stands behind {word or before}", "leave it out, or name something")
+            raise UsageError(f"{word or before} is empty", "leave it out, or name something")
         if "\0" in word or not _is_utf8(word):
             raise UsageError(f"{word!r:.100} holds NUL or is not UTF-8", "names and values are UTF-8")
 

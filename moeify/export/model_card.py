@@ -181,7 +181,9 @@ def _head(source: str, tag: str) -> str:
         "tags": ["moeify", tag],
     }
     plain = source.isprintable()
-    text = yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=plain, width=10_000)
+    # In double quotes everything has an escape, line breaks too.
+    style: dict[str, Any] = {"default_style": None if plain else '"', "default_flow_style": None}
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=plain, width=10_000, **style)
     return f"---\n{text}---\n"
 
 

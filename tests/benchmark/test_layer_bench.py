@@ -282,9 +282,15 @@ def test_a_run_stops_at_its_limit_and_says_what_is_missing(tmp_path: Path) -> No
 def test_an_existing_result_is_not_replaced_unasked(tmp_path: Path) -> None:
     out = tmp_path / "layer.json"
     out.write_text("mine")
-    with pytest.raises(InputError):
-        layer_bench([], quick(), out=out)
+    # Nobody else's file is replaced even then.
+    for overwrite in (False, True):
+        with pytest.raises(InputError):
+            layer_bench([], quick(), out=out, overwrite=overwrite)
     assert out.read_text() == "mine"
+    out.unlink()
+    layer_bench([], quick(), out=out)
+    with pytest.raises(InputError, match="exists"):
+        layer_bench([], quick(), out=out)
     layer_bench([], quick(), out=out, overwrite=True)
     assert load(out).rows == []
 

@@ -44,7 +44,7 @@ NUMBERS = {
         "--experts": ("nan", "0", "-1", LARGE, HUGE, "1e3"),
         "--tokens": ("1e30", "0", "-5", HUGE),
         "--budget": ("nan", "inf", "-1", "0", "1", "2"),
-        "--temperature": ("nan", "inf", "-inf", "0", "-1"),
+        "--temperature": ("nan", "inf", "-inf", "0", "-1", "1e-320", "1e308"),
         "--seed": ("-1", HUGE, "nan"),
         "--context": ("0", "-1", LARGE),
         "--shared": ("-1", LARGE),
@@ -146,8 +146,8 @@ def test_usage_errors_show_no_raw_letters(refused: Refused, name: str) -> None:
 
 def test_nothing_behind_an_option_names_it(refused: Refused) -> None:
     """An empty variable of a script is not the folder that one is in."""
-    assert "nothing stands behind -o" in refused("split", "MODEL", "-o", "")
-    assert "nothing stands behind --out=" in refused("split", "MODEL", "--out=")
+    assert "-o is empty" in refused("split", "MODEL", "-o", "")
+    assert "--out= is empty" in refused("split", "MODEL", "--out=")
 
 
 def console_on(out: io.StringIO, *, terminal: bool) -> PlainConsole:
