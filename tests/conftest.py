@@ -22,7 +22,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moeify import families
 from moeify.models.builtin import BuiltinRecipe, builtin_documents, builtin_model, train_tokenizer
@@ -158,6 +158,9 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Make
             fill(model, seed)
             model.to(getattr(torch, dtype)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            if family == "qwen2":
+                # As published ones are: of the class that transformers takes for a qwen2, whatever the files say.
+                AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
             made[key] = folder
         return made[key]
 

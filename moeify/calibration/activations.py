@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moeify.calibration.overflow import LARGEST, check_activations
 from moeify.models.ffn import CHUNK_TOKENS, FFNWeights
 
 # Hidden activations stay in memory up to this size and are recomputed for every pass beyond it.
@@ -119,8 +120,12 @@ def measure(
         activations: of these inputs, all neurons in order.
         seed: of the sample.
         gradient_GD: gradients for the first G tokens, which then are the sample.
+
+    Raises:
+        InputError: what the neurons do cannot be computed with.
     """
     outputs_TD = torch.cat([hidden_TF @ ffn.down_DF.T for _, hidden_TF in activations.chunks()])
+    check_activations(outputs_TD, f"layer {ffn.layer}: the outputs of its FFN")
     norm_T = outputs_TD.norm(dim=1)
     median = norm_T.median()
     weight_T = (CLIP_NORM * median / norm_T.clamp(min=torch.finfo(norm_T.dtype).tiny)).clamp(max=1)
@@ -143,9 +148,13 @@ def measure(
         massive_T = (norm_T[rows] > MASSIVE_NORM * median).nonzero().squeeze(1)
         share = (hidden_TF[massive_T] * column_norm_F).abs() / norm_T[rows][massive_T, None]
         massive_F |= (share > MASSIVE_SHARE).any(dim=0)
+    # Of the activations alone as well: the refit adds up their squares.
+    check_activations(energy_F, f"layer {ffn.layer}: the squares of its neurons", LARGEST**2)
+    energy_F = energy_F * column_norm_F.square() / num_tokens
+    check_activations(energy_F, f"layer {ffn.layer}: the squares of what its neurons contribute", LARGEST**2)
     return ActivationStats(
         weight_T=weight_T,
-        energy_F=energy_F * column_norm_F.square() / num_tokens,
+        energy_F=energy_F,
         massive_F=massive_F,
         outputs_TD=outputs_TD,
         inputs_ND=inputs_TD[sample_N],

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM
 
+from moeify.calibration.overflow import check_activations
+from moeify.models import stock
 from moeify.models.dense import DenseModel
 
 # Tokens whose gradients are taken.
@@ -25,8 +26,11 @@ def output_gradients(dense: DenseModel, ids_BC: Tensor, device: str) -> list[Ten
         dense: the model.
         ids_BC: the calibration text; its first blocks are used, up to GRADIENT_TOKENS.
         device: where the arithmetic runs.
+
+    Raises:
+        InputError: gradients are not finite.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32, trust_remote_code=False)
+    model: Any = stock.load(dense.path)
     model.to(device).eval().requires_grad_(requires_grad=False)
     outputs: dict[int, Tensor] = {}
 
@@ -48,4 +52,7 @@ def output_gradients(dense: DenseModel, ids_BC: Tensor, device: str) -> list[Ten
             gradients = torch.autograd.grad(loss, [outputs[number] for number in range(dense.num_layers)])
         for layer_gradients, gradient_1CD in zip(per_layer, gradients, strict=True):
             layer_gradients.append(gradient_1CD[0])
-    return [torch.cat(layer_gradients) for layer_gradients in per_layer]
+    gathered = [torch.cat(layer_gradients) for layer_gradients in per_layer]
+    for layer, gradient_GD in enumerate(gathered):
+        check_activations(gradient_GD, f"layer {layer}: the gradients of its FFN")
+    return gathered

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from moeify.calibration.blocks import Arrived, Block, Call, Passage, copy_sharing
+from moeify.calibration.overflow import LARGEST, check_activations
 from moeify.families import Sites
 from moeify.models.ffn import CHUNK_TOKENS
 
@@ -61,7 +62,9 @@ class HiddenStream:
         self._model, self._sites = model, model.sites
         self._device, self._dtype = torch.device(device), dtype
         self._num_blocks = len(next(iter(inputs.values())))
+        self._layer = 0
         self._hidden_BCD, self._arguments = self._enter(inputs)
+        check_activations(self._hidden_BCD, "in front of the first layer: the hidden states")
         self._adds_up: dict[type, bool] = {}
         # The block that has to run again with its FFN's output.
         self._waiting: Block | None = None
@@ -73,8 +76,12 @@ class HiddenStream:
 
     @torch.no_grad()
     def attend(self, layer: int) -> Tensor:
-        """Run a block up to its FFN and return inputs_TD of that; `advance` must follow."""
-        block = self._load(layer)
+        """Run a block up to its FFN and return inputs_TD of that; `advance` must follow.
+
+        Raises:
+            InputError: they cannot be computed with.
+        """
+        block, self._layer = self._load(layer), layer
         if block.kind not in self._adds_up:
             self._adds_up[block.kind] = block.adds_up(self._hidden_BCD[:1])
         self._waiting = None if self._adds_up[block.kind] else block
@@ -84,15 +91,22 @@ class HiddenStream:
             if self.adds_up:
                 self._hidden_BCD[rows] = residual_BCD
             inputs.append(block.take_inputs().flatten(0, 1))
-        return torch.cat(inputs)
+        inputs_TD = torch.cat(inputs)
+        check_activations(inputs_TD, f"layer {layer}: the inputs of its FFN")
+        return inputs_TD
 
     @torch.no_grad()
     def advance(self, outputs_TD: Tensor) -> None:
-        """Leave the block with this output of its FFN."""
+        """Leave the block with this output of its FFN.
+
+        Raises:
+            InputError: the hidden states behind it cannot be computed with.
+        """
         if self.adds_up:
             self._hidden_BCD += outputs_TD.view_as(self._hidden_BCD)
         else:
             self._hidden_BCD = self.behind(outputs_TD, 0)
+        check_activations(self._hidden_BCD, f"layer {self._layer}: the hidden states behind it")
 
     @torch.no_grad()
     def behind(self, outputs_ED: Tensor, first: int) -> Tensor:
@@ -126,6 +140,31 @@ class HiddenStream:
         return forked
 
     @torch.no_grad()
+    def check_head(self) -> None:
+        """After the last layer: refuse a model whose logits may leave float32.
+
+        They are bounded, not computed: a head in float32 may be larger than any block.
+
+        Raises:
+            InputError: they may not be finite.
+        """
+        head = self._model.skeleton.get_output_embeddings()
+        names = [name for name, module in self._model.skeleton.named_modules() if module is head]
+        if not names:
+            return
+        stored = f"{names[0]}.weight"
+        weight_VD = next(iter(self._model.get([self._model.tied.get(stored, stored)]).values()))
+        steepest = max(abs(float(end)) for end in weight_VD.aminmax()) * weight_VD.shape[1]
+        outer, passages = self._outer()
+        base = outer.base_model
+        base.set_input_embeddings(nn.Identity())
+        self._fill(base, f"{outer.base_model_prefix}." if base is not outer else "")
+        for hidden_1CD in self._hidden_BCD.split(1):
+            passages[-1].gives = hidden_1CD
+            normed_1CD = base(inputs_embeds=hidden_1CD, use_cache=False)[0]
+            check_activations(normed_1CD * steepest, "behind the last layer: the logits, by their bound,", LARGEST**2)
+
+    @torch.no_grad()
     def losses(self, ids_BC: Tensor) -> Tensor:
         """After the last layer: negative log-likelihood in nats of every token but the first of each block, float32.
 
@@ -134,12 +173,17 @@ class HiddenStream:
 
         Returns:
             losses_BL with L = C - 1.
+
+        Raises:
+            InputError: they are not finite.
         """
         rows = [
             cross_entropy(logits_CV[:-1], ids_C[1:].to(logits_CV.device), reduction="none").cpu()
             for logits_CV, ids_C in zip(self.logits(range(self._num_blocks)[-len(ids_BC) :]), ids_BC, strict=True)
         ]
-        return torch.stack(rows)
+        losses_BL = torch.stack(rows)
+        check_activations(losses_BL, "behind the last layer: the losses")
+        return losses_BL
 
     @torch.no_grad()
     def logits(self, blocks: Iterable[int]) -> Iterator[Tensor]:

@@ -5,13 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import AutoModelForCausalLM
-
 from moeify import families
 from moeify.check.perplexity import EvalResult, Perplexity
-from moeify.errors import InputError
 from moeify.families import Modality
 from moeify.kernels import register
+from moeify.models import stock
 from moeify.models.files import load_config, locate
 from moeify.options import DType, EvalOptions, Track, untracked
 
@@ -44,12 +42,7 @@ def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: A
         device: where to put it.
         arguments: passed on to `from_pretrained`.
     """
-    path = locate(model)
-    load_config(path)
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False, **arguments)
-    except (OSError, ValueError) as error:
-        raise InputError(f"transformers cannot load {model}: {str(error).splitlines()[0]}") from error
+    loaded: Any = stock.load(locate(model), dtype=dtype, **arguments)
     loaded = loaded.to(device).eval()
     chosen = "experts_implementation" in arguments or not loaded._can_set_experts_implementation()
     if loaded.device.type in ("cuda", "cpu") and not chosen:

@@ -2,9 +2,11 @@
 
 Legend: R routed experts, f neurons of one expert, D hidden size.
 
-The stock model is loaded as any user would load it. Then, in memory only: the dense columns of down_proj are put back
-(a refit changes them), router rows are set to zero (so that every expert's weight is exactly the architecture's
-constant) and every expert is switched on, with the fold for all of them. Its logits must then be the dense ones.
+Both models are loaded as any user would load them, and the loader of transformers says what it found: a fault of
+moeify's own reader does not hide here. What they are is compared, and how they cut text. Then, in memory only: the
+dense columns of down_proj are put back (a refit changes them), router rows are set to zero (so that every expert's
+weight is exactly the architecture's constant) and every expert is switched on, with the fold for all of them. Its
+logits must then be the dense ones.
 
 Of a fine-tuned checkpoint it is checked what training left alone: with the stages `layers` and `router` all of the
 above but the experts' weights, otherwise keys, shapes, config, finite values and the routers of the plan.
@@ -17,18 +19,21 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from moeify import targets
+from moeify.check.logits import logit_difference
+from moeify.check.reference import Reference, architecture_difference
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
 from moeify.experts.slices import slice_experts
 from moeify.export.in_memory import moe_parameters, split_ffn
 from moeify.export.writer import MoEWriter
+from moeify.models import stock
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights
-from moeify.models.files import find_shards, load_config, locate
+from moeify.models.files import find_shards, load_config, load_tokenizer, locate
+from moeify.models.same_tokens import token_difference
 from moeify.options import Track, untracked
 from moeify.plan import SHARED, LayerPlan, Layout, SplitPlan, load_plan
 from moeify.targets import Target
@@ -102,23 +107,26 @@ def verify(
     if plan.layout.is_static:
         raise InputError(f"{moe} is statically pruned: it has no experts to switch on", "`moeify eval` measures it")
     target = targets.find(plan.target)
-    model, keys = _load_all_on(path, plan.layout)
     ids = _tokens(source)
     hard = Mixing.of(plan.options).style == "hard" and not plan.trained
+    # Before the other two models are in memory.
     deviation = _gate_deviation(path, ids, target, plan) if hard else 0.0
+    reference = Reference.of(source)
+    model, keys = _load_all_on(path, plan.layout)
     whole = set(plan.trained) <= KEEPS_NEURONS
-    places = _place_checks(model, source, plan, target)
-    checks = [keys, *(places if whole else places[:1]), *_stored_checks(path, source, plan, target)]
+    places = _place_checks(model, reference, plan, target)
+    checks = [keys, *(places if whole else places[:1]), *_stored_checks(path, reference, plan, target)]
+    checks += _identity_checks(path, model, reference, values=whole)
     if not whole:
         return VerifyReport(str(moe), source.name, tuple(checks), None, deviation)
-    _restore_dense(model, source, plan, target)
-    difference = _logit_difference(model, source, ids, load_config(path).dtype, tolerance)
+    _restore_dense(model, reference, plan, target)
+    difference, allowed = logit_difference(model, reference.model, ids, load_config(path).dtype, tolerance)
     checks += [
         Check(
             "logits equal dense, all experts on",
             f"max |d| {difference:.1e}",
-            f"<= {tolerance:.0e}",
-            difference <= tolerance,
+            f"<= {allowed:.0e}",
+            difference <= allowed,
         ),
     ]
     if hard:
@@ -131,12 +139,9 @@ def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
     """The stock model in float32 with every routed expert selected, and what loading said about its keys."""
     config = load_config(path)
     config.num_experts_per_tok = layout.num_routed
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
-    )
-    model, info = loaded
-    wrong = {kind: sorted(map(str, info[kind])) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-    found = ", ".join(f"{len(names)} {kind.split('_')[0]}" for kind, names in wrong.items())
+    model, report = stock.load_with_report(path, config=config)
+    wrong = {"missing": report.missing, "unexpected": report.unexpected, "mismatched": tuple(report.mismatched)}
+    found = ", ".join(f"{len(names)} {kind}" for kind, names in wrong.items())
     first = next((names[0] for names in wrong.values() if names), "")
     check = Check(
         "stock transformers loads every key",
@@ -145,6 +150,16 @@ def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
         not any(wrong.values()),
     )
     return model.eval(), check
+
+
+def _identity_checks(path: Path, model: Any, reference: Reference, *, values: bool) -> list[Check]:
+    """What both models are, as stock transformers sees them, and how both read a text."""
+    other = architecture_difference(model, reference.model, load_config(path).dtype, values=values)
+    tokens = token_difference(load_tokenizer(path), reference.tokenizer())
+    return [
+        Check("architecture is the dense model's", other or "equal", "equal", not other),
+        Check("text is cut into the dense model's tokens", tokens or "equal", "equal", not tokens),
+    ]
 
 
 def _place_checks(model: Any, source: DenseModel, plan: SplitPlan, target: Target) -> list[Check]:
@@ -191,25 +206,6 @@ def _restore_dense(model: Any, source: DenseModel, plan: SplitPlan, target: Targ
         parts["down"].copy_(torch.stack(routed) * target.routed_fold(everything))
         if "shared_down" in parts:
             parts["shared_down"].copy_(down_DF[:, layer.neurons(SHARED)] * target.shared_fold)
-
-
-@torch.no_grad()
-def _logit_difference(model: Any, source: DenseModel, ids: Tensor, stored: torch.dtype, tolerance: float) -> float:
-    """Largest difference in float32 or, if that is beyond the tolerance, in float64, which tells errors from rounding.
-
-    Experts add up in another order than the dense FFN: through 30 layers of SmolLM2-135M that alone makes 0.8e-4 to
-    1.3e-4 in logits up to 27, where float64 finds at most 0.3e-4.
-    """
-    # The loop over experts adds in a fixed order and in full precision.
-    model.set_experts_implementation("eager")
-    dense: Any = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32).eval()
-    # A checkpoint in another dtype than the dense model is compared with the dense model rounded like it.
-    for parameter in dense.parameters():
-        parameter.copy_(parameter.to(stored))
-    difference = float((model(ids).logits - dense(ids).logits).abs().max())
-    if difference <= tolerance:
-        return difference
-    return float((model.double()(ids).logits - dense.double()(ids).logits).abs().max())
 
 
 def _stored_checks(path: Path, source: DenseModel, plan: SplitPlan, target: Target) -> list[Check]:
@@ -263,7 +259,7 @@ def _trained_names(writer: MoEWriter, ffn: FFNWeights, layer: LayerPlan, plan: S
 @torch.no_grad()
 def _gate_deviation(path: Path, ids: Tensor, target: Target, plan: SplitPlan) -> float:
     """Largest |weight * fold - 1| that the experts of the unchanged model receive."""
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, ignore_mismatched_sizes=True).eval()
+    model, _ = stock.load_with_report(path)
     model.set_experts_implementation("eager")
     fold = target.routed_fold(plan.layout)
     largest = 0.0

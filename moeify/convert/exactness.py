@@ -10,8 +10,7 @@ Legend: L layers, D hidden size, C tokens.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import logging
 
 from moeify import families, targets
 from moeify.errors import InputError
@@ -28,6 +26,8 @@ from moeify.experts.slices import SplitFFN, slice_experts
 from moeify.export.writer import MoEWriter
 from moeify.families import Family
 from moeify.models.dense import DenseModel
+from moeify.models.fingerprint import Fingerprint
+from moeify.models.stock import quiet
 from moeify.options import Style
 from moeify.plan import SHARED, LayerPlan, Layout
 from moeify.targets import Target
@@ -95,7 +95,7 @@ def choose_target(
             engines = target.engines_with_dense if layout.dense_layers else target.engines
             shared = f"{'with' if layout.num_shared else 'without'} shared experts"
             why = f"represents the model exactly, {shared}; known to {', '.join(('transformers', *engines))}"
-            return target, layout, why + (f" ({'; '.join(reasons)})" if reasons else "")
+            return target, layout, why + target.caution + (f" ({'; '.join(reasons)})" if reasons else "")
         reasons.append(f"{target.model_type}: {exactness.reason}")
     raise InputError("no target represents this model exactly: " + "; ".join(reasons), "see `moeify inspect`")
 
@@ -179,7 +179,8 @@ def make_twin(values: Mapping[str, Any]) -> Twin:
     rest = {name: value for name, value in values.items() if name != "model_type"}
     config = AutoConfig.for_model(values["model_type"], **rest)
     family = families.find(values["model_type"])
-    empty = Twin("twin", Path(), config, family, {}, {})
+    files = Fingerprint(Path(), {}, {})
+    empty = Twin("twin", Path(), config, family, {}, files, {})
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for name, shape in empty.shapes.items():
@@ -189,7 +190,7 @@ def make_twin(values: Mapping[str, Any]) -> Twin:
             tensors[name] = noise * (EMBEDDING_SCALE if small else shape[-1] ** -0.5)
         else:
             tensors[name] = 1 + 0.1 * noise if name.endswith("weight") else 0.3 * noise
-    return Twin("twin", Path(), config, family, {}, tensors)
+    return Twin("twin", Path(), config, family, {}, files, tensors)
 
 
 @lru_cache(maxsize=256)
@@ -234,7 +235,7 @@ def _scattered(layer: int, twin: Twin, layout: Layout) -> LayerPlan:
 def _logits(config: Any, tensors: Mapping[str, Tensor], ids_1C: Tensor) -> tuple[Tensor, str]:
     """Logits of the stock model with these tensors, and in words the first tensor that does not belong to it."""
     model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    with _silence():
+    with quiet():
         loaded: Any = model_class.from_pretrained(
             None,
             config=config,
@@ -258,17 +259,3 @@ def _logits(config: Any, tensors: Mapping[str, Tensor], ids_1C: Tensor) -> tuple
     if not math.isfinite(float(logits_1CV.abs().max())):
         return logits_1CV, "a toy twin's logits are not finite"
     return logits_1CV, ""
-
-
-@contextmanager
-def _silence() -> Iterator[None]:
-    """Keys that do not fit are read from the loader's report; its table of them is not for the user."""
-    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bar:
-            logging.enable_progress_bar()

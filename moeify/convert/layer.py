@@ -13,6 +13,7 @@ from torch import Tensor
 from moeify.calibration.activations import Activations, ActivationStats, measure
 from moeify.convert.refit import refit
 from moeify.experts.mixing import Mixing, choose_experts
+from moeify.export.writer import check_fits
 from moeify.models.ffn import FFNWeights
 from moeify.partition import Partition
 from moeify.plan import SHARED, LayerPlan, Layout
@@ -92,6 +93,9 @@ def fit_layer(
 
     Returns:
         The converted FFN, everything in it rounded to the checkpoint's dtype, and its outputs_TD.
+
+    Raises:
+        InputError: what the neurons do cannot be computed with, or what was fitted does not fit the dtype.
     """
     if ffn.layer in fit.layout.dense_layers:
         labels_F = torch.full((ffn.num_neurons,), SHARED, dtype=torch.int16)
@@ -118,6 +122,7 @@ def fit_layer(
         down_DF = result.down_DF.to(fit.dtype).to(down_DF.dtype)
         refit_DF = ffn.down_DF.to(fit.dtype, copy=True)
         refit_DF[:, order] = down_DF.to(fit.dtype)
+        check_fits(f"down_proj of layer {ffn.layer} after its refit", refit_DF)
         diagnostics |= {
             "refit_strength": result.strength,
             "error_without_refit": result.error_before,
@@ -150,6 +155,8 @@ def _route(
     else:
         task = RoutingTask(ffn, plan.labels_F, fit.layout, stats, inputs_TD, norms_TR, fit.seed + ffn.layer)
         router = _exportable(fit.router(task), inputs_TD, fit.dtype)
+        if isinstance(router, LinearRouter):
+            check_fits(f"the router of layer {ffn.layer}", router.rows_RD)
     scores_TR = router(inputs_TD)
     shared_energy = stats.energy_F[plan.neurons(SHARED).to(stats.energy_F.device)].sum()
     found = _router_diagnostics(norms_TR, choose_experts(scores_TR, fit.layout), shared_energy, fit.layout)

@@ -21,6 +21,7 @@ from moeify.convert.walk import CalibrationWalk
 from moeify.data.text import TokenBlocks
 from moeify.errors import InputError
 from moeify.experts.slices import SplitFFN, slice_experts
+from moeify.export.companions import settle_companions
 from moeify.export.model_card import model_card
 from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
@@ -81,6 +82,8 @@ def split(
     if options.budget is not None:
         options = under_budget(dense, options, track, announce)
     prepared = prepare(dense, options)
+    # Before any work: a tokenizer that would cut text otherwise is a refusal.
+    companions = settle_companions(dense.path, prepared.writer.config_text())
     blocks = calibration_text(prepared) if prepared.needs_text else None
     calibration = asdict(blocks.provenance) if blocks else {}
     with Workspace(out, _job(prepared, calibration), overwrite=overwrite) as workspace:
@@ -88,7 +91,9 @@ def split(
             check_room(workspace.path, prepared.writer.num_bytes - workspace.num_bytes)
             layers = track(decide_layers(prepared, blocks, workspace), "splitting layers", prepared.dense.num_layers)
             # The refit columns stay on disk until their shard is written.
-            _write(prepared, workspace, tuple(replace(layer, down_DF=None) for layer in layers), calibration, track)
+            kept = tuple(replace(layer, down_DF=None) for layer in layers)
+            companions.write(workspace)
+            _write(prepared, workspace, kept, calibration, track)
             _check_source(prepared.dense, workspace)
         workspace.commit()
     sizes = count_parameters(prepared.writer)
@@ -144,6 +149,7 @@ def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Wor
             outputs_TD = converted(stage.ffn, plan, fit)(stage.inputs_TD)
         walk.leave(outputs_TD)
         yield plan
+    walk.stream.check_head()
 
 
 def _check_source(dense: DenseModel, workspace: Workspace) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
 from moeify import partition, routers, targets
@@ -14,14 +13,16 @@ from moeify.convert.estimate import Estimate, count_parameters, estimate
 from moeify.convert.exactness import check_target, choose_target
 from moeify.convert.layer import LayerFit
 from moeify.data.text import TokenBlocks, calibration_blocks, sample_from_model
-from moeify.errors import InputError, UsageError
+from moeify.errors import InputError, UsageError, warn
 from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter, check_fits
+from moeify.models import stock
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights, pack
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import Layout, SplitPlan, load_plan, resolve_layout
 from moeify.targets import Target
+from moeify.words import listing
 
 DEFAULT_CONTEXT = 512
 # Fewer tokens leave the refit and the routers undetermined in every model moeify knows.
@@ -117,6 +118,9 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
     layout, target, reason = _choose_target(dense, options, writable=writable)
     _check_device(options.device)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    if len(dense.num_of_dtype) > 1:
+        kinds = listing([f"{count:,} as {kind}" for kind, count in dense.num_of_dtype.items()])
+        warn(f"tensors are stored in several types, {kinds}: all are written as {str(dtype).removeprefix('torch.')}")
     if saved is not None:
         _check_plan(saved, dense)
         # The first split may have been in another type.
@@ -147,7 +151,7 @@ def calibration_text(prepared: Prepared) -> TokenBlocks:
     options, dense = prepared.options, prepared.dense
 
     def sample(num_tokens: int, context: int, seed: int) -> Tensor:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32)
+        model: Any = stock.load(dense.path)
         return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=context, seed=seed)
 
     assert options.context is not None
@@ -294,4 +298,4 @@ def _choose_target(dense: DenseModel, options: SplitOptions, *, writable: bool) 
             f"{options.target} does not represent this model exactly: {exactness.reason}",
             "`moeify inspect` lists the targets that do",
         )
-    return layout, target, "asked for"
+    return layout, target, "asked for" + target.caution

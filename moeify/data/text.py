@@ -164,7 +164,13 @@ def sample_from_model(model: "PreTrainedModel", *, num_tokens: int, context: int
             out = model(input_ids=columns[-1].to(model.device), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             # On the CPU, where one seed means one sequence whatever the device.
-            chances_BV = out.logits[:, -1].float().cpu().softmax(-1)
+            logits_BV = out.logits[:, -1].float().cpu()
+            if not logits_BV.isfinite().all():
+                raise InputError(
+                    f"the model cannot write a text: its logits after {len(columns):,} tokens are not finite",
+                    "its weights or its config.json are damaged: see what transformers itself computes with it",
+                )
+            chances_BV = logits_BV.softmax(-1)
             columns.append(torch.multinomial(chances_BV, 1, generator=generator))
         blocks.append(torch.cat(columns, dim=1))
     model.train(training)

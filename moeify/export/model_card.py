@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moeify import targets
 from moeify.command_line import command_line
 from moeify.plan import SplitPlan
 from moeify.version import __version__
@@ -44,7 +45,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # {architec
 
 Its output differs from the dense model's: measure it on your own text (`moeify eval`) before you rely on it. The
 licence and the limits of {source} apply.
-"""
+{training}"""
 
 
 def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int]) -> str:
@@ -88,6 +89,7 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int]) 
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
         split=_split_again(plan),
         verify=command_line("verify", "OUT", dense=plan.source),
+        training=_training(plan.target),
     )
 
 
@@ -126,7 +128,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # {architec
 
 Its output differs from {teacher}'s: measure it on text that it was not trained on (`moeify eval`). The licences and the
 limits of {source}, of {teacher} and of the text apply.
-"""
+{training}"""
 
 
 def finetuned_card(
@@ -154,4 +156,11 @@ def finetuned_card(
         model_type=config["model_type"],
         architecture=config["architectures"][0],
         rows="\n".join(f"| {key} | {value} |" for key, value in rows.items()),
+        training=_training(config["model_type"]),
     )
+
+
+def _training(model_type: str) -> str:
+    """What must be known before the checkpoint is trained further; nothing for architectures that are no target."""
+    text = targets.find(model_type).autocast if model_type in targets.names() else ""
+    return f"\n{text}\n" if text else ""

@@ -167,9 +167,15 @@ class Workspace:
         with self.writing(name) as temporary:
             temporary.write_text(text)
 
-    def copy(self, source: Path) -> None:
-        with self.writing(source.name) as temporary:
+    def copy(self, source: Path, name: str) -> None:
+        """Copy a file; the name may have folders before it."""
+        with self.writing(name) as temporary:
             shutil.copyfile(source, temporary)
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write a file; the name may have folders before it."""
+        with self.writing(name) as temporary:
+            temporary.write_bytes(content)
 
     def write_tensors(self, name: str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         with self.writing(name) as temporary:

@@ -19,7 +19,7 @@ from moeify.experts.slices import SplitFFN
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
-from moeify.models.files import INDEX_FILE, TOKENIZER_FILES
+from moeify.models.files import INDEX_FILE, inside
 from moeify.options import Track
 from moeify.plan import Layout
 from moeify.targets import ROUTER_SCALE, Target
@@ -60,6 +60,10 @@ class MoEWriter:
             values["tie_word_embeddings"] = False
         values.pop("model_type", None)
         return AutoConfig.for_model(self.target.model_type, **values)
+
+    def config_text(self) -> str:
+        """What config.json holds."""
+        return str(self.config().to_json_string(use_diff=False))
 
     def shapes(self) -> dict[str, Tensor]:
         """Every tensor of the checkpoint on the meta device, by name."""
@@ -113,7 +117,7 @@ class MoEWriter:
         return self.target.ffn_tensors(prefix, folded)
 
     def write(self, workspace: Workspace, experts_of: ExpertsOf, track: Track[Any]) -> None:
-        """Write all shards that are not there yet, then index, config, generation config and tokenizer files."""
+        """Write all shards that are not there yet, then index, config and generation config."""
         meta = self.shapes()
         shards = split_torch_state_dict_into_shards(
             meta, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
@@ -127,8 +131,8 @@ class MoEWriter:
             "weight_map": {name: file for file, names in files.items() for name in names},
         }
         workspace.write_text(INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
-        workspace.write_text("config.json", self.config().to_json_string(use_diff=False))
-        self._copy_companions(workspace)
+        workspace.write_text("config.json", self.config_text())
+        self._write_generation_config(workspace)
 
     def values(self, names: Collection[str], experts_of: ExpertsOf) -> dict[str, Tensor]:
         """The named tensors; a layer, or a matrix that is taken apart, is read again for each shard with a part of it.
@@ -153,13 +157,10 @@ class MoEWriter:
                     values[name] = tensor.contiguous()
         return values
 
-    def _copy_companions(self, workspace: Workspace) -> None:
-        for name in TOKENIZER_FILES:
-            if (self.dense.path / name).is_file():
-                workspace.copy(self.dense.path / name)
-        generation = self.dense.path / "generation_config.json"
+    def _write_generation_config(self, workspace: Workspace) -> None:
+        generation = inside(self.dense.path, "generation_config.json")
         if generation.is_file():
-            workspace.copy(generation)
+            workspace.copy(generation, generation.name)
         else:
             workspace.write_text(
                 generation.name, GenerationConfig.from_model_config(self.dense.config).to_json_string()

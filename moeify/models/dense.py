@@ -4,6 +4,7 @@ Everything that can be wrong with a checkpoint is found here, before any work: i
 truncated shards, missing tensors, wrong shapes. NaN and infinite weights are found when a tensor is read.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +18,26 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from moeify import families
-from moeify.errors import InputError
+from moeify.errors import InputError, warn
 from moeify.families import Family, Sites
 from moeify.models.attention import Attention, attention_of
 from moeify.models.ffn import FFNWeights, tensor_names, unpack
-from moeify.models.files import FLOAT_DTYPES, find_shards, fingerprint, load_config, load_tokenizer, locate
+from moeify.models.files import (
+    FLOAT_DTYPES,
+    Stored,
+    find_shards,
+    load_config,
+    load_tokenizer,
+    locate,
+    read_headers,
+)
+from moeify.models.fingerprint import Fingerprint
+from moeify.models.stock import check_architecture, placed, settled
 from moeify.options import Track, untracked
+from moeify.words import printable
+
+# Of two embeddings that are compared, at a time.
+COMPARED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -34,14 +49,16 @@ class DenseModel:
         path: the folder it is in.
         config: its transformers config.
         family: where its FFNs are.
-        shards: shard file of every tensor, by tensor name.
+        stored: where each tensor is, by its name in the stock model.
+        files: fingerprint of its files when it was opened.
     """
 
     name: str
     path: Path
     config: Any
     family: Family
-    shards: Mapping[str, Path]
+    stored: Mapping[str, Stored]
+    files: Fingerprint
 
     @property
     def num_layers(self) -> int:
@@ -67,8 +84,7 @@ class DenseModel:
     @cached_property
     def skeleton(self) -> Any:
         """The stock model on the meta device, its buffers real; layers are filled one at a time."""
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(self.config).eval()
+        return _skeleton(self.config)
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
@@ -95,9 +111,12 @@ class DenseModel:
     @cached_property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the first layer's FFN, which the converted checkpoint keeps."""
-        name = f"{self.block(0)}.{self.family.ffn.up}.weight"
-        with safe_open(self.shards[name], framework="pt") as reader:
-            return FLOAT_DTYPES[reader.get_slice(name).get_dtype()]
+        return FLOAT_DTYPES[self.stored[f"{self.block(0)}.{self.family.ffn.up}.weight"].dtype]
+
+    @cached_property
+    def num_of_dtype(self) -> dict[str, int]:
+        """How many tensors are stored as which type, in the words of safetensors; the most frequent first."""
+        return dict(Counter(tensor.dtype for tensor in self.stored.values()).most_common())
 
     @property
     def num_parameters(self) -> int:
@@ -115,19 +134,20 @@ class DenseModel:
         """
         tensors = {}
         for name in names:
+            stored = self.stored[name]
             try:
-                with safe_open(self.shards[name], framework="pt") as reader:
-                    tensor = reader.get_tensor(name)
+                with safe_open(stored.file, framework="pt") as reader:
+                    tensor = reader.get_tensor(stored.name)
             except (SafetensorError, OSError) as error:
                 raise InputError(
-                    f"cannot read {name} from {self.shards[name]}: {error}", "fetch the checkpoint again"
+                    f"cannot read {name} from {stored.file}: {error}", "fetch the checkpoint again"
                 ) from error
             # One pass and no copy; NaN shows in both ends.
             if not all(end.isfinite() for end in tensor.aminmax()):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise InputError(
                     f"{name} holds {bad:,} NaN or infinite values of {tensor.numel():,}",
-                    f"the checkpoint is damaged: fetch {self.shards[name].name} again",
+                    f"the checkpoint is damaged: fetch {stored.file.name} again",
                 )
             tensors[name] = tensor
         return tensors
@@ -149,27 +169,16 @@ class DenseModel:
         return self._unpack(0, {name: torch.empty(self.shapes[name], device="meta") for name in self.ffn_names(0)})
 
     def fingerprint(self) -> str:
-        """Of its files."""
-        return fingerprint(self.path, self.shards)
-
-    @cached_property
-    def _first_fingerprint(self) -> str:
-        return self.fingerprint()
+        """Of its files when it was opened."""
+        return self.files.value
 
     def check_unchanged(self) -> None:
-        """Compare the files with what they were when the model was opened.
+        """Make sure that what was read is one model: to be called when all is read, before a result is kept.
 
         Raises:
-            InputError: they changed, or are gone.
+            InputError: a file was changed, replaced or removed since the model was opened; the message names it.
         """
-        try:
-            unchanged = self.fingerprint() == self._first_fingerprint
-        except OSError:
-            unchanged = False
-        if not unchanged:
-            raise InputError(
-                f"{self.path} changed while it was read", "run the command again when nothing else writes there"
-            )
+        self.files.check_unchanged()
 
     def tokenizer(self) -> Any:
         """The model's tokenizer.
@@ -200,35 +209,75 @@ def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) 
             f"{model} is quantised ({config.quantization_config.get('quant_method', 'unknown method')})",
             "quantise after the conversion, not before: start from the unquantised checkpoint",
         )
-    checkpoint = DenseModel(str(model), path, config, family, find_shards(path))
-    # To be known before anything is read.
-    _ = checkpoint._first_fingerprint
-    _check_tensors(checkpoint)
-    return checkpoint
+    shards = find_shards(path)
+    config = settled(config)
+    check_architecture(config)
+    config, stored = _tensors(config, read_headers(shards))
+    return DenseModel(str(model), path, config, family, stored, Fingerprint.take(path, shards))
 
 
-def _check_tensors(checkpoint: DenseModel) -> None:
-    missing = sorted(set(checkpoint.shapes) - set(checkpoint.shards))
-    if missing:
-        raise InputError(
-            f"{len(missing):,} tensors of {checkpoint.config.model_type} are missing, the first is {missing[0]}",
-            "fetch the checkpoint again; adapters and partial checkpoints cannot be split",
-        )
-    by_file: dict[Path, list[str]] = {}
-    for name in checkpoint.shapes:
-        by_file.setdefault(checkpoint.shards[name], []).append(name)
-    for file, names in by_file.items():
-        with safe_open(file, framework="pt") as reader:
-            for name in names:
-                tensor = reader.get_slice(name)
-                if tensor.get_dtype() not in FLOAT_DTYPES:
-                    raise InputError(
-                        f"{name} is stored as {tensor.get_dtype()}, expected one of {', '.join(FLOAT_DTYPES)}",
-                        "quantise after the conversion, not before: start from the unquantised checkpoint",
-                    )
-                found, expected = tuple(tensor.get_shape()), checkpoint.shapes[name]
-                if found != expected:
-                    raise InputError(
-                        f"{name} has shape {list(found)}, config.json says {list(expected)}",
-                        "config.json and the weights are not of the same model",
-                    )
+def _tensors(config: Any, headers: Mapping[str, Stored]) -> tuple[Any, dict[str, Stored]]:
+    """Which stored tensor is which of the stock model, by its loader's own report; and the config, untied if need be.
+
+    Raises:
+        InputError: the loader finds fault with the tensors, makes some of others, or leaves out a head.
+    """
+    names, report = placed(config, {name: tensor.shape for name, tensor in headers.items()})
+    report.check(config.model_type)
+    skeleton = _skeleton(config)
+    _refuse_heads(skeleton, report.unexpected, headers)
+    report.warn_of_unexpected()
+    for head, embedding in skeleton.all_tied_weights_keys.items():
+        both = head in names and embedding in names and names[head] != names[embedding]
+        if both and not _are_equal(headers[names[head]], headers[names[embedding]]):
+            config.tie_word_embeddings = False
+            warn(f"{head} differs from {embedding}, though config.json ties them: both stay, as in transformers")
+    needed = [name for name in skeleton.state_dict() if name not in skeleton.all_tied_weights_keys]
+    if not config.tie_word_embeddings:
+        needed = list(skeleton.state_dict())
+    stored = {}
+    for name in needed:
+        if name not in names:
+            raise InputError(
+                f"transformers makes {name} of tensors with other names or shapes while it loads them",
+                "load the model once with transformers, save it with save_pretrained and give that folder",
+            )
+        stored[name] = headers[names[name]]
+        if stored[name].dtype not in FLOAT_DTYPES:
+            raise InputError(
+                f"{name} is stored as {stored[name].dtype}, expected one of {', '.join(FLOAT_DTYPES)}",
+                "quantise after the conversion, not before: start from the unquantised checkpoint",
+            )
+    return config, stored
+
+
+def _skeleton(config: Any) -> Any:
+    """The stock model on the meta device, its buffers real."""
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+def _refuse_heads(skeleton: Any, unexpected: Iterable[str], headers: Mapping[str, Stored]) -> None:
+    """Refuse what reads the last hidden state beside the head of the language model: the result would lose it."""
+    own = {name for name, _ in skeleton.named_children()}
+    hidden_size = skeleton.get_input_embeddings().weight.shape[1]
+    for name in unexpected:
+        shape = headers[name].shape if name in headers else ()
+        if name.split(".")[0] not in own and len(shape) == 2 and shape[1] == hidden_size:
+            raise InputError(
+                f"{printable(name)} belongs to a head that is not a language model's",
+                "the result would lose it: start from the language model, or remove its tensors from the checkpoint",
+            )
+
+
+def _are_equal(one: Stored, other: Stored) -> bool:
+    """Whether two matrices hold the same numbers; reads a slice at a time."""
+    if one.shape != other.shape:
+        return False
+    with safe_open(one.file, framework="pt") as first, safe_open(other.file, framework="pt") as second:
+        slices = first.get_slice(one.name), second.get_slice(other.name)
+        for start in range(0, one.shape[0], COMPARED_ROWS):
+            left, right = (rows[start : start + COMPARED_ROWS].float() for rows in slices)
+            if not torch.equal(left, right):
+                return False
+    return True

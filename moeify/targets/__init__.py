@@ -96,6 +96,8 @@ class Target:
         untie: an engine needs lm_head.weight written out although the dense model ties it.
         blocks: the list of blocks, by its name in the stock model.
         modules: where the loaded model keeps its parts.
+        autocast: what mixed precision does to its routing and what to do instead, for the model card; "" where the same
+            experts are chosen. A test measures it for every target.
     """
 
     model_type: str
@@ -117,6 +119,12 @@ class Target:
     dense_ffn: FFNFormat = field(default_factory=FFNFormat)
     untie: bool = False
     blocks: str = "model.layers"
+    autocast: str = ""
+
+    @property
+    def caution(self) -> str:
+        """`autocast` in a few words, for the reason why the target was taken; begins with a separator."""
+        return "; not for training under autocast, its model card says why" if self.autocast else ""
 
     def block(self, layer: int) -> str:
         """Name of a block, which all its tensors begin with."""

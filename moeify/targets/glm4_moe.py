@@ -1,6 +1,11 @@
 """GLM-4-MoE: optional q/k/v biases and q/k norm, plain shared experts, sigmoid weights.
 
 Unnormalised weights times a scaling factor of two are 2 * sigmoid(z) = 1 for a near-zero logit: nothing to fold.
+
+Autocast to bfloat16 rounds the scores before the sigmoid, and what comes out of it is rounded to numbers 2^-9 or 2^-8
+apart; scores of at most 2^-8 are 2^-10 apart there, so that nearly all experts are equal and 0 to 4 % of tokens keep
+theirs. No scale helps: ranking and weights are the same rounded numbers, and within 2^-8 of one there are three.
+Without autocast its routers compute in float32, whatever the type of the weights, and all tokens keep their experts.
 """
 
 from typing import Any
@@ -13,6 +18,11 @@ from moeify.models.dense import DenseModel
 from moeify.plan import Layout
 from moeify.targets import Modules, Target, carried
 from moeify.targets._layout import expert_tensors, shared_tensors
+
+AUTOCAST = """\
+Do not train or run it under autocast (`bf16=True` or `fp16=True` of the Trainer, mixed precision of accelerate): all
+router scores become nearly equal there, and tokens go to other experts. Load it with `dtype=torch.bfloat16` and no
+autocast instead, where its routers compute in float32, or use `moeify finetune`, which keeps them in float32."""
 
 
 def refuse(dense: DenseModel, layout: Layout) -> str:
@@ -77,6 +87,7 @@ TARGET = Target(
     routed_fold=lambda layout: 1.0,
     ffn_tensors=ffn_tensors,
     untie=True,
+    autocast=AUTOCAST,
     modules=Modules(
         experts="mlp.experts",
         router="mlp.gate",

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from moeify.data.documents import read_documents
 from moeify.data.text import calibration_blocks, evaluation_tokens, sample_from_model
 from moeify.errors import InputError, UsageError
+from moeify.models import stock
 from moeify.models.dense import DenseModel, open_dense
-from moeify.models.files import find_shards, fingerprint, load_config, locate
+from moeify.models.files import find_shards, load_config, locate
+from moeify.models.fingerprint import Fingerprint
 from moeify.options import Track
 from moeify.plan import PLAN_FILE, SplitPlan, load_plan
 from moeify.training.model import check_stages
@@ -34,7 +36,7 @@ class Inputs:
     Args:
         name, path: the student, as it was named and where it is.
         plan: of its split; None for a model that moeify did not cut.
-        fingerprint: of its files.
+        files: fingerprint of its files when it was opened.
         teacher: the dense model.
         ids_BC, eval_BC: training and held-out text.
         provenance: of both.
@@ -43,7 +45,7 @@ class Inputs:
     name: str
     path: Path
     plan: SplitPlan | None
-    fingerprint: str
+    files: Fingerprint
     teacher: DenseModel
     ids_BC: Tensor
     eval_BC: Tensor
@@ -56,14 +58,7 @@ class Inputs:
             InputError: they changed, or are gone.
         """
         self.teacher.check_unchanged()
-        try:
-            unchanged = fingerprint(self.path, find_shards(self.path)) == self.fingerprint
-        except (OSError, InputError):
-            unchanged = False
-        if not unchanged:
-            raise InputError(
-                f"{self.path} changed while it was read", "run the command again when nothing else writes there"
-            )
+        self.files.check_unchanged()
 
 
 def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOptions, track: Track[Any]) -> Inputs:
@@ -86,7 +81,7 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
     _check_alike(moe, tokenizer, config, dense, options.data)
 
     def sample(num_tokens: int, length: int, seed: int) -> Tensor:
-        model: Any = AutoModelForCausalLM.from_pretrained(dense.path, dtype=torch.float32)
+        model: Any = stock.load(dense.path)
         return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=length, seed=seed)
 
     blocks = calibration_blocks(
@@ -109,7 +104,7 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
                 "tokenizer and weights are not of the same model",
             )
     provenance = {"data": asdict(blocks.provenance), "eval": [asdict(stream.provenance) for stream in streams]}
-    return Inputs(moe, path, plan, fingerprint(path, shards), dense, blocks.ids_BC, eval_BC, provenance)
+    return Inputs(moe, path, plan, Fingerprint.take(path, shards), dense, blocks.ids_BC, eval_BC, provenance)
 
 
 def _context(options: FinetuneOptions, *configs: Any) -> int:

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -52,6 +53,8 @@ class Student:
             student.routers = [
                 model.get_submodule(f"{target.block(layer)}.{target.modules.router}") for layer in student.cut_layers
             ]
+        for router in student.routers:
+            keep_full_precision(router)
         return student
 
     @property
@@ -150,6 +153,21 @@ def check_stages(plan: SplitPlan | None, stages: tuple[Stage, ...], path: Path) 
             f"{path} was trained already ({', '.join(plan.trained)})",
             "--stage layers works on what `moeify split` or --stage layers wrote",
         )
+
+
+def keep_full_precision(router: nn.Module) -> None:
+    """Have a router compute in its weights' type under autocast as well; in place.
+
+    Scores are at most ROUTER_LIMIT * ROUTER_SCALE = 2^-8 so that weights stay one, and ranking needs their differences.
+    Behind a sigmoid (glm4_moe) bfloat16 numbers are 2^-8 apart, so that all experts become equal; before a softmax a
+    rounded score still exchanges one token in a hundred.
+    """
+    router.forward = MethodType(_without_autocast, router)
+
+
+def _without_autocast(router: nn.Module, hidden: Tensor) -> Any:
+    with torch.autocast(hidden.device.type, enabled=False):
+        return type(router).forward(router, hidden.to(router.get_parameter("weight").dtype))
 
 
 def _inject_lora(student: Student, options: FinetuneOptions) -> Any:

@@ -8,15 +8,16 @@ from typing import Any
 
 from accelerate import PartialState
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from moeify.options import Track
 from moeify.resources import check_room
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions, Stage
 from moeify.training.teacher import Blocks, Teacher
-from moeify.training.trainer import COMPLETE_FILE, FinetuneTrainer, last_checkpoint
+from moeify.training.trainer import COMPLETE_FILE, FinetuneTrainer, last_checkpoint, reading
 
 CLIP_NORM = 1.0
 KEPT_CHECKPOINTS = 2
@@ -65,6 +66,9 @@ def train_stage(
         callbacks=_callbacks(options, logs, bar, processes),
     )
     trainer.remove_callback(PrinterCallback)
+    if checkpoint is not None:
+        with reading(checkpoint):
+            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         if options.patience is None and not _evaluated_last(trainer):

@@ -7,20 +7,25 @@ other names, which the Trainer would skip without a word when it resumes. Sharde
 import math
 import zlib
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from moeify.errors import CheckError
+from moeify.errors import CheckError, InputError
 from moeify.training.losses import RouterLosses, ScoringHead, hidden_error, load_figures, router_losses
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
 from moeify.training.routers import Explorer, RouterWatch, adjust_selection_biases
 from moeify.training.teacher import Teacher
+from moeify.words import printable
 
 STATE_FILE = "trained.safetensors"
 # Its presence says that everything else in a checkpoint folder was written.
@@ -226,13 +231,39 @@ class FinetuneTrainer(Trainer):
         save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / STATE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            self._student.load_state(load_file(Path(resume_from_checkpoint) / STATE_FILE))
+        with reading(Path(resume_from_checkpoint)):
+            if self.is_fsdp_enabled:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            else:
+                self._student.load_state(load_file(Path(resume_from_checkpoint) / STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or "")):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(str(self.state.best_model_checkpoint), self.model_wrapped)
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Turn what a damaged or foreign checkpoint raises into an error with a hint; its pickles run nothing.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        yield
+    except (UnpicklingError, SafetensorError, RuntimeError, ValueError, LookupError, TypeError, OSError) as error:
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"the training state {checkpoint} cannot be read: {printable(first)}",
+            "remove that folder: the same command goes on from the one before it, or starts the stage anew",
+        ) from error
 
 
 def last_checkpoint(folder: Path) -> Path | None:

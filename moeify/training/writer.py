@@ -11,25 +11,26 @@ from safetensors import safe_open
 from torch import Tensor
 
 from moeify.errors import InputError
+from moeify.export.companions import settle_companions
 from moeify.export.in_memory import moe_parameters, on_disk
 from moeify.export.model_card import finetuned_card
 from moeify.export.record import RECORD_FILE
 from moeify.export.workspace import Workspace
 from moeify.export.writer import check_fits
-from moeify.models.files import FLOAT_DTYPES, INDEX_FILE, TOKENIZER_FILES, find_shards
+from moeify.models.files import FLOAT_DTYPES, INDEX_FILE, find_shards, inside
 from moeify.plan import SplitPlan
 from moeify.training.inputs import Inputs
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
 
-COMPANIONS = ("config.json", "generation_config.json", INDEX_FILE, *TOKENIZER_FILES)
+OTHER_FILES = ("config.json", "generation_config.json", INDEX_FILE)
 
 
 def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, workspace: Workspace) -> None:
     """Write shards, plan, record and card.
 
     Raises:
-        InputError: a trained value does not fit the checkpoint's type.
+        InputError: a trained value does not fit the checkpoint's type, or a file leads out of the student's folder.
     """
     values = on_disk(student.model, student.target, student.cut_layers)
     shards = find_shards(inputs.path)
@@ -45,9 +46,10 @@ def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, wo
             check_fits(name, tensor)
         # Tied parameters share memory, which safetensors refuses.
         workspace.write_tensors(file.name, {n: t.clone() for n, t in tensors.items()}, {"format": "pt"})
-    for name in COMPANIONS:
+    for name in OTHER_FILES:
         if (inputs.path / name).is_file():
-            workspace.copy(inputs.path / name)
+            workspace.copy(inside(inputs.path, name), name)
+    settle_companions(inputs.path, (inputs.path / "config.json").read_text()).write(workspace)
     if inputs.plan is not None:
         workspace.write_plan(_trained_plan(student, inputs.plan, options, _dtype(shards)))
     config = json.loads((inputs.path / "config.json").read_text())

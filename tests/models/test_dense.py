@@ -15,7 +15,6 @@ import torch
 from conftest import MakeDense
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from moeify.convert.pipeline import split
 from moeify.errors import InputError
@@ -334,81 +333,3 @@ def test_fingerprint_is_of_the_content(dense: Path) -> None:
     assert changed != before
     change_config(dense, rms_norm_eps=1e-3)
     assert open_dense(str(dense)).fingerprint() not in (before, changed)
-
-
-def rotary_order(weight_OD: Tensor, num_heads: int) -> Tensor:
-    """Rows in the order llama.cpp keeps those of q and k in: it rotates neighbours, transformers rotates halves."""
-    return weight_OD.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
-
-
-def write_gguf(source: Path, file: Path) -> None:
-    """The smallest GGUF that transformers reads as a llama, with the weights and the tokenizer of `source`."""
-    import gguf
-
-    config = json.loads((source / "config.json").read_text())
-    tokenizer = json.loads((source / "tokenizer.json").read_text())["model"]
-    writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    writer.add_rope_dimension_count(config["head_dim"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].__getitem__))
-    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (config["vocab_size"] - 2))
-    writer.add_token_merges([" ".join(merge) for merge in tokenizer["merges"]])
-    writer.add_bos_token_id(config["bos_token_id"])
-    writer.add_eos_token_id(config["eos_token_id"])
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
-    for name, tensor in load_file(source / WEIGHTS).items():
-        rotated = next((rotary_order(tensor, count) for part, count in heads.items() if part in name), tensor)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), rotated.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.fixture
-def gguf_file(make_dense: MakeDense, tmp_path: Path) -> Path:
-    pytest.importorskip("gguf")
-    (tmp_path / "gguf").mkdir()
-    file = tmp_path / "gguf" / "tiny.gguf"
-    write_gguf(make_dense("llama"), file)
-    return file
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_gguf_is_read_through_transformers(
-    make_dense: MakeDense, gguf_file: Path, tmp_path: Path, options: SplitOptions, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = load_file(make_dense("llama") / WEIGHTS)
-    checkpoint = open_dense(str(gguf_file))
-    assert checkpoint.dtype == torch.float32
-    found = checkpoint.get(checkpoint.shapes)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    ids = torch.arange(40).view(1, -1)
-    with torch.no_grad():
-        logits = [
-            AutoModelForCausalLM.from_pretrained(path)(ids).logits for path in (checkpoint.path, make_dense("llama"))
-        ]
-    assert torch.equal(*logits)
-    # The folder around it is a model as well, and converted only once.
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: pytest.fail("converted again"))
-    assert open_dense(str(gguf_file.parent)).path == checkpoint.path
-    split(str(gguf_file), tmp_path / "out", options)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_hidden_layers"] == 2
-
-
-@pytest.mark.parametrize("kept", [0, 3, 60, -200])
-def test_truncated_gguf(gguf_file: Path, refused: Refused, kept: int) -> None:
-    gguf_file.write_bytes(gguf_file.read_bytes()[:kept])
-    refused(gguf_file, "tiny.gguf")

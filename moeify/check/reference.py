@@ -1,0 +1,125 @@
+"""The dense model as stock transformers sees it: what `verify` compares with, whatever moeify's own reader says.
+
+The split read the model through `moeify.models.dense`. A fault of that reader would be in the checkpoint and in every
+comparison with it, so that here nothing of it is used but names: tensors, buffers and class are those of the loaded
+model, whose loader reports what is missing.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moeify.errors import InputError
+from moeify.models import stock
+from moeify.models.dense import DenseModel
+
+# How much the same frequencies may differ when two classes compute them.
+FREQUENCY_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Reference(DenseModel):
+    """A dense model whose tensors come from the stock model, in float32.
+
+    Args:
+        model: as transformers loaded it.
+        tensors: its state, by name.
+    """
+
+    model: Any
+    tensors: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, source: DenseModel) -> "Reference":
+        """Load the stock model.
+
+        Raises:
+            InputError: transformers reports missing tensors or other shapes, or has not what moeify would read.
+        """
+        model = stock.load(source.path).eval()
+        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        absent = sorted(set(source.shapes) - set(tensors))
+        if absent:
+            raise InputError(f"{type(model).__name__} of transformers has no {absent[0]}, which moeify reads of it")
+        known = {part.name: getattr(source, part.name) for part in fields(DenseModel) if part.init}
+        return cls(**known, model=model, tensors=tensors)
+
+    def get(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors of the stock model."""
+        return {name: self.tensors[name] for name in names}
+
+
+@torch.no_grad()
+def architecture_difference(moe: Any, dense: Any, stored: torch.dtype, *, values: bool) -> str:
+    """The first fact of the architecture in which two stock models differ, or "".
+
+    Args:
+        moe: the converted model.
+        dense: the dense one.
+        stored: type of the converted checkpoint, to which the dense values are rounded.
+        values: compare the numbers of embedding and head as well, which training may change.
+    """
+    for (name, found), expected in zip(_facts(moe).items(), _facts(dense).values(), strict=True):
+        if found != expected:
+            return f"{name} {found}, the dense model {expected}"
+    if difference := _rotation_difference(moe, dense):
+        return difference
+    if not values:
+        return ""
+    for name in ("input", "output"):
+        ours, its = (getattr(model, f"get_{name}_embeddings")().weight for model in (moe, dense))
+        if not torch.equal(ours, its.to(stored).to(ours.dtype)):
+            return f"its {name} embedding is not the dense model's"
+    if _tied(moe) != _tied(dense):
+        return "its head is tied to its embedding" if _tied(moe) else "its head is not tied to its embedding"
+    return ""
+
+
+def _facts(model: Any) -> dict[str, Any]:
+    return {
+        "head": _head(model),
+        "vocabulary": int(model.get_output_embeddings().weight.shape[0]),
+        "embeddings": int(model.get_input_embeddings().weight.shape[0]),
+        "layers": int(model.config.num_hidden_layers),
+        "hidden size": int(model.config.hidden_size),
+        "rotation": _rope(model.config),
+    }
+
+
+def _head(model: Any) -> str:
+    """What a class is for: the end of its name."""
+    return next((end for end in stock.LANGUAGE_MODELS if type(model).__name__.endswith(end)), type(model).__name__)
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """Rotary parameters; the share of a head that is rotated is seen in the frequencies."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return {name: value for name, value in rope.items() if name != "partial_rotary_factor"}
+
+
+def _rotation_difference(moe: Any, dense: Any) -> str:
+    """Frequencies and scales of the rotary embeddings as the models hold them."""
+    ours, its = (
+        [(name, buffer.float()) for name, buffer in model.named_buffers() if name.endswith("inv_freq")]
+        for model in (moe, dense)
+    )
+    if len(ours) != len(its):
+        return f"it has {len(ours)} sets of rotary frequencies, the dense model {len(its)}"
+    for (name, found), (_, expected) in zip(ours, its, strict=True):
+        same = found.shape == expected.shape and torch.allclose(found, expected, rtol=FREQUENCY_TOLERANCE, atol=0)
+        if not same:
+            return f"{name} is not the dense model's"
+    scales = [
+        [float(module.attention_scaling) for module in model.modules() if hasattr(module, "attention_scaling")]
+        for model in (moe, dense)
+    ]
+    return "" if scales[0] == scales[1] else f"attention_scaling {scales[0]}, the dense model {scales[1]}"
+
+
+def _tied(model: Any) -> bool:
+    """Whether head and embedding are the same numbers, stored once or twice."""
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    return head.shape == embedding.shape and torch.equal(head, embedding)

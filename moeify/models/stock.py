@@ -1,0 +1,236 @@
+"""The one door to models as stock transformers loads them; its own report of what it found decides what is right.
+
+Nothing of a model's folder runs: no code, no pickle, no adapter, no kernel that a config names. No other file of this
+package calls `from_pretrained` of a model on a folder.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from moeify.errors import InputError, warn
+from moeify.models.files import find_shards, load_config
+from moeify.words import printable
+
+# An architecture that ends so has the head of a language model, whatever the class is called.
+LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the loader of transformers found; names in order.
+
+    Args:
+        missing: tensors that the model needs and that are not stored: random numbers would stand there.
+        unexpected: stored, but not loaded; without those that the architecture lists as no longer needed.
+        mismatched: stored in another shape, by name: the stored shape and that of the model.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]
+
+    @classmethod
+    def of(cls, info: Mapping[str, Any]) -> "Report":
+        """From `output_loading_info`."""
+        mismatched = {name: (tuple(stored), tuple(needed)) for name, stored, needed in info["mismatched_keys"]}
+        return cls(
+            tuple(sorted(info["missing_keys"])),
+            tuple(sorted(info["unexpected_keys"])),
+            dict(sorted(mismatched.items())),
+        )
+
+    def check(self, model_type: str) -> None:
+        """Refuse what is not whole.
+
+        Raises:
+            InputError: tensors are missing or have another shape.
+        """
+        if self.missing:
+            raise InputError(
+                f"{len(self.missing):,} tensors of {model_type} are missing, the first is {self.missing[0]}",
+                "fetch the checkpoint again; adapters and partial checkpoints cannot be used",
+            )
+        for name, (stored, needed) in self.mismatched.items():
+            raise InputError(
+                f"{name} has shape {list(stored)}, config.json says {list(needed)}",
+                "config.json and the weights are not of the same model",
+            )
+
+    def warn_of_unexpected(self) -> None:
+        """Say which tensors the model does not have."""
+        if self.unexpected:
+            warn(
+                f"{len(self.unexpected):,} tensors are no part of the model, the first is "
+                f"{printable(self.unexpected[0])}: they are left out, as transformers does"
+            )
+
+
+def load(path: Path, *, dtype: torch.dtype | str = torch.float32, **arguments: Any) -> Any:
+    """Load a model, every tensor of it from the disk.
+
+    Args:
+        path: its folder.
+        dtype: of the weights; `auto` keeps the checkpoint's.
+        arguments: passed on to `from_pretrained`.
+
+    Raises:
+        InputError: transformers cannot load it, or its report is not clean.
+    """
+    model, report = load_with_report(path, dtype=dtype, **arguments)
+    report.check(model.config.model_type)
+    report.warn_of_unexpected()
+    return model
+
+
+def load_with_report(
+    path: Path, *, dtype: torch.dtype | str = torch.float32, config: Any = None, **arguments: Any
+) -> tuple[Any, Report]:
+    """Load a model and leave it to the caller to judge the loader's report.
+
+    Args:
+        path: its folder.
+        dtype: of the weights.
+        config: instead of the folder's own.
+        arguments: passed on to `from_pretrained`.
+
+    Raises:
+        InputError: there is something that transformers would run, or it cannot load the rest.
+    """
+    if "gguf_file" not in arguments:
+        find_shards(path)
+        config = settled(config or load_config(path))
+        check_architecture(config)
+        arguments = {"config": config, **arguments}
+    try:
+        with quiet():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **arguments,
+            )
+    except ImportError as error:
+        raise InputError(f"transformers needs another package to load {path}: {first_line(error)}") from error
+    except Exception as error:
+        # Its readers raise whatever they stumble over.
+        raise InputError(f"transformers cannot load {path}: {first_line(error)}", "fetch the model again") from error
+    model, info = loaded
+    return model, Report.of(info)
+
+
+def load_gguf(file: Path) -> tuple[Any, Report]:
+    """Load a GGUF in float32, to which it is dequantised.
+
+    Args:
+        file: alone in its folder and of a name that is nowhere else, because transformers looks for that name in the
+            working folder first.
+    """
+    arguments: dict[str, Any] = {"gguf_file": file.name}
+    if hasattr(transformers, "GgufConfig"):
+        # Otherwise packed weights are computed with kernels from the hub, where there are any.
+        arguments["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    return load_with_report(file.parent, **arguments)
+
+
+def settled(config: Any) -> Any:
+    """A copy of a config that names no implementation: one of another name would be fetched from the hub, and run."""
+    config = deepcopy(config)
+    config._attn_implementation = None
+    config._experts_implementation = None
+    # Both exist in a config.json only: which file the weights are in, and which modules to put in place of the model's.
+    other = getattr(config, "transformers_weights", None)
+    if other is not None:
+        raise InputError(
+            f"config.json says that the weights are in {printable(other)!r} (transformers_weights)",
+            "name the file model.safetensors and remove that line",
+        )
+    config.fusion_config = None
+    del config.fusion_config
+    return config
+
+
+def check_architecture(config: Any) -> None:
+    """Refuse a model whose head is not that of a language model: it would be lost.
+
+    Raises:
+        InputError: config.json names another class.
+    """
+    names = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
+    for name in names:
+        base = name.endswith("Model")
+        if not base and not name.endswith(LANGUAGE_MODELS):
+            raise InputError(
+                f"config.json says that the model is a {printable(name)}, expected a language model (...ForCausalLM)",
+                "a classifier's or reward model's head would be lost: start from the language model it was made of",
+            )
+
+
+def placed(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], Report]:
+    """Where the loader of transformers puts tensors of these names and shapes, without reading one.
+
+    Each is stood in for by a tensor on the meta device that begins at a place of its own in its storage. What the
+    loader renames keeps that place; what it computes from several does not.
+
+    Args:
+        config: of the model.
+        shapes: of the stored tensors, by name.
+
+    Returns:
+        Stored name of each tensor of the model, where it is a stored tensor as it is; and the loader's report.
+    """
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    marks = dict(enumerate(sorted(shapes), start=1))
+    stand_ins = {
+        name: torch.empty(torch.Size(shapes[name]).numel() + mark, device="meta")[mark:].view(shapes[name])
+        for mark, name in marks.items()
+    }
+    with quiet():
+        loaded: Any = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=dict(stand_ins),
+            dtype=torch.float32,
+            device_map="meta",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    model, info = loaded
+    stored = {}
+    for name, tensor in model.state_dict().items():
+        origin = marks.get(tensor.storage_offset())
+        if origin is not None and tensor.shape == stand_ins[origin].shape and tensor.is_contiguous():
+            stored[name] = origin
+    # Of tied tensors that are both not there, one is needed.
+    tied = {name for name, source in model.all_tied_weights_keys.items() if source in info["missing_keys"]}
+    return stored, Report.of({**info, "missing_keys": info["missing_keys"] - tied})
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """What does not fit is read from the loader's report; its table of it, and its bars, are not for the user."""
+    verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def first_line(error: Exception) -> str:
+    """What an exception of another library says, in one line."""
+    return printable(next(iter(str(error).splitlines()), type(error).__name__))
