@@ -276,7 +276,7 @@ def _stage_result(stage: StageHistory, seconds: float | None, peak_memory_bytes:
 def _job(inputs: Inputs, options: FinetuneOptions, num_processes: int) -> dict[str, Any]:
     """Everything that a resumed run must have in common with the one that began."""
     return {
-        "model": inputs.fingerprint,
+        "model": inputs.files.value,
         "teacher": inputs.teacher.fingerprint(),
         "options": asdict(options),
         "text": inputs.provenance,

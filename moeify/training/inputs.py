@@ -17,7 +17,7 @@ from moeify.models import stock
 from moeify.models.config import load_config
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.files import find_shards, locate
-from moeify.models.fingerprint import fingerprint
+from moeify.models.fingerprint import Fingerprint
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track
 from moeify.plan import PLAN_FILE, SplitPlan, load_plan
@@ -37,7 +37,7 @@ class Inputs:
     Args:
         name, path: the student, as it was named and where it is.
         plan: of its split; None for a model that moeify did not cut.
-        fingerprint: of its files.
+        files: fingerprint of its files when it was opened.
         teacher: the dense model.
         ids_BC, eval_BC: training and held-out text.
         provenance: of both.
@@ -46,7 +46,7 @@ class Inputs:
     name: str
     path: Path
     plan: SplitPlan | None
-    fingerprint: str
+    files: Fingerprint
     teacher: DenseModel
     ids_BC: Tensor
     eval_BC: Tensor
@@ -59,14 +59,7 @@ class Inputs:
             InputError: they changed, or are gone.
         """
         self.teacher.check_unchanged()
-        try:
-            unchanged = fingerprint(self.path, find_shards(self.path)) == self.fingerprint
-        except (OSError, InputError):
-            unchanged = False
-        if not unchanged:
-            raise InputError(
-                f"{self.path} changed while it was read", "run the command again when nothing else writes there"
-            )
+        self.files.check_unchanged()
 
 
 def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOptions, track: Track[Any]) -> Inputs:
@@ -112,7 +105,7 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
                 "tokenizer and weights are not of the same model",
             )
     provenance = {"data": asdict(blocks.provenance), "eval": [asdict(stream.provenance) for stream in streams]}
-    return Inputs(moe, path, plan, fingerprint(path, shards), dense, blocks.ids_BC, eval_BC, provenance)
+    return Inputs(moe, path, plan, Fingerprint.take(path, shards), dense, blocks.ids_BC, eval_BC, provenance)
 
 
 def _context(options: FinetuneOptions, *configs: Any) -> int:
