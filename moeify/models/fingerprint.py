@@ -74,11 +74,6 @@ class Fingerprint:
                 )
 
 
-def fingerprint(path: Path, shards: Mapping[str, Path]) -> str:
-    """The value of a fingerprint that is taken now."""
-    return Fingerprint.take(path, shards).value
-
-
 def _file_digest(file: Path) -> str:
     """Of a safetensors file what `Fingerprint` says; of any other the content."""
     with file.open("rb") as opened:
