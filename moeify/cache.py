@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -126,9 +127,16 @@ def check_place(file: Path) -> None:
     Raises:
         DiskError: it cannot.
     """
-    with contextlib.suppress(_TriedError), replacing(file) as temporary:
-        temporary.write_text("moeify tries whether it can write here\n")
-        sync(temporary)
+    folder = file.parent
+    with contextlib.suppress(_TriedError), disk_errors(folder), made_folders(folder):
+        with contextlib.suppress(FileNotFoundError):
+            # Long names fail here.
+            file.with_name(f"{file.name}.{uuid.uuid4().hex}.tmp").lstat()
+        # It has no name, so that a kill leaves nothing.
+        with tempfile.TemporaryFile(dir=folder) as opened:
+            opened.write(b"moeify tries whether it can write here")
+            opened.flush()
+            os.fsync(opened.fileno())
         raise _TriedError
 
 

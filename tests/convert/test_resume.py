@@ -27,7 +27,7 @@ LAYERS = 4
 DEADLINE_S = 300
 
 # `moeify` in a process that starts quickly: for each line "NUMBER FOLDER ARGUMENTS..." it forks, the child runs the
-# command and is killed right before its NUMBERth look at or change to something below the folder; 0 kills none. Answers
+# command and is killed right before its NUMBERth change to something below the folder; 0 kills none. Answers
 # with "EXIT EVENTS LAST-EVENT". The first line is run without a fork, so that no child has to import anything.
 SERVER = """
 import os, signal, sys
@@ -42,6 +42,9 @@ def child(number, arguments, parent, pipe):
     def hook(event, details):
         nonlocal count
         if event not in EVENTS or not str(details[0]).startswith(parent):
+            return
+        if event == "open" and not details[2] & (os.O_WRONLY | os.O_RDWR):
+            # A kill before a look is a kill after the change before it.
             return
         count += 1
         if count == number:
