@@ -121,13 +121,14 @@ def check_replaceable(file: Path, kind: "type[Any] | str") -> None:
         if isinstance(kind, str):
             with file.open("rb") as opened:
                 is_of_kind = kind.encode() in opened.read(BEGINNING_BYTES)
-            name = f"{file.suffix.removeprefix('.')} file"
+            words = f"{file.suffix.removeprefix('.')} file"
         else:
             name = schema_name(kind)
+            words = f"{name} result"
             values = intact(file, lambda path: json.loads(path.read_bytes()))
             is_of_kind = isinstance(values, dict) and str(values.get("schema")).startswith(f"moeify.{name}/")
     if not is_of_kind:
-        raise InputError(f"{file} was not written by moeify as {name}, so it is not replaced", "choose another -o")
+        raise InputError(f"{file} is no {words} that moeify wrote, so it is not replaced", "choose another -o")
 
 
 def load_json(file: Path, hint: str = HINT) -> Any:

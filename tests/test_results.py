@@ -172,7 +172,7 @@ def test_a_file_of_another_kind_is_never_replaced(tmp_path: Path, content: str) 
     file = tmp_path / "eval.json"
     file.write_text(content)
     for call in (lambda: check_writable(file, Evaluation), lambda: write(RESULTS["eval"], file)):
-        with pytest.raises(InputError, match=r"eval\.json was not written by moeify as eval") as caught:
+        with pytest.raises(InputError, match=r"eval\.json is no eval result that moeify wrote") as caught:
             call()
         assert caught.value.hint
         assert file.read_text() == content
@@ -195,7 +195,7 @@ def test_a_page_or_drawing_is_replaced_if_it_says_that_it_is_ours(tmp_path: Path
     file = tmp_path / "page.html"
     write_text("<p>ours</p>", file, "ours")
     write_text("<p>ours, again</p>", file, "ours")
-    with pytest.raises(InputError, match=r"page\.html was not written by moeify as html file"):
+    with pytest.raises(InputError, match=r"page\.html is no html file that moeify wrote"):
         write_text("<p>", file, "another mark")
     assert file.read_text() == "<p>ours, again</p>"
 

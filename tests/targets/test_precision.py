@@ -21,7 +21,7 @@ from moeify.convert.pipeline import split
 from moeify.convert.prepare import preview
 from moeify.data.documents import read_documents
 from moeify.models import stock
-from moeify.models.files import load_tokenizer
+from moeify.models.tokenizer import load_tokenizer
 from moeify.options import SplitOptions
 from moeify.plan import load_plan
 from moeify.training.model import Student
