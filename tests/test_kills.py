@@ -24,8 +24,8 @@ from conftest import MakeDense
 KILLS = int(os.environ.get("MOEIFY_KILLS", "5"))
 SEED = int(os.environ.get("MOEIFY_SEED", "0"))
 DEADLINE_S = 600
-# Not yet whole by their names.
-UNFINISHED = ("*.tmp", "*.partial/*", "*.partial-*", ".*.lock", "*/.tmp*", "*/.*.lock", "*.replaced-*")
+# Not yet whole by their names, and markers, which say themselves whether their stage is done.
+UNFINISHED = ("*.done", "*.tmp", "*.partial/*", "*.partial-*", ".*.lock", "*/.tmp*", "*/.*.lock", "*.replaced-*")
 # Their names hold the time, the host and the process.
 EVENTS = "*/logs/*/events.out.tfevents.*"
 
@@ -193,9 +193,14 @@ def test_kills_at_random_moments(sources: Sources, tmp_path: Path, forking: Any,
         stage.check_whole(expected)
         again = hit and kills < KILLS and generator.random() < 0.4
         kinds[again] += hit
-        if hit and not again:
+        if again:
+            continue
+        # Killed behind its last step, when an empty lock alone may be left: there is nothing to go on with.
+        if hit and not expected.items() <= stage.files().items():
             stage.finish()
-        if not again:
-            assert stage.files() == expected
-            shutil.rmtree(stage.folder)
+            hit = False
+        left = {name for name in stage.files() if not (hit and fnmatch(name, "*.lock"))}
+        assert left == expected.keys()
+        assert expected.items() <= stage.files().items()
+        shutil.rmtree(stage.folder)
     print(f"\n{name}: {kills} kills in a run of {seconds:.1f} s, {kinds[0]} resumed at once, {kinds[1]} killed again")  # noqa: T201
