@@ -23,6 +23,8 @@ from moeify.options import SplitOptions
 SHARED = -1
 PLAN_FILE = "split_plan.safetensors"
 PLAN_SCHEMA = "moeify.plan/2"
+# What a plan's header says beside layout, options and diagnostics.
+HEADER_TYPES = {"source": str, "family": str, "target": str, "calibration": dict, "version": str}
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Layout:
     dense_layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        numbers = (self.num_experts, self.num_shared, self.num_active, *self.dense_layers)
+        if wrong := [number for number in numbers if type(number) is not int]:
+            raise UsageError(f"a layout has the number {wrong[0]!r}, expected whole numbers")
         if self.num_experts < 2:
             raise UsageError(f"{self.num_experts} experts are not a mixture", "--experts takes 2 or more")
         if not 1 <= self.num_active <= self.num_experts:
@@ -237,12 +242,15 @@ def load_plan(path: Path) -> SplitPlan:
                 replace(LayerPlan.read(reader, i, f"layers.{i}."), down_DF=None, diagnostics=diagnostics)
                 for i, diagnostics in enumerate(header["diagnostics"])
             )
+        for key, kind in HEADER_TYPES.items():
+            if not isinstance(header[key], kind):
+                raise TypeError(f"{key} is {header[key]!r:.60}, expected {kind.__name__}")
         plan = SplitPlan(
             layout=Layout(**{**header["layout"], "dense_layers": tuple(header["layout"].get("dense_layers", ()))}),
             layers=layers,
             trained=tuple(header.get("trained", ())),
             options=SplitOptions.of(header["options"]),
-            **{key: header[key] for key in ("source", "family", "target", "calibration", "version")},
+            **{key: header[key] for key in HEADER_TYPES},
         )
     except (SafetensorError, KeyError, TypeError, AttributeError, UsageError, json.JSONDecodeError) as error:
         raise InputError(

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moeify.errors import InputError, MoeifyError, UsageError
 from moeify.options import SplitOptions
-from moeify.plan import PLAN_FILE, SHARED, LayerPlan, Layout, SplitPlan, load_plan, resolve_layout
+from moeify.plan import HEADER_TYPES, PLAN_FILE, SHARED, LayerPlan, Layout, SplitPlan, load_plan, resolve_layout
 
 
 def make_plan(layout: Layout | None = None, num_layers: int = 2, **changes: Any) -> SplitPlan:
@@ -133,6 +134,25 @@ def test_defaults_share_a_quarter_of_the_active_experts_rounded_up(experts: int)
         assert 4 * (layout.num_shared - 1) < layout.num_active <= 4 * layout.num_shared
     else:
         assert layout.num_shared == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("layout", {"num_experts": 4.0, "num_shared": 0, "num_active": 2, "dense_layers": []}),
+        ("layout", {"num_experts": 4, "num_shared": True, "num_active": 2, "dense_layers": []}),
+        ("layout", {"num_experts": 4, "num_shared": 0, "num_active": 2, "dense_layers": ["0"]}),
+        *((key, value) for key in HEADER_TYPES for value in (None, 7, [])),
+    ],
+)
+def test_a_header_of_other_types_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    with_dense_layers().save(tmp_path / "plan")
+    with safe_open(tmp_path / "plan", framework="pt") as reader:
+        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+        header = {**json.loads(reader.metadata()["moeify"]), key: value}
+    save_file(tensors, tmp_path / "plan", metadata={"moeify": json.dumps(header)})
+    with pytest.raises(InputError, match="is not a complete split plan"):
+        load_plan(tmp_path / "plan")
 
 
 def test_dense_layers_count_in_full() -> None:

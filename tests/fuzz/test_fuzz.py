@@ -35,8 +35,8 @@ from moeify.plan import PLAN_FILE, load_plan
 from moeify.recipes.model import load_recipe
 from moeify.results import read, write
 
-# Random changes of each file; together about 15 s on one core.
-EXAMPLES = 250
+# Random changes of each file; together about 25 s on one core.
+EXAMPLES = 500
 # Of processor time: other work on the machine does not count.
 LIMIT_SECONDS = 5
 LIMIT_BYTES = 1 << 30
