@@ -58,6 +58,8 @@ def read_documents(source: str) -> Iterator[str]:
 
 
 def _missing_error(source: str, path: Path) -> InputError:
+    if path.exists():
+        return InputError(f"{source} is neither a file nor a folder", f"A source is {KINDS}")
     near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, [*near, "builtin", "builtin-heldout", "self"], n=1)
     guess = f"did you mean {path.with_name(close[0]) if close[0] in near else close[0]}? " if close else ""

@@ -164,7 +164,10 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), *, out: Path | None =
         raise InputError(f"no recipe at {path}", "`moeify ls recipes` lists those that come with moeify")
     values = load_yaml(data, str(path))
     if not isinstance(values, dict):
-        raise InputError(f"{path} holds {type(values).__name__}, expected a mapping")
+        raise InputError(
+            f"{path} holds {type(values).__name__}, expected a mapping of sections",
+            "`moeify ls recipes` lists those that come with moeify; copy one",
+        )
     for override in overrides:
         _override(values, override)
     if out is not None:

@@ -155,6 +155,11 @@ def test_parquet_errors(tmp_path: Path) -> None:
             list(read_documents(str(tmp_path / "y.parquet")))
 
 
+def test_what_is_neither_file_nor_folder_is_no_text() -> None:
+    with pytest.raises(InputError, match="/dev/null is neither a file nor a folder"):
+        read_documents("/dev/null")
+
+
 def test_missing_file_names_the_closest_and_the_kinds(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("{}")
     with pytest.raises(InputError, match=r"no text source .*trian.jsonl") as caught:
