@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from moeify.cache import disk_errors
 from moeify.errors import InputError, first_line, warn
 from moeify.export.workspace import Workspace
@@ -25,7 +23,7 @@ from moeify.models.config import load_config
 from moeify.models.files import inside
 from moeify.models.generation import GENERATION_FILE, default_generation, usable_generation
 from moeify.models.same_tokens import token_difference
-from moeify.models.tokenizer import load_tokenizer
+from moeify.models.tokenizer import load_tokenizer, stock_tokenizer
 
 CONFIG_FILE = "tokenizer_config.json"
 # All versions of transformers and everything beside it knows this name, and reads tokenizer.json as it is.
@@ -128,7 +126,7 @@ def _difference(companions: Companions, config: str, expected: Any) -> str:
             (folder / name).write_bytes(content)
         (folder / "config.json").write_text(config)
         try:
-            found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            found = stock_tokenizer(folder)
         except Exception as error:
             # Its readers raise whatever they stumble over.
             return f"it cannot be read there ({first_line(error)})"

@@ -17,12 +17,13 @@ from typing import Any, BinaryIO
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeify.cache import cache_dir, made_once
 from moeify.errors import InputError, first_line, warn
 from moeify.models.fingerprint import SAMPLE_BYTES
 from moeify.models.stock import load_gguf, quiet
+from moeify.models.tokenizer import stock_tokenizer
 from moeify.words import listing, printable
 
 # Of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: number of a value's type -> its format for struct.
@@ -118,7 +119,7 @@ def from_gguf(file: Path) -> Path:
         try:
             with quiet():
                 config = AutoConfig.from_pretrained(alone, gguf_file=link.name, trust_remote_code=False)
-                tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=link.name, trust_remote_code=False)
+                tokenizer = stock_tokenizer(Path(alone), gguf_file=link.name)
             check_complete(file, header, config)
             model, report = load_gguf(link)
         except ImportError as error:

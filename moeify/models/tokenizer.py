@@ -6,7 +6,10 @@ files that only chats and generation need are carried on with a warning.
 
 import base64
 import binascii
+import os
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from moeify.models.config import load_config
 from moeify.models.json_files import read_mapping
 
 LIMIT_BYTES = 1 << 28
+STDOUT = 1
 # Letters, digits, signs, spaces and lines, and characters of two to four bytes.
 PROBE = "Hello, world! 12,345 times:\n\n\t\u00e4\u00f6\u20ac \u6f22\u5b57 \U0001f642.\n"
 
@@ -33,8 +37,7 @@ def load_tokenizer(path: Path) -> Any:
         InputError: the folder has none that transformers can load without remote code, or it does not fit the model.
     """
     try:
-        # False, not the default: that one asks whoever sits at the terminal, and runs the code at a "y".
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = stock_tokenizer(path)
         ids = tokenizer(PROBE, add_special_tokens=False, verbose=False)["input_ids"]
     except (KeyboardInterrupt, SystemExit):
         raise
@@ -54,6 +57,37 @@ def load_tokenizer(path: Path) -> Any:
     if fault := _template_fault(getattr(tokenizer, "chat_template", None)):
         warn(f"the chat template in {path} is broken and kept as it is: {fault}")
     return tokenizer
+
+
+def stock_tokenizer(path: Path, **arguments: Any) -> Any:
+    """The tokenizer as stock transformers loads it; nothing of the folder runs, and nothing in it is printed.
+
+    Args:
+        path: the folder.
+        arguments: passed on to `from_pretrained`.
+    """
+    with _no_output():
+        # False, not the default: that one asks whoever sits at the terminal, and runs the code at a "y".
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **arguments)
+
+
+@contextmanager
+def _no_output() -> Iterator[None]:
+    """Let compiled code print nothing: the tokenizers library writes to stdout what it does not know in a file."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(STDOUT)
+    except OSError:
+        # There is no stdout.
+        yield
+        return
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), STDOUT)
+        yield
+    finally:
+        os.dup2(kept, STDOUT)
+        os.close(kept)
 
 
 def _unusable(path: Path, error: BaseException) -> InputError:

@@ -32,6 +32,17 @@ def tokenizer_of(folder: Path) -> Any:
     return load_tokenizer(folder)
 
 
+def test_what_a_file_says_is_not_printed(dense: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The tokenizers library writes keys that it does not know to stdout, where one JSON object may be expected."""
+    settings = json.loads((dense / "tokenizer_config.json").read_text())
+    settings["added_tokens_decoder"] = {"0": {"content": "<s>", "special": True, "x\x1b]0;title\x07": True}}
+    (dense / "tokenizer_config.json").write_text(json.dumps(settings))
+    AutoTokenizer.from_pretrained(dense)
+    assert "title" in capfd.readouterr().out
+    assert tokenizer_of(dense)("a")["input_ids"]
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("change", NEEDED, ids=str)
 def test_a_tokenizer_that_is_broken_is_refused(dense: Path, change: Companion) -> None:
     change.apply(dense)
