@@ -19,7 +19,6 @@ from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.convert.search import under_budget
 from moeify.convert.walk import CalibrationWalk
 from moeify.data.text import TokenBlocks
-from moeify.errors import InputError
 from moeify.experts.slices import SplitFFN, slice_experts
 from moeify.export.companions import settle_companions
 from moeify.export.model_card import model_card
@@ -94,7 +93,7 @@ def split(
             kept = tuple(replace(layer, down_DF=None) for layer in layers)
             companions.write(workspace)
             _write(prepared, workspace, kept, calibration, track)
-            _check_source(prepared.dense, workspace)
+            workspace.check_sources(prepared.dense.check_unchanged)
         workspace.commit()
     sizes = count_parameters(prepared.writer)
     reason = prepared.target_reason
@@ -143,22 +142,13 @@ def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Wor
                 stage.ffn, stage.inputs_TD, fit, again, gradient_GD=stage.gradient_GD, goal_TD=stage.goal_TD
             )
             plan = fitted.plan
-            _check_source(prepared.dense, workspace)
+            workspace.check_sources(prepared.dense.check_unchanged)
             workspace.save_layer(plan)
         else:
             outputs_TD = converted(stage.ffn, plan, fit)(stage.inputs_TD)
         walk.leave(outputs_TD)
         yield plan
     walk.stream.check_head()
-
-
-def _check_source(dense: DenseModel, workspace: Workspace) -> None:
-    """Refuse a model that changed since it was opened, and all that was made of it."""
-    try:
-        dense.check_unchanged()
-    except InputError:
-        workspace.discard()
-        raise
 
 
 def _plan(prepared: Prepared, layers: tuple[LayerPlan, ...], calibration: dict[str, Any]) -> SplitPlan:

@@ -11,7 +11,7 @@ import glob
 import json
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +85,18 @@ class Workspace:
         """Remove all that was built; a file that somebody else put there keeps the folder."""
         if self.path.exists() and self._stranger() is None:
             shutil.rmtree(self.path, ignore_errors=True)
+
+    def check_sources(self, check_unchanged: Callable[[], None]) -> None:
+        """Discard all that was built if a model that it was made of changed since it was opened.
+
+        Raises:
+            InputError: as `check_unchanged` does.
+        """
+        try:
+            check_unchanged()
+        except InputError:
+            self.discard()
+            raise
 
     def _open(self) -> None:
         check_replaceable(self.out, overwrite=self._overwrite)

@@ -27,7 +27,6 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
-from moeify.errors import InputError
 from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel
@@ -140,7 +139,7 @@ def finetune(
             if processes.is_main_process:
                 student = _student(inputs, options, workspace, len(options.stage))
                 write_trained(student, inputs, options, workspace)
-                _check_sources(inputs, workspace)
+                workspace.check_sources(inputs.check_unchanged)
         else:
             results = _finished(workspace.path / HISTORY_FILE)
         processes.wait_for_everyone()
@@ -230,7 +229,7 @@ class _Stages:
         Raises:
             InputError: a model changed while it was read; nothing of it is kept.
         """
-        _check_sources(self.inputs, self.workspace)
+        self.workspace.check_sources(self.inputs.check_unchanged)
         self.workspace.write_text(_figures_file(number, stage), json.dumps({"stage": stage, **figures}))
         self.workspace.write_tensors(_state_file(number, stage), state, {"format": "pt"})
 
@@ -246,15 +245,6 @@ class _Stages:
             wait=self.processes.wait_for_everyone,
             track=self.track,
         )
-
-
-def _check_sources(inputs: Inputs, workspace: Workspace) -> None:
-    """Refuse models that changed since they were opened, and all that was made of them."""
-    try:
-        inputs.check_unchanged()
-    except InputError:
-        workspace.discard()
-        raise
 
 
 def _student(inputs: Inputs, options: FinetuneOptions, workspace: Workspace, number: int) -> Student:
