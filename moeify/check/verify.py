@@ -113,16 +113,16 @@ def verify(
     hard = Mixing.of(plan.options).style == "hard" and not plan.trained
     # Before the other two models are in memory.
     deviation = _gate_deviation(path, ids, target, plan) if hard else 0.0
-    reference = Reference.of(source)
+    reference, stored = Reference.of(source), load_config(path).dtype
     model, keys = _load_all_on(path, plan.layout)
     whole = set(plan.trained) <= KEEPS_NEURONS
-    places = _place_checks(model, reference, plan, target)
+    places = _place_checks(model, reference, plan, target, stored)
     checks = [keys, *(places if whole else places[:1]), *_stored_checks(path, reference, plan, target)]
-    checks += _identity_checks(path, model, reference, values=whole)
+    checks += _identity_checks(path, model, reference, stored, values=whole)
     if not whole:
         return VerifyReport(str(moe), source.name, tuple(checks), None, deviation)
-    _restore_dense(model, reference, plan, target)
-    difference, allowed = logit_difference(model, reference.model, ids, load_config(path).dtype, tolerance)
+    _restore_dense(model, reference, plan, target, stored)
+    difference, allowed = logit_difference(model, reference.model, ids, stored, tolerance)
     checks += [
         Check(
             "logits equal dense, all experts on",
@@ -154,9 +154,9 @@ def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
     return model.eval(), check
 
 
-def _identity_checks(path: Path, model: Any, reference: Reference, *, values: bool) -> list[Check]:
+def _identity_checks(path: Path, model: Any, reference: Reference, stored: torch.dtype, *, values: bool) -> list[Check]:
     """What both models are, as stock transformers sees them, and how both read a text."""
-    other = architecture_difference(model, reference.model, load_config(path).dtype, values=values)
+    other = architecture_difference(model, reference.model, stored, values=values)
     tokens = token_difference(load_tokenizer(path), reference.tokenizer())
     return [
         Check("architecture is the dense model's", other or "equal", "equal", not other),
@@ -164,10 +164,9 @@ def _identity_checks(path: Path, model: Any, reference: Reference, *, values: bo
     ]
 
 
-def _place_checks(model: Any, source: DenseModel, plan: SplitPlan, target: Target) -> list[Check]:
+def _place_checks(model: Any, source: DenseModel, plan: SplitPlan, target: Target, stored: torch.dtype) -> list[Check]:
     """Mixing and up rows must be the dense rows, bit for bit, each in exactly one place."""
     placed, equal, total = 0, 0, 0
-    stored = load_config(Path(model.name_or_path)).dtype
     for layer in _cut_layers(plan):
         ffn = source.ffn(layer.layer).map(lambda tensor: tensor.to(stored).float())
         order = torch.cat([layer.neurons(expert) for expert in range(SHARED, plan.layout.num_routed)])
@@ -197,11 +196,11 @@ def _same_rows(loaded: FFNWeights, planned: FFNWeights) -> Tensor:
 
 
 @torch.no_grad()
-def _restore_dense(model: Any, source: DenseModel, plan: SplitPlan, target: Target) -> None:
+def _restore_dense(model: Any, source: DenseModel, plan: SplitPlan, target: Target, stored: torch.dtype) -> None:
     """Dense down columns with the fold for all experts on, and routers of zero; in memory only."""
     everything = Layout(plan.layout.num_experts, plan.layout.num_shared, plan.layout.num_experts)
     for layer in _cut_layers(plan):
-        down_DF = source.ffn(layer.layer).down_DF.to(load_config(Path(model.name_or_path)).dtype).float()
+        down_DF = source.ffn(layer.layer).down_DF.to(stored).float()
         parts = moe_parameters(model.get_submodule(target.block(layer.layer)), target.modules)
         parts["router"].zero_()
         routed = [down_DF[:, layer.neurons(expert)] for expert in range(plan.layout.num_routed)]

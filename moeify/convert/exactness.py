@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moeify import families, targets
-from moeify.errors import InputError
+from moeify.errors import InputError, first_line
 from moeify.experts.slices import SplitFFN, slice_experts
 from moeify.export.writer import MoEWriter
 from moeify.families import Family
@@ -215,8 +215,7 @@ def _compare(target_name: str, config: str, layout: Layout) -> Exactness:
         logits_1CV, wrong = _logits(writer.config(), converted, ids_1C)
     except STOPS as error:
         # Whatever stops a conversion that nobody has seen before is the reason why it is not done.
-        first_line = str(error).splitlines()[0] if str(error) else ""
-        return Exactness(False, f"a toy twin cannot be converted: {type(error).__name__}: {first_line:.160}")
+        return Exactness(False, f"a toy twin cannot be converted: {first_line(error):.160}")
     if wrong:
         return Exactness(False, wrong)
     difference = float((logits_1CV - dense_1CV).abs().max() / dense_1CV.abs().max())

@@ -225,11 +225,9 @@ def _tensors(config: Any, headers: Mapping[str, Stored]) -> tuple[Any, dict[str,
         if both and not _are_equal(headers[names[head]], headers[names[embedding]]):
             config.tie_word_embeddings = False
             warn(f"{head} differs from {embedding}, though config.json ties them: both stay, as in transformers")
-    needed = [name for name in skeleton.state_dict() if name not in skeleton.all_tied_weights_keys]
-    if not config.tie_word_embeddings:
-        needed = list(skeleton.state_dict())
+    tied = skeleton.all_tied_weights_keys if config.tie_word_embeddings else {}
     stored = {}
-    for name in needed:
+    for name in (name for name in skeleton.state_dict() if name not in tied):
         if name not in names:
             raise InputError(
                 f"transformers makes {name} of tensors with other names or shapes while it loads them",
