@@ -12,6 +12,7 @@ from moeify.errors import UsageError
 PLUGINS = {
     "families": "families",
     "targets": "targets",
+    "engines": "engines",
     "partitions": "partition",
     "routers": "routers",
     "strategies": "strategies",

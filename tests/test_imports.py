@@ -21,6 +21,7 @@ FILES = {
 ATTRIBUTES = {
     "moeify.families": "FAMILY",
     "moeify.targets": "TARGET",
+    "moeify.engines": "ENGINE",
     "moeify.partition": "partition",
     "moeify.routers": "fit",
     "moeify.strategies": "choose",
@@ -31,7 +32,7 @@ FLOORS = (
     ("families",),
     ("models", "strategies"),
     ("calibration", "data", "experts"),
-    ("kernels", "partition", "routers", "targets"),
+    ("engines", "kernels", "partition", "routers", "targets"),
     ("export",),
     ("convert",),
     ("check",),

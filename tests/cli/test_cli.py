@@ -18,7 +18,7 @@ import typer
 import yaml
 from conftest import MakeDense
 
-from moeify import families, partition, routers, strategies, targets
+from moeify import engines, families, partition, routers, strategies, targets
 from moeify import plugin_list as listing
 from moeify.check.perplexity import EvalResult
 from moeify.cli.app import app, run_command
@@ -336,6 +336,7 @@ def test_json_of_ls(kind: str, as_json: Call) -> None:
         "targets": targets.names,
         "partitions": partition.names,
         "routers": routers.names,
+        "engines": engines.names,
         "strategies": strategies.names,
     }
     recipes = [path.stem for folder in listing.recipe_folders() for path in folder.glob("*.yaml")]

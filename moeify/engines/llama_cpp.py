@@ -1,0 +1,5 @@
+"""llama.cpp."""
+
+from moeify.engines import Engine
+
+ENGINE = Engine("llama.cpp", tested="from source, 2026-11-25")

@@ -1,0 +1,5 @@
+"""SGLang."""
+
+from moeify.engines import Engine
+
+ENGINE = Engine("SGLang", tested="from source, 2026-11-25")

@@ -1,0 +1,5 @@
+"""vLLM."""
+
+from moeify.engines import Engine
+
+ENGINE = Engine("vLLM", tested="from source, 2026-11-25")
