@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import moeify
-from moeify import plugins
+from moeify import plugins, targets
 from moeify.errors import UsageError
 
 PACKAGE = Path(moeify.__file__).parent
@@ -183,6 +183,8 @@ def test_every_plugin_has_its_attribute(package: str, name: str, attribute: str)
     assert found is getattr(importlib.import_module(f"{package}.{name}"), attribute)
     if attribute in ("FAMILY", "TARGET"):
         assert found.model_type == name
+    elif attribute == "ENGINE":
+        assert any(found.name in targets.find(target).engines for target in targets.names())
     else:
         assert callable(found)
 

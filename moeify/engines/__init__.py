@@ -1,7 +1,7 @@
 """Engines that run converted checkpoints, one file each: what of a layout each refuses, and what runs slowly there.
 
-A target says which engines know its architecture; an engine says which layouts of it it runs. Nothing here is guessed: a
-limit was measured or stands in the engine's source, and the file says which, of what version and when.
+A target says which engines know its architecture; an engine says which of its layouts it runs. Nothing here is
+guessed: a limit was measured or stands in the engine's source, and the file says which, of what version and when.
 
 To add one, copy `sglang.py`; nothing else is edited.
 """
@@ -37,6 +37,11 @@ class Shape:
         return self.layout.expert_width(self.num_neurons)
 
 
+def nothing(_: Shape) -> str:
+    """What an engine says that runs every layout well."""
+    return ""
+
+
 @dataclass(frozen=True)
 class Engine:
     """One engine.
@@ -50,8 +55,8 @@ class Engine:
 
     name: str
     tested: str
-    refuse: Callable[[Shape], str] = lambda shape: ""
-    caution: Callable[[Shape], str] = lambda shape: ""
+    refuse: Callable[[Shape], str] = nothing
+    caution: Callable[[Shape], str] = nothing
 
 
 def names() -> list[str]:

@@ -1,4 +1,4 @@
-"""llama.cpp."""
+"""llama.cpp, which reads GGUF."""
 
 from moeify.engines import Engine
 

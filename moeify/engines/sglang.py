@@ -1,4 +1,4 @@
-"""SGLang."""
+"""SGLang, which reads the written folder."""
 
 from moeify.engines import Engine
 

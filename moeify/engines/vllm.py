@@ -1,4 +1,4 @@
-"""vLLM."""
+"""vLLM, which reads the written folder."""
 
 from moeify.engines import Engine
 
