@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from moeify.plan import SplitPlan, load_plan
     from moeify.reporting.report import ReportResult, report
     from moeify.training.finetune import FinetuneResult, finetune
+    from moeify.training.freeze import freeze_routers
     from moeify.training.options import FinetuneOptions
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "compare",
     "evaluate",
     "finetune",
+    "freeze_routers",
     "load",
     "load_plan",
     "report",
@@ -80,6 +82,7 @@ _HOMES = {
     "plan": ("SplitPlan", "load_plan"),
     "reporting.report": ("ReportResult", "report"),
     "training.finetune": ("FinetuneResult", "finetune"),
+    "training.freeze": ("freeze_routers",),
     "training.options": ("FinetuneOptions",),
 }
 

@@ -28,7 +28,7 @@ from moeify.options import Style
 from moeify.plan import Layout
 
 # 2^-6: measurement to be written here.
-ROUTER_SCALE = 2.0**-6
+ROUTER_SCALE = 2.0**-7
 # Largest router score of a calibration token, before it is scaled.
 ROUTER_LIMIT = 4.0
 # What every target's config takes over from the dense model's, as far as that has it.
