@@ -15,6 +15,7 @@ import yaml
 
 from moeify import targets
 from moeify.command_line import command_line
+from moeify.export.writer import weights_are_exact
 from moeify.plan import SplitPlan
 from moeify.version import __version__
 from moeify.words import on_one_line
@@ -162,8 +163,7 @@ def finetuned_card(
 TRAINING = """
 ## Training it further
 
-Freeze the routers, after loading and before the optimizer is made. They are written at {scale:g} of their size, so that
-usual steps of AdamW over all parameters replace them and tokens go to other experts:
+Freeze the routers, after loading and before the optimizer is made. {reason}:
 
 ```python
 for name, parameter in model.named_parameters():
@@ -177,6 +177,14 @@ the parts that are adapted, without routers: `LoraConfig(target_modules=["q_proj
 """
 
 
+SMALL = """\
+They are written at 1/{size} of their size, so that
+usual steps of AdamW over all parameters replace them and tokens go to other experts"""
+SINGLE = """\
+The weight of the one expert that
+a token chooses is one whatever its router gives, so that no loss tells the router anything"""
+
+
 def _training(plan: SplitPlan | None) -> str:
     """What must be known before the checkpoint is trained further; nothing of a model without routers."""
     if plan is None or plan.layout.is_static:
@@ -184,7 +192,8 @@ def _training(plan: SplitPlan | None) -> str:
     target = targets.find(plan.target)
     ends = ", ".join(map(json.dumps, target.frozen))
     # Routers whose scores are weights as well are as large as any other parameter.
-    text = TRAINING.format(scale=plan.router_scale, ends=ends) if plan.options.mixing == "hard" else ""
+    reason = SINGLE if weights_are_exact(target, plan.layout) else SMALL.format(size=round(1 / plan.router_scale))
+    text = TRAINING.format(reason=reason, ends=ends) if plan.options.mixing == "hard" else ""
     return text + (f"\n{target.autocast}\n" if target.autocast else "")
 
 
