@@ -82,13 +82,15 @@ class Engine:
         name: as its makers write it, as in `Target.engines`.
         tested: version, what was tested of it and when; or "from source" and the date.
         refuse: why it cannot run a checkpoint of this shape, or "".
-        caution: what runs slowly there and what would not, or "".
+        caution: what runs slowly there and what would not, or ""; a warning.
+        note: what else to know of this shape there, or ""; no warning.
     """
 
     name: str
     tested: str
     refuse: Callable[[Shape], str] = nothing
     caution: Callable[[Shape], str] = nothing
+    note: Callable[[Shape], str] = nothing
 
 
 @dataclass(frozen=True)
@@ -99,11 +101,13 @@ class Verdict:
         engine: its name.
         refusal: why it cannot run the shape, or "".
         caution: what runs slowly there, or "".
+        note: what else to know, or "".
     """
 
     engine: str
     refusal: str
     caution: str
+    note: str
 
 
 def names() -> list[str]:
@@ -140,4 +144,6 @@ def judge(shape: Shape, known: Iterable[str]) -> tuple[Verdict, ...]:
     """
     engines = {engine.name: engine for engine in map(find, names())}
     chosen = [engines[name] for name in known if name in engines]
-    return tuple(Verdict(engine.name, engine.refuse(shape), engine.caution(shape)) for engine in chosen)
+    return tuple(
+        Verdict(engine.name, engine.refuse(shape), engine.caution(shape), engine.note(shape)) for engine in chosen
+    )
