@@ -144,20 +144,22 @@ def compare(
         UsageError: an unknown method, or no budget.
         InputError: a model or text that cannot be used, or a place that cannot be written.
     """
-    options = options or SplitOptions()
-    _check(options, budgets, data, only)
+    _check(budgets, data)
     if out is not None:
         check_writable(out, Comparison)
     # Experts of any width: no kernel limits a split that is only measured.
-    base = replace(options, dtype="float32")
+    base = replace(options or SplitOptions(), dtype="float32")
     dense = open_dense(model, track)
     prepared = prepare(dense, base, writable=False)
+    experts = prepared.layout.num_experts
+    base = replace(base, experts=experts)
+    _check_experts(experts, budgets, only)
     blocks = calibration_text(prepared)
     texts = {source: _blocks(prepared, source, tokens) for source in data}
     check_place(cache_dir() / "compare" / "losses")
     trials = Trials(prepared, blocks.ids_BC, torch.cat(list(texts.values())))
     split = partial(_split, dense, trials)
-    entries = [*_entries(trials, split, base, budgets, only), *_further(split, base, further or {})]
+    entries = [*_entries(trials, split, base, experts, budgets, only), *_further(split, base, further or {})]
     ids = [ids_BC.numpy() for ids_BC in (blocks.ids_BC, *texts.values())]
     results = [entry.result(prepared, ids) for entry in track(entries, "comparing methods", len(entries))]
     num_blocks = {source: len(ids_BC) for source, ids_BC in texts.items()}
@@ -172,18 +174,22 @@ def compare(
     return comparison
 
 
-def _check(options: SplitOptions, budgets: Sequence[float], data: Sequence[str], only: Sequence[str]) -> None:
+def _check(budgets: Sequence[float], data: Sequence[str]) -> None:
     """Raise UsageError before anything is read."""
-    known = methods(options.experts)
-    if unknown := [name for name in only if name not in known]:
-        raise UsageError(f"no method named {unknown[0]!r}", f"one of: {', '.join(known)}")
     if not budgets or not all(0 < budget < 1 for budget in budgets):
         raise UsageError(f"budgets {list(budgets)} are out of range", "--budget takes more than 0 and less than 1")
     if not data:
         raise UsageError("no text to evaluate on", "name one with --data")
-    if missed := [budget for budget in budgets if not (budget * options.experts).is_integer()]:
-        works = ", ".join(f"{count / options.experts:g}" for count in range(1, options.experts))
-        raise UsageError(f"{missed[0]:g} of {options.experts} experts is no whole number", f"--budget takes {works}")
+
+
+def _check_experts(experts: int, budgets: Sequence[float], only: Sequence[str]) -> None:
+    """Raise UsageError unless there are such methods, and whole numbers of experts meet the budgets."""
+    known = methods(experts)
+    if unknown := [name for name in only if name not in known]:
+        raise UsageError(f"no method named {unknown[0]!r}", f"one of: {', '.join(known)}")
+    if missed := [budget for budget in budgets if not (budget * experts).is_integer()]:
+        works = ", ".join(f"{count / experts:g}" for count in range(1, experts))
+        raise UsageError(f"{missed[0]:g} of {experts} experts is no whole number", f"--budget takes {works}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,18 +234,18 @@ class _Result:
 
 
 def _entries(
-    trials: Trials, split: Split, base: SplitOptions, budgets: Sequence[float], only: Sequence[str]
+    trials: Trials, split: Split, base: SplitOptions, experts: int, budgets: Sequence[float], only: Sequence[str]
 ) -> Iterator[_Entry]:
     """Dense, then the methods at each budget."""
     yield _control(trials, DENSE, 1.0, DENSE)
     for budget in budgets:
-        for name, method in methods(base.experts).items():
+        for name, method in methods(experts).items():
             if name not in {*only, REFERENCE} if only else not _exists(method, budget, trials.num_neurons):
                 continue
             if method.control:
                 yield _control(trials, name, budget, method.control)
             else:
-                yield split(name, _at(budget, base, method), budget)
+                yield split(name, _at(budget, base, experts, method), budget)
 
 
 def _further(split: Split, base: SplitOptions, further: Mapping[str, Mapping[str, Any]]) -> Iterator[_Entry]:
@@ -261,9 +267,9 @@ def _split(dense: DenseModel, trials: Trials, name: str, options: SplitOptions, 
     return _Entry(name, share if budget is None else budget, asdict(prepared.options), partial(trials.split, prepared))
 
 
-def _at(budget: float, base: SplitOptions, method: Method) -> SplitOptions:
+def _at(budget: float, base: SplitOptions, experts: int, method: Method) -> SplitOptions:
     """The method's split options at a budget."""
-    active = max(1, round(budget * int(method.options.get("experts", base.experts))))
+    active = max(1, round(budget * int(method.options.get("experts", experts))))
     shared = method.num_shared(active) if method.num_shared else None
     return replace(base, **{**method.options, "active": active, "shared": shared})
 

@@ -53,7 +53,7 @@ GRAPHS = {
 }
 DENSE_LAYER = Graph(9, 31)
 # Further nodes of a layer without flash attention.
-NO_FLASH = 6
+NO_FLASH = 5
 
 
 def layer_graph(shape: Shape) -> Graph:
@@ -124,6 +124,4 @@ def note(shape: Shape) -> str:
     return "; ".join(notes)
 
 
-ENGINE = Engine(
-    "llama.cpp", tested=f"{VERSION}: limits, widths; 2026-11-26", refuse=refuse, caution=caution, note=note
-)
+ENGINE = Engine("llama.cpp", tested=f"{VERSION}: limits, widths; 2026-11-26", refuse=refuse, caution=caution, note=note)
