@@ -159,7 +159,7 @@ def compare(
     check_place(cache_dir() / "compare" / "losses")
     trials = Trials(prepared, blocks.ids_BC, torch.cat(list(texts.values())))
     split = partial(_split, dense, trials)
-    entries = [*_entries(trials, split, base, experts, budgets, only), *_further(split, base, further or {})]
+    entries = [*_entries(trials, split, base, budgets, only), *_further(split, base, further or {})]
     ids = [ids_BC.numpy() for ids_BC in (blocks.ids_BC, *texts.values())]
     results = [entry.result(prepared, ids) for entry in track(entries, "comparing methods", len(entries))]
     num_blocks = {source: len(ids_BC) for source, ids_BC in texts.items()}
@@ -234,18 +234,19 @@ class _Result:
 
 
 def _entries(
-    trials: Trials, split: Split, base: SplitOptions, experts: int, budgets: Sequence[float], only: Sequence[str]
+    trials: Trials, split: Split, base: SplitOptions, budgets: Sequence[float], only: Sequence[str]
 ) -> Iterator[_Entry]:
     """Dense, then the methods at each budget."""
+    assert base.experts is not None
     yield _control(trials, DENSE, 1.0, DENSE)
     for budget in budgets:
-        for name, method in methods(experts).items():
+        for name, method in methods(base.experts).items():
             if name not in {*only, REFERENCE} if only else not _exists(method, budget, trials.num_neurons):
                 continue
             if method.control:
                 yield _control(trials, name, budget, method.control)
             else:
-                yield split(name, _at(budget, base, experts, method), budget)
+                yield split(name, _at(budget, base, method), budget)
 
 
 def _further(split: Split, base: SplitOptions, further: Mapping[str, Mapping[str, Any]]) -> Iterator[_Entry]:
@@ -267,9 +268,9 @@ def _split(dense: DenseModel, trials: Trials, name: str, options: SplitOptions, 
     return _Entry(name, share if budget is None else budget, asdict(prepared.options), partial(trials.split, prepared))
 
 
-def _at(budget: float, base: SplitOptions, experts: int, method: Method) -> SplitOptions:
+def _at(budget: float, base: SplitOptions, method: Method) -> SplitOptions:
     """The method's split options at a budget."""
-    active = max(1, round(budget * int(method.options.get("experts", experts))))
+    active = max(1, round(budget * int(method.options.get("experts", base.experts))))
     shared = method.num_shared(active) if method.num_shared else None
     return replace(base, **{**method.options, "active": active, "shared": shared})
 

@@ -2,7 +2,7 @@
 
 Its fused kernels take any width that transformers' do. From source (0.32, fused_moe.py, oracle/unquantized.py,
 experts/cpu_moe.py): Triton tiles of 64 columns for up to 64 tokens, of 128 for more, so that a narrower expert fills
-part of one; the TRT-LLM kernels of FlashInfer take multiples of 128; those for CPUs take multiples of 32.
+part of one; the TRT-LLM kernels of FlashInfer take multiples of 128; those for CPUs pad narrower ones.
 """
 
 from moeify.engines import Engine, Shape

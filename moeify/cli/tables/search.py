@@ -9,11 +9,6 @@ from moeify.words import ranges
 if TYPE_CHECKING:
     from moeify.convert.search import SearchResult
 
-COLUMNS = (
-    *("share", "active/experts", "shared", "dense layers"),
-    *("KL, summed", "KL, together", "perplexity", "ratio"),
-)
-
 
 def search_tables(result: "SearchResult") -> tuple[Table, ...]:
     """The choice beside uniform, then the frontier."""
@@ -21,16 +16,7 @@ def search_tables(result: "SearchResult") -> tuple[Table, ...]:
     for title, points in (("moeify search", (result.choice, result.uniform)), ("frontier", result.frontier)):
         table = Table(title=title, title_justify="left")
         table.add_column("strategy")
-        for column in (
-            "share",
-            "active/experts",
-            "shared",
-            "dense layers",
-            "KL, summed",
-            "KL, together",
-            "perplexity",
-            "ratio",
-        ):
+        for column in ("share", "active/experts", "dense layers", "KL, summed", "KL, together", "perplexity", "ratio"):
             table.add_column(column, justify="right", overflow="fold")
         for point in points:
             layout = point.layout
@@ -38,7 +24,6 @@ def search_tables(result: "SearchResult") -> tuple[Table, ...]:
                 point.strategy,
                 f"{point.share:.1%}",
                 f"{layout.num_active}/{layout.num_experts}",
-                str(layout.num_shared),
                 ranges(layout.dense_layers),
                 f"{point.predicted:.4f}",
                 f"{point.divergence:.4f}",
