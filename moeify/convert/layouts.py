@@ -68,15 +68,19 @@ def choose_layout(
     counts = preferred_counts(dense.num_neurons, dtype)
     if not counts:
         raise InputError(f"FFNs of {dense.num_neurons} neurons do not divide into 2 to {MAX_EXPERTS} experts that run")
-    first = None
-    for experts in [n for n in counts if n >= needed] or counts[:1]:
-        choice = _settle(dense, options, experts, writable=writable)
-        layout, target, _ = choice
+    enough = [n for n in counts if n >= needed] or counts[:1]
+    for experts in enough:
+        try:
+            layout, target, reason = _settle(dense, options, experts, writable=writable)
+        except InputError:
+            # Nothing else than the engine's limit depends on the number.
+            if options.engine is None:
+                raise
+            continue
         if not any(verdict.refusal for verdict in verdicts(dense, target, layout)):
-            return choice
-        first = first or choice
-    assert first is not None
-    return first
+            return layout, target, reason
+    # None is run by all engines that know its target.
+    return _settle(dense, options, enough[0], writable=writable)
 
 
 def verdicts(dense: DenseModel, target: Target, layout: Layout) -> tuple[engines.Verdict, ...]:
