@@ -317,7 +317,7 @@ def test_a_text_shorter_than_a_block(run: Run, tmp_path: Path, measured: list[st
 def test_every_method_suits_every_family(make_dense: MakeDense, family: str, budget: float) -> None:
     """Also where no target could hold it, and experts as narrow as a neuron."""
     model = open_dense(make_dense(family, intermediate_size=128))
-    base = SplitOptions(dtype="float32")
+    base = SplitOptions(experts=8, dtype="float32")
     for name, method in methods(8).items():
         if method.control:
             continue

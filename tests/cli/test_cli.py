@@ -136,6 +136,7 @@ def test_options_reach_the_split(dense: Path, monkeypatch: pytest.MonkeyPatch) -
         "refit": False,
         "refit_to": "stream",
         "target": "mixtral",
+        "engine": "vLLM",
         "calibration": ("a", "b"),
         "tokens": 2048,
         "context": 32,
