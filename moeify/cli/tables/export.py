@@ -9,7 +9,7 @@ from moeify.command_line import quoted
 from moeify.words import listing, percent, size
 
 if TYPE_CHECKING:
-    from moeify.export.gguf.export import ExportResult
+    from moeify.export.gguf.result import ExportResult
 
 
 def export_table(result: "ExportResult") -> Table:
