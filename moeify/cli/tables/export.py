@@ -19,6 +19,9 @@ def export_table(result: "ExportResult") -> Table:
         ("type", result.type),
         ("size", f"{size(result.num_bytes)} in {result.num_tensors:,} tensors"),
     ]
+    if result.num_raw:
+        words = f"{result.num_raw} tensors, {percent(result.raw_share)} of the weights, block by block"
+        rows.append(("unchanged from the GGUF", words))
     if result.fallback:
         rows.append(("as f16 instead", f"{listing(result.fallback)}: {percent(result.fallback_share)} of the weights"))
     rows.append(("run it", quoted(["llama-completion", "-m", str(result.file), "-p", "Hello"])))

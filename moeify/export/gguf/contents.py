@@ -8,9 +8,11 @@ import numpy as np
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from moeify.export.gguf.quantise import TYPES, encode, kind_of, num_bytes
+from moeify.export.gguf.blocks import REQUANTISED, Blocks
+from moeify.export.gguf.quantise import FALLBACK, TYPES, block_size, encode, kind_of, num_bytes
 from moeify.export.gguf.tensors import Pieces
 from moeify.export.gguf.writer import Planned
+from moeify.options import Track
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,16 @@ class Contents:
         type: of matrices, as `--type` has it.
         fallback: names, without the block's, of those that cannot have it.
         fallback_share: of all weights.
+        raw: names of those that are blocks of the model's own GGUF.
+        raw_share: of all weights.
     """
 
     tensors: list[Planned]
     type: str
     fallback: tuple[str, ...]
     fallback_share: float
+    raw: frozenset[str] = frozenset()
+    raw_share: float = 0.0
 
     @property
     def num_bytes(self) -> int:
@@ -47,6 +53,39 @@ def contents(found: list[Pieces], extra: Mapping[str, Tensor], type_name: str) -
     fallen = [tensor for tensor in tensors if tensor.kind not in (matrices, Kind.F32)]
     names = tuple(dict.fromkeys(tensor.part for tensor in fallen))
     return Contents(tensors, type_name, names, _numbers(fallen) / _numbers(tensors))
+
+
+def quantised_contents(
+    found: list[Pieces], extra: Mapping[str, Tensor], blocks: Blocks, track: Track[Pieces]
+) -> Contents:
+    """Take blocks of the source where the checkpoint holds its numbers; the rest gets the source's types.
+
+    Args:
+        found, extra: see `contents`.
+        blocks: of the source.
+        track: wraps the comparison of numbers.
+    """
+    tensors, raw, fallen = [_given(name, values) for name, values in extra.items()], [], []
+    for item in track(found, "comparing with the source", len(found)):
+        planned = blocks.raw(item)
+        if planned is not None:
+            raw.append(planned)
+        else:
+            kind = blocks.kind_of(item)
+            planned = Planned(item.name, item.shape, kind, num_bytes(item.shape, kind), partial(_encoded, item, kind))
+            if item.shape[-1] % block_size(REQUANTISED) and kind == FALLBACK:
+                fallen.append(planned)
+        tensors.append(planned)
+    names = tuple(dict.fromkeys(tensor.part for tensor in fallen))
+    total = _numbers(tensors)
+    return Contents(
+        tensors,
+        blocks.type,
+        names,
+        _numbers(fallen) / total,
+        frozenset(tensor.name for tensor in raw),
+        _numbers(raw) / total,
+    )
 
 
 def _planned(item: Pieces, matrices: Kind) -> Planned:

@@ -11,16 +11,17 @@ from moeify import engines, results, targets
 from moeify.engines import Shape
 from moeify.errors import InputError, UsageError, warn
 from moeify.export.gguf.architecture import MARK, add_origin, add_sizes, format_of
-from moeify.export.gguf.contents import Contents, contents
+from moeify.export.gguf.blocks import Blocks
+from moeify.export.gguf.contents import Contents, contents, quantised_contents
 from moeify.export.gguf.quantise import TYPES, check_type, default_type
 from moeify.export.gguf.result import ExportResult
 from moeify.export.gguf.rotation import add_rotation
 from moeify.export.gguf.tensors import pieces
-from moeify.export.gguf.vocabulary import add_vocabulary
+from moeify.export.gguf.vocabulary import add_vocabulary, copy_vocabulary
 from moeify.export.gguf.writer import write
 from moeify.export.writer import MoEWriter
 from moeify.models.config import load_config
-from moeify.models.files import FLOAT_DTYPES, Stored, find_shards, locate, read_headers
+from moeify.models.files import FLOAT_DTYPES, Stored, find_shards, gguf_of, locate, read_headers
 from moeify.models.fingerprint import Fingerprint
 from moeify.models.stock import placed
 from moeify.options import ExportOptions, Track, untracked
@@ -30,6 +31,7 @@ from moeify.words import listing, percent
 
 # Header and names; what a disk needs beside the tensors.
 HEADER_BYTES = 32_000_000
+EMBEDDING = "token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def export_gguf(
     plan = load_plan(path) if (path / PLAN_FILE).is_file() else None
     if plan is not None:
         check_engine(config, plan.layout, plan.layers[0].labels_F.numel())
-    writer, content = _prepare(_Source(str(model), path, config, stored, plan), options, file)
+    writer, content = _prepare(_Source(str(model), path, config, stored, plan), options, file, track)
     check_room(file.parent, HEADER_BYTES + content.num_bytes)
     write(file, writer, content.tensors, track)
     files.check_unchanged()
@@ -99,6 +101,8 @@ def export_gguf(
         num_tensors=len(content.tensors),
         fallback=content.fallback,
         fallback_share=content.fallback_share,
+        num_raw=len(content.raw),
+        raw_share=content.raw_share,
     )
 
 
@@ -118,7 +122,7 @@ def check_split(planned: MoEWriter, file: Path, options: ExportOptions, *, out: 
     check_engine(config, planned.layout, dense.num_neurons)
     dtype = next(words for words, kind in FLOAT_DTYPES.items() if kind == planned.dtype)
     stored = {name: Stored(file, name, dtype, tuple(meta.shape)) for name, meta in planned.shapes().items()}
-    _, content = _prepare(_Source(dense.name, dense.path, config, stored), options, file)
+    _, content = _prepare(_Source(dense.name, dense.path, config, stored), options, file, untracked)
     return HEADER_BYTES + content.num_bytes
 
 
@@ -158,24 +162,37 @@ def check_engine(config: Any, layout: Layout, num_neurons: int) -> None:
         warn(f"{engine.name}: {caution}")
 
 
-def _prepare(source: _Source, options: ExportOptions, file: Path) -> tuple[Any, Contents]:
+def _prepare(source: _Source, options: ExportOptions, file: Path, track: Track[Any]) -> tuple[Any, Contents]:
     """The header's values in a gguf.GGUFWriter, and what the file is going to hold."""
     form = format_of(source.config)
     found = pieces(form, source.config, source.stored)
     check_type(options.type, source.name, file, {item.name: item.shape for item in found})
     kind = default_type(_dtype_of(source.stored)) if options.type == "auto" else options.type
+    original = _original(source) if options.type == "auto" else None
     writer = gguf.GGUFWriter(None, form.architecture)
-    add_origin(writer, Path(source.name).name, TYPES[kind][1])
     add_sizes(writer, form, source.config)
     extra = add_rotation(writer, source.config, form.architecture)
-    add_vocabulary(writer, source.tokenizer, source.config)
-    content = contents(found, extra, kind)
+    if original is not None and source.plan is not None:
+        blocks = Blocks.open(original, source.plan, form, source.config)
+        content, file_type = quantised_contents(found, extra, blocks, track), blocks.file_type
+    else:
+        content, file_type = contents(found, extra, kind), int(TYPES[kind][1])
+    add_origin(writer, Path(source.name).name, file_type)
+    if original is not None and (source.plan is None or EMBEDDING in content.raw):
+        copy_vocabulary(writer, original)
+    else:
+        add_vocabulary(writer, source.tokenizer, source.config)
     if content.fallback:
         warn(
-            f"rows of {listing(content.fallback)} are no whole blocks of {kind}: these tensors, "
+            f"rows of {listing(content.fallback)} are no whole blocks of {content.type}: these tensors, "
             f"{percent(content.fallback_share)} of all weights, are stored as f16"
         )
     return writer, content
+
+
+def _original(source: _Source) -> Path | None:
+    """The GGUF that a model was split from, or is going to be."""
+    return gguf_of(Path(source.plan.source if source.plan else source.name).expanduser())
 
 
 def _dtype_of(stored: Mapping[str, Stored]) -> str:

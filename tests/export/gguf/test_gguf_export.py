@@ -17,7 +17,7 @@ from moeify.errors import DiskError, InputError, UsageError
 from moeify.export.gguf import quantise, writer
 from moeify.export.gguf.export import export_gguf
 from moeify.export.gguf.tensors import by_pairs
-from moeify.options import ExportOptions, SplitOptions
+from moeify.options import ExportOptions, SplitOptions, untracked
 
 HEADS = {"attn_q": 4, "attn_k": 2}
 # family, target, shared experts.
@@ -25,7 +25,7 @@ SPLITS = (
     ("llama", "granitemoeshared", 1),
     ("granite", "granitemoeshared", 1),
     ("mistral", "mixtral", 0),
-    ("qwen2", "qwen2_moe", 1),
+    ("seed_oss", "glm4_moe", 1),
     ("qwen3", "qwen3_moe", 0),
     ("phi3", "glm4_moe", 1),
 )
@@ -83,11 +83,8 @@ def test_every_number_of_a_split_is_in_its_gguf(
                 key = f"blk.{layer}.{name}.weight"
                 numbers[key] = unpaired(numbers[key], heads)
     # Each row of the checkpoint is a row of the GGUF, as often as there.
-    expected = sorted(
-        row.tobytes()
-        for tensor in stored(tmp_path / "moe").values()
-        for row in tensor.reshape(-1, tensor.shape[-1]).numpy()
-    )
+    rows = [row for tensor in stored(tmp_path / "moe").values() for row in tensor.reshape(-1, tensor.shape[-1])]
+    expected = sorted(row.numpy().tobytes() for row in rows)
     assert expected == sorted(row.tobytes() for value in numbers.values() for row in value.reshape(-1, value.shape[-1]))
 
 
@@ -158,9 +155,28 @@ def test_the_same_checkpoint_gives_the_same_bytes_in_small_pieces(
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
-def test_a_static_and_a_finetuned_checkpoint_are_exported(
-    make_dense: MakeDense, calibration_file: Path, tmp_path: Path
-) -> None:
+@pytest.mark.filterwarnings("ignore:the tokenizer composes")
+def test_a_shared_gate_of_zeros_is_refused(make_dense: MakeDense, calibration_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "moe"
+    moeify.split(make_dense("qwen2"), folder, options(calibration_file, target="qwen2_moe", refit=False))
+    shard = next(folder.glob("model-*.safetensors"))
+    tensors = load_file(shard)
+    gates = [name for name in tensors if name.endswith("shared_expert_gate.weight")]
+    for value in (0.0, 2.0**-20):
+        for name in gates:
+            tensors[name].fill_(value)
+        save_file(tensors, shard, {"format": "pt"})
+        if value == 0:
+            with pytest.raises(InputError, match="is all zero"):
+                export_gguf(folder, tmp_path / "m.gguf")
+    export_gguf(folder, tmp_path / "m.gguf")
+    assert tensors_of(tmp_path / "m.gguf")["blk.1.ffn_gate_inp_shexp.weight"].tensor_type.name == "F32"
+    keys = keys_of(tmp_path / "m.gguf")
+    assert keys["qwen2moe.expert_shared_feed_forward_length"] == keys["qwen2moe.expert_feed_forward_length"] == 16
+
+
+@pytest.mark.filterwarnings("ignore:the tokenizer composes")
+def test_a_static_checkpoint_is_exported(make_dense: MakeDense, calibration_file: Path, tmp_path: Path) -> None:
     dense, folder = make_dense("qwen2"), tmp_path / "static"
     result = moeify.split(
         dense, folder, SplitOptions(static=True, active=2, experts=4, calibration=(str(calibration_file),), tokens=1024)
@@ -269,5 +285,5 @@ def test_pairs_are_the_rows_that_rotate_together() -> None:
 def test_a_tensor_of_another_length_than_announced_is_a_bug(tmp_path: Path) -> None:
     broken = writer.Planned("x", (4,), gguf.GGMLQuantizationType.F32, 16, lambda: [np.zeros(3, np.uint8)])
     with pytest.raises(AssertionError, match="announced were 16"):
-        writer.write(tmp_path / "m.gguf", gguf.GGUFWriter(None, "llama"), [broken], lambda items, label, total: items)
+        writer.write(tmp_path / "m.gguf", gguf.GGUFWriter(None, "llama"), [broken], untracked)
     assert not list(tmp_path.iterdir())
