@@ -26,7 +26,7 @@ def split_command(
     from moeify.convert.prepare import preview
 
     if gguf is None and export != ExportOptions():
-        raise UsageError("--type says how numbers lie in a GGUF, and none is written", "name one with --gguf")
+        raise UsageError("--type and --tokenizer-pre are of a GGUF, and none is written", "name one with --gguf")
     renderer = renderer_for(output)
     if dry_run:
         plan = preview(model, options, track=renderer.track)

@@ -27,7 +27,7 @@ from moeify.models.stock import placed
 from moeify.options import ExportOptions, Track, untracked
 from moeify.plan import PLAN_FILE, Layout, SplitPlan, load_plan
 from moeify.resources import check_room
-from moeify.words import listing, percent
+from moeify.words import listing, percent, printable
 
 # Header and names; what a disk needs beside the tensors.
 HEADER_BYTES = 32_000_000
@@ -177,11 +177,12 @@ def _prepare(source: _Source, options: ExportOptions, file: Path, track: Track[A
         content, file_type = quantised_contents(found, extra, blocks, track), blocks.file_type
     else:
         content, file_type = contents(found, extra, kind), int(TYPES[kind][1])
-    add_origin(writer, Path(source.name).name, file_type)
+    add_origin(writer, printable(Path(source.name).name), file_type)
     if original is not None and (source.plan is None or EMBEDDING in content.raw):
         copy_vocabulary(writer, original)
     else:
-        add_vocabulary(writer, source.tokenizer, source.config)
+        pre = "" if options.tokenizer_pre == "auto" else options.tokenizer_pre
+        add_vocabulary(writer, source.tokenizer, source.config, pre=pre)
     if content.fallback:
         warn(
             f"rows of {listing(content.fallback)} are no whole blocks of {content.type}: these tensors, "

@@ -155,7 +155,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_in_small_pieces(
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
 
 
-@pytest.mark.filterwarnings("ignore:the tokenizer composes")
+@pytest.mark.filterwarnings("ignore:the tokenizer composes", "ignore:left out of the GGUF")
 def test_a_shared_gate_of_zeros_is_refused(make_dense: MakeDense, calibration_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "moe"
     moeify.split(make_dense("qwen2"), folder, options(calibration_file, target="qwen2_moe", refit=False))
@@ -175,7 +175,7 @@ def test_a_shared_gate_of_zeros_is_refused(make_dense: MakeDense, calibration_fi
     assert keys["qwen2moe.expert_shared_feed_forward_length"] == keys["qwen2moe.expert_feed_forward_length"] == 16
 
 
-@pytest.mark.filterwarnings("ignore:the tokenizer composes")
+@pytest.mark.filterwarnings("ignore:the tokenizer composes", "ignore:left out of the GGUF")
 def test_a_static_checkpoint_is_exported(make_dense: MakeDense, calibration_file: Path, tmp_path: Path) -> None:
     dense, folder = make_dense("qwen2"), tmp_path / "static"
     result = moeify.split(
