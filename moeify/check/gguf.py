@@ -135,7 +135,8 @@ class _Places:
                 dense_FD = down_DF.float().T[torch.tensor(part.neurons)[placed]]
                 cosines.append(torch.cosine_similarity(part.down_FD[placed], dense_FD, dim=1))
         joined = torch.cat(cosines)
-        return float(joined.mean()) if joined.numel() else 0.0
+        # Infinite numbers have no direction.
+        return float(joined.mean()) if joined.numel() and joined.isfinite().all() else 0.0
 
 
 def _tensors(opened: GGUFFile, layer: int) -> Iterator[tuple[Stored, Stored, Stored]]:
