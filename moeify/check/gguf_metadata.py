@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
 from moeify.check.gguf_file import GGUFFile
+from moeify.errors import InputError
 from moeify.export.gguf.rotation import add_rotation
 from moeify.export.gguf.tokens import vocabulary_of
 from moeify.models.dense import DenseModel
@@ -113,9 +115,11 @@ def text_difference(opened: GGUFFile, source: DenseModel) -> str:
     fields = {key: field for key, field in opened.fields.items() if key.startswith("tokenizer.")}
     if TOKENS not in fields:
         return "there is no tokenizer"
-    backend = source.tokenizer().backend_tokenizer
+    described = json.loads(source.tokenizer().backend_tokenizer.to_str())
     pre = fields[PRE].contents() if PRE in fields else ""
-    expected = vocabulary_of(json.loads(backend.to_str()), source.config.vocab_size, pre)
+    if difference := _pre_difference(pre, described, source):
+        return difference
+    expected = vocabulary_of(described, source.config.vocab_size, pre)
     pairs = {TOKENS: expected.tokens, gguf.Keys.Tokenizer.MERGES: expected.merges}
     for key, texts in pairs.items():
         stored = [_text(fields[key], place) for place in range(len(fields[key].data))] if key in fields else []
@@ -125,6 +129,22 @@ def text_difference(opened: GGUFFile, source: DenseModel) -> str:
         if other is not None:
             return f"{key} {other:,} is {on_one_line(repr(stored[other]))} instead of {on_one_line(repr(texts[other]))}"
     return ""
+
+
+def _pre_difference(pre: str, described: Mapping[str, Any], source: DenseModel) -> str:
+    """Another name of how a text is cut before merges than the dense model's, or ""."""
+    file = Path(source.name)
+    if file.suffix.lower() == ".gguf" and file.is_file():
+        # transformers does not carry it from a GGUF to its tokenizer.
+        field = gguf.GGUFReader(file).fields.get(PRE)
+        right = field.contents() if field else ""
+    else:
+        try:
+            right = vocabulary_of(described, source.config.vocab_size, "").pre
+        except InputError:
+            # The user stated it.
+            return ""
+    return "" if pre == right else f"{PRE} is {on_one_line(pre)} instead of {on_one_line(right)}"
 
 
 def _text(field: Any, place: int) -> str:

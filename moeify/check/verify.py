@@ -99,8 +99,12 @@ def verify(
         InputError: one of them cannot be read, or the plan is of another model.
     """
     if is_gguf(moe):
-        from moeify.check.gguf import verify_gguf
-
+        try:
+            from moeify.check.gguf import verify_gguf
+        except ImportError as error:
+            if error.name != "gguf":
+                raise
+            raise InputError("reading GGUF needs the gguf package", "pip install 'moeify[gguf]'") from error
         return verify_gguf(moe, dense, track=track)
     path = locate(str(moe))
     plan = load_plan(path)

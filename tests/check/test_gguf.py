@@ -200,6 +200,11 @@ def test_another_tokenizer_is_found(dense: str, made: dict[str, Path], tmp_path:
     report = verify(file, dense)
     assert failed(report) == {TEXT}
     assert "'~~~~~' instead of" in next(check.found for check in report.checks if not check.passed)
+    place = content.index(b"gpt-2", content.index(b"tokenizer.ggml.pre"))
+    file.write_bytes(content[:place] + b"qwen2" + content[place + 5 :])
+    report = verify(file, dense)
+    assert failed(report) == {TEXT}
+    assert "pre is qwen2 instead of gpt-2" in next(check.found for check in report.checks if not check.passed)
 
 
 def test_another_dense_model_is_found(make_dense: MakeDense, made: dict[str, Path], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-r"""How byte-level tokenizers cut a text before they merge, and the name that llama.cpp has for it.
+"""How byte-level tokenizers cut a text before they merge, and the name that llama.cpp has for it.
 
 A GGUF has no regular expressions but a name, `tokenizer.ggml.pre`, that stands for some in llama.cpp's source
 (src/llama-vocab.cpp, read in the version of llama-cpp-python 0.3.36). A name is chosen where these equal those of
