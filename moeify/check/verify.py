@@ -67,7 +67,7 @@ class VerifyReport:
         moe, dense: what was compared.
         checks: in the order they were made.
         max_logit_difference: all experts on, in float32 unless rounding alone exceeds the tolerance, then in float64;
-            None of a checkpoint whose neurons were trained.
+            None of a checkpoint whose neurons were trained, and of a GGUF.
         max_gate_deviation: largest distance of an expert's folded weight from one, with the real router; zero for gates
             that are not hard or were trained.
     """
@@ -89,7 +89,7 @@ def verify(
     """Compare a converted checkpoint with the dense model it came from.
 
     Args:
-        moe: folder of the converted checkpoint.
+        moe: folder of the converted checkpoint, or a .gguf file of it, which is read back without computing logits.
         dense: the dense model.
         tolerance: largest allowed difference of a logit in float32.
         track: shows the progress of making the embedded model.
@@ -97,6 +97,14 @@ def verify(
     Raises:
         InputError: one of them cannot be read, or the plan is of another model.
     """
+    if is_gguf(moe):
+        try:
+            from moeify.check.gguf import verify_gguf
+        except ImportError as error:
+            if error.name != "gguf":
+                raise
+            raise InputError("reading GGUF needs the gguf package", "pip install 'moeify[gguf]'") from error
+        return verify_gguf(moe, dense, track=track)
     path = locate(str(moe))
     plan = load_plan(path)
     source = open_dense(dense, track)
@@ -140,6 +148,11 @@ def verify(
 def gate_limit(plan: SplitPlan, target: Target) -> float:
     """Largest allowed distance from one of an expert's folded weight."""
     return 0.0 if weights_are_exact(target, plan.layout) else HEADROOM * ROUTER_LIMIT * plan.router_scale
+
+
+def is_gguf(model: str | Path) -> bool:
+    """Whether it is named as a file for llama.cpp."""
+    return str(model).lower().endswith(".gguf")
 
 
 def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:

@@ -1,7 +1,7 @@
 """`moeify verify`: all experts on equals dense."""
 
 from moeify.cli import options as option
-from moeify.command_line import command_line
+from moeify.command_line import command_line, quoted
 from moeify.errors import CheckError
 
 
@@ -12,15 +12,24 @@ def verify_command(
     tolerance: option.Tolerance = 1e-4,
     output: option.Output,
 ) -> None:
-    """Verify that a checkpoint is the dense model, cut: keys, neurons, and with all experts on every logit."""
-    from moeify.check.verify import verify
+    """Verify that a checkpoint is the dense model, cut: keys, neurons, and with all experts on every logit.
+
+    A .gguf file is read back without llama.cpp: metadata, tokenizer, every neuron, every other tensor, but no logits.
+    """
+    from moeify.check.verify import is_gguf, verify
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.verify import verify_table
 
     renderer = renderer_for(output)
     report = verify(moe, dense, tolerance=tolerance, track=renderer.track)
-    step = command_line("eval", dense, moe) if report.passed else ""
+    step = command_line("eval", dense, moe)
+    if is_gguf(moe):
+        # Logits need an engine.
+        step = quoted(("llama-perplexity", "-m", moe, "-f", "text.txt"))
+    step = step if report.passed else ""
     renderer.result(report, verify_table(report), next_step=step)
     if not report.passed:
         failed = [check.name for check in report.checks if not check.passed]
-        raise CheckError(f"{moe} is not {dense}, cut: {', '.join(failed)}", "split it again")
+        raise CheckError(
+            f"{moe} is not {dense}, cut: {', '.join(failed)}", "export it again" if is_gguf(moe) else "split it again"
+        )

@@ -1,4 +1,4 @@
-r"""How byte-level tokenizers cut a text before they merge, and the name that llama.cpp has for it.
+"""How byte-level tokenizers cut a text before they merge, and the name that llama.cpp has for it.
 
 A GGUF has no regular expressions but a name, `tokenizer.ggml.pre`, that stands for some in llama.cpp's source
 (src/llama-vocab.cpp, read in the version of llama-cpp-python 0.3.36). A name is chosen where these equal those of
@@ -47,7 +47,6 @@ DEEPSEEK_V3 = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|"""
     + SPACES,
 )
-DEEPSEEK_CODER = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", DIGIT)
 MINICPM5 = (UP_TO_THREE, "|".join((CONTRACTIONS, WORD, r"\p{N}+", SIGNS, SPACES)))
 # Every character of a text is part of a match: what is kept of matches alone is then all of it.
 TOTAL = {GPT2, LLAMA3, QWEN2, QWEN35, GPT4O, TEKKEN, SEED_CODER, UFAKZEKA}
@@ -84,7 +83,6 @@ PRE_TOKENIZERS = (
     PreTokenizer("seed-coder", (SEED_CODER,)),
     PreTokenizer("ufakzeka", (UFAKZEKA,)),
     PreTokenizer("deepseek-v3", DEEPSEEK_V3),
-    PreTokenizer("deepseek-coder", DEEPSEEK_CODER),
     PreTokenizer("minicpm5", MINICPM5, ignore_merges=True),
 )
 

@@ -91,7 +91,7 @@ def _byte_level(described: Mapping[str, Any], vocab_size: int, pre: str) -> Voca
     return Vocabulary("gpt2", pre or _name(described, merges), tokens, types, [" ".join(pair) for pair in merges])
 
 
-def _name(described: Mapping[str, Any], merges: Sequence[tuple[str, str]]) -> str:
+def _name(described: Mapping[str, Any], merges: list[tuple[str, str]]) -> str:
     """llama.cpp's name of how a text is cut.
 
     Raises:
@@ -111,21 +111,25 @@ def _name(described: Mapping[str, Any], merges: Sequence[tuple[str, str]]) -> st
     choice = next((one for one in names if one.ignore_merges == ignore), None)
     if choice is None:
         choice = names[0]
-        _check_merges(model["vocab"], merges, choice, ignore)
+        _check_merges(_unadded(described), merges, choice, ignore)
     if choice.approximate:
         warn(f"llama.cpp cuts texts nearly as the tokenizer does ({choice.name}): {choice.approximate}")
     return choice.name
 
 
-def _check_merges(
-    vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], choice: PreTokenizer, ignore: bool
-) -> None:
+def _unadded(described: Mapping[str, Any]) -> dict[str, int]:
+    """The vocabulary without tokens that are found in a text before it is cut."""
+    added = {one["content"] for one in described.get("added_tokens", ())}
+    return {token: number for token, number in described["model"]["vocab"].items() if token not in added}
+
+
+def _check_merges(vocab: dict[str, int], merges: list[tuple[str, str]], choice: PreTokenizer, ignore: bool) -> None:
     """Whether merges make every token, so that it is the same to take a piece that is a token as it is.
 
     Raises:
         InputError: they do not.
     """
-    bpe = models.BPE(dict(vocab), list(merges))
+    bpe = models.BPE(vocab, merges)
     unmade = [token for token in vocab if len(bpe.tokenize(token)) != 1]
     if unmade:
         raise InputError(
@@ -141,7 +145,7 @@ def _sentencepiece(described: Mapping[str, Any], vocab_size: int) -> Vocabulary:
     missing = [name for name in (f"<0x{byte:02X}>" for byte in range(256)) if name not in vocab]
     if missing:
         raise InputError(f"the tokenizer has no token for {len(missing)} bytes, such as {missing[0]}", OTHER_CONVERTER)
-    ranks = _ranks(vocab, [_pair(merge) for merge in described["model"]["merges"]])
+    ranks = _ranks(_unadded(described), [_pair(merge) for merge in described["model"]["merges"]])
     tokens, types = _tokens(described, vocab_size)
     scores = [-float(ranks[token]) if token in ranks else UNREACHABLE for token in tokens]
     return Vocabulary("llama", "default", tokens, types, scores=scores, add_space_prefix=prefix)
@@ -245,15 +249,20 @@ def _tokens(described: Mapping[str, Any], vocab_size: int) -> tuple[list[str], l
     if len(set(texts)) < len(texts):
         twice = next(token for token in texts if texts.count(token) > 1)
         raise InputError(f"two tokens are {on_one_line(repr(twice))}; llama.cpp stops at that", OTHER_CONVERTER)
-    _warn_of_strips(described)
+    _warn_of_added(described)
     return texts, [int(kind) for _, kind in pairs]
 
 
-def _warn_of_strips(described: Mapping[str, Any]) -> None:
+def _warn_of_added(described: Mapping[str, Any]) -> None:
     names = ("lstrip", "rstrip", "single_word")
     stripping = [one["content"] for one in described.get("added_tokens", ()) if any(one.get(name) for name in names)]
     if stripping:
         warn(f"llama.cpp keeps spaces beside {_some(stripping)}, the tokenizer drops them")
+    if any(one["type"] == "Prepend" for one in _flat(described.get("normalizer"), "normalizers")):
+        added = described.get("added_tokens", ())
+        words = [one["content"] for one in added if one.get("normalized") and not one["special"]]
+        if words:
+            warn(f"llama.cpp finds {_some(words)} anywhere in a text, the tokenizer behind a space only")
 
 
 def _some(tokens: Sequence[str]) -> str:
