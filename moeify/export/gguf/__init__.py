@@ -1,0 +1,1 @@
+"""A GGUF file of a checkpoint, as llama.cpp reads it, by the gguf package alone."""
