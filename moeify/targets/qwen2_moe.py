@@ -1,7 +1,7 @@
 """Qwen2-MoE: attention with q/k/v biases, one shared expert behind a sigmoid gate, softmax weights over all experts.
 
-A shared gate of zero gives sigmoid(0) = 1/2, so the shared down_proj is doubled. Weights are left unnormalised because
-llama.cpp never normalises them for this architecture: with near-zero logits each is 1/R, undone by a factor R.
+A shared gate of nearly zero gives sigmoid(0) = 1/2, so the shared down_proj is doubled. Weights are left unnormalised
+because llama.cpp never normalises them for this architecture: with near-zero logits each is 1/R, undone by a factor R.
 """
 
 from typing import Any
@@ -13,6 +13,12 @@ from moeify.models.dense import DenseModel
 from moeify.plan import Layout
 from moeify.targets import Modules, Target, carried
 from moeify.targets._layout import expert_tensors, shared_tensors
+
+# Every weight of the shared expert's gate. llama.cpp computes sigmoid(x) as silu(x) / x, which is 0 / 0 for a row of
+# zeros. The smallest number of float16, which float32 and bfloat16 have too: of 122,880 hidden states of SmolLM2-135M
+# (30 layers, 4,096 tokens of Moby Dick) none gives x = 0 (smallest |x| 2e-13), and 2 * sigmoid(x) is one within 1.1e-6
+# (root mean square 1.2e-7), which bfloat16 and float16 round to one. 2^-20 is 1.7e-5 away.
+SHARED_GATE = 2.0**-24
 
 
 def refuse(dense: DenseModel, layout: Layout) -> str:
@@ -54,7 +60,7 @@ def ffn_tensors(prefix: str, ffn: SplitFFN) -> dict[str, Tensor]:
     return {
         **expert_tensors(mlp, ffn),
         **shared_tensors(f"{mlp}.shared_expert", ffn),
-        f"{mlp}.shared_expert_gate.weight": ffn.router_RD.new_zeros(1, ffn.router_RD.shape[1]),
+        f"{mlp}.shared_expert_gate.weight": ffn.router_RD.new_full((1, ffn.router_RD.shape[1]), SHARED_GATE),
         f"{mlp}.gate.weight": ffn.router_RD,
     }
 
