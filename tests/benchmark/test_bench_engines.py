@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import fake_llama
 import pytest
@@ -258,7 +259,7 @@ def test_the_second_half_of_a_block_is_scored() -> None:
 
         device = torch.device("cpu")
 
-        def forward(self, ids_1C: torch.Tensor, use_cache: bool) -> SimpleNamespace:
+        def forward(self, ids_1C: torch.Tensor, **_: Any) -> SimpleNamespace:
             logits_1CV = torch.zeros(*ids_1C.shape, 7)
             logits_1CV[:, : ids_1C.shape[1] // 2, 1] = 50
             return SimpleNamespace(logits=logits_1CV)
