@@ -224,9 +224,10 @@ def _files(
 
 
 def _export(source: Path, file: Path, kind: str) -> Path:
-    from moeify.export.gguf import export_gguf
+    from moeify.export.gguf.export import export_gguf
+    from moeify.options import ExportOptions
 
-    export_gguf(source, file, kind)
+    export_gguf(source, file, ExportOptions(type=kind))
     return file
 
 
