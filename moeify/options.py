@@ -112,6 +112,17 @@ class EvalOptions(Options):
 
 
 @dataclass(frozen=True)
+class ExportOptions(Options):
+    """How numbers are stored in a GGUF."""
+
+    type: str = option(
+        "auto",
+        "Of matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; auto is the checkpoint's own, or f16.",
+        form=r"[A-Za-z0-9_]{1,16}",
+    )
+
+
+@dataclass(frozen=True)
 class TuneOptions(Options):
     """Which calls of the kernels are tuned."""
 

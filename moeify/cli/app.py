@@ -19,6 +19,7 @@ from moeify.cli.commands.bench import bench_command
 from moeify.cli.commands.bench_layer import bench_layer_command
 from moeify.cli.commands.compare import compare_command
 from moeify.cli.commands.eval import eval_command
+from moeify.cli.commands.export import export_command
 from moeify.cli.commands.finetune import finetune_command
 from moeify.cli.commands.inspect import inspect_command
 from moeify.cli.commands.ls import list_command
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "search": search_command,
     "compare": compare_command,
     "finetune": finetune_command,
+    "export": export_command,
     "verify": verify_command,
     "eval": eval_command,
     "tune": tune_command,

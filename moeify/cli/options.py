@@ -102,6 +102,7 @@ Model = Annotated[str, typer.Argument(help="Folder, .gguf file, hub id or `built
 Models = Annotated[list[str], typer.Argument(help="Checkpoints, the reference first.", show_default=False)]
 Moe = Annotated[str, typer.Argument(help="The converted checkpoint.", show_default=False)]
 Benched = Annotated[list[str], typer.Argument(help="Converted checkpoints.", show_default=False)]
+Exported = Annotated[str, typer.Argument(help="What `moeify split` wrote, or a dense model.", show_default=False)]
 Student = Annotated[str, typer.Argument(help="What `moeify split` wrote, or a dense model.", show_default=False)]
 Recipe = Annotated[str, typer.Argument(help="YAML file or name (moeify ls recipes).", show_default=False)]
 Kind = Annotated[str, typer.Argument(help=f"One of: {KINDS}.", show_default=False)]
@@ -144,6 +145,7 @@ ReportOut = Annotated[
     Path | None, typer.Option("--out", "-o", help="FILE.html; RUN_DIR/report.html.", show_default=False)
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result once the new one is complete.")]
+GGUF = Annotated[Path, typer.Option("--gguf", help="FILE.gguf to write.", show_default=False)]
 Report = Annotated[bool, typer.Option("--report", help="Show what was measured in every layer.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show plan and estimates, write nothing.")]
 

@@ -6,7 +6,7 @@ and a toy twin decides which targets compute the same function (see convert/exac
 To add one, copy the nearest file under the family's `model_type`; nothing else is edited.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,6 +69,34 @@ class Sites:
     beside: tuple[str, ...] = ()
 
 
+# What stands in a GGUF beside a key.
+GGUFValue = int | float | bool | str
+
+
+@dataclass(frozen=True)
+class GGUFFormat:
+    """What llama.cpp calls an architecture and its tensors; what the gguf package knows is not said again.
+
+    Args:
+        architecture: its name there.
+        interleaved: it rotates neighbouring rows of a head's q and k, where transformers rotates halves, so that these
+            rows lie in another order.
+        keys: further metadata besides what every architecture has, given the config; names without the architecture's.
+        names: tensors whose names the gguf package does not know: name inside a block on disk -> in the GGUF.
+        halves: matrices that are two in a GGUF, the first rows and the last: module inside a block -> names.
+        activation: the only one that it computes.
+        refuse: why it cannot compute what a config says, or "".
+    """
+
+    architecture: str
+    interleaved: bool = False
+    keys: Callable[[Any], Mapping[str, GGUFValue]] = lambda _: {}
+    names: Mapping[str, str] = field(default_factory=dict)
+    halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    activation: str = "silu"
+    refuse: Callable[[Any], str] = lambda _: ""
+
+
 @dataclass(frozen=True)
 class Family:
     """One dense architecture of transformers.
@@ -81,6 +109,7 @@ class Family:
         ffn: how the matrices lie on disk.
         activation, width: names of the activation and of the inner width in the config.
         modality: kind of the model's inputs.
+        gguf: how llama.cpp has it; None if it does not, or nobody has tried.
         tiny: config values of a tiny model, beside TINY.
     """
 
@@ -92,6 +121,7 @@ class Family:
     activation: str = "hidden_act"
     width: str = "intermediate_size"
     modality: Modality = "text"
+    gguf: GGUFFormat | None = None
     tiny: Mapping[str, Any] = field(default_factory=dict)
 
     @property

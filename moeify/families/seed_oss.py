@@ -1,5 +1,5 @@
 """Seed-OSS: llama with biases on q, k and v."""
 
-from moeify.families import Family
+from moeify.families import Family, GGUFFormat
 
-FAMILY = Family("seed_oss", tiny={"head_dim": 8})
+FAMILY = Family("seed_oss", gguf=GGUFFormat("seed_oss"), tiny={"head_dim": 8})

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moeify import plugins
 from moeify.experts.slices import SplitFFN
-from moeify.families import Family, FFNFormat
+from moeify.families import Family, FFNFormat, GGUFFormat
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
 from moeify.options import Style
@@ -96,6 +96,7 @@ class Target:
         untie: an engine needs lm_head.weight written out although the dense model ties it.
         blocks: the list of blocks, by its name in the stock model.
         modules: where the loaded model keeps its parts.
+        gguf: how llama.cpp has it; None if it does not.
         autocast: what mixed precision does to its routing and what to do instead, for the model card; "" where the same
             experts are chosen. A test measures it for every target.
     """
@@ -119,6 +120,7 @@ class Target:
     dense_ffn: FFNFormat = field(default_factory=FFNFormat)
     untie: bool = False
     blocks: str = "model.layers"
+    gguf: GGUFFormat | None = None
     autocast: str = ""
 
     @property
@@ -177,5 +179,6 @@ def static_target(family: Family) -> Target:
         carry=lambda name, tensor, dense: {name: tensor},
         dense_ffn=family.ffn,
         blocks=family.blocks,
+        gguf=family.gguf,
         modules=Modules(experts="", router=""),
     )

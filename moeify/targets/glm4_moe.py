@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moeify.experts.slices import SplitFFN
+from moeify.families import GGUFFormat, GGUFValue
 from moeify.models.dense import DenseModel
 from moeify.plan import Layout
 from moeify.targets import Modules, Target, carried
@@ -23,6 +24,10 @@ AUTOCAST = """\
 Do not train or run it under autocast (`bf16=True` or `fp16=True` of the Trainer, mixed precision of accelerate): all
 router scores become nearly equal there, and tokens go to other experts. Load it with `dtype=torch.bfloat16` and no
 autocast instead, where its routers compute in float32, or use `moeify finetune`, which keeps them in float32."""
+
+
+# gguf.ExpertGatingFuncType, without the package.
+SIGMOID = 2
 
 
 def refuse(dense: DenseModel, layout: Layout) -> str:
@@ -74,13 +79,29 @@ def ffn_tensors(prefix: str, ffn: SplitFFN) -> dict[str, Tensor]:
     }
 
 
+def gguf_keys(config: Any) -> dict[str, GGUFValue]:
+    return {
+        "expert_count": config.n_routed_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_count": config.n_shared_experts,
+        "expert_group_count": config.n_group,
+        "expert_group_used_count": config.topk_group,
+        "expert_gating_func": SIGMOID,
+        "expert_weights_scale": float(config.routed_scaling_factor),
+        "expert_weights_norm": bool(config.norm_topk_prob),
+        "leading_dense_block_count": config.first_k_dense_replace,
+        "nextn_predict_layers": 0,
+    }
+
+
 TARGET = Target(
     model_type="glm4_moe",
     architecture="Glm4MoeForCausalLM",
     preference=3,
     holds_shared=True,
-    engines=("vLLM", "SGLang"),
-    engines_with_dense=("vLLM", "SGLang"),
+    engines=("vLLM", "SGLang", "llama.cpp"),
+    engines_with_dense=("vLLM", "SGLang", "llama.cpp"),
     refuse=refuse,
     explain=explain,
     config=config,
@@ -88,6 +109,7 @@ TARGET = Target(
     ffn_tensors=ffn_tensors,
     untie=True,
     autocast=AUTOCAST,
+    gguf=GGUFFormat("glm4moe", keys=gguf_keys, names={"mlp.gate.e_score_correction_bias": "exp_probs_b.bias"}),
     modules=Modules(
         experts="mlp.experts",
         router="mlp.gate",

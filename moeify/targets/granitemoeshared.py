@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from moeify.experts.slices import SplitFFN
+from moeify.families import GGUFFormat, GGUFValue
+from moeify.families.granite import gguf_factors
 from moeify.models.dense import DenseModel
 from moeify.plan import Layout
 from moeify.targets import Modules, Target, carried
@@ -57,6 +59,16 @@ def ffn_tensors(prefix: str, ffn: SplitFFN) -> dict[str, Tensor]:
     }
 
 
+def gguf_keys(config: Any) -> dict[str, GGUFValue]:
+    shared = config.shared_intermediate_size
+    return {
+        **gguf_factors(config),
+        "expert_count": config.num_local_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        **({"expert_shared_feed_forward_length": shared} if shared else {}),
+    }
+
+
 TARGET = Target(
     model_type="granitemoeshared",
     architecture="GraniteMoeSharedForCausalLM",
@@ -68,6 +80,15 @@ TARGET = Target(
     config=config,
     routed_fold=lambda layout: layout.num_routed_active,
     ffn_tensors=ffn_tensors,
+    gguf=GGUFFormat(
+        "granitemoe",
+        interleaved=True,
+        keys=gguf_keys,
+        halves={
+            "block_sparse_moe.input_linear": ("ffn_gate_exps", "ffn_up_exps"),
+            "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp"),
+        },
+    ),
     modules=Modules(
         experts="block_sparse_moe.experts",
         router="block_sparse_moe.router",

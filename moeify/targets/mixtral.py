@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from moeify.experts.slices import SplitFFN
+from moeify.families import GGUFFormat
 from moeify.models.dense import DenseModel
 from moeify.plan import Layout
 from moeify.targets import Modules, Target, carried
@@ -41,6 +42,10 @@ def ffn_tensors(prefix: str, ffn: SplitFFN) -> dict[str, Tensor]:
     }
 
 
+def gguf_keys(config: Any) -> dict[str, int]:
+    return {"expert_count": config.num_local_experts, "expert_used_count": config.num_experts_per_tok}
+
+
 TARGET = Target(
     model_type="mixtral",
     architecture="MixtralForCausalLM",
@@ -52,5 +57,6 @@ TARGET = Target(
     config=config,
     routed_fold=lambda layout: layout.num_routed_active,
     ffn_tensors=ffn_tensors,
+    gguf=GGUFFormat("llama", interleaved=True, keys=gguf_keys),
     modules=Modules(experts="mlp.experts", router="mlp.gate"),
 )

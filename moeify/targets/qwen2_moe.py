@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from moeify.experts.slices import SplitFFN
+from moeify.families import GGUFFormat
 from moeify.models.dense import DenseModel
 from moeify.plan import Layout
 from moeify.targets import Modules, Target, carried
@@ -73,6 +74,21 @@ def extra_tensors(prefix: str, dense: DenseModel) -> dict[str, tuple[int, ...]]:
     return {f"{prefix}.self_attn.{name}_proj.bias": (size,) for name, size in sizes.items()}
 
 
+def gguf_keys(config: Any) -> dict[str, int]:
+    return {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+        "expert_shared_feed_forward_length": config.shared_expert_intermediate_size,
+    }
+
+
+def gguf_refuse(config: Any) -> str:
+    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+        return "it has experts in every layer"
+    return "it never normalises the weights of experts" if config.norm_topk_prob else ""
+
+
 TARGET = Target(
     model_type="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
@@ -89,6 +105,7 @@ TARGET = Target(
     ffn_tensors=ffn_tensors,
     extra_tensors=extra_tensors,
     untie=True,
+    gguf=GGUFFormat("qwen2moe", keys=gguf_keys, refuse=gguf_refuse),
     modules=Modules(
         experts="mlp.experts",
         router="mlp.gate",

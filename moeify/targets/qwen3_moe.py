@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from moeify.experts.slices import SplitFFN
+from moeify.families import GGUFFormat
 from moeify.models.dense import DenseModel
 from moeify.plan import Layout
 from moeify.targets import Modules, Target, carried
@@ -44,6 +45,20 @@ def ffn_tensors(prefix: str, ffn: SplitFFN) -> dict[str, Tensor]:
     return {**expert_tensors(f"{prefix}.mlp", ffn), f"{prefix}.mlp.gate.weight": ffn.router_RD}
 
 
+def gguf_keys(config: Any) -> dict[str, int]:
+    return {
+        "expert_count": config.num_experts,
+        "expert_used_count": config.num_experts_per_tok,
+        "expert_feed_forward_length": config.moe_intermediate_size,
+    }
+
+
+def gguf_refuse(config: Any) -> str:
+    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+        return "it has experts in every layer"
+    return "" if config.norm_topk_prob else "it always normalises the weights of experts"
+
+
 TARGET = Target(
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
@@ -56,5 +71,6 @@ TARGET = Target(
     config=config,
     routed_fold=lambda layout: layout.num_routed_active,
     ffn_tensors=ffn_tensors,
+    gguf=GGUFFormat("qwen3moe", keys=gguf_keys, refuse=gguf_refuse),
     modules=Modules(experts="mlp.experts", router="mlp.gate"),
 )

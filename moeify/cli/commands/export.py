@@ -1,0 +1,24 @@
+"""`moeify export`: a checkpoint for llama.cpp."""
+
+from moeify.cli import options as option
+from moeify.command_line import command_line
+from moeify.options import ExportOptions
+
+
+def export_command(
+    model: option.Exported,
+    *,
+    gguf: option.GGUF,
+    options: ExportOptions,
+    overwrite: option.Overwrite = False,
+    output: option.Output,
+) -> None:
+    """Write a checkpoint as one GGUF file, which llama.cpp runs; needs nothing of llama.cpp."""
+    from moeify.cli.render import renderer_for
+    from moeify.cli.tables.export import export_table
+    from moeify.export.gguf.export import export_gguf
+
+    renderer = renderer_for(output)
+    result = export_gguf(model, gguf, options, overwrite=overwrite, track=renderer.track)
+    step = command_line("verify", str(gguf), dense=result.dense) if result.dense else ""
+    renderer.result(result, export_table(result), next_step=step)

@@ -1,0 +1,101 @@
+"""Which GGUF architecture a checkpoint is, and what its header says of the model's sizes."""
+
+from typing import Any
+
+import gguf
+
+from moeify import families, targets
+from moeify.errors import InputError, warn
+from moeify.families import GGUFFormat
+from moeify.version import __version__
+from moeify.words import listing
+
+# A file that has this key was written by moeify.
+MARK = "moeify.version"
+
+
+def format_of(config: Any) -> GGUFFormat:
+    """What llama.cpp calls the architecture of a config.
+
+    Raises:
+        InputError: llama.cpp does not have it, or would compute something else.
+    """
+    kind = config.model_type
+    if kind in targets.names():
+        form = targets.find(kind).gguf
+    else:
+        form = families.find(kind).gguf if kind in families.names() else None
+    if form is None:
+        others = [name for name in targets.names() if targets.find(name).gguf]
+        dense = [name for name in families.names() if families.find(name).gguf]
+        raise InputError(
+            f"no GGUF is written of {kind} models", f"targets that can: {listing(others)}; families: {listing(dense)}"
+        )
+    activation = getattr(config, "hidden_act", form.activation)
+    if activation != form.activation:
+        raise InputError(f"llama.cpp's {form.architecture} computes {form.activation}, this model has {activation}")
+    if reason := form.refuse(config):
+        raise InputError(f"llama.cpp's {form.architecture} cannot run this checkpoint: {reason}")
+    return form
+
+
+def add_sizes(writer: Any, form: GGUFFormat, config: Any) -> None:
+    """Add what every architecture has, and what this one has besides.
+
+    Args:
+        writer: a gguf.GGUFWriter of the architecture.
+        form: of the architecture.
+        config: of the checkpoint.
+    """
+    heads = int(config.num_attention_heads)
+    head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
+    writer.add_block_count(int(config.num_hidden_layers))
+    writer.add_context_length(_context(form, config))
+    writer.add_embedding_length(int(config.hidden_size))
+    writer.add_feed_forward_length(int(config.intermediate_size))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(int(config.num_key_value_heads))
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
+    writer.add_vocab_size(int(config.vocab_size))
+    for name, value in form.keys(config).items():
+        _add(writer, f"{form.architecture}.{name}", value)
+
+
+def _context(form: GGUFFormat, config: Any) -> int:
+    """Tokens that the model takes; where llama.cpp has no sliding window, those that see each other in any case."""
+    context, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
+    if window is None or window >= context:
+        return context
+    warn(
+        f"llama.cpp's {form.architecture} has no sliding window: the file says a context of {window:,} tokens instead "
+        f"of {context:,}, within which both compute the same"
+    )
+    return int(window)
+
+
+def _add(writer: Any, key: str, value: Any) -> None:
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        writer.add_float32(key, value)
+    else:
+        writer.add_string(key, value)
+
+
+def add_origin(writer: Any, name: str, file_type: int) -> None:
+    """Add the mark, what the file is called, and how its numbers lie.
+
+    Args:
+        writer: a gguf.GGUFWriter.
+        name: of the model.
+        file_type: gguf.LlamaFileType.
+    """
+    writer.add_string(MARK, __version__)
+    writer.add_type(gguf.GGUFType.MODEL)
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
