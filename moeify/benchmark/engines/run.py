@@ -30,7 +30,7 @@ from moeify.benchmark.options import BenchOptions
 from moeify.check.perplexity import DEFAULT_CONTEXT
 from moeify.errors import DiskError, InputError
 from moeify.models.gguf import Header, read_header
-from moeify.options import Track, untracked
+from moeify.options import ExportOptions, Track, untracked
 from moeify.words import on_one_line
 
 SUFFIX = ".gguf"
@@ -157,7 +157,8 @@ def open_models(named: Sequence[tuple[str, str]], options: BenchOptions, track: 
     check_dense(named[0][1], models[0].num_experts)
     sizes = [vocab_size(one) if isinstance(one, Header) else one.anatomy.vocab_size for one in opened]
     check_vocabularies([(word, size) for (_, word), size in zip(named, sizes, strict=True)])
-    return Opened(models, subjects, context, ", ".join(options.type))
+    types = [kind for one in subjects for kind in ((_type_of(one.path),) if one.is_file else options.type)]
+    return Opened(models, subjects, context, ", ".join(dict.fromkeys(types)))
 
 
 def _limit(one: Header | Entrant) -> int:
@@ -225,7 +226,6 @@ def _files(
 
 def _export(source: Path, file: Path, kind: str) -> Path:
     from moeify.export.gguf.export import export_gguf
-    from moeify.options import ExportOptions
 
     export_gguf(source, file, ExportOptions(type=kind))
     return file
