@@ -7,6 +7,7 @@ down_proj: those follow from the plan and the calibration text in closed form, s
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from moeify.options import SplitOptions
 SHARED = -1
 PLAN_FILE = "split_plan.safetensors"
 PLAN_SCHEMA = "moeify.plan/2"
+# What the rows of hard routers were multiplied with before plans said it.
+OLD_ROUTER_SCALE = 2.0**-10
 # What a plan's header says beside layout, options and diagnostics.
 HEADER_TYPES = {"source": str, "family": str, "target": str, "calibration": dict, "version": str}
 
@@ -188,7 +191,8 @@ class LayerPlan:
 class SplitPlan:
     """Everything that was decided for a model, with where it came from.
 
-    `trained` lists the stages of fine-tuning that came after the split.
+    `router_scale` is what router rows are multiplied with in the checkpoint; `trained` lists the stages of fine-tuning
+    that came after the split.
     """
 
     layout: Layout
@@ -199,6 +203,7 @@ class SplitPlan:
     options: SplitOptions
     calibration: Mapping[str, Any]
     version: str
+    router_scale: float
     trained: tuple[str, ...] = ()
 
     def save(self, path: Path) -> None:
@@ -215,6 +220,7 @@ class SplitPlan:
             "options": asdict(self.options),
             "calibration": dict(self.calibration),
             "version": self.version,
+            "router_scale": self.router_scale,
             "trained": list(self.trained),
             "diagnostics": [dict(layer.diagnostics) for layer in self.layers],
         }
@@ -245,11 +251,13 @@ def load_plan(path: Path) -> SplitPlan:
         for key, kind in HEADER_TYPES.items():
             if not isinstance(header[key], kind):
                 raise TypeError(f"{key} is {header[key]!r:.60}, expected {kind.__name__}")
+        options = SplitOptions.of(header["options"])
         plan = SplitPlan(
             layout=Layout(**{**header["layout"], "dense_layers": tuple(header["layout"].get("dense_layers", ()))}),
             layers=layers,
             trained=tuple(header.get("trained", ())),
-            options=SplitOptions.of(header["options"]),
+            options=options,
+            router_scale=_router_scale(header, options),
             **{key: header[key] for key in HEADER_TYPES},
         )
     except (SafetensorError, KeyError, TypeError, AttributeError, UsageError, json.JSONDecodeError) as error:
@@ -260,3 +268,12 @@ def load_plan(path: Path) -> SplitPlan:
         layer.check(plan.layout)
         layer.check_router(plan.layout)
     return plan
+
+
+def _router_scale(header: Mapping[str, Any], options: SplitOptions) -> float:
+    """What the checkpoint's router rows were multiplied with; the first plans do not say it."""
+    old = OLD_ROUTER_SCALE if options.mixing == "hard" else 1 / options.temperature
+    scale = header.get("router_scale", old)
+    if type(scale) is not float or not 0 < scale < math.inf:
+        raise TypeError(f"router_scale is {scale!r:.60}, expected a number above zero")
+    return scale

@@ -39,6 +39,7 @@ def make_plan(layout: Layout | None = None, num_layers: int = 2, **changes: Any)
         options=SplitOptions(experts=4),
         calibration={"sha256": "0" * 64, "num_tokens": 1024},
         version="0.1.0",
+        router_scale=2.0**-6,
     )
     return replace(plan, **changes)
 

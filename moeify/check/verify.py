@@ -28,7 +28,7 @@ from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
 from moeify.experts.slices import slice_experts
 from moeify.export.in_memory import moe_parameters, split_ffn
-from moeify.export.writer import MoEWriter
+from moeify.export.writer import MoEWriter, weights_are_exact
 from moeify.models import stock
 from moeify.models.config import load_config
 from moeify.models.dense import DenseModel, open_dense
@@ -38,12 +38,11 @@ from moeify.models.same_tokens import token_difference
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track, untracked
 from moeify.plan import SHARED, LayerPlan, Layout, SplitPlan, load_plan
-from moeify.targets import Target
+from moeify.targets import ROUTER_LIMIT, Target
 
 TOLERANCE = 1e-4
-# Spacing of bf16 numbers just above one, and what the router scale aims for is half of it: unseen text may score higher
-# than the calibration text did.
-GATE_LIMIT = 2.0**-7
+# A score moves a weight by that much at most, and unseen text may score twice as high as the calibration text did.
+HEADROOM = 2
 # Stages of fine-tuning that change routers and down_proj alone.
 KEEPS_NEURONS = {"layers", "router"}
 CONTEXT = 128
@@ -133,8 +132,14 @@ def verify(
     ]
     if hard:
         found = f"max |w - 1| {deviation:.1e}"
-        checks += [Check("expert weights are one", found, f"<= {GATE_LIMIT:.1e}", deviation <= GATE_LIMIT)]
+        limit = gate_limit(plan, target)
+        checks += [Check("expert weights are one", found, f"<= {limit:.1e}", deviation <= limit)]
     return VerifyReport(str(moe), source.name, tuple(checks), difference, deviation)
+
+
+def gate_limit(plan: SplitPlan, target: Target) -> float:
+    """Largest allowed distance from one of an expert's folded weight."""
+    return 0.0 if weights_are_exact(target, plan.layout) else HEADROOM * ROUTER_LIMIT * plan.router_scale
 
 
 def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
@@ -212,7 +217,7 @@ def _restore_dense(model: Any, source: DenseModel, plan: SplitPlan, target: Targ
 def _stored_checks(path: Path, source: DenseModel, plan: SplitPlan, target: Target) -> list[Check]:
     """What the plan decides must be on disk bit for bit; what a refit computed must at least be finite."""
     config = load_config(path)
-    writer = MoEWriter(source, target, plan.layout, config.dtype, Mixing.of(plan.options))
+    writer = MoEWriter(source, target, plan.layout, config.dtype, Mixing.of(plan.options), plan.router_scale)
     shards, total = find_shards(path), 0
     wrong: list[str] = []
     for decided in plan.layers:

@@ -161,6 +161,7 @@ def _plan(prepared: Prepared, layers: tuple[LayerPlan, ...], calibration: dict[s
         options=prepared.options,
         calibration=calibration,
         version=__version__,
+        router_scale=prepared.router_scale,
     )
 
 

@@ -15,7 +15,7 @@ from moeify.convert.layer import LayerFit
 from moeify.data.text import TokenBlocks, calibration_blocks, sample_from_model
 from moeify.errors import InputError, UsageError, warn
 from moeify.experts.mixing import Mixing
-from moeify.export.writer import MoEWriter, check_fits
+from moeify.export.writer import MoEWriter, check_fits, router_scale
 from moeify.models import stock
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights, pack
@@ -46,7 +46,11 @@ class Prepared:
 
     @property
     def writer(self) -> MoEWriter:
-        return MoEWriter(self.dense, self.target, self.layout, self.dtype, self.mixing)
+        return MoEWriter(self.dense, self.target, self.layout, self.dtype, self.mixing, self.router_scale)
+
+    @property
+    def router_scale(self) -> float:
+        return router_scale(self.target, self.layout, self.mixing)
 
     @property
     def mixing(self) -> Mixing:

@@ -42,6 +42,7 @@ class MoEWriter:
         layout: how FFNs are cut.
         dtype: of every weight written.
         mixing: what the routed experts' outputs are multiplied with.
+        router_scale: what the plan's router rows are multiplied with.
     """
 
     dense: DenseModel
@@ -49,6 +50,7 @@ class MoEWriter:
     layout: Layout
     dtype: torch.dtype
     mixing: Mixing = UNIT
+    router_scale: float = ROUTER_SCALE
 
     def config(self) -> Any:
         """The target's transformers config."""
@@ -112,7 +114,7 @@ class MoEWriter:
         folded = experts.folded(
             shared=self.target.shared_fold,
             routed=routed_fold(self.target, self.layout, self.mixing),
-            router=router_scale(self.mixing),
+            router=self.router_scale,
         )
         return self.target.ffn_tensors(prefix, folded)
 
@@ -157,9 +159,16 @@ class MoEWriter:
         return values
 
 
-def router_scale(mixing: Mixing) -> float:
+def router_scale(target: Target, layout: Layout, mixing: Mixing) -> float:
     """What a router's scores are multiplied with when they are written."""
-    return ROUTER_SCALE if mixing.style == "hard" else 1 / mixing.temperature
+    if mixing.style != "hard":
+        return 1 / mixing.temperature
+    return 1.0 if weights_are_exact(target, layout) else ROUTER_SCALE
+
+
+def weights_are_exact(target: Target, layout: Layout) -> bool:
+    """Whether the weight of the routed experts is one whatever their scores are."""
+    return target.normalised and layout.num_routed_active == 1
 
 
 def routed_fold(target: Target, layout: Layout, mixing: Mixing) -> float:

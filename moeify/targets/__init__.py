@@ -3,8 +3,9 @@
 Legend: R routed experts, f expert width, s width of all shared experts together, D hidden size.
 
 Every target makes the selected experts' weights one, or a constant that is folded into down_proj. A router row is
-scaled by ROUTER_SCALE so that the weights of a trained router stay within a bf16 ulp of that constant, while its
-ranking, which is all that hard routing needs, survives in full (2^-10 does not round in bf16).
+scaled by ROUTER_SCALE so that the weights of a trained router stay near that constant, while its ranking, which is all
+that hard routing needs, survives. Where weights are normalised, that of a single routed expert is one whatever its
+score, so its router is written at full size.
 
 Whether a target represents a dense model exactly is not written here: convert/exactness.py converts a toy twin of the
 model and compares. A target only says what its layout cannot be, and has words for what a twin may find.
@@ -26,8 +27,9 @@ from moeify.models.ffn import pack
 from moeify.options import Style
 from moeify.plan import Layout
 
-ROUTER_SCALE = 2.0**-10
-# Largest router score of a calibration token: 4 * ROUTER_SCALE = 2^-8 is half the spacing of bf16 numbers above one.
+# 2^-6: measurement to be written here.
+ROUTER_SCALE = 2.0**-6
+# Largest router score of a calibration token, before it is scaled.
 ROUTER_LIMIT = 4.0
 # What every target's config takes over from the dense model's, as far as that has it.
 CARRIED = (
@@ -58,6 +60,7 @@ class Modules:
     shared: str = ""
     shared_gate_up: tuple[str, ...] = ()
     shared_down: str = ""
+    shared_gate: str = ""
 
 
 def split_fused_attention(name: str, tensor: Tensor, dense: DenseModel) -> dict[str, Tensor]:
@@ -84,6 +87,7 @@ class Target:
         engines_with_dense: those that also take models whose FFNs are not all experts; none means that transformers
             does not either.
         mixings: what the weights of its experts can be.
+        normalised: the weights of the chosen experts add up to one, so that of a single one is exactly one.
         refuse: why engines cannot run it for this model in this layout, or "".
         explain: why it may compute something else than the model, in words, or ""; only shown, a twin decides.
         config: config values that differ from CARRIED, given the model, the layout and the expert width.
@@ -112,6 +116,7 @@ class Target:
     modules: Modules
     engines_with_dense: tuple[str, ...] = ()
     mixings: tuple[Style, ...] = ("hard",)
+    normalised: bool = False
     refuse: Callable[[DenseModel, Layout], str] = lambda dense, layout: ""
     explain: Callable[[DenseModel], str] = lambda dense: ""
     shared_fold: float = 1.0
@@ -127,6 +132,12 @@ class Target:
     def caution(self) -> str:
         """`autocast` in a few words, for the reason why the target was taken; begins with a separator."""
         return "; not for training under autocast, its model card says why" if self.autocast else ""
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """How the names end, in the loaded model, of the parameters that training must leave alone."""
+        constants = (self.modules.router, self.modules.shared_gate)
+        return tuple(f".{module}.weight" for module in constants if module)
 
     def block(self, layer: int) -> str:
         """Name of a block, which all its tensors begin with."""

@@ -76,6 +76,7 @@ TARGET = Target(
     holds_shared=True,
     engines=("vLLM", "SGLang", "llama.cpp"),
     mixings=("hard", "softmax", "soft"),
+    normalised=True,
     explain=explain,
     config=config,
     routed_fold=lambda layout: layout.num_routed_active,

@@ -112,5 +112,6 @@ TARGET = Target(
         shared="mlp.shared_expert",
         shared_gate_up=("gate_proj", "up_proj"),
         shared_down="down_proj",
+        shared_gate="mlp.shared_expert_gate",
     ),
 )

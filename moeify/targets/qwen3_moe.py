@@ -67,6 +67,7 @@ TARGET = Target(
     engines=("vLLM", "SGLang", "llama.cpp"),
     engines_with_dense=("vLLM", "SGLang"),
     mixings=("hard", "softmax", "soft"),
+    normalised=True,
     explain=explain,
     config=config,
     routed_fold=lambda layout: layout.num_routed_active,

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from moeify import families, targets
 from moeify.check.evaluate import load
 from moeify.errors import InputError, UsageError
-from moeify.experts.mixing import Mixing
 from moeify.export.in_memory import cut_layers
-from moeify.export.writer import router_scale
+from moeify.export.writer import weights_are_exact
 from moeify.families import FFNFormat
 from moeify.plan import SplitPlan
 from moeify.targets import Target
@@ -84,7 +83,7 @@ class Student:
     @property
     def scale(self) -> float:
         """Of stored router scores."""
-        return 1.0 if self.plan is None else router_scale(Mixing.of(self.plan.options))
+        return 1.0 if self.plan is None else self.plan.router_scale
 
     @property
     def has_selection_bias(self) -> bool:
@@ -136,12 +135,7 @@ def check_stages(plan: SplitPlan | None, stages: tuple[Stage, ...], path: Path) 
     routed = plan is not None and not plan.layout.is_static
     if "router" in stages and not routed:
         raise InputError(f"{path} has no routers to train", "--stage full or --stage lora trains it")
-    if (
-        "router" in stages
-        and plan
-        and plan.layout.num_routed_active == 1
-        and plan.target not in ("glm4_moe", "qwen2_moe")
-    ):
+    if "router" in stages and plan and weights_are_exact(targets.find(plan.target), plan.layout):
         raise InputError(
             f"the weight of a single routed expert is always one in {plan.target}: no gradient reaches its router",
             "--stage layers trains it by other means",
