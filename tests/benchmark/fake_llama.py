@@ -38,6 +38,8 @@ echo "]"
 """
 PERPLEXITY = """#!/bin/sh
 case "$*" in
+    *running-nan*) echo "[1]12.0,[2]nan,";;
+    *lost*) echo "perplexity: calculating perplexity over 2 chunks" >&2; echo "[1]12.0,[2]12.5000,";;
     *nan*) echo "Final estimate: PPL = nan +/- nan";;
     *short*) echo "perplexity: you need at least 64 tokens" >&2;;
     *) echo "Final estimate: PPL = 12.5000 +/- 0.1" >&2;;

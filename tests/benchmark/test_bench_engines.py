@@ -152,7 +152,7 @@ def test_gguf_files_are_taken_as_they_are(
 
 
 def test_what_cannot_run_is_a_row_and_no_error(programs: Path, dense: Path, moe: Path, tmp_path: Path) -> None:
-    files = [tmp_path / f"moe-{name}.gguf" for name in ("abort", "nan", "short")]
+    files = [tmp_path / f"moe-{name}.gguf" for name in ("abort", "nan", "running-nan", "short", "lost")]
     for file in files:
         shutil.copy(moe, file)
     result = bench([str(file) for file in files], [str(dense)], OPTIONS)
@@ -160,8 +160,12 @@ def test_what_cannot_run_is_a_row_and_no_error(programs: Path, dense: Path, moe:
     assert reasons["dense"] == ""
     assert reasons["moe-abort.gguf"].startswith("cannot run: too many active experts")
     assert reasons["moe-nan.gguf"] == "no perplexity: its perplexity is nan"
+    assert reasons["moe-running-nan.gguf"] == reasons["moe-nan.gguf"]
     assert reasons["moe-short.gguf"] == "no perplexity: perplexity: you need at least 64 tokens"
-    assert {row.model for row in result.engine_speed} == {"dense", "moe-nan.gguf", "moe-short.gguf"}
+    # The last line is lost, the last of the running values is not.
+    assert reasons["moe-lost.gguf"] == ""
+    assert result.engine_files[-1].perplexity == 12.5
+    assert {row.model for row in result.engine_speed} == set(reasons) - {"moe-abort.gguf"}
     notes = "\n".join(model_table.notes(result))
     assert "moe-abort.gguf (f32) in llama.cpp: cannot run" in notes
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 COMPLETION = "llama-completion"
+SPARE_TOKENS, ATTEMPTS = 16, 5
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,19 @@ def clear_prompts(
     return sorted(found, key=lambda clear: -clear.gap)[:num_prompts]
 
 
-def completion(folder: Path, file: Path, prompt: str, num_tokens: int) -> str:
-    """What llama.cpp writes after a prompt, greedily."""
-    words = [str(folder / COMPLETION), "-m", str(file), "-p", prompt, "-n", str(num_tokens), "--temp", "0"]
-    words += ["-no-cnv", "--no-display-prompt", "-t", "1", "--seed", "0"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def completion(folder: Path, file: Path, clear: Clear, num_tokens: int) -> str:
+    """What llama.cpp writes greedily after a prompt, as long as the text that is expected.
+
+    The program ends without waiting for its log, through which it prints: more is written than is needed, and it runs
+    again where the end is lost all the same.
+    """
+    words = [str(folder / COMPLETION), "-m", str(file), "-p", clear.prompt, "-n", str(num_tokens + SPARE_TOKENS)]
+    words += ["--temp", "0", "-no-cnv", "--no-display-prompt", "-t", "1"]
+    text = ""
+    for _ in range(ATTEMPTS):
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=300, stdin=subprocess.DEVNULL)
+        assert done.returncode == 0, done.stderr[-2000:]
+        text = done.stdout.lstrip()
+        if len(text) >= len(clear.text.strip()):
+            break
+    return text[: len(clear.text.strip())]

@@ -23,6 +23,11 @@ from moeify.models.tokenizer import load_tokenizer
 # More than any text has a token: enough is read for the tokens that are asked for, and little more.
 LETTERS_PER_TOKEN = 8
 ESTIMATE = re.compile(r"Final estimate: PPL = (\S+)")
+RUNNING = re.compile(r"\[(\d+)\]([^,\s]+),")
+CHUNKS = re.compile(r"over (\d+) chunks")
+# The program ends without waiting for its log, whose last lines are lost now and then: measured with small models on a
+# busy machine, 0.3.36 of llama-cpp-python (common/log.cpp says so).
+ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
@@ -71,15 +76,30 @@ def file_perplexity(file: Path, text_file: Path, text: Text, program: Path, limi
         Failure: there is none, or it is not finite.
     """
     words = ["-m", str(file), "-f", str(text_file), "-c", str(text.context), "--chunks", str(text.num_blocks)]
-    done = run(program, *words, limit_seconds=limit_seconds)
-    estimate = ESTIMATE.search(f"{done.stdout}\n{done.stderr}")
-    if estimate is None:
-        line = next((line for line in reversed(done.stderr.splitlines()) if "perplexity" in line), "no estimate")
+    for _ in range(ATTEMPTS):
+        done = run(program, *words, limit_seconds=limit_seconds)
+        word = _estimate(done.stdout, done.stderr)
+        if word:
+            break
+    else:
+        line = next((line for line in reversed(done.stderr.splitlines()) if "perplexity: " in line), "no estimate")
         raise Failure(line.strip())
-    value = _number(estimate[1])
+    value = _number(word)
     if not math.isfinite(value):
-        raise Failure(f"its perplexity is {estimate[1]}")
+        raise Failure(f"its perplexity is {word}")
     return value
+
+
+def _estimate(out: str, log: str) -> str:
+    """The perplexity, as it was printed; "" if that was lost."""
+    final = ESTIMATE.search(f"{out}\n{log}")
+    if final is not None:
+        return final[1]
+    running, chunks = RUNNING.findall(out), CHUNKS.search(log)
+    if any(word.endswith("nan") for _, word in running):
+        return "nan"
+    complete = running and chunks is not None and running[-1][0] == chunks[1]
+    return str(running[-1][1]) if complete else ""
 
 
 def _number(word: str) -> float:
