@@ -10,6 +10,8 @@ Section = Literal["quality", "speed", "memory", "experts"]
 Implementation = Literal["eager", "batched_mm", "grouped_mm", "moeify"]
 Routing = Literal["uniform", "zipf"]
 Pass = Literal["forward", "training"]
+EngineName = Literal["transformers", "llama.cpp"]
+FileType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class BenchOptions(Options):
     seconds_per_row: float = option(
         2.0, "How long one model on one implementation is timed on one phase of one regime.", least=0
     )
+    engine: tuple[EngineName, ...] = option(("transformers",), "What runs the models: transformers, llama.cpp or both.")
+    type: tuple[FileType, ...] = option(("q8_0",), "Of the GGUF files that llama.cpp gets of folders.")
+    rounds: int = option(3, "How often llama.cpp times each file, in turn with the others.", least=3)
+    threads: tuple[int, ...] = option((), "Of llama.cpp, such as 1,8; one and all cores.", least=1)
+    limit_seconds: float = option(900.0, "Stop a program of llama.cpp that takes longer.", above=0)
     dtype: DType = option("auto", DTYPE)
     device: str = option("auto", DEVICE, form=DEVICES)
 

@@ -186,8 +186,9 @@ def _check_sections(path: Path, recipe: Recipe) -> None:
     """Raise UsageError if a section needs another one."""
     if recipe.eval is None and (recipe.limits.beats or recipe.limits.max_ratio is not None):
         raise UsageError(f"{path}: limits on perplexity need an eval section")
-    if recipe.limits.max_times and (recipe.bench is None or "speed" in recipe.bench.skip):
-        raise UsageError(f"{path}: limits on times need a bench section that measures speed")
+    timed = recipe.bench is not None and "speed" not in recipe.bench.skip and "transformers" in recipe.bench.engine
+    if recipe.limits.max_times and not timed:
+        raise UsageError(f"{path}: limits on times need a bench section that measures speed in transformers")
     if recipe.limits.max_logit_difference is not None and not recipe.verify:
         raise UsageError(f"{path}: limits.max_logit_difference needs verify: true")
     for key, names in (("limits.beats", recipe.limits.beats), ("finetune_controls", recipe.finetune_controls)):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
+from moeify.benchmark.engines.results import EngineFile, EngineSpeed
 from moeify.benchmark.models.results import Interval, Kind, Model, ModelBench, Phase, Quality, Verdict
 
 # A static model is a fair control if a token uses as many of its parameters, to within this share.
@@ -22,6 +23,7 @@ class Facts:
         decode, prefill: each regime on the fastest implementation, in the order of prompt length and batch; empty if
             they were not measured.
         control: of a mixture of experts the fair static control; None if there is none.
+        engine_files, engine_speed: its rows of other engines.
     """
 
     model: Model
@@ -30,6 +32,8 @@ class Facts:
     decode: tuple[Verdict, ...]
     prefill: tuple[Verdict, ...]
     control: "Facts | None"
+    engine_files: tuple[EngineFile, ...] = ()
+    engine_speed: tuple[EngineSpeed, ...] = ()
 
     @property
     def regimes(self) -> tuple[Verdict, ...]:
@@ -95,6 +99,8 @@ def facts_of(bench: ModelBench, model: Model) -> Facts:
         decode=_regimes(bench, model.name, "decode"),
         prefill=_regimes(bench, model.name, "prefill"),
         control=facts_of(bench, control) if control else None,
+        engine_files=tuple(row for row in bench.engine_files if row.model == model.name),
+        engine_speed=tuple(row for row in bench.engine_speed if row.model == model.name),
     )
 
 

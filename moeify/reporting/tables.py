@@ -6,6 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from moeify.benchmark.engines.results import EngineFile, EngineSpeed
 from moeify.benchmark.models.results import PARTS, Interval, Model, ModelBench, Part, Quality, Speed, Verdict
 from moeify.reporting.facts import ALL_TEXTS, Facts, active_parameters, parameters, quality_of, ratio_of
 from moeify.reporting.reader import Source
@@ -200,6 +201,41 @@ def timings(bench: ModelBench) -> Table:
             ("time / floor", lambda row: cell(row.time_over_floor)),
             ("experts hit", lambda row: cell(row.experts_hit, percent)),
             ("not measured because", lambda row: Cell(row.reason)),
+        ],
+    )
+
+
+def engines(bench: ModelBench) -> Table:
+    """Every file in llama.cpp: each regime that was timed, or why there is none."""
+    timed = {(row.model, row.type) for row in bench.engine_speed}
+    files = {(row.model, row.type): row for row in bench.engine_files}
+    rows: list[tuple[EngineFile, EngineSpeed | None]] = [
+        *((files[row.model, row.type], row) for row in bench.engine_speed),
+        *((row, None) for key, row in files.items() if key not in timed),
+    ]
+
+    def speed(make: Callable[[EngineSpeed], Cell]) -> Callable[[tuple[EngineFile, EngineSpeed | None]], Cell]:
+        return lambda row: Cell(MISSING) if row[1] is None else make(row[1])
+
+    def over_dense(row: EngineSpeed) -> Cell:
+        return cell(row.time_over_dense, note=_edges(row.time_over_dense_low, row.time_over_dense_high))
+
+    return table(
+        "engines",
+        "In llama.cpp, times below which stand the least and largest ratio of the rounds",
+        rows,
+        [
+            ("model", lambda row: Cell(row[0].model)),
+            ("type", lambda row: Cell(row[0].type)),
+            ("phase", speed(lambda row: Cell(row.phase))),
+            ("tokens", speed(lambda row: cell(row.num_tokens, whole))),
+            ("threads", speed(lambda row: cell(row.threads, whole))),
+            ("tokens / s", speed(lambda row: cell(row.tokens_per_second))),
+            ("time / dense", speed(over_dense)),
+            ("on disk", lambda row: cell(row[0].num_bytes, size)),
+            ("perplexity / dense", lambda row: cell(row[0].over_dense, factor)),
+            ("perplexity / transformers", lambda row: cell(row[0].over_transformers, lambda value: f"{value:.4f}")),
+            ("not measured because", lambda row: Cell(row[0].reason)),
         ],
     )
 

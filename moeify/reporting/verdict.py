@@ -137,6 +137,25 @@ def quality_words(ratio: Interval) -> str:
     return "perplexity is the dense model's, within the noise"
 
 
+def engine_words(facts: Facts) -> str:
+    """What other engines make of it, in a sentence; empty if none was timed."""
+    if not facts.engine_speed:
+        return ""
+    clauses = []
+    for phase in ("decode", "prefill"):
+        ratios = [row.time_over_dense for row in facts.engine_speed if row.phase == phase and row.time_over_dense]
+        if ratios:
+            ends = " to ".join(dict.fromkeys((factor(min(ratios)), factor(max(ratios)))))
+            clauses.append(f"{phase} takes {ends}")
+    types = listing(list(dict.fromkeys(row.type for row in facts.engine_speed)))
+    return f"In llama.cpp ({types}) {' and '.join(clauses)} of the dense model's time." if clauses else ""
+
+
+def _is_faster_in_engine(facts: Facts) -> bool:
+    """Somewhere, in every round."""
+    return any(row.time_over_dense_high is not None and row.time_over_dense_high < 1 for row in facts.engine_speed)
+
+
 def _lost(facts: Facts) -> list[str]:
     lines = []
     if facts.quality is not None and facts.ratio is not None:
@@ -149,6 +168,9 @@ def _lost(facts: Facts) -> list[str]:
     for what, ratio in (("Peak memory", facts.memory), ("The checkpoint", facts.disk)):
         if ratio is not None and ratio > 1 + NOTABLE:
             lines.append(f"{what} is {factor(ratio)} times as large.")
+    lines += [f"In {row.engine} ({row.type}): {row.reason}." for row in facts.engine_files if row.reason]
+    if not _is_faster_in_engine(facts):
+        lines += filter(None, [engine_words(facts)])
     return lines + [words for words in [control_words(facts)] if words.startswith("Worse")]
 
 
@@ -160,6 +182,8 @@ def _gained(facts: Facts) -> list[str]:
     elif facts.regimes:
         lines.append(f"No speed: {_not_faster(facts)}.")
     lines += [f"{_capital(words)}." for words in _smaller(facts)]
+    if _is_faster_in_engine(facts):
+        lines.append(engine_words(facts))
     return lines + [words for words in [control_words(facts)] if words and not words.startswith("Worse")]
 
 

@@ -113,6 +113,8 @@ def test_a_recipe_holds_the_defaults_of_the_command_line(write: Write) -> None:
         ({"limits": {"max_ratio": 2}}, "eval"),
         ({"limits": {"beats": ["static"]}, "eval": {}}, "static"),
         ({"limits": {"max_logit_difference": 1e-5}, "verify": False}, "max_logit_difference"),
+        ({"limits": {"max_decode_time": 1}}, "measures speed"),
+        ({"limits": {"max_decode_time": 1}, "bench": {"engine": ["llama.cpp"]}}, "measures speed in transformers"),
         ({"controls": {"moe": {}}}, "'moe'"),
         ({"controls": {"dense": {}}}, "'dense'"),
         ({"controls": {"../moe": {}}}, r"\.\./moe"),

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from moeify.benchmark.machine import dtype_by_name
 from moeify.benchmark.models.anatomy import Anatomy, anatomy
+from moeify.benchmark.models.results import Kind, Model
+from moeify.benchmark.models.sizes import active_share, parts_of
 from moeify.benchmark.options import BenchOptions
 from moeify.check.perplexity import DEFAULT_CONTEXT
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
 from moeify.models.config import load_config
-from moeify.models.files import locate
+from moeify.models.files import find_shards, locate
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track
 
@@ -44,35 +46,87 @@ def open_models(models: Sequence[str], against: Sequence[str], track: Track[Any]
         UsageError: nothing to measure or to compare with.
         InputError: a model is not there, is named twice, is of no use or has another vocabulary.
     """
+    named = name_models(models, against)
+    entrants = [open_entrant(name, word, track) for name, word in named]
+    experts = entrants[0].anatomy.experts
+    check_dense(entrants[0].source, experts.num_routed if experts else None)
+    check_vocabularies([(one.source, one.anatomy.vocab_size) for one in entrants])
+    return entrants
+
+
+def name_models(models: Sequence[str], against: Sequence[str]) -> list[tuple[str, str]]:
+    """Name in the result and word on the command line of each model, the dense one first.
+
+    Raises:
+        UsageError: nothing to measure or to compare with.
+        InputError: a model is named twice.
+    """
     if not models or not against:
         raise UsageError("a converted and a dense model are needed", "write moeify bench MOE --against DENSE")
     words = [*against[:1], *models, *against[1:]]
     twice = [word for number, word in enumerate(words) if word in words[:number]]
     if twice:
         raise UsageError(f"{twice[0]} is named twice", "name each model once")
-    paths = [locate(word, track) for word in words]
-    configs = [load_config(path) for path in paths]
     short = [DENSE, *(Path(word).name for word in words[1:])]
     names = [name if short.count(name) == 1 else word for name, word in zip(short, words, strict=True)]
-    names[0] = DENSE
-    entrants = [
-        Entrant(name, word, path, config, anatomy(config))
-        for name, word, path, config in zip(names, words, paths, configs, strict=True)
-    ]
-    dense = entrants[0]
-    if dense.anatomy.experts is not None:
+    return [(DENSE, words[0]), *zip(names[1:], words[1:], strict=True)]
+
+
+def open_entrant(name: str, word: str, track: Track[Any]) -> Entrant:
+    """Raise InputError for a model that is not there or is of no use."""
+    path = locate(word, track)
+    config = load_config(path)
+    return Entrant(name, word, path, config, anatomy(config))
+
+
+def model_of(one: Entrant, dense_ffn: int, *, context: int, element_bytes: int) -> Model:
+    """Sizes of one model.
+
+    Args:
+        one: the model.
+        dense_ffn: parameters of the dense model's FFNs.
+        context: positions that a token sees.
+        element_bytes: of a weight.
+    """
+    experts, share = one.anatomy.experts, active_share(one.anatomy, dense_ffn)
+    kind: Kind = "moe" if experts else "dense" if share == 1 else "static"
+    return Model(
+        name=one.name,
+        path=one.source,
+        kind=kind,
+        model_type=one.config.model_type,
+        num_layers=one.anatomy.num_layers,
+        num_experts=experts.num_routed + experts.num_shared if experts else None,
+        num_shared=experts.num_shared if experts else None,
+        num_active=experts.num_chosen + experts.num_shared if experts else None,
+        active_share=share,
+        parts=parts_of(one.anatomy, context=context, element_bytes=element_bytes),
+        bytes_on_disk=sum(file.stat().st_size for file in set(find_shards(one.path).values())),
+    )
+
+
+def check_dense(source: str, num_experts: int | None) -> None:
+    """Raise InputError for a model with experts in the place of the dense one."""
+    if num_experts is not None:
         raise InputError(
-            f"{dense.source} has {dense.anatomy.experts.num_routed} experts a layer, a dense model is needed",
+            f"{source} has {num_experts} experts a layer, a dense model is needed",
             "name the model that the others came from",
         )
-    for one in entrants[1:]:
-        if one.anatomy.vocab_size != dense.anatomy.vocab_size:
+
+
+def check_vocabularies(sizes: Sequence[tuple[str, int]]) -> None:
+    """Raise InputError unless all models have the first one's.
+
+    Args:
+        sizes: model and size of its vocabulary.
+    """
+    (dense, num_words), *others = sizes
+    for source, size in others:
+        if size != num_words:
             raise InputError(
-                f"{one.source} has a vocabulary of {one.anatomy.vocab_size:,}, {dense.source} one of "
-                f"{dense.anatomy.vocab_size:,}",
+                f"{source} has a vocabulary of {size:,}, {dense} one of {num_words:,}",
                 "their distributions do not compare: name the model that it came from",
             )
-    return entrants
 
 
 def dtype_of(name: str, config: Any, device: torch.device) -> torch.dtype:

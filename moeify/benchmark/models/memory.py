@@ -6,7 +6,6 @@ reads what to do and writes REQUEST.json.out; `measure_memory` makes the request
 """
 
 import json
-import os
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -15,8 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import moeify
-from moeify.benchmark.children import run_child
+from moeify.benchmark.children import child_environment, run_child
 
 
 @dataclass(frozen=True)
@@ -47,10 +45,7 @@ def measure_memory(path: Path, ids_BC: Tensor, *, dtype: str, device: str) -> Me
         request.write_text(
             json.dumps({"path": str(path), "dtype": dtype, "device": device, "ids": ids_BC.cpu().tolist()})
         )
-        # The same moeify as this one, wherever it was imported from.
-        home = str(Path(moeify.__file__).resolve().parent.parent)
-        paths = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        environment = child_environment(OMP_NUM_THREADS=str(torch.get_num_threads()))
         done = run_child("moeify.benchmark.models.memory", str(request), environment=environment)
         found = json.loads(answer.read_text()) if answer.is_file() else {}
     reason = ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moeify.benchmark.ceilings import Ceilings
+from moeify.benchmark.engines.results import EngineFile, EngineSpeed
 
 Kind = Literal["dense", "moe", "static"]
 Phase = Literal["prefill", "decode"]
@@ -245,11 +246,12 @@ class ModelBench:
         date: when it began, UTC, ISO 8601.
         command: that gives it again.
         machine, versions: where it was measured.
-        dtype: of weights.
+        dtype: of weights; the types of the GGUF files where transformers runs none.
         context: tokens of a block of the quality texts.
         models: the dense one first.
         quality, speed, verdicts: rows.
         experts: by model name.
+        engine_files, engine_speed: rows of other engines, with `--engine llama.cpp`.
         ceilings: of this machine in this run, with `--roofline`.
         regressions: against an earlier run, with `--baseline`.
     """
@@ -265,5 +267,7 @@ class ModelBench:
     speed: list[Speed] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     experts: dict[str, list[LayerExperts]] = field(default_factory=dict)
+    engine_files: list[EngineFile] = field(default_factory=list)
+    engine_speed: list[EngineSpeed] = field(default_factory=list)
     ceilings: Ceilings | None = None
     regressions: Regressions | None = None

@@ -1,7 +1,7 @@
 """The model benchmark: what a conversion saved, what it cost, and where it is faster or slower than the dense model.
 
 The road: everything that can be refused is refused; memory, a process a model; then all models are loaded side by side
-for quality, experts and speed; verdicts; an earlier result.
+for quality, experts and speed; verdicts; other engines, in processes of their own; an earlier result.
 
 Traps: other work on the machine makes intervals wide and, as all models suffer alike, ratios less wrong than times. All
 models are in memory at once.
@@ -19,22 +19,21 @@ import torch
 from torch import Tensor
 
 from moeify.benchmark.ceilings import measure_ceilings
+from moeify.benchmark.engines import run as engines
 from moeify.benchmark.machine import device_by_name, machine_facts, versions
 from moeify.benchmark.models import baseline as baselines
 from moeify.benchmark.models.contenders import contenders
 from moeify.benchmark.models.expert_use import expert_use
-from moeify.benchmark.models.inputs import DENSE, Entrant, Texts, dtype_of, open_models
+from moeify.benchmark.models.inputs import DENSE, Entrant, Texts, dtype_of, model_of, name_models, open_models
 from moeify.benchmark.models.memory import measure_memory
 from moeify.benchmark.models.quality import measure_quality
-from moeify.benchmark.models.results import Kind, LayerExperts, Model, ModelBench
-from moeify.benchmark.models.sizes import active_share, parts_of
+from moeify.benchmark.models.results import LayerExperts, ModelBench
 from moeify.benchmark.models.speed import measure_speed, prompts
 from moeify.benchmark.models.verdicts import verdicts
 from moeify.benchmark.options import BenchOptions, Section
 from moeify.benchmark.timing import timer_for
 from moeify.check.evaluate import load
 from moeify.command_line import command_line
-from moeify.models.files import find_shards
 from moeify.options import Track, untracked
 from moeify.results import check_new, check_writable, read, write
 
@@ -75,9 +74,15 @@ def bench(
         check_folder(out, overwrite=overwrite)
     old = load_bench(baseline) if baseline else None
     device = device_by_name(options.device)
-    entrants = open_models(models, against, track)
-    dtype = dtype_of(options.dtype, entrants[0].config, device)
-    texts = Texts.of(entrants, options)
+    if "llama.cpp" in options.engine:
+        engines.check_programs()
+    entrants, texts = [], None
+    if "transformers" in options.engine:
+        entrants = open_models(models, against, track)
+        texts = Texts.of(entrants, options)
+        opened = _opened(entrants, texts.context, dtype_of(options.dtype, entrants[0].config, device))
+    else:
+        opened = engines.open_models(name_models(models, against), options, track)
     result = ModelBench(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         command=command_line(
@@ -92,17 +97,21 @@ def bench(
         ),
         machine=machine_facts(device),
         versions=versions(PACKAGES),
-        dtype=str(dtype).removeprefix("torch."),
-        context=texts.context,
-        models=[_model(one, entrants[0], texts.context, dtype) for one in entrants],
+        dtype=opened.dtype,
+        context=opened.context,
+        models=opened.models,
     )
     if old is not None:
         # Sizes are known by now; two runs of other models need not be measured first.
         baselines.compare(result, old, str(baseline), threshold)
-    if "memory" not in options.skip:
+    if texts is not None and "memory" not in options.skip:
         _memory(result, entrants, texts, device, track)
-    if set(get_args(Section)) - {"memory", *options.skip}:
+    if texts is not None and set(get_args(Section)) - {"memory", *options.skip}:
         _measure(result, entrants, texts, options=options, device=device, track=track)
+    if "llama.cpp" in options.engine:
+        rows = engines.measure(opened.subjects, options, context=opened.context, track=track)
+        result.engine_files, result.engine_speed = rows.files, rows.speed
+        result.versions = {**result.versions, "llama.cpp": rows.version or None}
     if old is not None:
         result.regressions = baselines.compare(result, old, str(baseline), threshold)
     if out is not None:
@@ -126,22 +135,14 @@ def check_folder(folder: Path, *, overwrite: bool) -> None:
     check_writable(folder / FILE, ModelBench)
 
 
-def _model(one: Entrant, dense: Entrant, context: int, dtype: torch.dtype) -> Model:
-    """Sizes of one model."""
-    experts, share = one.anatomy.experts, active_share(one.anatomy, dense.anatomy)
-    kind: Kind = "moe" if experts else "dense" if share == 1 else "static"
-    return Model(
-        name=one.name,
-        path=one.source,
-        kind=kind,
-        model_type=one.config.model_type,
-        num_layers=one.anatomy.num_layers,
-        num_experts=experts.num_routed + experts.num_shared if experts else None,
-        num_shared=experts.num_shared if experts else None,
-        num_active=experts.num_chosen + experts.num_shared if experts else None,
-        active_share=share,
-        parts=parts_of(one.anatomy, context=context, element_bytes=dtype.itemsize),
-        bytes_on_disk=sum(file.stat().st_size for file in set(find_shards(one.path).values())),
+def _opened(entrants: Sequence[Entrant], context: int, dtype: torch.dtype) -> engines.Opened:
+    """What an engine needs to know of them as well; a GGUF file goes there as it is."""
+    dense_ffn = entrants[0].anatomy.parts["ffn"].parameters
+    return engines.Opened(
+        models=[model_of(one, dense_ffn, context=context, element_bytes=dtype.itemsize) for one in entrants],
+        subjects=[engines.subject(one) for one in entrants],
+        context=context,
+        dtype=str(dtype).removeprefix("torch."),
     )
 
 

@@ -99,12 +99,17 @@ def pass_work(
     return Work(round((weights + batch * kept * anatomy.kv_width) * element_bytes), flops)
 
 
-def active_share(anatomy: Anatomy, dense: Anatomy) -> float:
-    """Share of the FFN parameters that a token uses: of a model's own with experts, of the dense model's without."""
+def active_share(anatomy: Anatomy, dense_ffn: int) -> float:
+    """Share of the FFN parameters that a token uses: of a model's own with experts, of the dense model's without.
+
+    Args:
+        anatomy: of the model.
+        dense_ffn: parameters of the dense model's FFNs.
+    """
     ffn = anatomy.parts["ffn"].parameters
     if anatomy.experts is not None:
         return (ffn - anatomy.experts.idle_parameters) / ffn
-    return ffn / dense.parts["ffn"].parameters
+    return ffn / dense_ffn
 
 
 def _seen(window: int | None, length: int) -> int:

@@ -1,8 +1,9 @@
-"""A model benchmark as tables for the terminal: compression, quality, speed, experts, an earlier run, verdicts last."""
+"""A model benchmark as tables: compression, quality, speed, other engines, experts, an earlier run, verdicts last."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from moeify.benchmark.engines import table as engines
 from moeify.benchmark.grid import Grid
 from moeify.benchmark.models.results import PARTS, Model, ModelBench, Speed, Verdict
 from moeify.words import between, fixed
@@ -18,7 +19,8 @@ def grids(result: ModelBench) -> list[Grid]:
     """In the order in which they are shown; those without lines are left out."""
     dense, *others = result.models
     sizes = [_compression([dense, *others[first : first + BESIDE]]) for first in range(0, len(others), BESIDE)]
-    tables = [*sizes, *_quality(result), _against_static(result), *_speed(result), _experts(result), _changes(result)]
+    measured = [*_quality(result), _against_static(result), *_speed(result), *engines.grids(result), _experts(result)]
+    tables = [*sizes, *measured, _changes(result)]
     return [grid for grid in tables if grid.lines]
 
 
@@ -45,6 +47,7 @@ def notes(result: ModelBench) -> list[str]:
         f"{model.name}: memory not known, {model.memory_reason}" for model in result.models if model.memory_reason
     ]
     lines += [f"{_row_name(row)}: {row.reason}" for row in result.speed if row.reason]
+    lines += engines.notes(result)
     if result.regressions:
         lines += [f"only in {result.regressions.baseline}: {name}" for name in result.regressions.missing]
         worse = len(result.regressions.worse)
