@@ -1,0 +1,90 @@
+"""Tables of `moeify plan`."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from moeify.cli.tables.words import key_value_table
+from moeify.words import number, percent, size
+
+if TYPE_CHECKING:
+    from moeify.convert.machine_plan import Candidate, MachinePlan
+
+
+def plan_tables(plan: "MachinePlan") -> tuple[Table, Table]:
+    """What the bounds rest on, then dense, static pruning and the layouts that no other one beats."""
+    dense = plan.candidates[0]
+    facts = key_value_table(
+        f"moeify plan {plan.model}",
+        [
+            ("machine", _machine_words(plan)),
+            ("counted as", f"{plan.type}, {plan.context:,} tokens of keys and values in float16"),
+            (
+                "always on",
+                f"{size(plan.floor_bytes)} of the dense model's {size(dense.read_bytes)} a token, not in FFNs: "
+                f"{number(plan.floor_tokens_per_second)} tokens/s at most, however few experts run",
+            ),
+            *(("note", note) for note in plan.notes),
+        ],
+    )
+    rows = Table(title="bounds in llama.cpp, one token at a time", title_justify="left")
+    rows.add_column("model", overflow="fold")
+    for column in ("width", "perplexity/dense", "GPU/token", "RAM/token", "VRAM", "RAM", "tokens/s at most", "/dense"):
+        rows.add_column(column, justify="right", overflow="fold")
+    rows.add_column("llama.cpp", overflow="fold")
+    for candidate in shown(plan):
+        rows.add_row(*_cells(candidate, plan))
+    return facts, rows
+
+
+def shown(plan: "MachinePlan") -> Iterator["Candidate"]:
+    """Dense, static pruning, the best, and of each active and shared share the layout that is expected to lose least.
+
+    Bounds hardly depend on the number of experts; JSON has all candidates.
+    """
+    groups: dict[tuple[float, int], Candidate] = {}
+    for one in plan.candidates:
+        if one.kind == "moe" and one.runs and not one.caution and one.ratio is not None:
+            # Thirds, because few experts do not divide into exact shares.
+            key = one.active_share, round(3 * one.shared_share / one.active_share)
+            before = groups.get(key)
+            if before is None or before.ratio is None or one.ratio < before.ratio:
+                groups[key] = one
+    listed = [id(one) for one in groups.values()]
+    yield from (one for one in plan.candidates if one.kind != "moe" or one is plan.choice or id(one) in listed)
+
+
+def _cells(candidate: "Candidate", plan: "MachinePlan") -> Iterator[str]:
+    placement = candidate.placement
+    speed, dense = placement.tokens_per_second, plan.candidates[0].placement.tokens_per_second
+    yield _name(candidate) + (" <- best" if candidate is plan.choice else "")
+    yield f"{candidate.expert_width:,}"
+    yield "" if candidate.ratio is None else f"{candidate.ratio:.2f}"
+    yield size(placement.gpu_read_bytes)
+    yield size(placement.ram_read_bytes)
+    yield size(placement.vram_bytes)
+    yield size(placement.ram_bytes)
+    yield number(speed)
+    yield f"{speed / dense:.2f}"
+    yield placement.refusal or "; ".join(filter(None, (placement.flags, candidate.caution)))
+
+
+def _name(candidate: "Candidate") -> str:
+    layout = candidate.layout
+    if layout is None:
+        return "dense"
+    if layout.is_static:
+        return f"static pruning to {percent(candidate.active_share)}"
+    return (
+        f"{layout.num_active} of {layout.num_experts} experts, {layout.num_shared} shared: "
+        f"{percent(candidate.active_share)} active, {percent(candidate.shared_share)} shared"
+    )
+
+
+def _machine_words(plan: "MachinePlan") -> str:
+    machine = plan.machine
+    gpu = f"{size(machine.vram_bytes)} of VRAM at {number(machine.gpu_bytes_per_second / 1e9)} GB/s"
+    ram = "RAM" if machine.ram_bytes is None else f"{size(machine.ram_bytes)} of RAM"
+    words = [gpu if machine.vram_bytes else "no GPU", f"{ram} at {number(machine.ram_bytes_per_second / 1e9)} GB/s"]
+    return ", ".join(words) + (f" (measured: {machine.measured})" if machine.measured else "")
