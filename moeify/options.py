@@ -20,7 +20,7 @@ Style = Literal["hard", "softmax", "soft"]
 Fusion = Literal["sum", "mean"]
 RefitTo = Literal["ffn", "stream"]
 # Of a GGUF's matrices: those that can be written without llama.cpp, then those of llama-quantize.
-GGUFType = Literal["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"]
+GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"]
 
 # Help of options that several commands have.
 DATA = "Text, jsonl or parquet file, folder, hub data set, builtin or builtin-heldout, to measure or to train on."
@@ -150,8 +150,8 @@ class SplitOptions(Options):
             raise UsageError("--static and --plan exclude each other", "leave one of them out")
         if self.machine is not None:
             MachineOptions.of_text(self.machine)
-            chosen = ("shared", "active", "budget", "plan", "dense_layers", "static")
-            if given := [flag(name) for name in chosen if getattr(self, name) not in (None, (), False)]:
+            chosen = ("shared", "active", "budget", "plan", "dense_layers", "static", "mixing")
+            if given := [flag(name) for name in chosen if getattr(self, name) not in (None, (), False, "hard")]:
                 raise UsageError(
                     f"{flag('machine')} chooses the layout, {listing(given)} as well", f"leave {given[0]} out"
                 )

@@ -84,7 +84,7 @@ def weights_of(dense: DenseModel, layout: Layout | None, kind: GGUFType, context
 
 
 def _cut(dense: DenseModel, layout: Layout | None, kind: str) -> tuple[int, int, int]:
-    """Of the FFN of one layer: bytes of routers and shared experts, of what can be moved, and what a token reads of it."""
+    """Of one layer's FFN: bytes of router and shared experts, of what can be moved, and what a token reads of that."""
     if layout is None:
         whole = ffn_bytes(dense, kind, dense.num_neurons)
         return 0, whole, whole

@@ -4,6 +4,7 @@ Speed is a bound by arithmetic (placement.py), quality is that of a small model'
 llama.cpp refuses or runs slowly stands in engines/llama_cpp.py. No weight is read.
 """
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -153,11 +154,7 @@ def plan_for_machine(
     """
     options = options or MachineOptions()
     dense = open_dense(model, track)
-    limit = int(dense.config.max_position_embeddings)
-    context = options.context or min(CONTEXT, limit)
-    if context > limit:
-        raise UsageError(f"context {context:,} does not fit {dense.name}, which takes {limit:,}", f"--context {limit}")
-    return _planned(dense, options, context, machine_of(options), _target(dense))
+    return _planned(_case(dense, options, _target(dense)), options.quality)
 
 
 def for_machine(dense: DenseModel, options: SplitOptions) -> SplitOptions:
@@ -168,9 +165,8 @@ def for_machine(dense: DenseModel, options: SplitOptions) -> SplitOptions:
     """
     assert options.machine is not None
     described = MachineOptions.of_text(options.machine)
-    context = described.context or min(CONTEXT, int(dense.config.max_position_embeddings))
     target = _target(dense) if options.target == "auto" else targets.find(options.target)
-    plan = _planned(dense, described, context, machine_of(described), target)
+    plan = _planned(_case(dense, described, target), described.quality)
     choice = plan.choice
     if choice is None or choice.layout is None:
         raise InputError(
@@ -201,30 +197,47 @@ def _target(dense: DenseModel) -> Target | None:
         return None
 
 
-def _planned(
-    dense: DenseModel, options: MachineOptions, context: int, machine: Machine, target: Target | None
-) -> MachinePlan:
-    kind = options.type
-    whole = weights_of(dense, None, kind, context)
-    floor = replace(whole, movable_read_bytes=0)
-    described = [(layout, weights_of(dense, layout, kind, context)) for layout in layouts(dense, target)]
-    candidates = (
-        _candidate(dense, None, whole, machine, options, context, target),
-        *(_candidate(dense, layout, weights, machine, options, context, target) for layout, weights in described),
-    )
-    best = _best(candidates, options.quality)
+@dataclass(frozen=True)
+class _Case:
+    """What every candidate of one plan has in common."""
+
+    dense: DenseModel
+    target: Target | None
+    machine: Machine
+    type: GGUFType
+    context: int
+
+    def weights(self, layout: Layout | None) -> Weights:
+        return weights_of(self.dense, layout, self.type, self.context)
+
+    def place(self, weights: Weights, *, routed: bool = False) -> Placement:
+        return place(weights, self.machine, routed=routed, context=self.context)
+
+
+def _case(dense: DenseModel, options: MachineOptions, target: Target | None) -> _Case:
+    limit = int(dense.config.max_position_embeddings)
+    context = options.context or min(CONTEXT, limit)
+    if context > limit:
+        raise UsageError(f"context {context:,} does not fit {dense.name}, which takes {limit:,}", f"--context {limit}")
+    return _Case(dense, target, machine_of(options), options.type, context)
+
+
+def _planned(case: _Case, quality: float) -> MachinePlan:
+    dense, whole = case.dense, case.weights(None)
+    floor = case.place(replace(whole, movable_read_bytes=0))
+    candidates = tuple(_candidate(case, layout) for layout in (None, *layouts(dense, case.target)))
     plan = MachinePlan(
         model=dense.name,
         family=dense.family.model_type,
-        target=target.model_type if target else "",
-        type=kind,
-        context=context,
-        machine=machine,
-        quality=options.quality,
+        target=case.target.model_type if case.target else "",
+        type=case.type,
+        context=case.context,
+        machine=case.machine,
+        quality=quality,
         floor_bytes=whole.always_bytes,
-        floor_tokens_per_second=place(floor, machine, routed=False, context=context).tokens_per_second,
+        floor_tokens_per_second=floor.tokens_per_second,
         candidates=candidates,
-        best=best,
+        best=_best(candidates, quality),
         notes=(),
     )
     return replace(plan, notes=tuple(_notes(plan)))
@@ -232,49 +245,39 @@ def _planned(
 
 def layouts(dense: DenseModel, target: Target | None) -> Iterator[Layout]:
     """Static pruning to each share, then every candidate whose slices are equal and fill blocks of 32 weights."""
-    for eighths in EIGHTHS_ACTIVE:
-        if dense.num_neurons % 8 == 0:
-            yield Layout(8, eighths, eighths)
-    if target is None:
-        return
-    for experts in EXPERTS:
+    if dense.num_neurons % 8 == 0:
+        yield from (Layout(8, eighths, eighths) for eighths in EIGHTHS_ACTIVE)
+    for experts in EXPERTS if target is not None else ():
         if dense.num_neurons % (32 * experts):
             continue
-        for eighths in EIGHTHS_ACTIVE:
-            active = experts * eighths // 8
-            shared = (
-                {max(1, -(-int(active * share * 8) // 8)) for share in SHARED_SHARES} if target.holds_shared else {0}
-            )
+        for active in (experts * eighths // 8 for eighths in EIGHTHS_ACTIVE):
+            shared = {math.ceil(active * share) for share in SHARED_SHARES} if target and target.holds_shared else {0}
             yield from (Layout(experts, n, active) for n in sorted(shared) if n < active)
 
 
-def _candidate(
-    dense: DenseModel,
-    layout: Layout | None,
-    weights: Weights,
-    machine: Machine,
-    options: MachineOptions,
-    context: int,
-    target: Target | None,
-) -> Candidate:
-    neurons, is_moe = dense.num_neurons, layout is not None and not layout.is_static
-    share = layout.active_share if layout else 1.0
+def _candidate(case: _Case, layout: Layout | None) -> Candidate:
+    dense, weights = case.dense, case.weights(layout)
+    if layout is None:
+        placement = case.place(weights)
+        return Candidate("dense", None, dense.num_neurons, 1.0, 1.0, weights.read_bytes, 1.0, placement, "", "")
     refusal = caution = ""
-    if layout is not None and is_moe:
-        assert target is not None
-        engine = engines.find(ENGINE)
-        shape = engines.Shape(target.model_type, layout, dense.num_layers, neurons, dense.hidden_size)
-        refusal = engine.refuse(shape) or _unknown_there(target, engine) or targets.refusal(target, dense, layout)
-        caution = "; ".join(filter(None, (engine.caution(shape), _other_type(options.type, shape.expert_width))))
+    width = layout.expert_width(dense.num_neurons)
+    if not layout.is_static:
+        assert case.target is not None
+        engine, shape = engines.find(ENGINE), engines.Shape.of(dense, case.target.model_type, layout)
+        refusal = (
+            _unknown_there(case.target, engine) or engine.refuse(shape) or targets.refusal(case.target, dense, layout)
+        )
+        caution = "; ".join(filter(None, (engine.caution(shape), _other_type(case.type, width))))
     return Candidate(
-        kind="moe" if is_moe else "static" if layout else "dense",
+        kind="static" if layout.is_static else "moe",
         layout=layout,
-        expert_width=layout.expert_width(neurons) if layout and is_moe else round(neurons * share),
-        active_share=share,
-        shared_share=layout.num_shared / layout.num_experts if layout else 1.0,
+        expert_width=width * layout.num_active if layout.is_static else width,
+        active_share=layout.active_share,
+        shared_share=layout.num_shared / layout.num_experts,
         read_bytes=weights.read_bytes,
-        ratio=expected_ratio(layout) if layout else 1.0,
-        placement=place(weights, machine, routed=is_moe, context=context),
+        ratio=expected_ratio(layout),
+        placement=case.place(weights, routed=not layout.is_static),
         refusal=refusal,
         caution=caution,
     )

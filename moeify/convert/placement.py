@@ -143,7 +143,7 @@ def place(weights: Weights, machine: Machine, *, routed: bool, context: int) -> 
 def _refusal(ram_bytes: int, machine: Machine) -> str:
     if machine.ram_bytes is None or ram_bytes <= machine.ram_bytes:
         return ""
-    return f"needs {size(ram_bytes)} of RAM beside the GPU, there are {size(machine.ram_bytes)}"
+    return f"needs {size(ram_bytes)} of RAM, there are {size(machine.ram_bytes)}"
 
 
 def _flags(layers: int, gpu_layers: int | None, resident: int, machine: Machine, *, routed: bool, context: int) -> str:

@@ -144,7 +144,8 @@ def test_options_reach_the_split(dense: Path, monkeypatch: pytest.MonkeyPatch) -
         "device": "cuda:1",
         "plan": "somewhere",
     }
-    assert {field.name for field in dataclasses.fields(SplitOptions)} == {*values, "static"}
+    # These exclude others.
+    assert {field.name for field in dataclasses.fields(SplitOptions)} == {*values, "static", "machine"}
     seen = []
 
     def split(model: str, out: Path, options: SplitOptions, **arguments: Any) -> None:
@@ -160,10 +161,12 @@ def test_options_reach_the_split(dense: Path, monkeypatch: pytest.MonkeyPatch) -
     assert run_command(["split", "some/model", *flags]) == 3
     assert run_command(["split", "some/model", "--static"]) == 3
     assert run_command(["split", "some/model/"]) == 3
+    assert run_command(["split", "some/model", "--for", "ram=50", "-o", "there"]) == 3
     assert seen == [
         ("some/model", Path("there"), SplitOptions(**values), True),
         ("some/model", Path("model-static"), SplitOptions(static=True), False),
         ("some/model/", Path("model-moe"), SplitOptions(), False),
+        ("some/model", Path("there"), SplitOptions(machine="ram=50"), False),
     ]
 
 

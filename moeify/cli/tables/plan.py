@@ -14,17 +14,12 @@ if TYPE_CHECKING:
 
 def plan_tables(plan: "MachinePlan") -> tuple[Table, Table]:
     """What the bounds rest on, then dense, static pruning and the layouts that no other one beats."""
-    dense = plan.candidates[0]
     facts = key_value_table(
         f"moeify plan {plan.model}",
         [
             ("machine", _machine_words(plan)),
             ("counted as", f"{plan.type}, {plan.context:,} tokens of keys and values in float16"),
-            (
-                "always on",
-                f"{size(plan.floor_bytes)} of the dense model's {size(dense.read_bytes)} a token, not in FFNs: "
-                f"{number(plan.floor_tokens_per_second)} tokens/s at most, however few experts run",
-            ),
+            ("always on", _floor_words(plan)),
             *(("note", note) for note in plan.notes),
         ],
     )
@@ -80,6 +75,12 @@ def _name(candidate: "Candidate") -> str:
         f"{layout.num_active} of {layout.num_experts} experts, {layout.num_shared} shared: "
         f"{percent(candidate.active_share)} active, {percent(candidate.shared_share)} shared"
     )
+
+
+def _floor_words(plan: "MachinePlan") -> str:
+    dense, speed = plan.candidates[0], number(plan.floor_tokens_per_second)
+    bytes_words = f"{size(plan.floor_bytes)} of the dense model's {size(dense.read_bytes)} a token are not in FFNs"
+    return f"{bytes_words}: {speed} tokens/s at most, however few experts run"
 
 
 def _machine_words(plan: "MachinePlan") -> str:
