@@ -150,8 +150,9 @@ class SplitOptions(Options):
             raise UsageError("--static and --plan exclude each other", "leave one of them out")
         if self.machine is not None:
             MachineOptions.of_text(self.machine)
-            chosen = ("shared", "active", "budget", "plan", "dense_layers", "static", "mixing")
-            if given := [flag(name) for name in chosen if getattr(self, name) not in (None, (), False, "hard")]:
+            chosen = ("experts", "shared", "active", "budget", "plan", "dense_layers", "static", "mixing")
+            default = {field.name: field.default for field in fields(type(self))}
+            if given := [flag(name) for name in chosen if getattr(self, name) != default[name]]:
                 raise UsageError(
                     f"{flag('machine')} chooses the layout, {listing(given)} as well", f"leave {given[0]} out"
                 )

@@ -63,6 +63,7 @@ def test_a_machine_is_repeated_as_it_was_given() -> None:
 
 
 LAYOUTS = {
+    "--experts": {"experts": 32},
     "--shared": {"shared": 1},
     "--active": {"active": 3},
     "--budget": {"budget": 0.5},
