@@ -105,7 +105,7 @@ class MachineOptions(Options):
 class SplitOptions(Options):
     """How to cut a model."""
 
-    experts: int = option(8, "Equal slices of each FFN that is cut.")
+    experts: int | None = option(None, "Equal slices of each FFN that is cut; the best measured for this FFN's width.")
     shared: int | None = option(None, "Slices that are always on; a quarter of the active ones.")
     active: int | None = option(None, "Slices that run for a token, shared ones included; 3/4 of all.")
     static: bool = option(False, "Prune instead: keep the active slices alone, as a smaller dense model.")
@@ -128,6 +128,7 @@ class SplitOptions(Options):
     refit: bool = option(True, "Fit down_proj in closed form.")
     refit_to: RefitTo = option("ffn", "What the refit restores: the FFN's output or the dense model's residual stream.")
     target: str = option("auto", "MoE architecture to write: moeify ls targets.")
+    engine: str | None = option(None, "Only layouts and targets that this engine runs, such as llama.cpp.")
     calibration: tuple[str, ...] = option(
         ("builtin",),
         "Text, jsonl or parquet file, folder, hub data set, builtin, or self (text the model samples); each gives an "
@@ -146,11 +147,13 @@ class SplitOptions(Options):
             raise UsageError("--static keeps every active slice always on", "leave --shared out")
         if self.static and self.target != "auto":
             raise UsageError("--static writes the dense model's own architecture", "leave --target out")
+        if self.static and self.engine is not None:
+            raise UsageError("--static writes a dense model, which no engine's limits concern", "leave --engine out")
         if self.static and self.plan is not None:
             raise UsageError("--static and --plan exclude each other", "leave one of them out")
         if self.machine is not None:
             MachineOptions.of_text(self.machine)
-            chosen = ("experts", "shared", "active", "budget", "plan", "dense_layers", "static", "mixing")
+            chosen = ("experts", "shared", "active", "budget", "plan", "dense_layers", "static", "mixing", "engine")
             default = {field.name: field.default for field in fields(type(self))}
             if given := [flag(name) for name in chosen if getattr(self, name) != default[name]]:
                 raise UsageError(

@@ -71,6 +71,7 @@ LAYOUTS = {
     "--static": {"static": True},
     "--dense-layers": {"dense_layers": (1,)},
     "--mixing": {"mixing": "soft"},
+    "--engine": {"engine": "vllm"},
 }
 
 

@@ -10,7 +10,7 @@ Legend: L layers, D hidden size, C tokens.
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from moeify import families, targets
+from moeify import engines, families, targets
+from moeify.engines import Engine, Shape
 from moeify.errors import InputError, first_line
 from moeify.experts.slices import SplitFFN, slice_experts
 from moeify.export.writer import MoEWriter
@@ -77,30 +78,51 @@ def check_target(target: Target, dense: DenseModel, layout: Layout, style: Style
 
 
 def choose_target(
-    dense: DenseModel, resolve: Callable[[bool], Layout], style: Style = "hard"
+    dense: DenseModel, resolve: Callable[[Target], Layout], style: Style = "hard", engine: Engine | None = None
 ) -> tuple[Target, Layout, str]:
     """The preferred target that represents the model exactly, its layout, and why it was taken.
 
+    One whose layout an engine refuses gives way to the next that this engine runs.
+
     Args:
         dense: the model.
-        resolve: gives the layout for a target with (True) or without (False) shared experts.
+        resolve: gives the layout for a target.
         style: how the experts' outputs are weighted.
+        engine: must run it.
 
     Raises:
         InputError: there is none; the message gives each target's reason.
     """
     reasons: list[str] = []
+    refused: tuple[Target, Layout, set[str]] | None = None
     candidates = [targets.find(name) for name in targets.names()]
     for target in sorted(candidates, key=lambda target: not target.holds_shared):
-        layout = resolve(target.holds_shared)
+        layout = resolve(target)
         exactness = check_target(target, dense, layout, style)
-        if exactness.exact:
-            engines = target.engines_with_dense if layout.dense_layers else target.engines
-            shared = f"{'with' if layout.num_shared else 'without'} shared experts"
-            why = f"represents the model exactly, {shared}; known to {', '.join(('transformers', *engines))}"
-            return target, layout, why + target.caution + (f" ({'; '.join(reasons)})" if reasons else "")
-        reasons.append(f"{target.model_type}: {exactness.reason}")
-    raise InputError("no target represents this model exactly: " + "; ".join(reasons), "see `moeify inspect`")
+        if not exactness.exact:
+            reasons.append(f"{target.model_type}: {exactness.reason}")
+            continue
+        shape, known = Shape.of(dense, target.model_type, layout), target.known_to(layout)
+        if engine is not None:
+            refusals = {engine.name: words} if (words := target.refusal_of(engine, shape)) else {}
+        else:
+            refusals = {verdict.engine: verdict.refusal for verdict in engines.judge(shape, known) if verdict.refusal}
+        if not refusals and (refused is None or refused[2] <= set(known)):
+            return target, layout, _why(target, layout, reasons)
+        if refused is None and engine is None:
+            refused = target, layout, set(refusals)
+        reasons += [f"{target.model_type}: {name} refuses it: {words}" for name, words in refusals.items()]
+    if refused is not None:
+        target, layout, _ = refused
+        return target, layout, _why(target, layout, reasons)
+    runs = f" and runs in {engine.name}" if engine else ""
+    raise InputError(f"no target represents this model exactly{runs}: {'; '.join(reasons)}", "see `moeify inspect`")
+
+
+def _why(target: Target, layout: Layout, reasons: Sequence[str]) -> str:
+    shared = f"{'with' if layout.num_shared else 'without'} shared experts"
+    why = f"represents the model exactly, {shared}; known to {', '.join(('transformers', *target.known_to(layout)))}"
+    return why + target.caution + (f" ({'; '.join(reasons)})" if reasons else "")
 
 
 def twin_values(config: Any, family: Family) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from moeify.convert.bandwidth import gpu_read_rate, ram_read_rate
 from moeify.convert.exactness import choose_target
 from moeify.convert.expected_loss import expected_ratio
 from moeify.convert.footprint import FALLBACKS, stored_as, weights_of
+from moeify.convert.layouts import expert_counts
 from moeify.convert.placement import Machine, Placement, Weights, place
 from moeify.errors import InputError, UsageError, warn
 from moeify.models.dense import DenseModel, open_dense
@@ -28,7 +29,7 @@ from moeify.targets import Target
 from moeify.words import number
 
 ENGINE = "llama_cpp"
-EXPERTS = (8, 16, 32, 64, 128)
+LEAST_EXPERTS, BLOCK = 8, 32
 EIGHTHS_ACTIVE = (4, 5, 6, 7)
 # Of the active experts.
 SHARED_SHARES = (0.25, 0.5, 0.75)
@@ -190,9 +191,13 @@ def for_machine(dense: DenseModel, options: SplitOptions) -> SplitOptions:
 
 
 def _target(dense: DenseModel) -> Target | None:
-    """The target that a split would take, or None if none represents the model exactly."""
+    """The preferred target that represents the model exactly and that the engine runs, or None."""
+
+    def resolve(target: Target) -> Layout:
+        return resolve_layout(LEAST_EXPERTS, None, None, holds_shared=target.holds_shared)
+
     try:
-        return choose_target(dense, lambda shared: resolve_layout(8, None, None, holds_shared=shared))[0]
+        return choose_target(dense, resolve, engine=engines.find(ENGINE))[0]
     except InputError:
         return None
 
@@ -244,13 +249,14 @@ def _planned(case: _Case, quality: float) -> MachinePlan:
 
 
 def layouts(dense: DenseModel, target: Target | None) -> Iterator[Layout]:
-    """Static pruning to each share, then every candidate whose slices are equal and fill blocks of 32 weights."""
+    """Static pruning to each share, then every candidate whose slices are equal and fill whole blocks of 32 weights."""
     if dense.num_neurons % 8 == 0:
         yield from (Layout(8, eighths, eighths) for eighths in EIGHTHS_ACTIVE)
-    for experts in EXPERTS if target is not None else ():
-        if dense.num_neurons % (32 * experts):
+    counts = [n for n in expert_counts(dense.num_neurons, dense.dtype) if n >= LEAST_EXPERTS]
+    for experts in counts if target is not None else ():
+        if dense.num_neurons % (BLOCK * experts):
             continue
-        for active in (experts * eighths // 8 for eighths in EIGHTHS_ACTIVE):
+        for active in (round(experts * eighths / 8) for eighths in EIGHTHS_ACTIVE):
             shared = {math.ceil(active * share) for share in SHARED_SHARES} if target and target.holds_shared else {0}
             yield from (Layout(experts, n, active) for n in sorted(shared) if n < active)
 
@@ -265,9 +271,7 @@ def _candidate(case: _Case, layout: Layout | None) -> Candidate:
     if not layout.is_static:
         assert case.target is not None
         engine, shape = engines.find(ENGINE), engines.Shape.of(dense, case.target.model_type, layout)
-        refusal = (
-            _unknown_there(case.target, engine) or engine.refuse(shape) or targets.refusal(case.target, dense, layout)
-        )
+        refusal = case.target.refusal_of(engine, shape) or targets.refusal(case.target, dense, layout)
         caution = "; ".join(filter(None, (engine.caution(shape), _other_type(case.type, width))))
     return Candidate(
         kind="static" if layout.is_static else "moe",
@@ -281,10 +285,6 @@ def _candidate(case: _Case, layout: Layout | None) -> Candidate:
         refusal=refusal,
         caution=caution,
     )
-
-
-def _unknown_there(target: Target, engine: engines.Engine) -> str:
-    return "" if engine.name in target.engines else f"{engine.name} does not know {target.model_type}"
 
 
 def _other_type(kind: str, width: int) -> str:
@@ -349,6 +349,11 @@ def _notes(plan: MachinePlan) -> Iterator[str]:
         yield f"no layout is within {plan.quality:g} times the dense perplexity: {_why_none(plan)}"
     elif (rival := _rival(plan)) is not None:
         yield rival
-    for reason in dict.fromkeys(one.refusal for one in plan.candidates if one.refusal):
-        without = sorted({one.layout.num_experts for one in plan.candidates if one.refusal == reason and one.layout})
-        yield f"left out, {', '.join(map(str, without))} experts: {reason}"
+    refused = [one for one in plan.candidates if one.refusal and one.layout]
+    if refused:
+        layout, name = refused[0].layout, engines.find(ENGINE).name
+        assert layout is not None
+        yield (
+            f"{name} does not run {len(refused)} of the layouts, such as {layout.num_active} of {layout.num_experts} experts "
+            f"with {layout.num_shared} shared: {refused[0].refusal}"
+        )

@@ -19,6 +19,7 @@ from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.convert.search import under_budget
 from moeify.convert.walk import CalibrationWalk
 from moeify.data.text import TokenBlocks
+from moeify.engines import Verdict
 from moeify.experts.slices import SplitFFN, slice_experts
 from moeify.export.companions import settle_companions
 from moeify.export.model_card import model_card
@@ -41,6 +42,7 @@ class SplitResult:
         layout: experts, shared, active.
         num_parameters, num_active_parameters: of the whole model; active ones are multiplied for every token.
         plan: the decisions, with diagnostics for each layer.
+        engines: what engines that know the target say to the layout.
     """
 
     out: Path
@@ -50,6 +52,7 @@ class SplitResult:
     num_parameters: int
     num_active_parameters: int
     plan: SplitPlan
+    engines: tuple[Verdict, ...] = ()
 
 
 def split(
@@ -81,6 +84,7 @@ def split(
     if options.budget is not None:
         options = under_budget(dense, options, track, announce)
     prepared = prepare(dense, options)
+    prepared.warn_of_engines()
     # Before any work: a tokenizer that would cut text otherwise is a refusal.
     companions = settle_companions(dense.path, prepared.writer.config_text())
     blocks = calibration_text(prepared) if prepared.needs_text else None
@@ -97,7 +101,8 @@ def split(
         workspace.commit()
     sizes = count_parameters(prepared.writer)
     reason = prepared.target_reason
-    return SplitResult(out, prepared.target.model_type, reason, prepared.layout, *sizes, load_plan(out))
+    target = prepared.target.model_type
+    return SplitResult(out, target, reason, prepared.layout, *sizes, load_plan(out), prepared.engines)
 
 
 def _write(

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify import partition, routers, targets
+from moeify import engines, partition, routers
 from moeify.calibration.stream import HiddenStream
 from moeify.convert.estimate import Estimate, count_parameters, estimate
-from moeify.convert.exactness import check_target, choose_target
 from moeify.convert.layer import LayerFit
+from moeify.convert.layouts import ROW_BYTES, choose_layout, expert_counts, verdicts
 from moeify.convert.machine_plan import for_machine
 from moeify.data.text import TokenBlocks, calibration_blocks, sample_from_model
 from moeify.errors import InputError, UsageError, warn
@@ -21,16 +21,13 @@ from moeify.models import stock
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights, pack
 from moeify.options import SplitOptions, Track, untracked
-from moeify.plan import Layout, SplitPlan, load_plan, resolve_layout
+from moeify.plan import Layout, SplitPlan, load_plan
 from moeify.targets import Target
 from moeify.words import listing
 
 DEFAULT_CONTEXT = 512
 # Fewer tokens leave the refit and the routers undetermined in every model moeify knows.
 MIN_TOKENS = 1024
-# torch.nn.functional.grouped_mm, the default of transformers' experts, takes rows of a multiple of so many bytes.
-ROW_BYTES = 16
-MAX_EXPERTS = 128
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,18 @@ class Prepared:
     @property
     def mixing(self) -> Mixing:
         return Mixing.of(self.options)
+
+    @property
+    def engines(self) -> tuple[engines.Verdict, ...]:
+        """What the engines that know the target say to the layout."""
+        return verdicts(self.dense, self.target, self.layout)
+
+    def warn_of_engines(self) -> None:
+        """Warn of every engine that knows the target and refuses the layout or runs it slowly."""
+        for verdict in self.engines:
+            if words := verdict.refusal or verdict.caution:
+                does = "cannot run" if verdict.refusal else "runs"
+                warn(f"{verdict.engine} {does} this layout{':' if verdict.refusal else ' slowly:'} {words}")
 
     @property
     def needs_text(self) -> bool:
@@ -118,9 +127,9 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
             "the dense architecture has FFNs of one width, so --static prunes every layer alike",
             "leave --dense-layers out; `moeify compare` measures it",
         )
-    layout, target, reason = _choose_target(dense, options, writable=writable)
-    check_device(options.device)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    layout, target, reason = choose_layout(dense, options, dtype, writable=writable)
+    check_device(options.device)
     if len(dense.num_of_dtype) > 1:
         kinds = listing([f"{count:,} as {kind}" for kind, count in dense.num_of_dtype.items()])
         warn(f"tensors are stored in several types, {kinds}: all are written as {str(dtype).removeprefix('torch.')}")
@@ -143,7 +152,13 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         )
     if options.tokens < MIN_TOKENS:
         raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
-    options = replace(options, context=context, active=layout.num_active, dense_layers=layout.dense_layers)
+    options = replace(
+        options,
+        experts=layout.num_experts,
+        active=layout.num_active,
+        dense_layers=layout.dense_layers,
+        context=context,
+    )
     if not options.static:
         options = replace(options, shared=layout.num_shared, target=target.model_type)
     return Prepared(dense, options, layout, target, reason, saved, dtype)
@@ -191,6 +206,7 @@ class Preview:
     dtype: str
     options: SplitOptions
     estimate: Estimate
+    engines: tuple[engines.Verdict, ...]
 
 
 def preview(
@@ -205,6 +221,7 @@ def preview(
     if options.budget is not None:
         raise UsageError("a budget is settled by scoring layers", "moeify search shows what it would choose")
     prepared = prepare(open_dense(model, track), options)
+    prepared.warn_of_engines()
     return Preview(
         prepared.dense.name,
         prepared.dense.family.model_type,
@@ -217,13 +234,8 @@ def preview(
         str(prepared.dtype).removeprefix("torch."),
         prepared.options,
         estimate(prepared),
+        prepared.engines,
     )
-
-
-def expert_counts(num_neurons: int, dtype: torch.dtype) -> tuple[int, ...]:
-    """Numbers of experts, up to MAX_EXPERTS, that cut the FFN into slices which stock transformers can run."""
-    multiple = ROW_BYTES // dtype.itemsize
-    return tuple(n for n in range(2, MAX_EXPERTS + 1) if num_neurons % (n * multiple) == 0)
 
 
 def _check_dense_layers(layout: Layout, num_layers: int) -> None:
@@ -273,32 +285,3 @@ def _check_plan(plan: SplitPlan, dense: DenseModel) -> None:
                 f"the plan is of another model: {what} {found:,}, {dense.name} has {expected:,}",
                 f"the plan was made from {plan.source}",
             )
-
-
-def _choose_target(dense: DenseModel, options: SplitOptions, *, writable: bool) -> tuple[Layout, Target, str]:
-    def resolve(holds_shared: bool) -> Layout:
-        experts, dense_layers = options.experts, tuple(sorted(set(options.dense_layers)))
-        active = experts if options.mixing == "soft" and not options.static else options.active
-        return resolve_layout(experts, options.shared, active, holds_shared=holds_shared, dense_layers=dense_layers)
-
-    if options.static:
-        active = resolve(True).num_active
-        layout = Layout(options.experts, active, active, tuple(sorted(options.dense_layers)))
-        return layout, targets.static_target(dense.family), "static pruning keeps the dense architecture"
-    if options.target == "auto":
-        try:
-            target, layout, reason = choose_target(dense, resolve, options.mixing)
-        except InputError:
-            if writable:
-                raise
-            return resolve(True), targets.static_target(dense.family), "only measured: no target represents it exactly"
-        return layout, target, reason
-    target = targets.find(options.target)
-    layout = resolve(target.holds_shared)
-    exactness = check_target(target, dense, layout, options.mixing)
-    if not exactness.exact:
-        raise InputError(
-            f"{options.target} does not represent this model exactly: {exactness.reason}",
-            "`moeify inspect` lists the targets that do",
-        )
-    return layout, target, "asked for" + target.caution

@@ -17,6 +17,9 @@ from moeify.plan import Layout
 if TYPE_CHECKING:
     from moeify.models.dense import DenseModel
 
+# Models of a smaller hidden size are toys: nothing is slow in them.
+TOY_SIZE = 256
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -55,7 +58,7 @@ class Shape:
             qkv_bias=attention.qkv_bias,
             output_bias=attention.output_bias,
             qk_norm=attention.qk_norm,
-            tied=bool(getattr(dense.config, "tie_word_embeddings", False)),
+            tied=bool(dense.tied),
         )
 
     @property
@@ -144,6 +147,10 @@ def judge(shape: Shape, known: Iterable[str]) -> tuple[Verdict, ...]:
     """
     engines = {engine.name: engine for engine in map(find, names())}
     chosen = [engines[name] for name in known if name in engines]
+    toy = shape.hidden_size < TOY_SIZE
     return tuple(
-        Verdict(engine.name, engine.refuse(shape), engine.caution(shape), engine.note(shape)) for engine in chosen
+        Verdict(
+            engine.name, engine.refuse(shape), "" if toy else engine.caution(shape), "" if toy else engine.note(shape)
+        )
+        for engine in chosen
     )

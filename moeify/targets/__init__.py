@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from moeify import plugins
+from moeify.engines import Engine, Shape
 from moeify.experts.slices import SplitFFN
 from moeify.families import Family, FFNFormat
 from moeify.models.dense import DenseModel
@@ -125,6 +126,16 @@ class Target:
     def caution(self) -> str:
         """`autocast` in a few words, for the reason why the target was taken; begins with a separator."""
         return "; not for training under autocast, its model card says why" if self.autocast else ""
+
+    def known_to(self, layout: Layout) -> tuple[str, ...]:
+        """Engines that know the architecture in such a layout."""
+        return self.engines_with_dense if layout.dense_layers else self.engines
+
+    def refusal_of(self, engine: Engine, shape: Shape) -> str:
+        """Why an engine does not run this target in this shape, or ""."""
+        if engine.name not in self.known_to(shape.layout):
+            return f"it does not know {self.model_type}" + (" with dense layers" if shape.layout.dense_layers else "")
+        return engine.refuse(shape)
 
     def block(self, layer: int) -> str:
         """Name of a block, which all its tensors begin with."""

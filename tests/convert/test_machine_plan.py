@@ -90,7 +90,9 @@ def test_what_the_engine_says_is_heard(dense: DenseModel) -> None:
     refused = [one.layout for one in plan.candidates if one.refusal]
     assert refused
     assert all(layout is not None and layout.num_routed_active > 15 for layout in refused)
-    assert any(note == "left out, 32 experts: too many experts a token" for note in plan.notes)
+    words = f"llama.cpp does not run {len(refused)} of the layouts, such as "
+    words += "24 of 32 experts with 6 shared: too many experts a token"
+    assert words in plan.notes
     slow = [one for one in plan.candidates if one.caution]
     assert {one.expert_width for one in slow} == {32}
     k_quants = plan_for_machine(dense, replace(RAM_ONLY, type="q4_k"))
@@ -98,11 +100,15 @@ def test_what_the_engine_says_is_heard(dense: DenseModel) -> None:
     assert narrow.caution == "down_proj of 128 neurons is stored in q5_0, not q4_k"
 
 
-def test_a_target_that_the_engine_does_not_know_is_refused(dense: DenseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_that_the_engine_lacks_is_not_taken(dense: DenseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "find", lambda _: Engine("another", "in this test"))
     plan = plan_for_machine(dense, RAM_ONLY)
     assert plan.choice is None
-    assert {one.refusal for one in plan.candidates if one.kind == "moe"} == {"another does not know granitemoeshared"}
+    assert {one.kind for one in plan.candidates} == {"dense", "static"}
+    # Told to take one that it does not know, a split says so.
+    words = "no layout of .*: it does not know granitemoeshared"
+    with pytest.raises(InputError, match=words):
+        for_machine(dense, SplitOptions(machine="ram=10", target="granitemoeshared"))
 
 
 def test_a_model_that_no_target_holds_has_dense_and_static_rows(make_dense: MakeDense) -> None:

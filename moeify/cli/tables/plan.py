@@ -25,7 +25,9 @@ def plan_tables(plan: "MachinePlan") -> tuple[Table, Table]:
     )
     rows = Table(title="bounds in llama.cpp, one token at a time", title_justify="left")
     rows.add_column("model", overflow="fold")
-    for column in ("width", "perplexity/dense", "GPU/token", "RAM/token", "VRAM", "RAM", "tokens/s at most", "/dense"):
+    has_gpu = plan.machine.vram_bytes > 0
+    sides = ("GPU/token", "RAM/token", "VRAM", "RAM") if has_gpu else ("RAM/token", "RAM")
+    for column in ("width", "perplexity/dense", *sides, "tokens/s at most", "/dense"):
         rows.add_column(column, justify="right", overflow="fold")
     rows.add_column("llama.cpp", overflow="fold")
     for candidate in shown(plan):
@@ -38,11 +40,11 @@ def shown(plan: "MachinePlan") -> Iterator["Candidate"]:
 
     Bounds hardly depend on the number of experts; JSON has all candidates.
     """
-    groups: dict[tuple[float, int], Candidate] = {}
+    groups: dict[tuple[int, int], Candidate] = {}
     for one in plan.candidates:
         if one.kind == "moe" and one.runs and not one.caution and one.ratio is not None:
-            # Thirds, because few experts do not divide into exact shares.
-            key = one.active_share, round(3 * one.shared_share / one.active_share)
+            # Eighths and thirds, because not every number of experts divides into exact shares.
+            key = round(8 * one.active_share), round(3 * one.shared_share / one.active_share)
             before = groups.get(key)
             if before is None or before.ratio is None or one.ratio < before.ratio:
                 groups[key] = one
@@ -56,10 +58,9 @@ def _cells(candidate: "Candidate", plan: "MachinePlan") -> Iterator[str]:
     yield _name(candidate) + (" <- best" if candidate is plan.choice else "")
     yield f"{candidate.expert_width:,}"
     yield "" if candidate.ratio is None else f"{candidate.ratio:.2f}"
-    yield size(placement.gpu_read_bytes)
-    yield size(placement.ram_read_bytes)
-    yield size(placement.vram_bytes)
-    yield size(placement.ram_bytes)
+    gpu = (placement.gpu_read_bytes, placement.vram_bytes) if plan.machine.vram_bytes else (None, None)
+    pairs = zip(gpu, (placement.ram_read_bytes, placement.ram_bytes), strict=True)
+    yield from (size(value) for pair in pairs for value in pair if value is not None)
     yield number(speed)
     yield f"{speed / dense:.2f}"
     yield placement.refusal or "; ".join(filter(None, (placement.flags, candidate.caution)))

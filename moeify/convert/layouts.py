@@ -1,0 +1,133 @@
+"""Which layout and target a split takes: those that were asked for, else those that lose least where engines run well.
+
+Nobody asks for a number of experts: the width decides. Engines run few wide experts faster than many narrow ones, and
+many narrow ones lose less. Multiples of 256 are whole blocks of every quantised type of llama.cpp, of 64 whole tiles of
+vLLM's and SGLang's kernels, of 32 whole blocks of llama.cpp's simple types.
+"""
+
+from dataclasses import replace
+
+import torch
+
+from moeify import engines, targets
+from moeify.convert.exactness import check_target, choose_target
+from moeify.engines import Engine, Shape
+from moeify.errors import InputError
+from moeify.models.dense import DenseModel
+from moeify.options import SplitOptions
+from moeify.plan import Layout, resolve_layout
+from moeify.targets import Target
+
+# torch.nn.functional.grouped_mm, the default of transformers' experts, takes rows of a multiple of so many bytes.
+ROW_BYTES = 16
+MAX_EXPERTS = 128
+# Widths of experts, the best first: multiples of a number, and the least number of experts that makes them worth it.
+WIDTHS = ((256, 12), (64, 8), (32, 8), (16, 8))
+# More are cut for nothing but whole blocks of 256; beyond 48, three quarters of them are more than engines run.
+USUAL_EXPERTS, MOST_EXPERTS = 32, 48
+# Where no width is good.
+FEW_EXPERTS = 8
+
+
+def expert_counts(num_neurons: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Numbers of experts, up to MAX_EXPERTS, that cut the FFN into slices which stock transformers can run."""
+    multiple = ROW_BYTES // dtype.itemsize
+    return tuple(n for n in range(2, MAX_EXPERTS + 1) if num_neurons % (n * multiple) == 0)
+
+
+def preferred_counts(num_neurons: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Numbers of experts, the best first; empty if none works."""
+    works = expert_counts(num_neurons, dtype)
+    usual = [n for n in reversed(works) if n <= USUAL_EXPERTS]
+    ranked = []
+    for width, least in WIDTHS:
+        more = [n for n in works if USUAL_EXPERTS < n <= MOST_EXPERTS and width == WIDTHS[0][0]]
+        ranked += [n for n in (*usual, *more) if n >= least and num_neurons // n % width == 0]
+    few = [n for n in usual if n <= FEW_EXPERTS]
+    return tuple(dict.fromkeys((*ranked, *few, *works)))
+
+
+def choose_layout(
+    dense: DenseModel, options: SplitOptions, dtype: torch.dtype, *, writable: bool
+) -> tuple[Layout, Target, str]:
+    """The layout, the target and why it was taken.
+
+    Args:
+        dense: the model.
+        options: what was asked for.
+        dtype: of the checkpoint.
+        writable: refuse what no checkpoint could hold.
+
+    Raises:
+        InputError: no target represents the model exactly, or an engine that must run it does not.
+        UsageError: the options contradict each other.
+    """
+    if options.experts is not None:
+        return _settle(dense, options, options.experts, writable=writable)
+    needed = max(options.active or 0, options.shared or 0, 2)
+    counts = preferred_counts(dense.num_neurons, dtype)
+    if not counts:
+        raise InputError(f"FFNs of {dense.num_neurons} neurons do not divide into 2 to {MAX_EXPERTS} experts that run")
+    first = None
+    for experts in [n for n in counts if n >= needed] or counts[:1]:
+        choice = _settle(dense, options, experts, writable=writable)
+        layout, target, _ = choice
+        if not any(verdict.refusal for verdict in verdicts(dense, target, layout)):
+            return choice
+        first = first or choice
+    assert first is not None
+    return first
+
+
+def verdicts(dense: DenseModel, target: Target, layout: Layout) -> tuple[engines.Verdict, ...]:
+    """What the engines that know the target say to this layout; none of a pruned model, which is dense."""
+    if layout.is_static:
+        return ()
+    return engines.judge(Shape.of(dense, target.model_type, layout), target.known_to(layout))
+
+
+def _settle(dense: DenseModel, options: SplitOptions, experts: int, *, writable: bool) -> tuple[Layout, Target, str]:
+    """Layout and target for a number of experts."""
+    engine = engines.named(options.engine) if options.engine else None
+    dense_layers = tuple(sorted(set(options.dense_layers)))
+
+    def resolve(target: Target | None) -> Layout:
+        active = experts if options.mixing == "soft" and not options.static else options.active
+        holds = target is None or target.holds_shared
+        layout = resolve_layout(experts, options.shared, active, holds_shared=holds, dense_layers=dense_layers)
+        if engine is None or target is None or options.shared is not None or not target.holds_shared:
+            return layout
+        return _with_few_routed(dense, engine, target, layout)
+
+    if options.static:
+        active = resolve(None).num_active
+        layout = Layout(experts, active, active, dense_layers)
+        return layout, targets.static_target(dense.family), "static pruning keeps the dense architecture"
+    if options.target == "auto":
+        try:
+            target, layout, reason = choose_target(dense, resolve, options.mixing, engine)
+        except InputError:
+            if writable:
+                raise
+            return resolve(None), targets.static_target(dense.family), "only measured: no target represents it exactly"
+        return layout, target, reason
+    target = targets.find(options.target)
+    layout = resolve(target)
+    exactness = check_target(target, dense, layout, options.mixing)
+    if not exactness.exact:
+        raise InputError(
+            f"{options.target} does not represent this model exactly: {exactness.reason}",
+            "`moeify inspect` lists the targets that do",
+        )
+    if engine is not None and (refusal := target.refusal_of(engine, Shape.of(dense, target.model_type, layout))):
+        raise InputError(f"{engine.name} does not run this as {target.model_type}: {refusal}", "take --target auto")
+    return layout, target, "asked for" + target.caution
+
+
+def _with_few_routed(dense: DenseModel, engine: Engine, target: Target, layout: Layout) -> Layout:
+    """The layout with as many of its active experts shared as the engine needs to run it; as it is if none helps."""
+    for shared in range(layout.num_shared, layout.num_active):
+        candidate = replace(layout, num_shared=shared)
+        if not engine.refuse(Shape.of(dense, target.model_type, candidate)):
+            return candidate
+    return layout
