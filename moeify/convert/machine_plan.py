@@ -354,6 +354,6 @@ def _notes(plan: MachinePlan) -> Iterator[str]:
         layout, name = refused[0].layout, engines.find(ENGINE).name
         assert layout is not None
         yield (
-            f"{name} does not run {len(refused)} of the layouts, such as {layout.num_active} of {layout.num_experts} experts "
-            f"with {layout.num_shared} shared: {refused[0].refusal}"
+            f"{name} does not run {len(refused)} of the layouts, such as {layout.num_active} of {layout.num_experts} "
+            f"experts with {layout.num_shared} shared: {refused[0].refusal}"
         )
