@@ -45,11 +45,11 @@ class MachineOptions(Options):
     """What a model shall run on, and in what form; what is left out is measured on this machine."""
 
     vram: str | None = option(None, "Memory of the GPU, such as 6GB or 5.8GiB; 0 without one.")
-    # In GB/s, up to more than anything has.
-    gpu_bandwidth: float | None = option(None, "GB/s that the GPU reads of its memory.", above=0, below=1e6)
+    # From less to more than anything has.
+    gpu_bandwidth: float | None = option(None, "GB/s that the GPU reads of its memory.", least=0.001, below=1e6)
     ram: str | None = option(None, "Size of the RAM, such as 32GB.")
     ram_bandwidth: float | None = option(
-        None, "GB/s that the processor reads of the RAM with the threads that run.", above=0, below=1e6
+        None, "GB/s that the processor reads of the RAM with the threads that run.", least=0.001, below=1e6
     )
     threads: int | None = option(None, "Threads that run; all cores where they are measured.", least=1, below=4096)
     type: GGUFType = option("q8_0", "Type of the matrices; of a mix like Q4_K_M the main one, q4_k.")

@@ -1,16 +1,61 @@
-"""What this machine reads of its memory in a second: the fastest of repeated passes over more than caches hold."""
+"""The machine a model shall run on: what is told of it, and what is measured here.
 
+A bandwidth is that of the fastest of repeated passes over more than caches hold.
+"""
+
+import os
 import time
 from collections.abc import Callable
 
 import psutil
 import torch
 
+from moeify.convert.placement import Machine
+from moeify.errors import UsageError
+from moeify.options import MachineOptions
+from moeify.words import number
+
 # More than a processor caches; a quarter of the free memory if that is less.
 CPU_BYTES = 1 << 30
 GPU_BYTES = 2 << 30
 PASSES = 6
 COLUMNS = 16_384
+
+
+def machine_of(options: MachineOptions) -> Machine:
+    """The machine that options describe; what they leave open is measured here.
+
+    Raises:
+        UsageError: a GPU or threads are described that are not here, without their bandwidth.
+    """
+    vram, ram, measured = options.size("vram"), options.size("ram"), []
+    has_gpu = torch.cuda.is_available()
+    gpu_rate = (options.gpu_bandwidth or 0.0) * 1e9
+    if vram is None:
+        if options.gpu_bandwidth is not None:
+            raise UsageError("--gpu-bandwidth says nothing of the GPU's memory", "say --vram 6GB as well")
+        vram = torch.cuda.get_device_properties(0).total_memory if has_gpu else 0
+    if vram and not gpu_rate:
+        if not has_gpu:
+            raise UsageError(
+                "there is no GPU here whose bandwidth could be measured",
+                "say --gpu-bandwidth 250, in GB/s, or --vram 0",
+            )
+        gpu_rate = gpu_read_rate()
+        measured.append(f"GPU {number(gpu_rate / 1e9)} GB/s")
+    threads, ram_rate = options.threads, (options.ram_bandwidth or 0.0) * 1e9
+    if not ram_rate:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = threads or min(cores, psutil.cpu_count(logical=False) or cores)
+        if threads > cores:
+            raise UsageError(
+                f"{threads} threads cannot be measured on {cores} cores", "say --ram-bandwidth, or fewer --threads"
+            )
+        ram_rate = ram_read_rate(threads)
+        measured.append(f"RAM {number(ram_rate / 1e9)} GB/s on {threads} thread{'s' if threads > 1 else ''}")
+        # The RAM is this machine's.
+        ram = ram if ram is not None else psutil.virtual_memory().total
+    return Machine(vram, gpu_rate, ram, ram_rate, threads, ", ".join(measured))
 
 
 def ram_read_rate(threads: int, num_bytes: int = CPU_BYTES) -> float:

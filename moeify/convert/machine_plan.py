@@ -1,26 +1,20 @@
 """Which layout is fastest on a machine: dense, static pruning and every candidate layout beside each other.
 
 Speed is a bound by arithmetic (placement.py), quality is that of a small model's table (expected_loss.py), and what
-llama.cpp refuses or runs slowly stands in engines/llama_cpp.py. No weight is read.
+llama.cpp refuses or runs slowly stands in engines/llama_cpp.py.
 """
 
-import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
-
-import psutil
-import torch
+from typing import Any
 
 from moeify import engines, targets
-from moeify.convert.bandwidth import gpu_read_rate, ram_read_rate
+from moeify.convert.bandwidth import machine_of
+from moeify.convert.candidates import ENGINE, LEAST_EXPERTS, Candidate, Case, candidate, layouts
 from moeify.convert.exactness import choose_target
-from moeify.convert.expected_loss import expected_ratio
-from moeify.convert.footprint import FALLBACKS, stored_as, weights_of
-from moeify.convert.layouts import expert_counts
-from moeify.convert.placement import Machine, Placement, Weights, place
+from moeify.convert.footprint import FALLBACKS
+from moeify.convert.placement import Machine
 from moeify.errors import InputError, UsageError, warn
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import GGUFType, MachineOptions, SplitOptions, Track, untracked
@@ -28,53 +22,9 @@ from moeify.plan import Layout, resolve_layout
 from moeify.targets import Target
 from moeify.words import number
 
-ENGINE = "llama_cpp"
-LEAST_EXPERTS, BLOCK = 8, 32
-EIGHTHS_ACTIVE = (4, 5, 6, 7)
-# Of the active experts.
-SHARED_SHARES = (0.25, 0.5, 0.75)
 CONTEXT = 4096
 # Bounds that differ by less are equal: the number of experts changes nothing but the router's bytes.
 SAME_SPEED = 0.02
-
-Kind = Literal["dense", "static", "moe"]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One form of the model on the machine.
-
-    Args:
-        kind: dense, statically pruned, or a mixture of experts.
-        layout: None for the dense model.
-        expert_width: neurons of an expert; of the whole FFN for the others.
-        active_share: of the FFN that a token uses.
-        shared_share: of the FFN that is always on.
-        read_bytes: what a token reads on both sides.
-        ratio: perplexity over dense that the table expects; None where it says nothing.
-        placement: where it lies and how fast it can be at most.
-        refusal: why the engine does not run it, or "".
-        caution: what runs slowly or is stored in another type, or "".
-    """
-
-    kind: Kind
-    layout: Layout | None
-    expert_width: int
-    active_share: float
-    shared_share: float
-    read_bytes: int
-    ratio: float | None
-    placement: Placement
-    refusal: str
-    caution: str
-
-    @property
-    def runs(self) -> bool:
-        """It fits, and the engine runs it."""
-        return not self.refusal and not self.placement.refusal
-
-    def is_within(self, quality: float) -> bool:
-        return self.runs and self.ratio is not None and self.ratio <= quality
 
 
 @dataclass(frozen=True)
@@ -110,38 +60,6 @@ class MachinePlan:
     @property
     def choice(self) -> Candidate | None:
         return None if self.best is None else self.candidates[self.best]
-
-
-def machine_of(options: MachineOptions) -> Machine:
-    """The machine that options describe; what they leave open is measured here.
-
-    Raises:
-        UsageError: a GPU is described without its bandwidth, and there is none here to measure.
-    """
-    vram, ram, measured = options.size("vram"), options.size("ram"), []
-    has_gpu = torch.cuda.is_available()
-    gpu_rate = (options.gpu_bandwidth or 0.0) * 1e9
-    if vram is None:
-        if options.gpu_bandwidth is not None:
-            raise UsageError("--gpu-bandwidth says nothing of the GPU's memory", "say --vram 6GB as well")
-        vram = torch.cuda.get_device_properties(0).total_memory if has_gpu else 0
-    if vram and not gpu_rate:
-        if not has_gpu:
-            raise UsageError(
-                "there is no GPU here whose bandwidth could be measured",
-                "say --gpu-bandwidth 250, in GB/s, or --vram 0",
-            )
-        gpu_rate = gpu_read_rate()
-        measured.append(f"GPU {number(gpu_rate / 1e9)} GB/s")
-    threads, ram_rate = options.threads, (options.ram_bandwidth or 0.0) * 1e9
-    if not ram_rate:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = threads or min(cores, psutil.cpu_count(logical=False) or cores)
-        ram_rate = ram_read_rate(threads)
-        measured.append(f"RAM {number(ram_rate / 1e9)} GB/s on {threads} thread{'s' if threads > 1 else ''}")
-        # The RAM is this machine's.
-        ram = ram if ram is not None else psutil.virtual_memory().total
-    return Machine(vram, gpu_rate, ram, ram_rate, threads, ", ".join(measured))
 
 
 def plan_for_machine(
@@ -202,35 +120,18 @@ def _target(dense: DenseModel) -> Target | None:
         return None
 
 
-@dataclass(frozen=True)
-class _Case:
-    """What every candidate of one plan has in common."""
-
-    dense: DenseModel
-    target: Target | None
-    machine: Machine
-    type: GGUFType
-    context: int
-
-    def weights(self, layout: Layout | None) -> Weights:
-        return weights_of(self.dense, layout, self.type, self.context)
-
-    def place(self, weights: Weights, *, routed: bool = False) -> Placement:
-        return place(weights, self.machine, routed=routed, context=self.context)
-
-
-def _case(dense: DenseModel, options: MachineOptions, target: Target | None) -> _Case:
+def _case(dense: DenseModel, options: MachineOptions, target: Target | None) -> Case:
     limit = int(dense.config.max_position_embeddings)
     context = options.context or min(CONTEXT, limit)
     if context > limit:
         raise UsageError(f"context {context:,} does not fit {dense.name}, which takes {limit:,}", f"--context {limit}")
-    return _Case(dense, target, machine_of(options), options.type, context)
+    return Case(dense, target, machine_of(options), options.type, context)
 
 
-def _planned(case: _Case, quality: float) -> MachinePlan:
+def _planned(case: Case, quality: float) -> MachinePlan:
     dense, whole = case.dense, case.weights(None)
     floor = case.place(replace(whole, movable_read_bytes=0))
-    candidates = tuple(_candidate(case, layout) for layout in (None, *layouts(dense, case.target)))
+    candidates = tuple(candidate(case, layout) for layout in (None, *layouts(dense, case.target)))
     plan = MachinePlan(
         model=dense.name,
         family=dense.family.model_type,
@@ -246,50 +147,6 @@ def _planned(case: _Case, quality: float) -> MachinePlan:
         notes=(),
     )
     return replace(plan, notes=tuple(_notes(plan)))
-
-
-def layouts(dense: DenseModel, target: Target | None) -> Iterator[Layout]:
-    """Static pruning to each share, then every candidate whose slices are equal and fill whole blocks of 32 weights."""
-    if dense.num_neurons % 8 == 0:
-        yield from (Layout(8, eighths, eighths) for eighths in EIGHTHS_ACTIVE)
-    counts = [n for n in expert_counts(dense.num_neurons, dense.dtype) if n >= LEAST_EXPERTS]
-    for experts in counts if target is not None else ():
-        if dense.num_neurons % (BLOCK * experts):
-            continue
-        for active in (round(experts * eighths / 8) for eighths in EIGHTHS_ACTIVE):
-            shared = {math.ceil(active * share) for share in SHARED_SHARES} if target and target.holds_shared else {0}
-            yield from (Layout(experts, n, active) for n in sorted(shared) if n < active)
-
-
-def _candidate(case: _Case, layout: Layout | None) -> Candidate:
-    dense, weights = case.dense, case.weights(layout)
-    if layout is None:
-        placement = case.place(weights)
-        return Candidate("dense", None, dense.num_neurons, 1.0, 1.0, weights.read_bytes, 1.0, placement, "", "")
-    refusal = caution = ""
-    width = layout.expert_width(dense.num_neurons)
-    if not layout.is_static:
-        assert case.target is not None
-        engine, shape = engines.find(ENGINE), engines.Shape.of(dense, case.target.model_type, layout)
-        refusal = case.target.refusal_of(engine, shape) or targets.refusal(case.target, dense, layout)
-        caution = "; ".join(filter(None, (engine.caution(shape), _other_type(case.type, width))))
-    return Candidate(
-        kind="static" if layout.is_static else "moe",
-        layout=layout,
-        expert_width=width * layout.num_active if layout.is_static else width,
-        active_share=layout.active_share,
-        shared_share=layout.num_shared / layout.num_experts,
-        read_bytes=weights.read_bytes,
-        ratio=expected_ratio(layout),
-        placement=case.place(weights, routed=not layout.is_static),
-        refusal=refusal,
-        caution=caution,
-    )
-
-
-def _other_type(kind: str, width: int) -> str:
-    stored = stored_as(kind, width)
-    return "" if stored == kind else f"down_proj of {width} neurons is stored in {stored}, not {kind}"
 
 
 def _best(candidates: tuple[Candidate, ...], quality: float) -> int | None:

@@ -1,6 +1,5 @@
 """What is planned for a machine, and what a split for it takes."""
 
-import importlib
 from dataclasses import replace
 
 import pytest
@@ -8,8 +7,10 @@ import torch
 from conftest import MakeDense
 
 from moeify import engines
+from moeify.convert import bandwidth
+from moeify.convert.bandwidth import machine_of
 from moeify.convert.footprint import weights_of
-from moeify.convert.machine_plan import MachinePlan, for_machine, machine_of, plan_for_machine
+from moeify.convert.machine_plan import MachinePlan, for_machine, plan_for_machine
 from moeify.convert.placement import Machine, place
 from moeify.convert.prepare import preview
 from moeify.engines import Engine, Shape
@@ -17,9 +18,6 @@ from moeify.errors import InputError, MoeifyWarning, UsageError
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import MachineOptions, SplitOptions
 from moeify.plan import Layout
-
-# The module, which shares its functions' room.
-machine_module = importlib.import_module("moeify.convert.machine_plan")
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 1024, "num_key_value_heads": 2}
 RAM_ONLY = MachineOptions(vram="0", ram_bandwidth=10.0, quality=1.4)
@@ -168,11 +166,14 @@ def test_a_rival_that_is_as_fast_is_named(dense: DenseModel) -> None:
 
 def test_what_is_not_told_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(machine_module, "ram_read_rate", lambda threads: threads * 5e9)
-    machine = machine_of(MachineOptions(threads=3))
-    assert (machine.vram_bytes, machine.ram_bytes_per_second, machine.threads) == (0, 15e9, 3)
+    monkeypatch.setattr(bandwidth, "ram_read_rate", lambda threads: threads * 5e9)
+    machine = machine_of(MachineOptions(threads=1))
+    assert (machine.vram_bytes, machine.ram_bytes_per_second, machine.threads) == (0, 5e9, 1)
     assert machine.ram_bytes is not None
-    assert machine.measured == "RAM 15.0 GB/s on 3 threads"
+    assert machine.measured == "RAM 5.00 GB/s on 1 thread"
+    with pytest.raises(UsageError, match="4000 threads cannot be measured on"):
+        machine_of(MachineOptions(threads=4000))
+    assert machine_of(MachineOptions(threads=4000, ram_bandwidth=50.0)).threads == 4000
     assert machine_of(MachineOptions(ram="5GB", threads=1)).ram_bytes == 5_000_000_000
     # Of another machine, whose threads and RAM nobody knows.
     assert machine_of(MachineOptions(ram_bandwidth=50.0)) == Machine(0, 0.0, None, 50e9)
@@ -184,7 +185,6 @@ def test_what_is_not_told_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ram_is_read_at_a_rate_that_is_possible() -> None:
-    bandwidth = importlib.import_module("moeify.convert.bandwidth")
     threads = torch.get_num_threads()
     rate = bandwidth.ram_read_rate(1, 1 << 24)
     # From a tape to more than any memory has.

@@ -9,7 +9,8 @@ from moeify.cli.tables.words import key_value_table
 from moeify.words import number, percent, size
 
 if TYPE_CHECKING:
-    from moeify.convert.machine_plan import Candidate, MachinePlan
+    from moeify.convert.candidates import Candidate
+    from moeify.convert.machine_plan import MachinePlan
 
 
 def plan_tables(plan: "MachinePlan") -> tuple[Table, Table]:
