@@ -81,13 +81,13 @@ def test_the_table_of_targets_is_what_the_twins_say() -> None:
             model = twin_of(family, **window)
             exact = {name for name in columns if check_target(targets.find(name), model, layout_for(name)).exact}
             assert {name for name, cell in zip(columns, cells, strict=True) if cell} == exact, label
-            auto, _, _ = choose_target(model, lambda shared: resolve_layout(8, None, None, holds_shared=shared))
+            auto, _, _ = choose_target(model, lambda target: layout_for(target.model_type))
             assert columns[cells.index("auto")] == auto.model_type, label
     others = set(families.names()) - listed
     assert others <= set(re.findall(r"[a-z0-9_]+", README.split("can be inspected, compared and")[0].split("\n\n")[-1]))
     for family in others:
         with pytest.raises(InputError, match="no target represents this model exactly"):
-            choose_target(twin_of(family), lambda shared: resolve_layout(8, None, None, holds_shared=shared))
+            choose_target(twin_of(family), lambda target: layout_for(target.model_type))
 
 
 def layout_for(target: str) -> Layout:

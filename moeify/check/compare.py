@@ -144,14 +144,16 @@ def compare(
         UsageError: an unknown method, or no budget.
         InputError: a model or text that cannot be used, or a place that cannot be written.
     """
-    options = options or SplitOptions()
-    _check(options, budgets, data, only)
+    _check(budgets, data)
     if out is not None:
         check_writable(out, Comparison)
     # Experts of any width: no kernel limits a split that is only measured.
-    base = replace(options, dtype="float32")
+    base = replace(options or SplitOptions(), dtype="float32")
     dense = open_dense(model, track)
     prepared = prepare(dense, base, writable=False)
+    experts = prepared.layout.num_experts
+    base = replace(base, experts=experts)
+    _check_experts(experts, budgets, only)
     blocks = calibration_text(prepared)
     texts = {source: _blocks(prepared, source, tokens) for source in data}
     check_place(cache_dir() / "compare" / "losses")
@@ -172,18 +174,22 @@ def compare(
     return comparison
 
 
-def _check(options: SplitOptions, budgets: Sequence[float], data: Sequence[str], only: Sequence[str]) -> None:
+def _check(budgets: Sequence[float], data: Sequence[str]) -> None:
     """Raise UsageError before anything is read."""
-    known = methods(options.experts)
-    if unknown := [name for name in only if name not in known]:
-        raise UsageError(f"no method named {unknown[0]!r}", f"one of: {', '.join(known)}")
     if not budgets or not all(0 < budget < 1 for budget in budgets):
         raise UsageError(f"budgets {list(budgets)} are out of range", "--budget takes more than 0 and less than 1")
     if not data:
         raise UsageError("no text to evaluate on", "name one with --data")
-    if missed := [budget for budget in budgets if not (budget * options.experts).is_integer()]:
-        works = ", ".join(f"{count / options.experts:g}" for count in range(1, options.experts))
-        raise UsageError(f"{missed[0]:g} of {options.experts} experts is no whole number", f"--budget takes {works}")
+
+
+def _check_experts(experts: int, budgets: Sequence[float], only: Sequence[str]) -> None:
+    """Raise UsageError unless there are such methods, and whole numbers of experts meet the budgets."""
+    known = methods(experts)
+    if unknown := [name for name in only if name not in known]:
+        raise UsageError(f"no method named {unknown[0]!r}", f"one of: {', '.join(known)}")
+    if missed := [budget for budget in budgets if not (budget * experts).is_integer()]:
+        works = ", ".join(f"{count / experts:g}" for count in range(1, experts))
+        raise UsageError(f"{missed[0]:g} of {experts} experts is no whole number", f"--budget takes {works}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,6 +237,7 @@ def _entries(
     trials: Trials, split: Split, base: SplitOptions, budgets: Sequence[float], only: Sequence[str]
 ) -> Iterator[_Entry]:
     """Dense, then the methods at each budget."""
+    assert base.experts is not None
     yield _control(trials, DENSE, 1.0, DENSE)
     for budget in budgets:
         for name, method in methods(base.experts).items():

@@ -151,7 +151,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Show plan and estimates
 InspectOptions = Annotated[SplitOptions, Only(("experts",))]
 CandidateOptions = Annotated[
     SplitOptions,
-    Only(("experts", "partition", "router", "calibration", "tokens", "context", "seed", "dtype", "device")),
+    Only(("experts", "engine", "partition", "router", "calibration", "tokens", "context", "seed", "dtype", "device")),
 ]
 TrialOptions = Annotated[
     SplitOptions, Only(("experts", "refit_to", "calibration", "tokens", "context", "seed", "device"))

@@ -7,7 +7,9 @@ from typing import Any
 from moeify import targets
 from moeify.convert.estimate import Estimate, estimate
 from moeify.convert.exactness import check_target
-from moeify.convert.prepare import MAX_EXPERTS, expert_counts, prepare
+from moeify.convert.layouts import MAX_EXPERTS, expert_counts, preferred_counts
+from moeify.convert.prepare import prepare
+from moeify.engines import Verdict
 from moeify.errors import InputError
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
@@ -50,14 +52,15 @@ class Inspection:
     experts: int
     layout: Layout
     estimate: Estimate
+    engines: tuple[Verdict, ...]
 
 
-def inspect(model: str | Path | DenseModel, *, experts: int = 8, track: Track[Any] = untracked) -> Inspection:
+def inspect(model: str | Path | DenseModel, *, experts: int | None = None, track: Track[Any] = untracked) -> Inspection:
     """Describe a model without loading a weight.
 
     Args:
         model: a folder, a .gguf file, a hub id or `builtin`.
-        experts: what the fit of the targets and the estimates are made for.
+        experts: what the fit of the targets and the estimates are made for; None takes the best for its width.
         track: shows the progress of making the embedded model.
 
     Raises:
@@ -68,15 +71,11 @@ def inspect(model: str | Path | DenseModel, *, experts: int = 8, track: Track[An
     counts = expert_counts(neurons, dense.dtype)
     if not counts:
         raise InputError(f"FFNs of {neurons} neurons do not divide into 2 to {MAX_EXPERTS} experts that can run")
-    fits = []
-    for name in targets.names():
-        target = targets.find(name)
-        layout = resolve_layout(experts, None, None, holds_shared=target.holds_shared)
-        exactness = check_target(target, dense, layout)
-        reason = exactness.reason or "known to " + ", ".join(("transformers", *target.engines))
-        fits.append(TargetFit(name, exactness.exact, target.holds_shared, reason, exactness.difference))
-    options = SplitOptions(experts=experts if experts in counts else counts[0])
+    fits = tuple(_fit(dense, name, experts or preferred_counts(neurons, dense.dtype)[0]) for name in targets.names())
+    # A number that does not work is looked at in the one that would be taken.
+    options = SplitOptions(experts=experts if experts in counts else None)
     prepared = prepare(dense, options, writable=any(fit.fits for fit in fits))
+    prepared.warn_of_engines()
     return Inspection(
         model=dense.name,
         family=dense.family.model_type,
@@ -87,8 +86,18 @@ def inspect(model: str | Path | DenseModel, *, experts: int = 8, track: Track[An
         ffn_share=layers * sum(t.numel() for t in dense.ffn_shapes.tensors().values()) / dense.num_parameters,
         dtype=str(dense.dtype).removeprefix("torch."),
         expert_counts=counts,
-        targets=tuple(fits),
+        targets=fits,
         experts=prepared.layout.num_experts,
         layout=prepared.layout,
         estimate=estimate(prepared),
+        engines=prepared.engines,
     )
+
+
+def _fit(dense: DenseModel, name: str, experts: int) -> TargetFit:
+    """How a target fits the model, cut into so many experts."""
+    target = targets.find(name)
+    layout = resolve_layout(experts, None, None, holds_shared=target.holds_shared)
+    exactness = check_target(target, dense, layout)
+    reason = exactness.reason or "known to " + ", ".join(("transformers", *target.engines))
+    return TargetFit(name, exactness.exact, target.holds_shared, reason, exactness.difference)

@@ -52,7 +52,12 @@ class SplitResult:
     num_parameters: int
     num_active_parameters: int
     plan: SplitPlan
-    engines: tuple[Verdict, ...] = ()
+    engines: tuple[Verdict, ...]
+
+    @property
+    def expert_width(self) -> int:
+        """Neurons of one expert."""
+        return self.layout.expert_width(self.plan.layers[0].labels_F.numel())
 
 
 def split(

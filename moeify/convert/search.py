@@ -5,7 +5,8 @@
 
 The candidates of a layer are to stay dense or to be cut like all other cut layers: stock architectures have one number
 of experts, and one of active experts, for the whole model. So a strategy chooses for each layout which layers it is
-worth, and the best layout wins.
+worth, and the best layout wins. An engine that takes no dense layers (`--engine llama.cpp`) leaves one question: how
+many of the active experts are shared, so that it runs the others.
 
 Measured: SmolLM2-135M, 32 experts, five corpora, KL to dense on 1,024 tokens (2 cores of an Intel Xeon, 2026-11-22). At
 75 % the greedy choice leaves layers 0-8 and 29 dense: 0.169 nats, where cutting every layer alike gives 0.205. The sum
@@ -23,11 +24,12 @@ from typing import Any
 
 import numpy as np
 
-from moeify import strategies, targets
+from moeify import engines, strategies, targets
 from moeify.cache import cache_dir, check_place, digest
 from moeify.convert.estimate import count_parameters, forward_flops, matmul_rate
 from moeify.convert.prepare import MIN_TOKENS, Prepared, calibration_text, prepare
 from moeify.convert.search_scores import OutputChange, OutputCheck, ScoredLayer, score
+from moeify.engines import Shape
 from moeify.errors import InputError, UsageError
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
@@ -36,6 +38,8 @@ from moeify.strategies import TOLERANCE, Choice, Problem
 
 # Shares of a cut FFN that are active, as candidates.
 SHARES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
+# Where an engine takes no dense layers, every layer is cut alike: shares of the active experts that are always on.
+SHARED = (1 / 4, 1 / 2, 3 / 4)
 # The frontier is drawn at these budgets, and at the one that was asked for.
 FRONTIER = (0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
 # Ranking layers takes fewer tokens than fitting them for good.
@@ -78,7 +82,7 @@ class SearchResult:
         uniform: every layer cut alike, at the same budget.
         frontier: greedy choices for other budgets, by falling share.
         dense_perplexity: of the check text.
-        losses: layout (`active/experts`) -> KL of every layer if only it is cut.
+        losses: layout (`active/experts`, with `+shared` where that is a choice) -> KL of every layer if only it is cut.
     """
 
     model: str
@@ -152,7 +156,7 @@ def _score(
 ) -> "_Table":
     """Score every layout in every layer, or take the scores from the cache."""
     prepared = _prepared(dense, options)
-    layouts = _layouts(prepared)
+    layouts = _layouts(prepared) if prepared.layout.dense_layers else _layouts_cut_alike(prepared, budget)
     _affordable(layouts, budget)
     blocks = calibration_text(prepared)
     context = prepared.options.context
@@ -198,9 +202,12 @@ class _Table:
 
     @property
     def losses(self) -> dict[str, list[float]]:
-        """Layout (`active/experts`) -> KL of every layer if only it is cut."""
+        """Layout -> KL of every layer if only it is cut."""
+        several = len({layout.num_active for layout in self._layouts}) < len(self._layouts)
         return {
-            f"{layout.num_active}/{layout.num_experts}": [layer.changes[i].divergence for layer in self._scored]
+            f"{layout.num_active}/{layout.num_experts}" + (f"+{layout.num_shared}" if several else ""): [
+                layer.changes[i].divergence for layer in self._scored
+            ]
             for i, layout in enumerate(self._layouts)
         }
 
@@ -219,6 +226,9 @@ class _Table:
     def _problem(self, i: int, budget: float, trials: int) -> Problem:
         losses = np.array([[0.0, layer.changes[i].divergence] for layer in self._scored])
         costs = np.tile([1.0, self._layouts[i].active_share], (len(self._scored), 1))
+        if not self._prepared.layout.dense_layers:
+            # What the layout costs, and no more: no layer can stay dense.
+            budget = self._layouts[i].active_share
         return Problem(costs, losses, budget, lambda choice: self._measure(i, choice).divergence, trials, self._seed)
 
     @property
@@ -259,26 +269,55 @@ def _prepared(dense: DenseModel, options: SplitOptions) -> Prepared:
         raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
     tokens = min(options.tokens, FIT_TOKENS) + CHECK_TOKENS
     options = replace(options, budget=None)
+    engine = engines.named(options.engine).name if options.engine else None
+    holds_dense = engine is None or any(engine in targets.find(name).engines_with_dense for name in targets.names())
     # One dense layer stands for any number of them: the target must hold dense layers, and not only the first ones.
-    return prepare(dense, replace(options, tokens=tokens, dense_layers=(1,)))
+    return prepare(dense, replace(options, tokens=tokens, dense_layers=(1,) if holds_dense else ()))
+
+
+def _layouts_cut_alike(prepared: Prepared, budget: float) -> list[Layout]:
+    """Layouts of the budget that the engine runs: what the others share, and the least that it needs to be shared.
+
+    Raises:
+        UsageError: there is none.
+    """
+    experts, target = prepared.layout.num_experts, prepared.target
+    active = math.floor(budget * experts + TOLERANCE)
+    if not 0 < active < experts:
+        raise UsageError(f"a budget of {budget:.3g} is no number of {experts} experts", "raise --budget or --experts")
+    least = next((n for n in range(active) if _runs(prepared, Layout(experts, n, active))), None)
+    shares = {math.ceil(share * active) for share in SHARED} if target.holds_shared else {0}
+    layouts = [Layout(experts, n, active) for n in sorted({*shares, *(() if least is None else (least,))})]
+    # Less shared than a quarter was never better.
+    least_shared = min(shares)
+    layouts = [layout for layout in layouts if layout.num_shared >= least_shared and _runs(prepared, layout)]
+    if not layouts:
+        raise UsageError(
+            f"{prepared.options.engine} runs no layout of {active} of {experts} experts", "take fewer --experts"
+        )
+    return layouts
+
+
+def _runs(prepared: Prepared, layout: Layout) -> bool:
+    """The target holds it and the engine runs it."""
+    target, dense = prepared.target, prepared.dense
+    if layout.num_routed < 2 or layout.is_static or targets.refusal(target, dense, layout, prepared.options.mixing):
+        return False
+    engine = prepared.options.engine
+    return not (engine and target.refusal_of(engines.named(engine), Shape.of(dense, target.model_type, layout)))
 
 
 def _layouts(prepared: Prepared) -> list[Layout]:
     """One layout for each share that the number of experts allows."""
-    experts = prepared.options.experts
+    experts = prepared.layout.num_experts
     actives = sorted({round(share * experts) for share in SHARES} - {0, experts})
     holds_shared = prepared.target.holds_shared
     layouts = [resolve_layout(experts, None, active, holds_shared=holds_shared) for active in actives]
-    layouts = [layout for layout in layouts if layout.num_routed > 1 and _is_held(prepared, layout)]
+    held = prepared.layout.dense_layers
+    layouts = [layout for layout in layouts if _runs(prepared, replace(layout, dense_layers=held))]
     if not layouts:
         raise InputError(f"{experts} experts leave no choice", "--experts takes 4 or more")
     return layouts
-
-
-def _is_held(prepared: Prepared, layout: Layout) -> bool:
-    """The target takes it also with dense layers."""
-    layout, dense = replace(layout, dense_layers=prepared.layout.dense_layers), prepared.dense
-    return not targets.refusal(prepared.target, dense, layout, prepared.options.mixing)
 
 
 def _affordable(layouts: Sequence[Layout], budget: float) -> list[int]:

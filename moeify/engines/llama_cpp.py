@@ -12,7 +12,7 @@ Counted in its source (src/llama-context.cpp, graph_max_nodes; src/llama-graph.c
 More tensors raise the limit, those of a model with biases too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from moeify.engines import Engine, Shape
 
@@ -37,23 +37,25 @@ class Graph:
         tensors: of the file.
         nodes: of the graph, with flash attention, which is on unless it is turned off.
         end: nodes and inputs before the first and after the last layer.
+        has_head: the file holds lm_head even where it is the embedding.
     """
 
     tensors: int
     nodes: int
     end: int = 12
+    has_head: bool = False
 
 
 GRAPHS = {
     "granitemoeshared": Graph(13, 50, 15),
     "mixtral": Graph(10, 43),
-    "qwen2_moe": Graph(17, 50),
+    "qwen2_moe": Graph(17, 50, has_head=True),
     "qwen3_moe": Graph(12, 47),
     "glm4_moe": Graph(14, 45),
 }
 DENSE_LAYER = Graph(9, 31)
 # Further nodes of a layer without flash attention.
-NO_FLASH = 6
+NO_FLASH = 5
 
 
 def layer_graph(shape: Shape) -> Graph:
@@ -65,7 +67,7 @@ def layer_graph(shape: Shape) -> Graph:
     # A bias is one addition; qwen2_moe always has those of q, k and v, qwen3_moe always q/k norms.
     biases = (3 * shape.qkv_bias if shape.target != "qwen2_moe" else 0) + shape.output_bias
     norms = 2 if shape.qk_norm and shape.target == "glm4_moe" else 0
-    return Graph(tensors + biases + norms, nodes + biases + 2 * norms, graph.end)
+    return replace(graph, tensors=tensors + biases + norms, nodes=nodes + biases + 2 * norms)
 
 
 def most_active(shape: Shape, further_nodes: int = 0) -> int:
@@ -79,7 +81,7 @@ def most_active(shape: Shape, further_nodes: int = 0) -> int:
     num_dense = len(shape.layout.dense_layers)
     num_moe = shape.num_layers - num_dense
     dense_tensors = num_dense * DENSE_LAYER.tensors
-    tensors = num_moe * graph.tensors + dense_tensors + TENSORS_BESIDE + (not shape.tied)
+    tensors = num_moe * graph.tensors + dense_tensors + TENSORS_BESIDE + (graph.has_head or not shape.tied)
     fixed = num_moe * (graph.nodes + further_nodes) + num_dense * (DENSE_LAYER.nodes + further_nodes) + graph.end
     room = max(LEAST_NODES, NODES_A_TENSOR * tensors)
     table = next((size for size in HASH_SIZES if size >= room), room)

@@ -1,5 +1,25 @@
-"""SGLang, which reads the written folder."""
+"""SGLang, which reads the written folder.
 
-from moeify.engines import Engine
+From source (0.5.23, moe_runner/triton_utils/fused_moe_triton_config.py, fused_moe_triton/layer.py): Triton tiles of 64
+or 32 columns unless a tuned file for the shape says otherwise; the TRT-LLM kernels of FlashInfer pad to multiples of
+128.
+"""
 
-ENGINE = Engine("SGLang", tested="from source, 2026-11-25")
+from moeify.engines import Engine, Shape
+
+TILE, PADDED = 32, 128
+
+
+def caution(shape: Shape) -> str:
+    width = shape.expert_width
+    return (
+        f"experts of {width} neurons leave tiles of {TILE} columns in its kernels partly empty" if width % TILE else ""
+    )
+
+
+def note(shape: Shape) -> str:
+    width = shape.expert_width
+    return f"FlashInfer's kernels pad {width} neurons to a multiple of {PADDED}" if width % PADDED else ""
+
+
+ENGINE = Engine("SGLang", tested="widths from source of 0.5.23, 2026-11-26", caution=caution, note=note)

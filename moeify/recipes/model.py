@@ -229,8 +229,12 @@ def control_options(recipe: Recipe, name: str, control: Mapping[str, Any]) -> Sp
     """The main split's options with the control's in place of them; what follows from the method is left open."""
     base = {key: value for key, value in asdict(recipe.split).items() if key not in ("shared", "target", "plan")}
     if control.get("static"):
-        budget = recipe.split.budget
-        base["active"] = recipe.split.active if budget is None else max(1, round(budget * recipe.split.experts))
+        budget, experts = recipe.split.budget, control.get("experts", recipe.split.experts)
+        if experts is None:
+            # The main split's number follows from what engines run, which no pruned model's does.
+            hint = "name the number of experts: split: {experts: 8}"
+            raise UsageError(f"controls.{name}: static pruning needs split.experts to be as large as the split", hint)
+        base["active"] = recipe.split.active if budget is None else max(1, round(budget * experts))
         # A pruned model has FFNs of one width and nothing to weight.
         base = {key: value for key, value in base.items() if key not in NOT_STATIC}
     try:

@@ -568,7 +568,7 @@ def settle(dense: Path, shared: int | None = None) -> tuple[str, str]:
     checkpoint = open_dense(str(dense))
     target, _, why = choose_target(
         checkpoint,
-        lambda holds_shared: resolve_layout(8, shared, None, holds_shared=holds_shared),
+        lambda target: resolve_layout(8, shared, None, holds_shared=target.holds_shared),
     )
     return target.model_type, why
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from moeify.cli.tables.words import key_value_table, layout_words
+from moeify.cli.tables.words import engine_rows, key_value_table, layout_words
 from moeify.words import duration, size
 
 if TYPE_CHECKING:
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def inspect_tables(inspection: "Inspection") -> tuple[Table, Table]:
     counts = [str(n) for n in inspection.expert_counts]
-    estimate = inspection.estimate
+    estimate, width = inspection.estimate, inspection.layout.expert_width(inspection.num_neurons)
     facts = key_value_table(
         f"moeify inspect {inspection.model}",
         [
@@ -21,7 +21,8 @@ def inspect_tables(inspection: "Inspection") -> tuple[Table, Table]:
             ("parameters", f"{inspection.num_parameters:,}, {inspection.ffn_share:.0%} of them in FFNs"),
             ("FFN", f"{inspection.hidden_size:,} -> {inspection.num_neurons:,} in {inspection.num_layers} layers"),
             ("expert counts that work", ", ".join(counts)),
-            (f"with --experts {inspection.experts}", layout_words(inspection.layout)),
+            (f"with --experts {inspection.experts}", f"{layout_words(inspection.layout)}; {width:,} neurons an expert"),
+            *engine_rows(inspection.engines),
             ("checkpoint, memory", f"{size(estimate.checkpoint_bytes)}, about {size(estimate.peak_memory_bytes)}"),
             ("time", f"about {duration(estimate.duration_s)} here"),
         ],

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from moeify.cli.tables.words import key_value_table, layout_words
+from moeify.cli.tables.words import engine_rows, key_value_table, layout_words
 from moeify.words import duration, size
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def split_table(result: "SplitResult") -> Table:
         ("written to", str(result.out)),
         ("target", f"{result.target}: {result.target_reason}"),
         ("layout", layout_words(layout)),
+        ("expert width", f"{result.expert_width:,} neurons"),
+        *engine_rows(result.engines),
         ("parameters", f"{result.num_parameters:,}"),
         (
             "active for a token",
@@ -74,6 +76,7 @@ def preview_table(preview: "Preview") -> Table:
             ("target", f"{preview.target}: {preview.target_reason}"),
             ("layout", layout_words(preview.layout)),
             ("expert width", f"{preview.expert_width:,} neurons"),
+            *engine_rows(preview.engines),
             ("partition, router, refit", f"{options.partition}, {options.router}, {'yes' if options.refit else 'no'}"),
             (
                 "calibration",

@@ -8,6 +8,7 @@ from rich.table import Table
 from moeify.words import ranges
 
 if TYPE_CHECKING:
+    from moeify.engines import Verdict
     from moeify.plan import Layout
 
 
@@ -28,3 +29,17 @@ def layout_words(layout: "Layout") -> str:
         f"{layout.num_routed} routed = {layout.active_share:.0%} of the FFN active"
         + (f"; dense layers: {ranges(layout.dense_layers)}" if layout.dense_layers else "")
     )
+
+
+def engine_rows(verdicts: Sequence["Verdict"]) -> list[tuple[str, str]]:
+    """Which engines that know the target run the layout, and how; no row for a pruned model."""
+    if not verdicts:
+        return []
+    kinds = {
+        "run it well": [verdict.engine for verdict in verdicts if not verdict.refusal and not verdict.caution],
+        "run it slowly": [verdict.engine for verdict in verdicts if verdict.caution and not verdict.refusal],
+        "cannot run it": [verdict.engine for verdict in verdicts if verdict.refusal],
+    }
+    words = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+    notes = [(verdict.engine, verdict.note) for verdict in verdicts if verdict.note]
+    return [("engines", words), *notes]
