@@ -93,8 +93,6 @@ def for_machine(dense: DenseModel, options: SplitOptions) -> SplitOptions:
             f"{_why_none(plan)}",
             "`moeify plan` shows what there is; quality=1.6 allows more loss",
         )
-    if choice.caution:
-        warn(f"the layout for this machine, {choice.layout.num_experts} experts: {choice.caution}")
     if (rival := _rival(plan)) is not None:
         warn(rival)
     layout = choice.layout
@@ -104,7 +102,7 @@ def for_machine(dense: DenseModel, options: SplitOptions) -> SplitOptions:
         experts=layout.num_experts,
         shared=layout.num_shared,
         active=layout.num_active,
-        target=plan.target,
+        engine=engines.find(ENGINE).name,
     )
 
 

@@ -151,9 +151,10 @@ def test_a_split_takes_the_best_row_of_the_plan(dense: DenseModel, words: str) -
     options = for_machine(dense, SplitOptions(machine=words, seed=3))
     numbers = layout.num_experts, layout.num_shared, layout.num_active
     assert (options.experts, options.shared, options.active) == numbers
-    assert (options.machine, options.target, options.seed) == (None, "granitemoeshared", 3)
+    assert (options.machine, options.engine, options.target, options.seed) == (None, "llama.cpp", "auto", 3)
     previewed = preview(dense, SplitOptions(machine=words))
     assert previewed.layout == layout
+    assert previewed.target == "granitemoeshared"
     # What is recorded repeats the split on any machine.
     assert previewed.options.machine is None
 
