@@ -189,8 +189,12 @@ def _why_none(plan: MachinePlan) -> str:
 def _notes(plan: MachinePlan) -> Iterator[str]:
     """What a reader has to know of the rows."""
     yield (
-        "bound: bytes read over bandwidth, added over both sides; real decode is slower, and low thread counts may be "
-        "bound by arithmetic instead"
+        "bound: bytes read over bandwidth, added over both sides; few threads may be bound by arithmetic instead, and a "
+        "model that fits into the processor's cache may be faster"
+    )
+    yield (
+        "a better --ram-bandwidth is that of engine, type and threads together: tokens/s of `llama-bench -ngl 0 -p 0 "
+        "-n 32 -t N` on the dense GGUF, times the GB that it reads for a token"
     )
     yield (
         "quality: perplexity over dense of SmolLM2-135M, nothing trained, between measured points interpolated; larger "

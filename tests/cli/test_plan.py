@@ -31,10 +31,29 @@ def test_the_plan_names_the_best_and_the_next_command_takes_it(
     assert f"{active} of {experts} experts, {shared} shared" in best
     assert "-ngl 0" in best
     assert "no GPU, RAM at 10.0 GB/s" in text
+    assert "GPU/token" not in text
     assert "larger models lose less" in text
     assert run_command(["split", str(dense), "--for", FOR, "--dry-run", "--json"]) == 0
     layout = json.loads(capsys.readouterr().out)["layout"]
     assert [str(layout[key]) for key in ("num_experts", "num_shared", "num_active")] == [experts, shared, active]
+
+
+def test_a_gpu_has_columns_of_its_own(
+    dense: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    machine = ["--vram", "6GB", "--gpu-bandwidth", "250", "--ram-bandwidth", "50", "--ram", "32GB"]
+    assert run_command(["plan", str(dense), *machine]) == 0
+    text = capsys.readouterr().out
+    assert "6.00 GB of VRAM at 250 GB/s, 32.0 GB of RAM at 50.0 GB/s" in text
+    header = next(line for line in text.splitlines() if "perplexity/dense" in line)
+    assert [header.index(word) for word in ("GPU/token", "RAM/token", "VRAM", "tokens/s")] == sorted(
+        header.index(word) for word in ("GPU/token", "RAM/token", "VRAM", "tokens/s")
+    )
+    row = next(line for line in text.splitlines() if line.startswith("│ dense "))
+    # All of it is on the GPU, and nothing is read from RAM.
+    assert "0 B" in row
+    assert "-ngl 99 -c 64" in row
 
 
 def test_the_plan_is_one_json_object(dense: Path, capsys: pytest.CaptureFixture[str]) -> None:
