@@ -189,8 +189,8 @@ def _why_none(plan: MachinePlan) -> str:
 def _notes(plan: MachinePlan) -> Iterator[str]:
     """What a reader has to know of the rows."""
     yield (
-        "bound: bytes read over bandwidth, added over both sides; few threads may be bound by arithmetic instead, and a "
-        "model that fits into the processor's cache may be faster"
+        "bound: bytes read over bandwidth, added over both sides; few threads may be bound by arithmetic instead, and "
+        "a model that fits into the processor's cache may be faster"
     )
     yield (
         "a better --ram-bandwidth is that of engine, type and threads together: tokens/s of `llama-bench -ngl 0 -p 0 "
