@@ -14,7 +14,8 @@ from typing import Any, Literal, Self, get_args, get_origin
 
 from moeify.errors import UsageError
 
-SHORT = {"out": "-o"}
+# Fields whose option is not their name: a short one, and one that is a word of Python.
+SPELLED = {"out": "-o", "machine": "--for"}
 NUMBERS = {int: "whole number", float: "number"}
 # Nothing has so many experts, tokens or steps.
 COUNTABLE = 1 << 31
@@ -75,7 +76,7 @@ def fields(kind: type[Options]) -> tuple[dataclasses.Field[Any], ...]:
 
 def flag(name: str) -> str:
     """How an option is spelled."""
-    return SHORT.get(name) or "--" + name.replace("_", "-")
+    return SPELLED.get(name) or "--" + name.replace("_", "-")
 
 
 def is_repeated(field: dataclasses.Field[Any]) -> bool:

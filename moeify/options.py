@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
-from moeify.command_line import Options, option
+from moeify.command_line import Options, fields, flag, option, parse
 from moeify.errors import UsageError
+from moeify.words import listing, parse_size
 
 Item = TypeVar("Item")
 # Wraps a long loop to show its progress: (items, what they are, how many). `untracked` shows nothing.
@@ -18,6 +19,8 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Style = Literal["hard", "softmax", "soft"]
 Fusion = Literal["sum", "mean"]
 RefitTo = Literal["ffn", "stream"]
+# Of a GGUF's matrices: those that can be written without llama.cpp, then those of llama-quantize.
+GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"]
 
 # Help of options that several commands have.
 DATA = "Text, jsonl or parquet file, folder, hub data set, builtin or builtin-heldout, to measure or to train on."
@@ -28,11 +31,74 @@ DEVICE = "Where the arithmetic runs: cpu, cuda, cuda:1; in benchmarks also auto.
 DEVICES = r"auto|cpu|cuda(:[0-9]{1,3})?"
 # Every layer adds its number to a seed, and scikit-learn's generators take 32 bits.
 SEEDS = 1 << 31
+# Words in which `split --for` spells an option of `plan` shorter.
+SHORTER = {"gpu": "gpu_bandwidth", "ram": "ram_bandwidth"}
 
 
 def untracked(items: Iterable[Any], label: str, total: int) -> Iterable[Any]:  # noqa: ARG001
     """The progress of a caller who wants none."""
     return items
+
+
+@dataclass(frozen=True)
+class MachineOptions(Options):
+    """What a model shall run on, and in what form; what is left out is measured on this machine."""
+
+    vram: str | None = option(None, "Memory of the GPU, such as 6GB or 5.8GiB; 0 without one.")
+    # From less to more than anything has.
+    gpu_bandwidth: float | None = option(None, "GB/s that the GPU reads of its memory.", least=0.001, below=1e6)
+    ram: str | None = option(None, "Size of the RAM, such as 32GB.")
+    ram_bandwidth: float | None = option(
+        None, "GB/s that the processor reads of the RAM with the threads that run.", least=0.001, below=1e6
+    )
+    threads: int | None = option(None, "Threads that run; all cores where they are measured.", least=1, below=4096)
+    type: GGUFType = option("q8_0", "Type of the matrices; of a mix like Q4_K_M the main one, q4_k.")
+    context: int | None = option(None, "Tokens in the cache of keys and values; 4,096, or the model's limit.", least=1)
+    quality: float = option(
+        1.4, "Perplexity over dense that is allowed, by the table of a 135M model; larger ones lose less.", least=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.size("vram")
+        self.size("ram")
+
+    def size(self, name: str) -> int | None:
+        """Bytes of `vram` or `ram`; None if it is open.
+
+        Raises:
+            UsageError: it is no size.
+        """
+        text: str | None = getattr(self, name)
+        if text is None:
+            return None
+        try:
+            return parse_size(text)
+        except ValueError as error:
+            raise UsageError(f"{flag(name)} {text!r:.60}: {error}", f"write {flag(name)} 6GB") from error
+
+    @classmethod
+    def of_text(cls, text: str) -> "MachineOptions":
+        """From the words of `split --for`: vram=6GB,gpu=250,ram=50. A ram with a unit is its size.
+
+        Raises:
+            UsageError: a word is none of this class's options, or its value is out of range.
+        """
+        named = {field.name: field for field in fields(cls)}
+        values: dict[str, Any] = {}
+        for word in text.split(","):
+            short, equals, value = (part.strip() for part in word.partition("="))
+            name = short.replace("-", "_")
+            if name in SHORTER and not (name in named and value[-1:].isalpha()):
+                name = SHORTER[name]
+            if name not in named or not equals or not value or name in values:
+                known = ", ".join([*SHORTER, *(other for other in named if other not in SHORTER)])
+                raise UsageError(
+                    f"--for {text!r:.100}: {word!r:.60} is {'there twice' if name in values else 'unknown'}",
+                    f"write --for vram=6GB,gpu=250,ram=50; it takes {known}",
+                )
+            (values[name],) = parse(named[name], [value]) or (None,)
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -47,6 +113,10 @@ class SplitOptions(Options):
     router: str = option("ridge", "How experts are chosen: moeify ls routers.")
     budget: float | None = option(
         None, "Share of all FFN parameters active per token; a search chooses shared, active and dense layers."
+    )
+    machine: str | None = option(
+        None,
+        "Choose experts, shared and active for a machine, as `moeify plan` does: vram=6GB,gpu=250,ram=50.",
     )
     dense_layers: tuple[int, ...] = option((), "Layers whose FFN stays whole, such as 0,1,29.")
     mixing: Style = option(
@@ -81,6 +151,14 @@ class SplitOptions(Options):
             raise UsageError("--static writes a dense model, which no engine's limits concern", "leave --engine out")
         if self.static and self.plan is not None:
             raise UsageError("--static and --plan exclude each other", "leave one of them out")
+        if self.machine is not None:
+            MachineOptions.of_text(self.machine)
+            chosen = ("experts", "shared", "active", "budget", "plan", "dense_layers", "static", "mixing", "engine")
+            default = {field.name: field.default for field in fields(type(self))}
+            if given := [flag(name) for name in chosen if getattr(self, name) != default[name]]:
+                raise UsageError(
+                    f"{flag('machine')} chooses the layout, {listing(given)} as well", f"leave {given[0]} out"
+                )
 
 
 @dataclass(frozen=True)

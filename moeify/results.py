@@ -26,6 +26,7 @@ HINT = "measure it again, or move the file away"
 # The schema's name without `moeify.` and version -> the dataclass that has it.
 KINDS: Mapping[str, str] = {
     "inspect": "moeify.convert.inspection.Inspection",
+    "machine-plan": "moeify.convert.machine_plan.MachinePlan",
     "preview": "moeify.convert.prepare.Preview",
     "split": "moeify.convert.pipeline.SplitResult",
     "search": "moeify.convert.search.SearchResult",

@@ -1,9 +1,12 @@
 """How numbers, sizes, times, lists and names are written: for tables, sentences and the report alike."""
 
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 
+# Decimal as disks and memory are sold, binary as drivers count.
+UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 # Control, format, surrogate and unassigned characters, and separators of lines and paragraphs.
 UNPRINTABLE = frozenset(("Cc", "Cf", "Cs", "Cn", "Zl", "Zp"))
 
@@ -50,6 +53,21 @@ def size(num_bytes: float) -> str:
         if num_bytes >= limit:
             return f"{number(num_bytes / limit)} {unit}"
     return f"{num_bytes:.0f} B"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of a text like 6GB, 5.8 GiB or 0, the inverse of `size`.
+
+    Raises:
+        ValueError: it is no size; the message says what was expected.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]{2,3})?", text.strip(), re.ASCII | re.IGNORECASE)
+    number_text, unit = match.groups() if match else ("", None)
+    if number_text and not unit and not float(number_text):
+        return 0
+    if not number_text or (unit or "").lower() not in UNITS:
+        raise ValueError("expected a size with its unit, such as 6GB or 5.8GiB, or 0")
+    return int(float(number_text) * UNITS[str(unit).lower()])
 
 
 def duration(seconds: float) -> str:

@@ -23,6 +23,7 @@ from moeify.cli.commands.export import export_command
 from moeify.cli.commands.finetune import finetune_command
 from moeify.cli.commands.inspect import inspect_command
 from moeify.cli.commands.ls import list_command
+from moeify.cli.commands.plan import plan_command
 from moeify.cli.commands.report import report_command
 from moeify.cli.commands.run import run_recipe_command
 from moeify.cli.commands.schema import schema_command
@@ -35,6 +36,7 @@ from moeify.errors import MoeifyError, MoeifyWarning, UsageError
 # In the order of the help.
 COMMANDS: dict[str, Callable[..., None]] = {
     "inspect": inspect_command,
+    "plan": plan_command,
     "split": split_command,
     "search": search_command,
     "compare": compare_command,

@@ -12,6 +12,7 @@ from moeify.calibration.stream import HiddenStream
 from moeify.convert.estimate import Estimate, count_parameters, estimate
 from moeify.convert.layer import LayerFit
 from moeify.convert.layouts import ROW_BYTES, choose_layout, expert_counts, verdicts
+from moeify.convert.machine_plan import for_machine
 from moeify.data.text import TokenBlocks, calibration_blocks, sample_from_model
 from moeify.errors import InputError, UsageError, warn
 from moeify.experts.mixing import Mixing
@@ -106,6 +107,8 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         InputError: the model cannot be split, or not in this way.
         UsageError: the options contradict each other.
     """
+    if options.machine is not None:
+        options = for_machine(dense, options)
     saved = load_plan(Path(options.plan)) if options.plan else None
     if saved is not None:
         options = replace(

@@ -28,7 +28,7 @@ from moeify.options import SplitOptions
 from moeify.version import __version__
 
 COMMANDS = [
-    *("inspect", "split", "search", "compare", "finetune", "verify", "eval"),
+    *("inspect", "plan", "split", "search", "compare", "finetune", "verify", "eval"),
     *("tune", "bench", "bench-layer", "report", "run", "ls", "schema"),
 ]
 SHARED_OPTIONS = [
@@ -145,7 +145,8 @@ def test_options_reach_the_split(dense: Path, monkeypatch: pytest.MonkeyPatch) -
         "device": "cuda:1",
         "plan": "somewhere",
     }
-    assert {field.name for field in dataclasses.fields(SplitOptions)} == {*values, "static"}
+    # These exclude others.
+    assert {field.name for field in dataclasses.fields(SplitOptions)} == {*values, "static", "machine"}
     seen = []
 
     def split(model: str, out: Path, options: SplitOptions, **arguments: Any) -> None:
@@ -161,10 +162,12 @@ def test_options_reach_the_split(dense: Path, monkeypatch: pytest.MonkeyPatch) -
     assert run_command(["split", "some/model", *flags]) == 3
     assert run_command(["split", "some/model", "--static"]) == 3
     assert run_command(["split", "some/model/"]) == 3
+    assert run_command(["split", "some/model", "--for", "ram=50", "-o", "there"]) == 3
     assert seen == [
         ("some/model", Path("there"), SplitOptions(**values), True),
         ("some/model", Path("model-static"), SplitOptions(static=True), False),
         ("some/model/", Path("model-moe"), SplitOptions(), False),
+        ("some/model", Path("there"), SplitOptions(machine="ram=50"), False),
     ]
 
 
@@ -176,7 +179,10 @@ def test_a_shared_option_has_one_spelling_and_one_meaning(option: str) -> None:
     # What is written is a folder of checkpoints; where it is one file, the help says so.
     files = {name for name in found if option == "out" and name in ("search", "compare", "bench-layer", "report")}
     assert all(found[name].help.startswith(("FILE.json; ", "FILE.html; ")) for name in files)
-    helps = {entry.help for name, entry in found.items() if name not in files}
+    # That of a plan is what an engine keeps of a conversation, as in llama.cpp's -c, and no block of text.
+    other = {"plan"} if option == "context" else set()
+    assert all("cache of keys and values" in found[name].help for name in other)
+    helps = {entry.help for name, entry in found.items() if name not in files | other}
     assert len(helps) == 1
 
 
