@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from moeify.errors import InputError
 from moeify.experts.mixing import UNIT, Mixing
 from moeify.experts.slices import SplitFFN
+from moeify.export.old_config import with_old_keys
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
@@ -62,8 +63,8 @@ class MoEWriter:
         return AutoConfig.for_model(self.target.model_type, **values)
 
     def config_text(self) -> str:
-        """What config.json holds."""
-        return str(self.config().to_json_string(use_diff=False))
+        """What config.json holds: the config, for old loaders too."""
+        return with_old_keys(self.config().to_json_string(use_diff=False))
 
     def shapes(self) -> dict[str, Tensor]:
         """Every tensor of the checkpoint on the meta device, by name."""
