@@ -146,6 +146,11 @@ ReportOut = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result once the new one is complete.")]
 Report = Annotated[bool, typer.Option("--report", help="Show what was measured in every layer.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show plan and estimates, write nothing.")]
+PushToHub = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to USER/NAME on the hub.", show_default=False),
+]
+Private = Annotated[bool, typer.Option("--private", help="A new repository on the hub is private.")]
 
 # Parts of a split's options.
 InspectOptions = Annotated[SplitOptions, Only(("experts",))]

@@ -95,6 +95,11 @@ class Renderer:
         if not self._quiet:
             self._err.print(f"the search will take about {duration(seconds)}")
 
+    def note(self, line: str) -> None:
+        """A line on stderr that says what was done."""
+        if not self._quiet:
+            self._say(line)
+
     def error(self, error: BaseException) -> None:
         """`error: ...` and, if there is one, `hint: ...`."""
         self._say(f"error: {error}", style="red")

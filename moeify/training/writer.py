@@ -15,6 +15,7 @@ from moeify.export.companions import settle_companions
 from moeify.export.in_memory import moe_parameters, on_disk
 from moeify.export.model_card import finetuned_card
 from moeify.export.old_config import with_old_keys
+from moeify.export.origin import origin_of
 from moeify.export.record import RECORD_FILE
 from moeify.export.workspace import Workspace
 from moeify.export.writer import check_fits
@@ -57,7 +58,15 @@ def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, wo
         workspace.write_plan(_trained_plan(student, inputs.plan, options, _dtype(shards)))
     config = json.loads(config_text)
     trained = (*(inputs.plan.trained if inputs.plan else ()), *options.stage)
-    card = finetuned_card(inputs.name, inputs.teacher.name, config, asdict(options), inputs.provenance, trained=trained)
+    card = finetuned_card(
+        inputs.name,
+        inputs.teacher.name,
+        config,
+        asdict(options),
+        inputs.provenance,
+        trained=trained,
+        origin=origin_of(inputs.path),
+    )
     workspace.write_record(_sizes(inputs.path), card)
 
 
