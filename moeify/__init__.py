@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from moeify.benchmark.options import BenchOptions
     from moeify.check.compare import Comparison, compare
     from moeify.check.evaluate import evaluate, load
+    from moeify.check.generate import GenerateResult, generate
     from moeify.check.perplexity import EvalResult
     from moeify.check.verify import VerifyReport, verify
     from moeify.convert.pipeline import SplitResult, split
     from moeify.convert.search import SearchResult, search
     from moeify.errors import CheckError, InputError, MoeifyError, UsageError
     from moeify.kernels.tune_model import TuneResult, tune_model
-    from moeify.options import SplitOptions
+    from moeify.options import GenerateOptions, SplitOptions
     from moeify.plan import SplitPlan, load_plan
     from moeify.reporting.report import ReportResult, report
     from moeify.training.finetune import FinetuneResult, finetune
@@ -39,6 +40,8 @@ __all__ = [
     "EvalResult",
     "FinetuneOptions",
     "FinetuneResult",
+    "GenerateOptions",
+    "GenerateResult",
     "InputError",
     "ModelBench",
     "MoeifyError",
@@ -55,6 +58,7 @@ __all__ = [
     "compare",
     "evaluate",
     "finetune",
+    "generate",
     "load",
     "load_plan",
     "report",
@@ -70,13 +74,14 @@ _HOMES = {
     "benchmark.options": ("BenchOptions",),
     "check.compare": ("Comparison", "compare"),
     "check.evaluate": ("evaluate", "load"),
+    "check.generate": ("GenerateResult", "generate"),
     "check.perplexity": ("EvalResult",),
     "check.verify": ("VerifyReport", "verify"),
     "convert.pipeline": ("SplitResult", "split"),
     "convert.search": ("SearchResult", "search"),
     "errors": ("CheckError", "InputError", "MoeifyError", "UsageError"),
     "kernels.tune_model": ("TuneResult", "tune_model"),
-    "options": ("SplitOptions",),
+    "options": ("GenerateOptions", "SplitOptions"),
     "plan": ("SplitPlan", "load_plan"),
     "reporting.report": ("ReportResult", "report"),
     "training.finetune": ("FinetuneResult", "finetune"),

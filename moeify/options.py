@@ -28,6 +28,8 @@ DEVICE = "Where the arithmetic runs: cpu, cuda, cuda:1; in benchmarks also auto.
 DEVICES = r"auto|cpu|cuda(:[0-9]{1,3})?"
 # Every layer adds its number to a seed, and scikit-learn's generators take 32 bits.
 SEEDS = 1 << 31
+# Logits divided by less may be infinite in float32.
+COLDEST = 0.01
 
 
 def untracked(items: Iterable[Any], label: str, total: int) -> Iterable[Any]:  # noqa: ARG001
@@ -109,6 +111,27 @@ class EvalOptions(Options):
     stride: int | None = option(None, "Tokens the window moves by; half the context.", least=1)
     dtype: DType = option("auto", DTYPE)
     device: str = option("cpu", DEVICE, form=DEVICES)
+
+
+@dataclass(frozen=True)
+class GenerateOptions(Options):
+    """How models make text."""
+
+    tokens: int = option(256, "At most so many new tokens.", least=1)
+    temperature: float = option(
+        0.0, "0 takes the most probable token, more draws: at 1 as probable as the model says.", least=0, below=100
+    )
+    seed: int = option(0, SEED, least=0, below=SEEDS)
+    dtype: DType = option("auto", DTYPE)
+    device: str = option("cpu", DEVICE, form=DEVICES)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.temperature < COLDEST:
+            raise UsageError(
+                f"--temperature {self.temperature} leaves one token to draw",
+                f"0 takes that one, {COLDEST} and more draws",
+            )
 
 
 @dataclass(frozen=True)

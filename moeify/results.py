@@ -34,6 +34,8 @@ KINDS: Mapping[str, str] = {
     "finetune-history": "moeify.training.finetune.FinetuneHistory",
     "verify": "moeify.check.verify.VerifyReport",
     "eval": "moeify.check.evaluate.Evaluation",
+    "generate": "moeify.check.generate.GenerateResult",
+    "chat": "moeify.check.generate.ChatResult",
     "tune": "moeify.kernels.tune_model.TuneResult",
     "bench": "moeify.benchmark.models.results.ModelBench",
     "layer-bench": "moeify.benchmark.layers.results.LayerBench",

@@ -36,7 +36,7 @@ def check_push(repo: str) -> None:
         raise UsageError(f"--push-to-hub {repo} is no name on the hub", "expected USER/NAME or ORGANISATION/NAME")
     with _reaching(repo):
         user = HfApi().whoami()
-    owner, name = repo.split("/")[0], str(user.get("name"))
+    owner, name = repo.split("/", maxsplit=1)[0], str(user.get("name"))
     organisations = [str(one.get("name")) for one in user.get("orgs") or []]
     if owner.lower() not in [known.lower() for known in (name, *organisations)]:
         places = ", ".join([name, *organisations])
@@ -75,7 +75,9 @@ def _files_of(result: Path) -> dict[str, Path]:
     try:
         names = read_record(result / RECORD_FILE).get("files", [])
     except (OSError, ValueError) as error:
-        raise InputError(f"{result} was not written by moeify: {first_line(error)}", "push what moeify wrote") from error
+        raise InputError(
+            f"{result} was not written by moeify: {first_line(error)}", "push what moeify wrote"
+        ) from error
     files = {name: inside(result, name) for name in names if name not in PATTERNS}
     missing = [name for name, path in files.items() if not path.is_file()]
     if missing or not files:

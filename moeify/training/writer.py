@@ -27,7 +27,6 @@ from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
 
 
-
 def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, workspace: Workspace) -> None:
     """Write shards, plan, record and card.
 
