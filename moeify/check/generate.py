@@ -1,8 +1,8 @@
 """Text that models make, each from the same prompt: token by token, to whoever wants to see it grow.
 
-What a folder says of generation is not followed but for its end tokens: all models draw in the same way. A chat template
-of a folder is rendered only by `Speaker.chat_ids`, in jinja's sandbox as transformers does it: it sees the messages and
-nothing of the machine, but nothing stops one that never ends.
+What a folder says of generation is not followed but for its end tokens: all models draw in the same way. A chat
+template of a folder is rendered only by `Speaker.chat_ids`, in jinja's sandbox as transformers does it: it sees the
+messages and nothing of the machine, but nothing stops one that never ends.
 """
 
 import time
@@ -199,7 +199,7 @@ def generate(
     options: GenerateOptions | None = None,
     *,
     chat: bool = False,
-    show: Callable[[str, str], None] = lambda model, piece: None,
+    show: Callable[[str, str], None] | None = None,
     track: Track[Any] = untracked,
 ) -> GenerateResult:
     """Continue a prompt with one model after another; one is in memory at a time.
@@ -225,7 +225,8 @@ def generate(
         speaker = Speaker.open(name, options, track)
 
         def piece(text: str, name: str = name) -> None:
-            show(name, text)
+            if show is not None:
+                show(name, text)
 
         if chat and not speaker.has_template:
             raise InputError(f"{name} has no chat template", "leave --chat out: the prompt is then continued")

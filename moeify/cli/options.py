@@ -154,9 +154,7 @@ Report = Annotated[bool, typer.Option("--report", help="Show what was measured i
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show plan and estimates, write nothing.")]
 PushToHub = Annotated[
     str | None,
-    typer.Option(
-        "--push-to-hub", metavar="REPO", help="Upload the result to USER/NAME on the hub.", show_default=False
-    ),
+    typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to USER/NAME.", show_default=False),
 ]
 Private = Annotated[bool, typer.Option("--private", help="A new repository on the hub is private.")]
 

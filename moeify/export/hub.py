@@ -1,4 +1,4 @@
-"""Push a result to the Hugging Face hub: what can be wrong is said before the work, and nothing but the result goes up."""
+"""Push a result to the Hugging Face hub: faults are found before the work, and nothing but the result is uploaded."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

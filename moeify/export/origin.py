@@ -1,4 +1,4 @@
-"""Where a model comes from, as far as a card may say it: its address on the hub, and the licence that its own card names.
+"""Where a model comes from, as far as a card may say it: its address on the hub, and the licence on its own card.
 
 An address is written only if the model was opened there. A folder called org/name is none: whoever follows a card on
 the hub, or a converter that copies it into a GGUF, would take it for a model of the hub.
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils._validators import validate_repo_id
 
 from moeify.errors import InputError
 from moeify.export.record import LAST_FILE, RECORD_FILE
@@ -41,7 +41,7 @@ def origin_of(path: Path) -> Origin:
     """The origin of a model in a folder: of the hub's cache, that moeify wrote, or any other."""
     head = _head(path)
     # What moeify wrote names the model that it was made from, if that was on the hub.
-    named = head.get("base_model") if (path / RECORD_FILE).is_file() else None
+    named = str(head.get("base_model")) if (path / RECORD_FILE).is_file() else ""
     return Origin(_hub_id(path) or (named if is_hub_id(named) else ""), _licence(head))
 
 

@@ -150,12 +150,12 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[dict
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*targets.names(), "static"])
-def test_vllm_says_what_transformers_says(name: str, answers: Mapping[str, Any]) -> None:
+def test_vllm_says_what_transformers_says(name: str, answers: Mapping[str, Any], record_property: Any) -> None:
     job, said = answers[name]
     assert "error" not in said, said["error"]
     same = sum(found == expected for found, expected in zip(said["tokens"], job["expected"], strict=True))
     ratio = float(torch.tensor(sum(said["nll"]) / len(said["nll"]) - job["nll"]).exp())
-    print(f"vLLM {said['vllm']}, {name}: {same} of {NUM_PROMPTS} prompts, perplexity ratio {ratio:.5f}")
+    record_property("vllm", f"{said['vllm']}: {same} of {NUM_PROMPTS}, perplexity ratio {ratio:.6f}")
     assert said["decoded"] == AutoTokenizer.from_pretrained(job["folder"]).decode(job["prompts"][0])
     assert same == NUM_PROMPTS
     assert ratio == pytest.approx(1, abs=TOLERANCE)

@@ -38,7 +38,7 @@ class FakeApi:
         self.calls.append((repo, options))
         return f"https://huggingface.co/{repo}"
 
-    def create_commit(self, repo: str, operations: Any, **options: Any) -> None:
+    def create_commit(self, repo: str, operations: Any, **_: Any) -> None:
         if self.error is not None:
             raise self.error
         self.calls.append((repo, {one.path_in_repo: Path(one.path_or_fileobj).read_text() for one in operations}))
@@ -149,7 +149,7 @@ def test_a_split_is_pushed(
 
 def test_what_moeify_did_not_write_is_not_pushed(api: FakeApi, result: Path) -> None:
     (result / "config.json").unlink()
-    with pytest.raises(InputError, match="config.json is missing"):
+    with pytest.raises(InputError, match=r"config\.json is missing"):
         hub.push(result, "ada/moe")
     (result / "config.json").symlink_to("/etc/hostname")
     with pytest.raises(InputError, match="outside"):

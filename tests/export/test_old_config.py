@@ -70,7 +70,8 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "pruned-llama3": ("llama", "", {"rope_parameters": LLAMA3}),
     **{f"pruned-{family}": (family, "", {}) for family in families.names()},
 }
-# What a loader of transformers 4 reads of a model with 8 experts, 2 of them shared where they can be, beside names that have not changed.
+# What a loader of transformers 4 reads of a model with 8 experts, 2 of them shared where they can be; names that have
+# not changed are not here.
 EXPECTED: Mapping[str, Mapping[str, Any]] = {
     "granitemoeshared": {"rope_theta": THETA, "torch_dtype": "float32", "num_local_experts": 6},
     "mixtral": {"rope_theta": THETA, "torch_dtype": "float32", "num_local_experts": 8},
