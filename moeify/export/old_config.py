@@ -20,29 +20,32 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def with_old_keys(text: str) -> str:
-    """The text of a config.json and the names of transformers 4; what stands there stays as it is.
+    """The text of a config.json and the names of transformers 4; what transformers 5 reads of it stays as it is.
 
     Args:
         text: of an architecture that transformers knows.
     """
     values = json.loads(text)
-    old = {"torch_dtype": values.get("dtype"), **_rotation(values), **_expert_counts(values)}
+    old = {"torch_dtype": values.get("dtype"), **_expert_counts(values)}
     added = {name: value for name, value in old.items() if value is not None and values.get(name) is None}
-    return json.dumps({**values, **added}, indent=2, sort_keys=True) + "\n"
+    return json.dumps({**values, **added, **_rotation(values)}, indent=2, sort_keys=True) + "\n"
 
 
 def _rotation(values: Mapping[str, Any]) -> dict[str, Any]:
-    """One rotation for all layers; transformers 4 has no common names for several."""
+    """One rotation for all layers; transformers 4 has no common names for several.
+
+    What stands in rope_parameters goes before what stands beside it, where a config may keep a class's default.
+    """
     rotation = values.get("rope_parameters")
-    if not isinstance(rotation, dict) or "rope_theta" not in rotation:
+    if not isinstance(rotation, dict) or "rope_theta" not in rotation or values.get("rope_scaling"):
         return {}
     old = {name: rotation[name] for name in BESIDE_SCALING if name in rotation}
     kind = rotation.get("rope_type", "default")
     if kind != "default":
         # transformers 5 takes it in the place of rope_parameters, and completes it by the two beside it.
         old["rope_scaling"] = {name: value for name, value in rotation.items() if name not in BESIDE_SCALING}
-    if kind == "longrope":
-        old["original_max_position_embeddings"] = rotation.get("original_max_position_embeddings")
+    if kind == "longrope" and "original_max_position_embeddings" in rotation:
+        old["original_max_position_embeddings"] = rotation["original_max_position_embeddings"]
     return old
 
 

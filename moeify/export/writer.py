@@ -60,6 +60,10 @@ class MoEWriter:
         if self.target.untie:
             values["tie_word_embeddings"] = False
         values.pop("model_type", None)
+        rotation = values.get("rope_parameters") or {}
+        if "partial_rotary_factor" in rotation:
+            # Older ones of transformers 5 keep the class's default beside it, and read that with a rope_scaling.
+            values["partial_rotary_factor"] = rotation["partial_rotary_factor"]
         return AutoConfig.for_model(self.target.model_type, **values)
 
     def config_text(self) -> str:

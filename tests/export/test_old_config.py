@@ -139,13 +139,17 @@ def test_transformers_5_reads_the_same_config_with_and_without_them(
     assert with_old_keys(text) == text
 
 
-def test_what_a_file_says_is_not_changed() -> None:
-    said = {"model_type": "llama", "dtype": "float32", "torch_dtype": "bfloat16", "rope_theta": 5.0}
+def test_what_transformers_5_reads_of_a_file_is_not_changed() -> None:
+    said = {"model_type": "llama", "dtype": "float32", "torch_dtype": "bfloat16"}
     rotation = {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0}
-    text = with_old_keys(json.dumps({**said, "rope_parameters": rotation}))
-    values = json.loads(text)
+    values = json.loads(with_old_keys(json.dumps({**said, "rope_theta": 5.0, "rope_parameters": rotation})))
     assert {key: values[key] for key in said} == said
+    assert values["rope_theta"] == 7.0, "rope_parameters goes first"
     assert values["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    old = {**said, "rope_theta": 5.0, "rope_scaling": {"type": "linear", "factor": 4.0}}
+    # There rope_scaling goes first.
+    for text in (json.dumps(old), json.dumps({**old, "rope_parameters": rotation})):
+        assert json.loads(with_old_keys(text)) == json.loads(text)
 
 
 CHILD = """
