@@ -2,4 +2,4 @@
 
 from moeify.engines import Engine
 
-ENGINE = Engine("SGLang", tested="from source, 2026-11-25")
+ENGINE = Engine("SGLang", tested="from source, 2026-11-26")
