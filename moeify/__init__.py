@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from moeify.benchmark.options import BenchOptions
     from moeify.check.compare import Comparison, compare
     from moeify.check.evaluate import evaluate, load
+    from moeify.check.generate import GenerateResult, generate
     from moeify.check.perplexity import EvalResult
     from moeify.check.verify import VerifyReport, verify
     from moeify.convert.pipeline import SplitResult, split
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from moeify.export.gguf.export import export_gguf
     from moeify.export.gguf.result import ExportResult
     from moeify.kernels.tune_model import TuneResult, tune_model
-    from moeify.options import ExportOptions, SplitOptions
+    from moeify.options import ExportOptions, GenerateOptions, SplitOptions
     from moeify.plan import SplitPlan, load_plan
     from moeify.reporting.report import ReportResult, report
     from moeify.training.finetune import FinetuneResult, finetune
@@ -44,6 +45,8 @@ __all__ = [
     "ExportResult",
     "FinetuneOptions",
     "FinetuneResult",
+    "GenerateOptions",
+    "GenerateResult",
     "InputError",
     "ModelBench",
     "MoeifyError",
@@ -62,6 +65,7 @@ __all__ = [
     "export_gguf",
     "finetune",
     "freeze_routers",
+    "generate",
     "load",
     "load_plan",
     "report",
@@ -77,6 +81,7 @@ _HOMES = {
     "benchmark.options": ("BenchOptions",),
     "check.compare": ("Comparison", "compare"),
     "check.evaluate": ("evaluate", "load"),
+    "check.generate": ("GenerateResult", "generate"),
     "check.perplexity": ("EvalResult",),
     "check.verify": ("VerifyReport", "verify"),
     "convert.pipeline": ("SplitResult", "split"),
@@ -85,7 +90,7 @@ _HOMES = {
     "export.gguf.result": ("ExportResult",),
     "errors": ("CheckError", "InputError", "MoeifyError", "UsageError"),
     "kernels.tune_model": ("TuneResult", "tune_model"),
-    "options": ("ExportOptions", "SplitOptions"),
+    "options": ("ExportOptions", "GenerateOptions", "SplitOptions"),
     "plan": ("SplitPlan", "load_plan"),
     "reporting.report": ("ReportResult", "report"),
     "training.finetune": ("FinetuneResult", "finetune"),

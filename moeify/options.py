@@ -33,6 +33,8 @@ DEVICES = r"auto|cpu|cuda(:[0-9]{1,3})?"
 SEEDS = 1 << 31
 # Words in which `split --for` spells an option of `plan` shorter.
 SHORTER = {"gpu": "gpu_bandwidth", "ram": "ram_bandwidth"}
+# Logits divided by less may be infinite in float32.
+COLDEST = 0.01
 
 
 def untracked(items: Iterable[Any], label: str, total: int) -> Iterable[Any]:  # noqa: ARG001
@@ -204,6 +206,27 @@ class ExportOptions(Options):
     tokenizer_pre: str = option(
         "auto", "How llama.cpp cuts text before merges, such as llama-bpe or qwen2; auto tries."
     )
+
+
+@dataclass(frozen=True)
+class GenerateOptions(Options):
+    """How models make text."""
+
+    tokens: int = option(256, "At most so many new tokens.", least=1)
+    temperature: float = option(
+        0.0, "0 takes the most probable token, more draws: at 1 as probable as the model says.", least=0, below=100
+    )
+    seed: int = option(0, SEED, least=0, below=SEEDS)
+    dtype: DType = option("auto", DTYPE)
+    device: str = option("cpu", DEVICE, form=DEVICES)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.temperature < COLDEST:
+            raise UsageError(
+                f"--temperature {self.temperature} leaves one token to draw",
+                f"0 takes that one, {COLDEST} and more draws",
+            )
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ KINDS: Mapping[str, str] = {
     "export": "moeify.export.gguf.result.ExportResult",
     "verify": "moeify.check.verify.VerifyReport",
     "eval": "moeify.check.evaluate.Evaluation",
+    "generate": "moeify.check.generate.GenerateResult",
+    "chat": "moeify.check.generate.ChatResult",
     "tune": "moeify.kernels.tune_model.TuneResult",
     "bench": "moeify.benchmark.models.results.ModelBench",
     "layer-bench": "moeify.benchmark.layers.results.LayerBench",

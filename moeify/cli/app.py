@@ -17,10 +17,12 @@ import typer
 from moeify.cli import options as option
 from moeify.cli.commands.bench import bench_command
 from moeify.cli.commands.bench_layer import bench_layer_command
+from moeify.cli.commands.chat import chat_command
 from moeify.cli.commands.compare import compare_command
 from moeify.cli.commands.eval import eval_command
 from moeify.cli.commands.export import export_command
 from moeify.cli.commands.finetune import finetune_command
+from moeify.cli.commands.generate import generate_command
 from moeify.cli.commands.inspect import inspect_command
 from moeify.cli.commands.ls import list_command
 from moeify.cli.commands.plan import plan_command
@@ -44,6 +46,8 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "export": export_command,
     "verify": verify_command,
     "eval": eval_command,
+    "generate": generate_command,
+    "chat": chat_command,
     "tune": tune_command,
     "bench": bench_command,
     "bench-layer": bench_layer_command,

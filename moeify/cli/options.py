@@ -100,6 +100,7 @@ Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=
 # What is read.
 Model = Annotated[str, typer.Argument(help="Folder, .gguf file, hub id or `builtin`.", show_default=False)]
 Models = Annotated[list[str], typer.Argument(help="Checkpoints, the reference first.", show_default=False)]
+Speakers = Annotated[list[str], typer.Argument(help="Models, dense or converted.", show_default=False)]
 Moe = Annotated[str, typer.Argument(help="The converted checkpoint.", show_default=False)]
 Benched = Annotated[list[str], typer.Argument(help="Converted checkpoints.", show_default=False)]
 Exported = Annotated[str, typer.Argument(help="What `moeify split` wrote, or a dense model.", show_default=False)]
@@ -127,6 +128,11 @@ Tolerance = Annotated[float, typer.Option(help="Largest logit difference in floa
 Overrides = Annotated[
     list[str], typer.Option("--set", help="Override a key: split.experts=16; repeat it.", show_default=False)
 ]
+Prompt = Annotated[str | None, typer.Option(help="The text to continue; without it stdin is read.", show_default=False)]
+InTemplate = Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")]
+System = Annotated[
+    str | None, typer.Option(help="What the models are told before the first message.", show_default=False)
+]
 
 # What is written.
 Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.", show_default=False)]
@@ -151,6 +157,11 @@ AlsoGGUF = Annotated[
 ]
 Report = Annotated[bool, typer.Option("--report", help="Show what was measured in every layer.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show plan and estimates, write nothing.")]
+PushToHub = Annotated[
+    str | None,
+    typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to USER/NAME.", show_default=False),
+]
+Private = Annotated[bool, typer.Option("--private", help="A new repository on the hub is private.")]
 
 # Parts of a split's options.
 InspectOptions = Annotated[SplitOptions, Only(("experts",))]

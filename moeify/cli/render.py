@@ -5,8 +5,10 @@ characters escaped, so that they reach no terminal. Cells that want a style are 
 that compiled libraries print by themselves.
 """
 
+import contextlib
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -95,6 +97,11 @@ class Renderer:
         if not self._quiet:
             self._err.print(f"the search will take about {duration(seconds)}")
 
+    def note(self, line: str) -> None:
+        """A line on stderr that says what was done."""
+        if not self._quiet:
+            self._say(line)
+
     def error(self, error: BaseException) -> None:
         """`error: ...` and, if there is one, `hint: ...`."""
         self._say(f"error: {error}", style="red")
@@ -116,6 +123,25 @@ class Renderer:
     def document(self, value: Mapping[str, Any]) -> None:
         """Print one JSON object."""
         print(json.dumps(value, indent=1, allow_nan=False))
+
+    def text(self, piece: str) -> None:
+        """A piece of a model's text on stdout, as soon as it is there; of control characters only lines and tabs."""
+        if not self._as_json:
+            print("\t".join(map(printable, piece.split("\t"))), end="", flush=True)
+
+    def ask(self, marker: str) -> str:
+        """A line from whoever sits at the terminal; EOFError at its end.
+
+        Raises:
+            EOFError, KeyboardInterrupt: the end of the input, and Ctrl-C.
+        """
+        # Editing of lines and earlier ones; where it is not built in, the terminal's own is left.
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
+        if sys.stdout.isatty():
+            return input(marker)
+        self._err.print(marker, end="")
+        return input()
 
     def result(self, value: Any, *tables: Table, next_step: str = "") -> None:
         """Show a result: as one JSON object with its schema, or as tables and the command that comes next."""

@@ -25,6 +25,7 @@ from moeify.export.companions import settle_companions
 from moeify.export.gguf import check_package
 from moeify.export.gguf.result import ExportResult
 from moeify.export.model_card import model_card
+from moeify.export.origin import origin_of
 from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel, open_dense
@@ -151,7 +152,8 @@ def _write(
     writer.write(workspace, experts_of, track)
     workspace.write_plan(plan)
     parameters, active = count_parameters(writer)
-    card = model_card(plan, writer.config().architectures[0], (parameters, active))
+    origin = origin_of(prepared.dense.path)
+    card = model_card(plan, writer.config().architectures[0], (parameters, active), origin)
     workspace.write_record({"parameters": parameters, "active_parameters": active}, card)
 
 

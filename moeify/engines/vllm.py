@@ -22,4 +22,5 @@ def note(shape: Shape) -> str:
     return f"{width} neurons are no multiple of {FAST_TILE}: not by FlashInfer's kernels" if width % FAST_TILE else ""
 
 
-ENGINE = Engine("vLLM", tested="widths from source of 0.32, 2026-11-26", caution=caution, note=note)
+TESTED = "0.32.0 on a CPU, float32: same greedy tokens and perplexity for every target; widths from source; 2026-11-26"
+ENGINE = Engine("vLLM", tested=TESTED, caution=caution, note=note)

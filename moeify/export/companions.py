@@ -22,12 +22,15 @@ from moeify.models.companions import companion_names, tokenizer_names
 from moeify.models.config import load_config
 from moeify.models.files import inside
 from moeify.models.generation import GENERATION_FILE, default_generation, usable_generation
+from moeify.models.json_files import read_mapping
 from moeify.models.same_tokens import token_difference
-from moeify.models.tokenizer import load_tokenizer, stock_tokenizer
+from moeify.models.tokenizer import LIMIT_BYTES, load_tokenizer, stock_tokenizer
 
 CONFIG_FILE = "tokenizer_config.json"
 # All versions of transformers and everything beside it knows this name, and reads tokenizer.json as it is.
 GENERIC_CLASS = "PreTrainedTokenizerFast"
+# What transformers 5 calls the same class; transformers 4 and engines pinned to it stop at the name.
+NEW_GENERIC_CLASS = "TokenizersBackend"
 # What these say is in tokenizer.json and tokenizer_config.json of a tokenizer that was written anew.
 REPLACED = ("special_tokens_map.json", "added_tokens.json")
 
@@ -73,6 +76,9 @@ def settle_companions(source: Path, config: str) -> Companions:
     if not tokenizer_names(source):
         return companions
     tokenizer = load_tokenizer(source)
+    renamed = _with_old_class(copies)
+    if renamed and not _difference(Companions(copies, {**written, **renamed}), config, tokenizer):
+        return Companions(copies, {**written, **renamed})
     reason = _difference(companions, config, tokenizer)
     if not reason:
         return companions
@@ -101,6 +107,20 @@ def _model_type(config: str) -> str:
     return str(json.loads(config)["model_type"])
 
 
+def _with_old_class(copies: Mapping[str, Path]) -> dict[str, bytes]:
+    """The settings of a tokenizer under its class's old name, if they have the new one."""
+    if CONFIG_FILE not in copies:
+        return {}
+    settings = read_mapping(copies[CONFIG_FILE], limit_bytes=LIMIT_BYTES)
+    if settings.get("tokenizer_class") != NEW_GENERIC_CLASS:
+        return {}
+    return {CONFIG_FILE: _settings_bytes({**settings, "tokenizer_class": GENERIC_CLASS})}
+
+
+def _settings_bytes(settings: Mapping[str, Any]) -> bytes:
+    return (json.dumps(settings, indent=2, sort_keys=True) + "\n").encode()
+
+
 def _rewritten(tokenizer: Any) -> dict[str, bytes]:
     """The tokenizer as it was loaded, for the class that takes it as it is written."""
     with _temporary() as folder:
@@ -109,8 +129,7 @@ def _rewritten(tokenizer: Any) -> dict[str, bytes]:
         # Code is never carried, so that no name of it may stay.
         settings = {name: value for name, value in settings.items() if name != "auto_map"}
         settings["tokenizer_class"] = GENERIC_CLASS
-        text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-        (folder / CONFIG_FILE).write_text(text, "utf-8")
+        (folder / CONFIG_FILE).write_bytes(_settings_bytes(settings))
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 

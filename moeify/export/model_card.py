@@ -15,6 +15,7 @@ import yaml
 
 from moeify import targets
 from moeify.command_line import command_line
+from moeify.export.origin import Origin
 from moeify.export.writer import weights_are_exact
 from moeify.plan import SplitPlan
 from moeify.version import __version__
@@ -52,7 +53,7 @@ licence and the limits of {source} apply.
 {training}"""
 
 
-def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int]) -> str:
+def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int], origin: Origin) -> str:
     """README.md for the folder. Holds no date and no machine, so that the same split gives the same folder."""
     layout, options, calibration = plan.layout, plan.options, plan.calibration
     if layout.is_static:
@@ -79,7 +80,7 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int]) 
         "seed": options.seed,
     }
     return CARD.format(
-        head=_head(plan.source, "pruned" if layout.is_static else "mixture-of-experts"),
+        head=_head(origin, "pruned" if layout.is_static else "mixture-of-experts"),
         source=code(plan.source),
         family=code(plan.family),
         which=which,
@@ -138,6 +139,7 @@ def finetuned_card(
     *,
     trained: Sequence[str],
     plan: SplitPlan | None,
+    origin: Origin,
 ) -> str:
     """README.md for a fine-tuned checkpoint; `plan` is None of a model that moeify did not cut."""
     rows = {
@@ -148,7 +150,7 @@ def finetuned_card(
         **{name: options[name] for name in ("epochs", "kl", "lm", "hidden", "router_rate", "schedule", "seed")},
     }
     return FINETUNED.format(
-        head=_head(source, "fine-tuned"),
+        head=_head(origin, "fine-tuned"),
         source=code(source),
         teacher=code(teacher),
         name=code(Path(source).name),
@@ -206,18 +208,16 @@ def code(text: object) -> str:
     return f"{fence}{inside}{fence}"
 
 
-def _head(source: str, tag: str) -> str:
+def _head(origin: Origin, tag: str) -> str:
     """What the Hugging Face hub reads, between lines of ---."""
     values = {
-        "base_model": source,
+        **({"base_model": origin.base_model} if origin.base_model else {}),
+        **origin.licence,
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["moeify", tag],
     }
-    plain = source.isprintable()
-    # In double quotes everything has an escape, line breaks too.
-    style: dict[str, Any] = {"default_style": None if plain else '"', "default_flow_style": None}
-    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=plain, width=10_000, **style)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=None)
     return f"---\n{text}---\n"
 
 

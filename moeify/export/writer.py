@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from moeify.errors import InputError
 from moeify.experts.mixing import UNIT, Mixing
 from moeify.experts.slices import SplitFFN
+from moeify.export.old_config import with_old_keys
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
@@ -61,11 +62,15 @@ class MoEWriter:
         if self.target.untie:
             values["tie_word_embeddings"] = False
         values.pop("model_type", None)
+        rotation = values.get("rope_parameters") or {}
+        if "partial_rotary_factor" in rotation:
+            # Older ones of transformers 5 keep the class's default beside it, and read that with a rope_scaling.
+            values["partial_rotary_factor"] = rotation["partial_rotary_factor"]
         return AutoConfig.for_model(self.target.model_type, **values)
 
     def config_text(self) -> str:
-        """What config.json holds."""
-        return str(self.config().to_json_string(use_diff=False))
+        """What config.json holds: the config, for old loaders too."""
+        return with_old_keys(self.config().to_json_string(use_diff=False))
 
     def shapes(self) -> dict[str, Tensor]:
         """Every tensor of the checkpoint on the meta device, by name."""

@@ -25,7 +25,8 @@ SINGLE_FILE = "model.safetensors"
 FLOAT_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 MAX_NAME_BYTES = 255
-HUB_PATTERNS = ["*.safetensors", INDEX_FILE, "config.json", "generation_config.json", *COMPANION_PATTERNS]
+# The card names the licence, and is not carried on.
+HUB_PATTERNS = ["*.safetensors", INDEX_FILE, "config.json", "generation_config.json", "README.md", *COMPANION_PATTERNS]
 
 
 def locate(model: str, track: Track[Any] = untracked) -> Path:

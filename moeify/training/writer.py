@@ -14,16 +14,17 @@ from moeify.errors import InputError
 from moeify.export.companions import settle_companions
 from moeify.export.in_memory import moe_parameters, on_disk
 from moeify.export.model_card import finetuned_card
+from moeify.export.old_config import with_old_keys
+from moeify.export.origin import origin_of
 from moeify.export.record import RECORD_FILE
 from moeify.export.workspace import Workspace
 from moeify.export.writer import check_fits
+from moeify.models.config import CONFIG_FILE
 from moeify.models.files import FLOAT_DTYPES, INDEX_FILE, find_shards, inside
 from moeify.plan import SplitPlan
 from moeify.training.inputs import Inputs
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
-
-OTHER_FILES = ("config.json", INDEX_FILE)
 
 
 def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, workspace: Workspace) -> None:
@@ -46,13 +47,15 @@ def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, wo
             check_fits(name, tensor)
         # Tied parameters share memory, which safetensors refuses.
         workspace.write_tensors(file.name, {n: t.clone() for n, t in tensors.items()}, {"format": "pt"})
-    for name in OTHER_FILES:
-        if (inputs.path / name).is_file():
-            workspace.copy(inside(inputs.path, name), name)
-    settle_companions(inputs.path, (inputs.path / "config.json").read_text()).write(workspace)
+    if (inputs.path / INDEX_FILE).is_file():
+        workspace.copy(inside(inputs.path, INDEX_FILE), INDEX_FILE)
+    # An earlier moeify, and whoever wrote a dense student, may have left the names of transformers 4 out.
+    config_text = with_old_keys(inside(inputs.path, CONFIG_FILE).read_text("utf-8"))
+    workspace.write_text(CONFIG_FILE, config_text)
+    settle_companions(inputs.path, config_text).write(workspace)
     if inputs.plan is not None:
         workspace.write_plan(_trained_plan(student, inputs.plan, options, _dtype(shards)))
-    config = json.loads((inputs.path / "config.json").read_text())
+    config = json.loads(config_text)
     trained = (*(inputs.plan.trained if inputs.plan else ()), *options.stage)
     card = finetuned_card(
         inputs.name,
@@ -62,6 +65,7 @@ def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, wo
         inputs.provenance,
         trained=trained,
         plan=inputs.plan,
+        origin=origin_of(inputs.path),
     )
     workspace.write_record(_sizes(inputs.path), card)
 

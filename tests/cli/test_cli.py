@@ -29,6 +29,7 @@ from moeify.version import __version__
 
 COMMANDS = [
     *("inspect", "plan", "split", "search", "compare", "finetune", "verify", "eval"),
+    *("generate", "chat"),
     *("tune", "bench", "bench-layer", "report", "run", "ls", "schema"),
 ]
 SHARED_OPTIONS = [
@@ -116,7 +117,19 @@ def test_every_option_of_a_split_is_on_the_command_line_with_its_default() -> No
         found = options[field.name].default
         expected = getattr(defaults, field.name)
         assert (tuple(found) if isinstance(found, list) else found) == expected, field.name
-    rest = {"model", "out", "overwrite", "report", "dry_run", "json", "quiet", "verbose", "debug"}
+    rest = {
+        "model",
+        "out",
+        "overwrite",
+        "report",
+        "dry_run",
+        "push_to_hub",
+        "private",
+        "json",
+        "quiet",
+        "verbose",
+        "debug",
+    }
     assert set(options) - {field.name for field in dataclasses.fields(SplitOptions)} == rest
 
 

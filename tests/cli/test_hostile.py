@@ -33,6 +33,7 @@ COMMANDS = {
     "compare": ["compare", "MODEL", "--tokens", "1024"],
     "eval": ["eval", "MODEL"],
     "verify": ["verify", "MODEL", "--dense", "MODEL"],
+    "generate": ["generate", "MODEL", "--prompt", "x"],
     "bench": ["bench", "MODEL", "--against", "MODEL", "--skip", "memory"],
     "bench-layer": ["bench-layer", "--limit-seconds", "0"],
     "finetune": ["finetune", "MODEL", "--teacher", "MODEL", "--tokens", "1024"],
@@ -55,6 +56,7 @@ NUMBERS = {
     "compare": {"--budget": ("nan", "x", "1e-300"), "--data-tokens": (HUGE, "0")},
     "eval": {"--tokens": (HUGE, "1e3", "0"), "--stride": ("0", HUGE), "--context": ("1", LARGE)},
     "verify": {"--tolerance": ("nan", "-1")},
+    "generate": {"--tokens": ("0", HUGE, LARGE), "--temperature": ("nan", "inf", "-1", "1e-300", "1e9")},
     "bench": {
         "--threshold": ("nan", "inf", "-1"),
         "--batch": (HUGE, "0", "x"),
@@ -83,6 +85,7 @@ TEXTS = {
     "search": ("--strategy", "-o"),
     "compare": ("--method", "--searched", "--data"),
     "eval": ("--data", "--device"),
+    "generate": ("--device", "--dtype"),
     "bench": ("--baseline", "--data", "--device", "-o"),
     "bench-layer": ("--peers", "--cases", "--device"),
     "finetune": ("--stage", "--data", "--device", "--precision"),
@@ -132,7 +135,7 @@ def test_a_hostile_value(refused: Refused, command: str, flag: str, value: str) 
 
 
 @pytest.mark.parametrize("value", ["", "a\0b", LONG, "/", "/dev/null", "\udc80", "a/b/c/d"], ids=ascii)
-@pytest.mark.parametrize("command", ["inspect", "split", "eval", "report", "run", "ls", "schema", "tune"])
+@pytest.mark.parametrize("command", ["inspect", "split", "eval", "chat", "report", "run", "ls", "schema", "tune"])
 def test_a_hostile_argument(refused: Refused, command: str, value: str) -> None:
     refused(command, value)
 

@@ -10,9 +10,11 @@ import yaml
 
 from moeify.convert.pipeline import split
 from moeify.export.model_card import code, finetuned_card, model_card
+from moeify.export.origin import Origin
 from moeify.options import SplitOptions
 from moeify.plan import SplitPlan
 
+ORIGIN = Origin("org/name", {"license": "apache-2.0"})
 NAMES = [
     *("HuggingFaceTB/SmolLM2-135M", "plain_name", "a\nlicense: mit\nevil: yes", "x: y", "- a", "# a", "---", "a | b"),
     *("`a`", "``", "<script>alert(1)</script>", "**a** [b](c) ![d](e)", "'\"$HOME", "x; touch PWNED", "\x1b[2J", " a "),
@@ -42,17 +44,18 @@ def rows_of(card: str) -> list[list[str]]:
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_the_card_of_a_split(plan: SplitPlan, name: str, tmp_path: Path) -> None:
     options = replace(plan.options, calibration=(name,), plan=name)
-    card = model_card(replace(plan, source=name, options=options), "LlamaForCausalLM", (2, 1))
+    card = model_card(replace(plan, source=name, options=options), "LlamaForCausalLM", (2, 1), ORIGIN)
     card.encode()
     assert head_of(card) == {
-        "base_model": name,
+        "base_model": "org/name",
+        "license": "apache-2.0",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["moeify", "mixture-of-experts"],
     }
     assert {len(cells) for cells in rows_of(card)} == {4}
     assert all(letter.isprintable() or letter == "\n" for letter in card)
-    assert not re.search(r"^\s*(license|evil)", card, re.M)
+    assert re.findall(r"^\s*(license|evil).*", card, re.M) == ["license"]
     # Outside of code no letter of a name has a meaning.
     assert "<script>" not in re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", card.split("\n# ")[1].split("```bash")[0])
     (line,) = (line for line in card.split("\n") if line.startswith("moeify split"))
@@ -66,8 +69,8 @@ def test_the_card_of_a_finetuned_model(name: str) -> None:
     options = dict.fromkeys(("epochs", "kl", "lm", "hidden", "router_rate", "schedule", "seed"), 1)
     text = {"data": {"source": name, "num_tokens": 8, "context": 4, "sha256": "0"}}
     config = {"model_type": name, "architectures": [name]}
-    card = finetuned_card(name, name, config, options, text, trained=["layers"], plan=None)
-    assert head_of(card)["base_model"] == name  # type: ignore[index]
+    card = finetuned_card(name, name, config, options, text, trained=["layers"], plan=None, origin=Origin())
+    assert list(head_of(card)) == ["library_name", "pipeline_tag", "tags"]  # type: ignore[call-overload]
     assert {len(cells) for cells in rows_of(card)} == {4}
     assert all(letter.isprintable() or letter == "\n" for letter in card)
 

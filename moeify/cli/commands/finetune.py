@@ -15,9 +15,12 @@ def finetune_command(
     options: FinetuneOptions,
     out: option.Out = None,
     overwrite: option.Overwrite = False,
+    push_to_hub: option.PushToHub = None,
+    private: option.Private = False,
     output: option.Output,
 ) -> None:
     """Train a converted or pruned checkpoint to do what the dense model does; resumes where it was stopped."""
+    from moeify.cli.push import check_push, push
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.finetune import finetune_table
     from moeify.training.finetune import finetune
@@ -25,6 +28,9 @@ def finetune_command(
     # Of several processes the first one speaks.
     first = int(os.environ.get("RANK", "0")) == 0
     renderer = renderer_for(output if first else replace(output, json=False, quiet=True))
+    check_push(push_to_hub, private=private)
     folder = out or option.beside(moe, "finetuned")
     result = finetune(moe, teacher, folder, options, overwrite=overwrite, track=renderer.track)
     renderer.result(result, finetune_table(result), next_step=command_line("eval", teacher, moe, str(folder)))
+    if first:
+        push(renderer, folder, push_to_hub, private=private)

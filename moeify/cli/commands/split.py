@@ -16,9 +16,12 @@ def split_command(
     overwrite: option.Overwrite = False,
     report: option.Report = False,
     dry_run: option.DryRun = False,
+    push_to_hub: option.PushToHub = None,
+    private: option.Private = False,
     output: option.Output,
 ) -> None:
     """Cut every FFN into experts and write a native mixture-of-experts checkpoint."""
+    from moeify.cli.push import check_push, push
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.export import export_table
     from moeify.cli.tables.split import layers_table, preview_table, split_table
@@ -28,6 +31,7 @@ def split_command(
     if gguf is None and export != ExportOptions():
         raise UsageError("--type and --tokenizer-pre are of a GGUF, and none is written", "name one with --gguf")
     renderer = renderer_for(output)
+    check_push(push_to_hub, private=private, dry_run=dry_run)
     if dry_run:
         plan = preview(model, options, track=renderer.track)
         step = command_line("split", model, options, export, out=out, gguf=gguf, overwrite=overwrite)
@@ -51,3 +55,4 @@ def split_command(
         tables.append(export_table(result.gguf))
     evaluate, verify = command_line("eval", model, str(folder)), command_line("verify", str(folder), dense=model)
     renderer.result(result, *tables, next_step=evaluate if options.static else verify)
+    push(renderer, folder, push_to_hub, private=private)
