@@ -66,9 +66,9 @@ def talk(
             warn(f"{speaker.name} has no chat template: it continues the text of the conversation")
     first = [{"role": "system", "content": system}] if system else []
     conversations = [Conversation(speaker, list(first)) for speaker in speakers]
-    interactive = sys.stdin is not None and sys.stdin.isatty()
-    turns: list[GenerateResult] = []
-    while (line := _next_line(renderer, interactive=interactive)) is not None:
+    stdin = _stdin()
+    interactive, turns = stdin.isatty(), list[GenerateResult]()
+    while (line := _next_line(renderer, stdin, interactive=interactive)) is not None:
         if line.strip() in QUIT:
             break
         if line.strip() == NEW:
@@ -95,10 +95,10 @@ def _answers(
     return tuple(made)
 
 
-def _next_line(renderer: Renderer, *, interactive: bool) -> str | None:
+def _next_line(renderer: Renderer, stdin: io.TextIOBase, *, interactive: bool) -> str | None:
     """A line without its end; None at the end of stdin, and at Ctrl-C of whoever sits there."""
     if not interactive:
-        line = _stdin().readline(LIMIT_CHARACTERS + 1)
+        line = stdin.readline(LIMIT_CHARACTERS + 1)
         _check_length(line)
         return line.removesuffix("\n") if line else None
     try:
@@ -109,6 +109,7 @@ def _next_line(renderer: Renderer, *, interactive: bool) -> str | None:
 
 
 def _stdin() -> io.TextIOBase:
+    """stdin, whose bytes are UTF-8 or replaced; to be called once, before anything is read."""
     if sys.stdin is None:
         return io.StringIO()
     if isinstance(sys.stdin, io.TextIOWrapper):

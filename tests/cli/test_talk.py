@@ -73,12 +73,13 @@ def test_a_prompt_may_be_piped_in(taught: Path, capsys: Any, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("lines", "answers"),
-    [("one\ntwo\n", 2), ("one\n/quit\ntwo\n", 1), ("\n \none\n/new\none", 2), ("", 0), ("/exit", 0)],
+    [("one\ntw\xf6\n", 2), ("one\n/quit\ntwo\n", 1), ("\n \none\n/new\none", 2), ("", 0), ("/exit", 0)],
 )
 def test_a_piped_conversation(
     lines: str, answers: int, taught: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", Input(lines))
+    # A pipe, in which bytes may be no UTF-8.
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode("latin-1"))))
     assert run_command(["chat", str(taught), "--tokens", "3", "--json"]) == 0
     turns = json.loads(capsys.readouterr().out)["turns"]
     assert len(turns) == answers
