@@ -28,7 +28,7 @@ from moeify.options import SplitOptions
 from moeify.version import __version__
 
 COMMANDS = [
-    *("inspect", "split", "search", "compare", "finetune", "verify", "eval"),
+    *("inspect", "split", "search", "compare", "finetune", "export", "verify", "eval"),
     *("tune", "bench", "bench-layer", "report", "run", "ls", "schema"),
 ]
 SHARED_OPTIONS = [
