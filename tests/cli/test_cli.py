@@ -28,7 +28,7 @@ from moeify.options import SplitOptions
 from moeify.version import __version__
 
 COMMANDS = [
-    *("inspect", "plan", "split", "search", "compare", "finetune", "verify", "eval"),
+    *("inspect", "plan", "split", "search", "compare", "finetune", "export", "verify", "eval"),
     *("generate", "chat"),
     *("tune", "bench", "bench-layer", "report", "run", "ls", "schema"),
 ]

@@ -17,7 +17,7 @@ def export_table(result: "ExportResult") -> Table:
         ("written to", str(result.file)),
         ("architecture", result.architecture),
         ("type", result.type),
-        ("size", f"{size(result.num_bytes)} in {result.num_tensors:,} tensors"),
+        ("size", f"{size(result.num_bytes)} in {result.num_entries:,} tensors"),
     ]
     if result.num_raw:
         words = f"{result.num_raw} tensors, {percent(result.raw_share)} of the weights, block by block"

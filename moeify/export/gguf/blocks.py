@@ -20,7 +20,7 @@ from torch import Tensor
 
 from moeify import families
 from moeify.errors import InputError, first_line
-from moeify.export.gguf.quantise import TYPES, kind_of, num_bytes
+from moeify.export.gguf.quantise import kind_of, num_bytes
 from moeify.export.gguf.tensors import PIECE_NUMBERS, Pieces, by_pairs
 from moeify.export.gguf.writer import Planned
 from moeify.families import GGUFFormat
@@ -29,8 +29,10 @@ from moeify.plan import SHARED, SplitPlan
 
 NAME = re.compile(r"blk\.(\d+)\.(ffn_(?:gate|up))(_exps|_shexp|)\.weight")
 HEADS = re.compile(r"blk\.\d+\.attn_([qk])\.weight")
-# down_proj of a source whose type llama.cpp alone writes: the smallest that keeps what those keep.
+# What is quantised a second time, such as down_proj, gets this type, unless the source's is as good. SmolLM2-135M at
+# Q4_0, 8 experts, 4 active: perplexity 284 with float16 there, 306 with Q8_0, 395 with Q4_0.
 REQUANTISED = Kind.Q8_0
+AS_GOOD = (Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0)
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,13 @@ class Blocks:
         return Planned(item.name, item.shape, kind, num_bytes(item.shape, kind), partial(_blocks, tensor, order))
 
     def kind_of(self, item: Pieces) -> Kind:
-        """Type of a tensor that is quantised anew: the source's, or the nearest one that can be written here."""
+        """Type of a tensor that is quantised anew: the source's if that loses little, or REQUANTISED."""
         block = item.name.split(".")[1] if item.name.startswith("blk.") else ""
         source = self.tensors.get(re.sub(r"_(exps|shexp)\.", ".", item.name)) or self.tensors.get(
             f"blk.{block}.ffn_down.weight"
         )
         kind = REQUANTISED if source is None else Kind(source.tensor_type)
-        return kind_of(item.name, item.shape, kind if kind in {one for one, _ in TYPES.values()} else REQUANTISED)
+        return kind_of(item.name, item.shape, kind if kind in AS_GOOD else REQUANTISED)
 
     def _rows(self, item: Pieces) -> tuple[Any, Tensor] | None:
         """A tensor of the source, and which of its rows a tensor of the checkpoint has."""

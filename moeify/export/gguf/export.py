@@ -98,7 +98,7 @@ def export_gguf(
         architecture=writer.arch,
         type=content.type,
         num_bytes=file.stat().st_size,
-        num_tensors=len(content.tensors),
+        num_entries=len(content.tensors),
         fallback=content.fallback,
         fallback_share=content.fallback_share,
         num_raw=len(content.raw),

@@ -15,7 +15,7 @@ class ExportResult:
         architecture: in llama.cpp's words.
         type: of its matrices.
         num_bytes: of the file.
-        num_tensors: in it.
+        num_entries: tensors in it.
         fallback: tensors of another type than `type`, because their rows are no whole blocks; of all layers once.
         fallback_share: of all weights.
         num_raw: tensors that are the blocks of the GGUF that the model was split from, bit by bit.
@@ -28,7 +28,7 @@ class ExportResult:
     architecture: str
     type: str
     num_bytes: int
-    num_tensors: int
+    num_entries: int
     fallback: tuple[str, ...] = ()
     fallback_share: float = 0.0
     num_raw: int = 0

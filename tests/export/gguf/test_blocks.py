@@ -92,16 +92,16 @@ def test_the_tokenizer_is_the_sources(source: Path, split_of: Any) -> None:
     assert keys(split_of("granitemoeshared", 1).gguf.file) == keys(source)
 
 
-def test_down_proj_is_quantised_anew_to_the_sources_type(split_of: Any) -> None:
+def test_down_proj_is_quantised_anew_and_loses_little(split_of: Any) -> None:
     result = split_of("granitemoeshared", 1)
     cut = tensors_of(result.gguf.file)
     parts = [load_file(file) for file in result.out.glob("model-*.safetensors")]
     down = "model.layers.1.block_sparse_moe.output_linear.weight"
     (value,) = (part[down] for part in parts if down in part)
     found = cut["blk.1.ffn_down_exps.weight"]
-    assert found.tensor_type.name == "Q4_0"
+    assert found.tensor_type.name == "Q8_0"
     numbers = gguf.quants.dequantize(found.data, found.tensor_type).reshape(value.shape)
-    assert np.linalg.norm(numbers - value.numpy()) < 0.15 * np.linalg.norm(value.numpy())
+    assert np.linalg.norm(numbers - value.numpy()) < 0.02 * np.linalg.norm(value.numpy())
 
 
 @pytest.mark.filterwarnings("ignore:left out of the GGUF")
@@ -118,7 +118,7 @@ def test_what_was_trained_since_is_quantised_anew(split_of: Any, tmp_path: Path)
     trained = export_gguf(folder, tmp_path / "trained.gguf")
     # gate_exps alone: up is the other half of that matrix.
     assert trained.num_raw == result.gguf.num_raw - 1
-    assert tensors_of(trained.file)["blk.0.ffn_gate_exps.weight"].tensor_type.name == "Q4_0"
+    assert tensors_of(trained.file)["blk.0.ffn_gate_exps.weight"].tensor_type.name == "Q8_0"
     assert export_gguf(folder, tmp_path / "q8.gguf", ExportOptions(type="q8_0")).num_raw == 0
 
 
