@@ -3,6 +3,17 @@
 Nobody asks for a number of experts: the width decides. Engines run few wide experts faster than many narrow ones, and
 many narrow ones lose less. Multiples of 256 are whole blocks of every quantised type of llama.cpp, of 64 whole tiles of
 vLLM's and SGLang's kernels, of 32 whole blocks of llama.cpp's simple types.
+
+Measured: relative squared error of FFN outputs on 2,048 tokens of Moby-Dick and State of the Union, mean of layers 4,
+13 and 22 of SmolLM2-135M (1536 neurons), 4,096 tokens of Wikipedia to fit (2 cores of an Intel Xeon, 2026-11-26):
+
+    experts     static   8      12     16     24     32     48
+    75 %        0.1357   0.1322 0.1272 0.1266 0.1251 0.1247 0.1231
+    50 %        0.3109   0.2863 0.2883 0.2816 0.2759 0.2718 0.2686
+
+Perplexity of the whole model on 1,536 tokens of each text, the same fit, 75 % active: 102.1 and 68.8 with 8 experts,
+99.7 and 66.8 with 24, 95.0 and 63.4 with 32. Of 32 with 24 active, 16 shared ones instead of 6 give 97.7 and 68.8: what
+an engine that runs few routed experts costs. Errors of single layers (0.1207 and 0.1247) do not show that.
 """
 
 from dataclasses import replace
@@ -22,7 +33,7 @@ from moeify.targets import Target
 ROW_BYTES = 16
 MAX_EXPERTS = 128
 # Widths of experts, the best first: multiples of a number, and the least number of experts that makes them worth it.
-WIDTHS = ((256, 12), (64, 8), (32, 8), (16, 8))
+WIDTHS = ((256, 16), (64, 8), (32, 8), (16, 8))
 # More are cut for nothing but whole blocks of 256; beyond 48, three quarters of them are more than engines run.
 USUAL_EXPERTS, MOST_EXPERTS = 32, 48
 # Where no width is good.

@@ -288,7 +288,7 @@ def _layouts_cut_alike(prepared: Prepared, budget: float) -> list[Layout]:
     least = next((n for n in range(active) if _runs(prepared, Layout(experts, n, active))), None)
     shares = {math.ceil(share * active) for share in SHARED} if target.holds_shared else {0}
     layouts = [Layout(experts, n, active) for n in sorted({*shares, *(() if least is None else (least,))})]
-    # Less shared than a quarter was never better.
+    # Never less than a split's own share.
     least_shared = min(shares)
     layouts = [layout for layout in layouts if layout.num_shared >= least_shared and _runs(prepared, layout)]
     if not layouts:

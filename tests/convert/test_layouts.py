@@ -49,7 +49,7 @@ def choose(dense: Twin, **options: Any) -> tuple[Layout, str, str]:
     [
         (1536, 24),  # SmolLM2-135M: 64 wide; 256 would leave six
         (2560, 20),  # SmolLM2-360M: 128
-        (3072, 12),
+        (3072, 24),  # 128; 256 would leave twelve
         (4864, 19),  # Qwen2.5-0.5B
         (5632, 22),  # TinyLlama
         (8192, 32),  # Llama-3.2-1B and 3B
