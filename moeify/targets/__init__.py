@@ -35,7 +35,7 @@ from moeify.plan import Layout
 #     2^-7    0.002 0.002 0.011 %   rms 0.0020 to 0.0039, max 0.026   1.013 0.991 1.012 (+- 0.007)
 #     2^-6    0     0     0.004 %   rms 0.0040 to 0.0078, max 0.053   1.000 0.995 1.006 (+- 0.008)
 #     2^-4    0     0.002 0.004 %   rms 0.0161 to 0.0315, max 0.224   0.992 1.012 0.983 (+- 0.012)
-# Perplexity shows no trend. At 2^-7 the distance, root mean square, is within half the spacing of bfloat16 numbers above
+# Perplexity shows no trend. At 2^-7 the distance (rms) is within half the spacing of bfloat16 numbers above
 # one, and the squared error of a layer's output grows by 5 % (2^-6: 19 %, mixtral, mean of layers).
 ROUTER_SCALE = 2.0**-7
 # Largest router score of a calibration token, before it is scaled.
