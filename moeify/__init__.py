@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     from moeify.convert.pipeline import SplitResult, split
     from moeify.convert.search import SearchResult, search
     from moeify.errors import CheckError, InputError, MoeifyError, UsageError
+    from moeify.export.gguf.export import export_gguf
+    from moeify.export.gguf.result import ExportResult
     from moeify.kernels.tune_model import TuneResult, tune_model
-    from moeify.options import SplitOptions
+    from moeify.options import ExportOptions, SplitOptions
     from moeify.plan import SplitPlan, load_plan
     from moeify.reporting.report import ReportResult, report
     from moeify.training.finetune import FinetuneResult, finetune
@@ -37,6 +39,8 @@ __all__ = [
     "CheckError",
     "Comparison",
     "EvalResult",
+    "ExportOptions",
+    "ExportResult",
     "FinetuneOptions",
     "FinetuneResult",
     "InputError",
@@ -54,6 +58,7 @@ __all__ = [
     "bench",
     "compare",
     "evaluate",
+    "export_gguf",
     "finetune",
     "load",
     "load_plan",
@@ -74,9 +79,11 @@ _HOMES = {
     "check.verify": ("VerifyReport", "verify"),
     "convert.pipeline": ("SplitResult", "split"),
     "convert.search": ("SearchResult", "search"),
+    "export.gguf.export": ("export_gguf",),
+    "export.gguf.result": ("ExportResult",),
     "errors": ("CheckError", "InputError", "MoeifyError", "UsageError"),
     "kernels.tune_model": ("TuneResult", "tune_model"),
-    "options": ("SplitOptions",),
+    "options": ("ExportOptions", "SplitOptions"),
     "plan": ("SplitPlan", "load_plan"),
     "reporting.report": ("ReportResult", "report"),
     "training.finetune": ("FinetuneResult", "finetune"),

@@ -120,6 +120,9 @@ class ExportOptions(Options):
         "Of matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; auto is the checkpoint's own, or f16.",
         form=r"[A-Za-z0-9_]{1,16}",
     )
+    tokenizer_pre: str = option(
+        "auto", "How llama.cpp cuts text before merges, such as llama-bpe or qwen2; auto tries."
+    )
 
 
 @dataclass(frozen=True)

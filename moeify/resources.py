@@ -82,8 +82,7 @@ def _no_room(number: int, place: Path | None) -> DiskError:
     hint = "make room and run the same command again: it goes on from what is finished"
     free = ""
     if place is not None:
-        there = next(path for path in (place, *place.absolute().parents) if path.exists())
-        free = f" ({shutil.disk_usage(there).free / 1e6:,.0f} MB free)"
+        free = f" ({shutil.disk_usage(_existing(place)).free / 1e6:,.0f} MB free)"
     where = place or "a file"
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if number == errno.EFBIG:
@@ -92,6 +91,16 @@ def _no_room(number: int, place: Path | None) -> DiskError:
     if number == errno.EDQUOT:
         return DiskError(f"the quota of the disk of {where} is used up{free}", hint)
     return DiskError(f"the disk of {where} is full{free}", hint)
+
+
+def on_one_disk(one: Path, other: Path) -> bool:
+    """Whether two paths, which need not exist, are on the same disk."""
+    return _existing(one).stat().st_dev == _existing(other).stat().st_dev
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder around it that exists."""
+    return next(place for place in (path, *path.absolute().parents) if place.exists())
 
 
 def check_room(folder: Path, num_bytes: int) -> None:
@@ -104,8 +113,7 @@ def check_room(folder: Path, num_bytes: int) -> None:
     Raises:
         DiskError: the disk has less left.
     """
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(_existing(folder)).free
     if free < num_bytes:
         raise DiskError(
             f"the disk of {folder} is too full: {size(num_bytes)} are needed ({free / 1e6:,.0f} MB free)",

@@ -32,7 +32,7 @@ KINDS: Mapping[str, str] = {
     "compare": "moeify.check.compare.Comparison",
     "finetune": "moeify.training.finetune.FinetuneResult",
     "finetune-history": "moeify.training.finetune.FinetuneHistory",
-    "export": "moeify.export.gguf.export.ExportResult",
+    "export": "moeify.export.gguf.result.ExportResult",
     "verify": "moeify.check.verify.VerifyReport",
     "eval": "moeify.check.evaluate.Evaluation",
     "tune": "moeify.kernels.tune_model.TuneResult",

@@ -146,6 +146,9 @@ ReportOut = Annotated[
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result once the new one is complete.")]
 GGUF = Annotated[Path, typer.Option("--gguf", help="FILE.gguf to write.", show_default=False)]
+AlsoGGUF = Annotated[
+    Path | None, typer.Option("--gguf", help="FILE.gguf to write as well, for llama.cpp.", show_default=False)
+]
 Report = Annotated[bool, typer.Option("--report", help="Show what was measured in every layer.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show plan and estimates, write nothing.")]
 

@@ -21,13 +21,15 @@ from moeify.convert.walk import CalibrationWalk
 from moeify.data.text import TokenBlocks
 from moeify.experts.slices import SplitFFN, slice_experts
 from moeify.export.companions import settle_companions
+from moeify.export.gguf import check_package
+from moeify.export.gguf.result import ExportResult
 from moeify.export.model_card import model_card
 from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel, open_dense
-from moeify.options import SplitOptions, Track, untracked
+from moeify.options import ExportOptions, SplitOptions, Track, untracked
 from moeify.plan import LayerPlan, Layout, SplitPlan, load_plan
-from moeify.resources import check_room
+from moeify.resources import check_room, on_one_disk
 from moeify.version import __version__
 
 
@@ -41,6 +43,7 @@ class SplitResult:
         layout: experts, shared, active.
         num_parameters, num_active_parameters: of the whole model; active ones are multiplied for every token.
         plan: the decisions, with diagnostics for each layer.
+        gguf: the file for llama.cpp, if there is one.
     """
 
     out: Path
@@ -50,6 +53,7 @@ class SplitResult:
     num_parameters: int
     num_active_parameters: int
     plan: SplitPlan
+    gguf: ExportResult | None = None
 
 
 def split(
@@ -57,6 +61,8 @@ def split(
     out: str | Path,
     options: SplitOptions | None = None,
     *,
+    gguf: str | Path | None = None,
+    export: ExportOptions | None = None,
     overwrite: bool = False,
     track: Track[Any] = untracked,
     announce: Callable[[float], None] = lambda _: None,
@@ -67,6 +73,8 @@ def split(
         model: a folder, a .gguf file, a hub id, `builtin`, or a model that is open already.
         out: where the checkpoint goes; appears only when it is complete.
         options: how to cut.
+        gguf: a file for llama.cpp, made of the checkpoint.
+        export: how numbers are stored in that.
         overwrite: replace an earlier result at `out` once the new one is complete.
         track: wraps long loops to show progress.
         announce: told the expected seconds of the search for layers, if the options have a budget.
@@ -81,13 +89,14 @@ def split(
     if options.budget is not None:
         options = under_budget(dense, options, track, announce)
     prepared = prepare(dense, options)
+    gguf_bytes = _check_export(prepared, out, Path(gguf), export, overwrite=overwrite) if gguf is not None else 0
     # Before any work: a tokenizer that would cut text otherwise is a refusal.
     companions = settle_companions(dense.path, prepared.writer.config_text())
     blocks = calibration_text(prepared) if prepared.needs_text else None
     calibration = asdict(blocks.provenance) if blocks else {}
     with Workspace(out, _job(prepared, calibration), overwrite=overwrite) as workspace:
         if not workspace.is_complete:
-            check_room(workspace.path, prepared.writer.num_bytes - workspace.num_bytes)
+            check_room(workspace.path, prepared.writer.num_bytes - workspace.num_bytes + gguf_bytes)
             layers = track(decide_layers(prepared, blocks, workspace), "splitting layers", prepared.dense.num_layers)
             # The refit columns stay on disk until their shard is written.
             kept = tuple(replace(layer, down_DF=None) for layer in layers)
@@ -97,7 +106,21 @@ def split(
         workspace.commit()
     sizes = count_parameters(prepared.writer)
     reason = prepared.target_reason
-    return SplitResult(out, prepared.target.model_type, reason, prepared.layout, *sizes, load_plan(out))
+    exported = None
+    if gguf is not None:
+        from moeify.export.gguf.export import export_gguf
+
+        exported = export_gguf(out, gguf, export, overwrite=overwrite, track=track)
+    return SplitResult(out, prepared.target.model_type, reason, prepared.layout, *sizes, load_plan(out), exported)
+
+
+def _check_export(prepared: Prepared, out: Path, gguf: Path, options: ExportOptions | None, *, overwrite: bool) -> int:
+    """Find what can be wrong with a GGUF before the checkpoint is made; bytes that it takes on the same disk."""
+    check_package()
+    from moeify.export.gguf.export import check_split
+
+    num_bytes = check_split(prepared.writer, gguf, options or ExportOptions(), out=out, overwrite=overwrite)
+    return num_bytes if on_one_disk(out, gguf) else 0
 
 
 def _write(

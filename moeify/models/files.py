@@ -35,8 +35,7 @@ def locate(model: str, track: Track[Any] = untracked) -> Path:
         from moeify.models.builtin import builtin_model
 
         return builtin_model(track=track)
-    gguf = _only_gguf(path) if _kind(path) == "folder" else path
-    if gguf is not None and gguf.suffix == ".gguf" and _kind(gguf) == "file":
+    if (gguf := gguf_of(path)) is not None:
         from moeify.models.gguf import from_gguf
 
         return from_gguf(gguf)
@@ -51,6 +50,12 @@ def locate(model: str, track: Track[Any] = untracked) -> Path:
             f"{model} is neither a local folder nor a hub model that can be reached: {first_line(error)}",
             "check the name and the network; a private model needs `hf auth login`",
         ) from error
+
+
+def gguf_of(path: Path) -> Path | None:
+    """The GGUF that a model's path stands for: itself, or the only one in its folder; None if it is something else."""
+    gguf = _only_gguf(path) if _kind(path) == "folder" else path
+    return gguf if gguf is not None and gguf.suffix == ".gguf" and _kind(gguf) == "file" else None
 
 
 def _only_gguf(folder: Path) -> Path | None:

@@ -16,6 +16,9 @@ def export_command(
     """Write a checkpoint as one GGUF file, which llama.cpp runs; needs nothing of llama.cpp."""
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.export import export_table
+    from moeify.export.gguf import check_package
+
+    check_package()
     from moeify.export.gguf.export import export_gguf
 
     renderer = renderer_for(output)

@@ -2,7 +2,8 @@
 
 from moeify.cli import options as option
 from moeify.command_line import command_line
-from moeify.options import SplitOptions
+from moeify.errors import UsageError
+from moeify.options import ExportOptions, SplitOptions
 
 
 def split_command(
@@ -10,6 +11,8 @@ def split_command(
     *,
     options: SplitOptions,
     out: option.Out = None,
+    gguf: option.AlsoGGUF = None,
+    export: ExportOptions,
     overwrite: option.Overwrite = False,
     report: option.Report = False,
     dry_run: option.DryRun = False,
@@ -17,18 +20,34 @@ def split_command(
 ) -> None:
     """Cut every FFN into experts and write a native mixture-of-experts checkpoint."""
     from moeify.cli.render import renderer_for
+    from moeify.cli.tables.export import export_table
     from moeify.cli.tables.split import layers_table, preview_table, split_table
     from moeify.convert.pipeline import split
     from moeify.convert.prepare import preview
 
+    if gguf is None and export != ExportOptions():
+        raise UsageError("--type and --tokenizer-pre are of a GGUF, and none is written", "name one with --gguf")
     renderer = renderer_for(output)
     if dry_run:
         plan = preview(model, options, track=renderer.track)
-        step = command_line("split", model, options, out=out, overwrite=overwrite)
+        step = command_line("split", model, options, export, out=out, gguf=gguf, overwrite=overwrite)
         renderer.result(plan, preview_table(plan), next_step=step)
         return
     folder = out or option.beside(model, "static" if options.static else "moe")
-    result = split(model, folder, options, overwrite=overwrite, track=renderer.track, announce=renderer.announce)
-    tables = (split_table(result), *((layers_table(result.plan),) if report else ()))
+    result = split(
+        model,
+        folder,
+        options,
+        gguf=gguf,
+        export=export,
+        overwrite=overwrite,
+        track=renderer.track,
+        announce=renderer.announce,
+    )
+    tables = [split_table(result)]
+    if report:
+        tables.append(layers_table(result.plan))
+    if result.gguf is not None:
+        tables.append(export_table(result.gguf))
     evaluate, verify = command_line("eval", model, str(folder)), command_line("verify", str(folder), dense=model)
     renderer.result(result, *tables, next_step=evaluate if options.static else verify)

@@ -9,7 +9,7 @@ from moeify.command_line import quoted
 from moeify.words import listing, percent, size
 
 if TYPE_CHECKING:
-    from moeify.export.gguf.export import ExportResult
+    from moeify.export.gguf.result import ExportResult
 
 
 def export_table(result: "ExportResult") -> Table:
@@ -19,6 +19,9 @@ def export_table(result: "ExportResult") -> Table:
         ("type", result.type),
         ("size", f"{size(result.num_bytes)} in {result.num_tensors:,} tensors"),
     ]
+    if result.num_raw:
+        words = f"{result.num_raw} tensors, {percent(result.raw_share)} of the weights, block by block"
+        rows.append(("unchanged from the GGUF", words))
     if result.fallback:
         rows.append(("as f16 instead", f"{listing(result.fallback)}: {percent(result.fallback_share)} of the weights"))
     rows.append(("run it", quoted(["llama-completion", "-m", str(result.file), "-p", "Hello"])))

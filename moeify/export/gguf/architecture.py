@@ -66,7 +66,7 @@ def add_sizes(writer: Any, form: GGUFFormat, config: Any) -> None:
 def _context(form: GGUFFormat, config: Any) -> int:
     """Tokens that the model takes; where llama.cpp has no sliding window, those that see each other in any case."""
     context, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
-    if window is None or window >= context:
+    if not window or window >= context:
         return context
     warn(
         f"llama.cpp's {form.architecture} has no sliding window: the file says a context of {window:,} tokens instead "

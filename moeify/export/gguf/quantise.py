@@ -1,6 +1,7 @@
 """How numbers lie in a GGUF: which type a tensor gets, and its rows in that type."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from moeify.command_line import command_line, quoted
 from moeify.errors import InputError, UsageError
+from moeify.words import listing
 
 # What `--type` takes besides `auto`: how matrices are stored, and what llama.cpp calls such a file.
 TYPES: Mapping[str, tuple[Kind, LlamaFileType]] = {
@@ -27,6 +29,8 @@ TYPES: Mapping[str, tuple[Kind, LlamaFileType]] = {
 K_BLOCK = 256
 # llama.cpp computes with these in float32 only; so it does with whatever has one dimension.
 FLOAT32 = ("_norm.weight", ".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")
+# Of the shared experts; llama.cpp computes its sigmoid as silu(x) / x.
+SHARED_MIXING = ".ffn_gate_inp_shexp.weight"
 FALLBACK = Kind.F16
 # The largest number of float16, in which every type but float32 and bfloat16 keeps its scales.
 LARGEST = 65504.0
@@ -41,18 +45,31 @@ def default_type(dtype: str) -> str:
     return "bf16" if dtype == "BF16" else "f16"
 
 
-def check_type(name: str, model: str, file: str) -> None:
-    """Raise UsageError for a type that the gguf package cannot write; for llama-quantize's, with the commands."""
+def check_type(name: str, model: str, file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a type that the gguf package cannot write; for those of llama-quantize, with the commands that make it.
+
+    Args:
+        name: of the type.
+        model, file: what becomes what.
+        shapes: of the tensors, by name.
+
+    Raises:
+        UsageError: the type is not one of TYPES, nor auto.
+    """
     if name == "auto" or name in TYPES:
         return
-    if hasattr(LlamaFileType, f"MOSTLY_{name.upper()}"):
-        whole = f"{file.removesuffix('.gguf')}-f16.gguf"
-        raise UsageError(
-            f"--type {name} is written by llama.cpp's own llama-quantize only",
-            f"{command_line('export', model, gguf=whole, type='f16')} && "
-            f"{quoted(['llama-quantize', whole, file, name.upper()])}",
-        )
-    raise UsageError(f"--type {name} is unknown", f"--type takes auto, {', '.join(TYPES)}")
+    if not hasattr(LlamaFileType, f"MOSTLY_{name.upper()}"):
+        raise UsageError(f"--type {name} is unknown", f"--type takes auto, {', '.join(TYPES)}")
+    widths = sorted({shape[-1] for shape in shapes.values() if len(shape) > 1 and shape[-1] % K_BLOCK})
+    odd = ""
+    if widths and "_K" in name.upper():
+        odd = f"; rows of {listing(widths)} numbers are no multiples of {K_BLOCK} and get larger types there"
+    whole = str(file.with_name(f"{file.stem}-f16.gguf"))
+    raise UsageError(
+        f"--type {name} is written by llama.cpp's llama-quantize only{odd}",
+        f"{command_line('export', model, gguf=whole, type='f16')} && "
+        f"{quoted(['llama-quantize', whole, str(file), name.upper()])}",
+    )
 
 
 def kind_of(name: str, shape: tuple[int, ...], kind: Kind) -> Kind:
@@ -94,5 +111,7 @@ def encode(name: str, rows: Tensor, kind: Kind) -> np.ndarray:
         raise InputError(
             f"{name} has values up to {reach:,.0f}, and {kind.name} reaches to {LARGEST:,.0f}", "--type bf16 or f32"
         )
+    if reach == 0 and name.endswith(SHARED_MIXING):
+        raise InputError(f"{name} is all zero, of which llama.cpp computes 0 / 0", "split the model again")
     encoded: np.ndarray = gguf.quants.quantize(np.ascontiguousarray(numbers.numpy()), kind)
     return encoded.view(np.uint8)

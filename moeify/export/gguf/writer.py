@@ -30,6 +30,11 @@ class Planned:
     num_bytes: int
     read: Callable[[], Iterable[np.ndarray]]
 
+    @property
+    def part(self) -> str:
+        """Its name without the block's number."""
+        return self.name.split(".", 2)[-1] if self.name.startswith("blk.") else self.name
+
 
 def write(file: Path, writer: Any, tensors: list[Planned], track: Track[Planned]) -> None:
     """Write a GGUF, which appears under its name when it is complete.
