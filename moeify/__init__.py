@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from moeify.plan import SplitPlan, load_plan
     from moeify.reporting.report import ReportResult, report
     from moeify.training.finetune import FinetuneResult, finetune
+    from moeify.training.freeze import freeze_routers
     from moeify.training.options import FinetuneOptions
 
 __all__ = [
@@ -60,6 +61,7 @@ __all__ = [
     "evaluate",
     "export_gguf",
     "finetune",
+    "freeze_routers",
     "load",
     "load_plan",
     "report",
@@ -87,6 +89,7 @@ _HOMES = {
     "plan": ("SplitPlan", "load_plan"),
     "reporting.report": ("ReportResult", "report"),
     "training.finetune": ("FinetuneResult", "finetune"),
+    "training.freeze": ("freeze_routers",),
     "training.options": ("FinetuneOptions",),
 }
 

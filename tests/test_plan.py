@@ -384,3 +384,24 @@ def test_a_plan_with_damaged_tensors_is_refused(damage: str, tmp_path: Path) -> 
 def test_layouts_are_stored_by_name(tmp_path: Path) -> None:
     make_plan().save(tmp_path / "plan")
     assert header_of(tmp_path / "plan")["layout"] == json.loads(json.dumps(asdict(Layout(4, 2, 3))))
+
+
+def test_a_plan_that_does_not_say_its_scale_has_the_old_one(tmp_path: Path) -> None:
+    for number, (mixing, expected) in enumerate({"hard": 2.0**-10, "softmax": 0.5}.items()):
+        file = tmp_path / f"{number}.safetensors"
+        made = make_plan(options=SplitOptions(experts=4, mixing=mixing, temperature=2.0))
+        made.save(file)
+        assert load_plan(file).router_scale == made.router_scale == 2.0**-6
+        header = header_of(file)
+        del header["router_scale"]
+        rewrite(file, load_file(file), header)
+        assert load_plan(file).router_scale == expected
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan"), "1", None, True])
+def test_a_plan_with_an_impossible_scale_is_refused(scale: Any, tmp_path: Path) -> None:
+    make_plan().save(tmp_path / "plan.safetensors")
+    header = {**header_of(tmp_path / "plan.safetensors"), "router_scale": scale}
+    rewrite(tmp_path / "plan.safetensors", load_file(tmp_path / "plan.safetensors"), header)
+    with pytest.raises(InputError, match="router_scale"):
+        load_plan(tmp_path / "plan.safetensors")

@@ -4,6 +4,7 @@ Names come from users and files and may hold anything: the head is YAML by a lib
 one line, where no character has a meaning.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ import yaml
 
 from moeify import targets
 from moeify.command_line import command_line
+from moeify.export.writer import weights_are_exact
 from moeify.plan import SplitPlan
 from moeify.version import __version__
 from moeify.words import on_one_line
@@ -91,7 +93,7 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int]) 
         rows=_table(rows),
         split=_split_again(plan),
         verify=command_line("verify", "OUT", dense=plan.source),
-        training=_training(plan.target),
+        training=_training(plan),
     )
 
 
@@ -135,8 +137,9 @@ def finetuned_card(
     text: Mapping[str, Any],
     *,
     trained: Sequence[str],
+    plan: SplitPlan | None,
 ) -> str:
-    """README.md for a fine-tuned checkpoint."""
+    """README.md for a fine-tuned checkpoint; `plan` is None of a model that moeify did not cut."""
     rows = {
         "stages since the split": ", ".join(trained),
         "text": code(text["data"]["source"]),
@@ -153,14 +156,45 @@ def finetuned_card(
         model_type=code(config["model_type"]),
         architecture=on_one_line(config["architectures"][0]),
         rows=_table(rows),
-        training=_training(config["model_type"]),
+        training=_training(plan),
     )
 
 
-def _training(model_type: str) -> str:
-    """What must be known before the checkpoint is trained further; nothing for architectures that are no target."""
-    text = targets.find(model_type).autocast if model_type in targets.names() else ""
-    return f"\n{text}\n" if text else ""
+TRAINING = """
+## Training it further
+
+Freeze the routers, after loading and before the optimizer is made. {reason}:
+
+```python
+for name, parameter in model.named_parameters():
+    if name.endswith(({ends},)):
+        parameter.requires_grad_(False)
+```
+
+The trainers of transformers and TRL then leave them out. `moeify.freeze_routers(model)` does the same. With peft name
+the parts that are adapted, without routers: `LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])`.
+`moeify finetune` trains routers too, at a rate of their own.
+"""
+
+
+SMALL = """\
+They are written at 1/{size} of their size, so that
+usual steps of AdamW over all parameters replace them and tokens go to other experts"""
+SINGLE = """\
+The weight of the one expert that
+a token chooses is one whatever its router gives, so that no loss tells the router anything"""
+
+
+def _training(plan: SplitPlan | None) -> str:
+    """What must be known before the checkpoint is trained further; nothing of a model without routers."""
+    if plan is None or plan.layout.is_static:
+        return ""
+    target = targets.find(plan.target)
+    ends = ", ".join(map(json.dumps, target.frozen))
+    # Routers whose scores are weights as well are as large as any other parameter.
+    reason = SINGLE if weights_are_exact(target, plan.layout) else SMALL.format(size=round(1 / plan.router_scale))
+    text = TRAINING.format(reason=reason, ends=ends) if plan.options.mixing == "hard" else ""
+    return text + (f"\n{target.autocast}\n" if target.autocast else "")
 
 
 def code(text: object) -> str:

@@ -27,8 +27,16 @@ from moeify.models.ffn import pack
 from moeify.options import Style
 from moeify.plan import Layout
 
-# 2^-6: measurement to be written here.
-ROUTER_SCALE = 2.0**-6
+# SmolLM2-135M on 1,535 tokens of Moby Dick that nothing was fitted to, 4 of 8 experts (granitemoeshared, mixtral,
+# glm4_moe). Choices of a token in a layer that differ from those in float64 if a float32 softmax (the first two in
+# llama.cpp) or sigmoid (glm4_moe) is ranked; distance of a weight from one; perplexity over that with weights of one:
+#     2^-10   0.022 0.033 0.080 %   rms 0.0002 to 0.0005, max 0.003   1.002 0.997 0.998 (+- 0.004)
+#     2^-7    0.002 0.002 0.011 %   rms 0.0020 to 0.0039, max 0.026   1.013 0.991 1.012 (+- 0.007)
+#     2^-6    0     0     0.004 %   rms 0.0040 to 0.0078, max 0.053   1.000 0.995 1.006 (+- 0.008)
+#     2^-4    0     0.002 0.004 %   rms 0.0161 to 0.0315, max 0.224   0.992 1.012 0.983 (+- 0.012)
+# Perplexity shows no trend. At 2^-7 the distance, root mean square, is within half the spacing of bfloat16 numbers above
+# one, and the squared error of a layer's output grows by 5 % (2^-6: 19 %, mixtral, mean of layers).
+ROUTER_SCALE = 2.0**-7
 # Largest router score of a calibration token, before it is scaled.
 ROUTER_LIMIT = 4.0
 # What every target's config takes over from the dense model's, as far as that has it.

@@ -54,7 +54,15 @@ def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, wo
         workspace.write_plan(_trained_plan(student, inputs.plan, options, _dtype(shards)))
     config = json.loads((inputs.path / "config.json").read_text())
     trained = (*(inputs.plan.trained if inputs.plan else ()), *options.stage)
-    card = finetuned_card(inputs.name, inputs.teacher.name, config, asdict(options), inputs.provenance, trained=trained)
+    card = finetuned_card(
+        inputs.name,
+        inputs.teacher.name,
+        config,
+        asdict(options),
+        inputs.provenance,
+        trained=trained,
+        plan=inputs.plan,
+    )
     workspace.write_record(_sizes(inputs.path), card)
 
 

@@ -66,7 +66,7 @@ def test_the_card_of_a_finetuned_model(name: str) -> None:
     options = dict.fromkeys(("epochs", "kl", "lm", "hidden", "router_rate", "schedule", "seed"), 1)
     text = {"data": {"source": name, "num_tokens": 8, "context": 4, "sha256": "0"}}
     config = {"model_type": name, "architectures": [name]}
-    card = finetuned_card(name, name, config, options, text, trained=["layers"])
+    card = finetuned_card(name, name, config, options, text, trained=["layers"], plan=None)
     assert head_of(card)["base_model"] == name  # type: ignore[index]
     assert {len(cells) for cells in rows_of(card)} == {4}
     assert all(letter.isprintable() or letter == "\n" for letter in card)

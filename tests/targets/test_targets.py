@@ -631,3 +631,43 @@ def test_static_pruning_keeps_the_dense_architecture(
         assert all(torch.equal(kept[name], expected[name]) for name in kept)
     with pytest.raises(InputError, match="statically pruned"):
         verify(str(out), str(dense_models[family]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_shared_gate_of_qwen2_moe_is_one_and_never_of_zero(
+    dtype: str, make_dense: MakeDense, calibration_file: Path, tmp_path: Path
+) -> None:
+    """llama.cpp divides by what comes out of it."""
+    dense = make_dense("llama", dtype=dtype, hidden_size=64, intermediate_size=128)
+    text = {"tokens": 1024, "calibration": (str(calibration_file),)}
+    split(str(dense), tmp_path / "out", SplitOptions(target="qwen2_moe", **text))
+    rows = [tensor for name, tensor in tensors_of(tmp_path / "out").items() if "shared_expert_gate" in name]
+    assert len(rows) == 2
+    assert all((row != 0).all() and str(row.dtype) == f"torch.{dtype}" for row in rows)
+    stock, seen = load(str(tmp_path / "out"), dtype="float32"), []
+    for block in stock.model.layers:
+        block.mlp.shared_expert_gate.register_forward_hook(lambda _, __, output: seen.append(output))
+    with torch.no_grad():
+        stock(some_ids(dense))
+    gates = torch.cat(seen).double()
+    assert (gates != 0).all()
+    assert (2 * gates.sigmoid() - 1).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("target", ["mixtral", "granitemoeshared", "qwen2_moe"])
+def test_the_router_of_one_normalised_expert_is_written_at_full_size(
+    target: str, make_dense: MakeDense, calibration_file: Path, tmp_path: Path
+) -> None:
+    """Its weight is one whatever it scores."""
+    dense, shared = make_dense("llama"), targets.find(target).holds_shared
+    options = SplitOptions(4, int(shared), 1 + shared, target=target, tokens=1024, calibration=(str(calibration_file),))
+    split(str(dense), tmp_path / "out", options)
+    report, plan = verify(str(tmp_path / "out"), str(dense)), load_plan(tmp_path / "out")
+    assert report.passed, failed(report)
+    full = targets.find(target).normalised
+    assert plan.router_scale == (1 if full else ROUTER_SCALE)
+    assert (report.max_gate_deviation == 0) == full
+    rows_RD = plan.layers[0].router_RD
+    assert rows_RD is not None
+    stored = [tensor for tensor in tensors_of(tmp_path / "out").values() if tensor.shape == rows_RD.shape]
+    assert any(torch.equal(tensor, rows_RD * plan.router_scale) for tensor in stored)

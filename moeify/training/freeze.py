@@ -1,0 +1,33 @@
+"""What further training with other software must leave alone."""
+
+from typing import Any
+
+from moeify import targets
+from moeify.errors import InputError
+
+
+def freeze_routers(model: Any) -> tuple[str, ...]:
+    """Take the routers of a converted checkpoint out of training, in place.
+
+    Their rows are small (`targets.ROUTER_SCALE`), so an optimizer whose steps have the usual size replaces them and
+    tokens go to other experts. Call it before the optimizer is made.
+
+    Args:
+        model: as stock transformers loaded it; peft may be wrapped around it.
+
+    Returns:
+        Names of the parameters that are frozen.
+
+    Raises:
+        InputError: the model is of an architecture that moeify does not write, or has no routers.
+    """
+    model_type = str(model.config.model_type)
+    if model_type not in targets.names():
+        raise InputError(f"{model_type} is no target of moeify", f"its targets are {', '.join(targets.names())}")
+    ends = targets.find(model_type).frozen
+    frozen = {name: parameter for name, parameter in model.named_parameters() if name.endswith(ends)}
+    if not frozen:
+        raise InputError(f"the model has no parameter whose name ends in {' or '.join(ends)}")
+    for parameter in frozen.values():
+        parameter.requires_grad_(False)
+    return tuple(frozen)
