@@ -34,7 +34,7 @@ TYPES = ("f16", "q8_0", "q4_0")
 NUM_PROMPTS, NUM_TOKENS = 5, 16
 # Least gap of logits of a clear prompt: llama.cpp keeps keys and values in float16, and multiplies activations rounded
 # to float16 or to blocks of 8 bits.
-CLEAR = 0.1
+CLEAR = 0.08
 PERPLEXITY_WITHIN = 0.005
 
 
@@ -100,7 +100,7 @@ def prompts_of(folder: Path) -> list[Clear]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     paragraphs = [line for text in builtin_documents(heldout=False) for line in text.split("\n\n") if len(line) > 80]
     return clear_prompts(
-        model, tokenizer, paragraphs[:: len(paragraphs) // 40], num_prompts=NUM_PROMPTS, num_tokens=NUM_TOKENS
+        model, tokenizer, paragraphs[:: len(paragraphs) // 80], num_prompts=NUM_PROMPTS, num_tokens=NUM_TOKENS
     )
 
 
