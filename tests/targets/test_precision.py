@@ -113,7 +113,8 @@ def test_stock_routers_choose_the_same_experts(name: str, mode: str, convert: Co
     (dtype, autocast), target, folder = MODES[mode], targets.find(name), convert(name)
     share, distance, _ = run(stock.load(folder, dtype=dtype), target, folder, autocast)
     if autocast and target.autocast:
-        assert share < 0.5
+        # A quarter in bfloat16, nine of ten in float16, whose numbers are finer.
+        assert share < (0.5 if autocast == torch.bfloat16 else 0.95)
     else:
         assert share >= ENOUGH
     assert distance <= 2 * targets.ROUTER_LIMIT * targets.ROUTER_SCALE
