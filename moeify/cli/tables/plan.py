@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from moeify.convert.machine_plan import MachinePlan
 
 
-def plan_tables(plan: "MachinePlan") -> tuple[Table, Table]:
-    """What the bounds rest on, then dense, static pruning and the layouts that no other one beats."""
+def plan_tables(plan: "MachinePlan") -> tuple[Table, ...]:
+    """What the bounds rest on; dense, static pruning and the layouts that no other one beats; what runs them."""
+    listed = list(shown(plan))
     facts = key_value_table(
         f"moeify plan {plan.model}",
         [
@@ -24,47 +25,48 @@ def plan_tables(plan: "MachinePlan") -> tuple[Table, Table]:
             *(("note", note) for note in plan.notes),
         ],
     )
-    rows = Table(title="bounds in llama.cpp, one token at a time", title_justify="left")
-    rows.add_column("model", overflow="fold")
     has_gpu = plan.machine.vram_bytes > 0
-    sides = ("GPU/token", "RAM/token", "VRAM", "RAM") if has_gpu else ("RAM/token", "RAM")
-    for column in ("width", "perplexity/dense", *sides, "tokens/s at most", "/dense"):
-        rows.add_column(column, justify="right", overflow="fold")
-    rows.add_column("llama.cpp", overflow="fold")
-    for candidate in shown(plan):
-        rows.add_row(*_cells(candidate, plan))
-    return facts, rows
+    bounds = Table(title="bounds in llama.cpp, one token at a time", title_justify="left")
+    bounds.add_column("active of experts", no_wrap=True)
+    sides = ("GPU/token", "RAM/token") if has_gpu else ("read/token",)
+    for column in ("ppl/dense", *sides, "tokens/s <=", "/dense"):
+        bounds.add_column(column, justify="right", overflow="fold")
+    commands = Table(title="memory, and the options of llama.cpp", title_justify="left")
+    commands.add_column("active of experts", no_wrap=True)
+    for column in ("VRAM", "RAM") if has_gpu else ("RAM",):
+        commands.add_column(column, justify="right")
+    commands.add_column("options", overflow="fold")
+    dense = plan.candidates[0].placement.tokens_per_second
+    for one in listed:
+        name, placement = _name(one) + (", best" if one is plan.choice else ""), one.placement
+        read = [placement.gpu_read_bytes, placement.ram_read_bytes] if has_gpu else [placement.ram_read_bytes]
+        memory = [placement.vram_bytes, placement.ram_bytes] if has_gpu else [placement.ram_bytes]
+        bounds.add_row(
+            name,
+            "" if one.ratio is None else f"{one.ratio:.2f}",
+            *map(size, read),
+            number(placement.tokens_per_second),
+            f"{placement.tokens_per_second / dense:.2f}",
+        )
+        options = placement.refusal or "; ".join(filter(None, (placement.flags, one.caution)))
+        commands.add_row(name, *map(size, memory), options)
+    return facts, bounds, commands
 
 
 def shown(plan: "MachinePlan") -> Iterator["Candidate"]:
-    """Dense, static pruning, the best, and of each active and shared share the layout that is expected to lose least.
+    """Dense, static pruning, the best, and of each active share the layout that is expected to lose least.
 
     Bounds hardly depend on the number of experts; JSON has all candidates.
     """
-    groups: dict[tuple[int, int], Candidate] = {}
+    groups: dict[int, Candidate] = {}
     for one in plan.candidates:
         if one.kind == "moe" and one.runs and not one.caution and one.ratio is not None:
-            # Eighths and thirds, because not every number of experts divides into exact shares.
-            key = round(8 * one.active_share), round(3 * one.shared_share / one.active_share)
-            before = groups.get(key)
+            # Eighths, because not every number of experts divides into exact shares.
+            before = groups.get(key := round(8 * one.active_share))
             if before is None or before.ratio is None or one.ratio < before.ratio:
                 groups[key] = one
     listed = [id(one) for one in groups.values()]
     yield from (one for one in plan.candidates if one.kind != "moe" or one is plan.choice or id(one) in listed)
-
-
-def _cells(candidate: "Candidate", plan: "MachinePlan") -> Iterator[str]:
-    placement = candidate.placement
-    speed, dense = placement.tokens_per_second, plan.candidates[0].placement.tokens_per_second
-    yield _name(candidate) + (" <- best" if candidate is plan.choice else "")
-    yield f"{candidate.expert_width:,}"
-    yield "" if candidate.ratio is None else f"{candidate.ratio:.2f}"
-    gpu = (placement.gpu_read_bytes, placement.vram_bytes) if plan.machine.vram_bytes else (None, None)
-    pairs = zip(gpu, (placement.ram_read_bytes, placement.ram_bytes), strict=True)
-    yield from (size(value) for pair in pairs for value in pair if value is not None)
-    yield number(speed)
-    yield f"{speed / dense:.2f}"
-    yield placement.refusal or "; ".join(filter(None, (placement.flags, candidate.caution)))
 
 
 def _name(candidate: "Candidate") -> str:
@@ -72,11 +74,8 @@ def _name(candidate: "Candidate") -> str:
     if layout is None:
         return "dense"
     if layout.is_static:
-        return f"static pruning to {percent(candidate.active_share)}"
-    return (
-        f"{layout.num_active} of {layout.num_experts} experts, {layout.num_shared} shared: "
-        f"{percent(candidate.active_share)} active, {percent(candidate.shared_share)} shared"
-    )
+        return f"static {percent(candidate.active_share)}"
+    return f"{layout.num_active} of {layout.num_experts}, {layout.num_shared} shared"
 
 
 def _floor_words(plan: "MachinePlan") -> str:
