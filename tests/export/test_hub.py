@@ -140,6 +140,10 @@ def test_a_split_is_pushed(
     assert "pushed to https://huggingface.co/ada/moe" in said.err
     assert api.calls[0][1]["private"]
     assert api.calls[1][1] == {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    api.calls.clear()
+    file = tmp_path / "m.gguf"
+    assert run_command(["export", str(out), "--gguf", str(file), "--push-to-hub", "ada/moe"]) == 0
+    assert api.calls[1][1] == {"m.gguf"}
     # A result that is complete is not lost when the hub fails.
     api.create_commit = lambda *_, **__: (_ for _ in ()).throw(refused(500, "down"))  # type: ignore[method-assign]
     assert run_command(["split", str(make_dense("llama")), *options, "--overwrite", "--push-to-hub", "ada/moe"]) == 3

@@ -11,9 +11,12 @@ def export_command(
     gguf: option.GGUF,
     options: ExportOptions,
     overwrite: option.Overwrite = False,
+    push_to_hub: option.PushToHub = None,
+    private: option.Private = False,
     output: option.Output,
 ) -> None:
     """Write a checkpoint as one GGUF file, which llama.cpp runs; needs nothing of llama.cpp."""
+    from moeify.cli.push import check_push, push
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.export import export_table
     from moeify.export.gguf import check_package
@@ -22,6 +25,8 @@ def export_command(
     from moeify.export.gguf.export import export_gguf
 
     renderer = renderer_for(output)
+    check_push(push_to_hub, private=private)
     result = export_gguf(model, gguf, options, overwrite=overwrite, track=renderer.track)
     step = command_line("verify", str(gguf), dense=result.dense) if result.dense else ""
     renderer.result(result, export_table(result), next_step=step)
+    push(renderer, result.file, push_to_hub, private=private)

@@ -55,4 +55,6 @@ def split_command(
         tables.append(export_table(result.gguf))
     evaluate, verify = command_line("eval", model, str(folder)), command_line("verify", str(folder), dense=model)
     renderer.result(result, *tables, next_step=evaluate if options.static else verify)
-    push(renderer, folder, push_to_hub, private=private)
+    for written in (folder, gguf):
+        if written is not None:
+            push(renderer, written, push_to_hub, private=private)

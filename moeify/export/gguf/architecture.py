@@ -1,5 +1,6 @@
 """Which GGUF architecture a checkpoint is, and what its header says of the model's sizes."""
 
+import re
 from typing import Any
 
 import gguf
@@ -12,6 +13,8 @@ from moeify.words import listing
 
 # A file that has this key was written by moeify.
 MARK = "moeify.version"
+# llama.cpp looks them up, and stops where one is missing, if a model's name holds phi3 or phi-3 (llama-vocab.cpp).
+PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 
 
 def format_of(config: Any) -> GGUFFormat:
@@ -86,16 +89,22 @@ def _add(writer: Any, key: str, value: Any) -> None:
         writer.add_string(key, value)
 
 
-def add_origin(writer: Any, name: str, file_type: int) -> None:
-    """Add the mark, what the file is called, and how its numbers lie.
+def add_origin(writer: Any, file_type: int) -> None:
+    """Add the mark, and how the numbers lie.
 
     Args:
         writer: a gguf.GGUFWriter.
-        name: of the model.
         file_type: gguf.LlamaFileType.
     """
     writer.add_string(MARK, __version__)
     writer.add_type(gguf.GGUFType.MODEL)
-    writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def add_name(writer: Any, name: str) -> None:
+    """Add what the model is called, once `writer` has a vocabulary."""
+    tokens = writer.kv_data[0]["tokenizer.ggml.tokens"].value
+    if not all(token in tokens for token in PHI3_TOKENS):
+        name = re.sub("(phi)-?3", r"\1 3", name, flags=re.IGNORECASE)
+    writer.add_name(name)

@@ -10,7 +10,7 @@ import gguf
 from moeify import engines, results, targets
 from moeify.engines import Shape
 from moeify.errors import InputError, UsageError, warn
-from moeify.export.gguf.architecture import MARK, add_origin, add_sizes, format_of
+from moeify.export.gguf.architecture import MARK, add_name, add_origin, add_sizes, format_of
 from moeify.export.gguf.blocks import Blocks
 from moeify.export.gguf.contents import Contents, contents, quantised_contents
 from moeify.export.gguf.quantise import TYPES, check_type, default_type
@@ -145,7 +145,7 @@ def check_file(file: Path, folder: Path, *, overwrite: bool) -> None:
 
 
 def check_engine(config: Any, layout: Layout, num_neurons: int) -> None:
-    """Raise InputError for a layout that llama.cpp does not run; warn of one that is slow there.
+    """Raise InputError for a layout that llama.cpp does not run; `split` warns of one that is slow there.
 
     Args:
         config: of the checkpoint.
@@ -154,12 +154,19 @@ def check_engine(config: Any, layout: Layout, num_neurons: int) -> None:
     """
     if config.model_type not in targets.names():
         return
-    shape = Shape(config.model_type, layout, int(config.num_hidden_layers), num_neurons, int(config.hidden_size))
+    shape = Shape(
+        config.model_type,
+        layout,
+        int(config.num_hidden_layers),
+        num_neurons,
+        int(config.hidden_size),
+        qkv_bias=bool(getattr(config, "attention_bias", False)),
+        qk_norm=bool(getattr(config, "use_qk_norm", False)),
+        tied=bool(config.tie_word_embeddings),
+    )
     engine = engines.find("llama_cpp")
     if reason := engine.refuse(shape):
         raise InputError(f"{engine.name} cannot run this checkpoint: {reason}", "split the model in another layout")
-    if caution := engine.caution(shape):
-        warn(f"{engine.name}: {caution}")
 
 
 def _prepare(source: _Source, options: ExportOptions, file: Path, track: Track[Any]) -> tuple[Any, Contents]:
@@ -177,12 +184,13 @@ def _prepare(source: _Source, options: ExportOptions, file: Path, track: Track[A
         content, file_type = quantised_contents(found, extra, blocks, track), blocks.file_type
     else:
         content, file_type = contents(found, extra, kind), int(TYPES[kind][1])
-    add_origin(writer, printable(Path(source.name).name), file_type)
+    add_origin(writer, file_type)
     if original is not None and (source.plan is None or EMBEDDING in content.raw):
         copy_vocabulary(writer, original)
     else:
         pre = "" if options.tokenizer_pre == "auto" else options.tokenizer_pre
         add_vocabulary(writer, source.tokenizer, source.config, pre=pre)
+    add_name(writer, printable(Path(source.name).name))
     if content.fallback:
         warn(
             f"rows of {listing(content.fallback)} are no whole blocks of {content.type}: these tensors, "

@@ -123,6 +123,12 @@ def test_granite_tensors_have_llama_cpps_names_and_orders(granite_moe: Path, tmp
     assert "granitemoe.rope.freq_base" in keys
 
 
+def test_a_name_does_not_make_llama_cpp_look_for_tokens_that_are_not_there(granite_moe: Path, tmp_path: Path) -> None:
+    (tmp_path / "My-Phi-3-mini").symlink_to(granite_moe)
+    export_gguf(tmp_path / "My-Phi-3-mini", tmp_path / "m.gguf")
+    assert keys_of(tmp_path / "m.gguf")["general.name"] == "My-Phi 3-mini"
+
+
 def test_rows_that_are_no_whole_blocks_are_said_and_stored_as_f16(granite_moe: Path, tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     with pytest.warns(moeify.errors.MoeifyWarning, match=r"ffn_down_exps.weight and ffn_down_shexp.weight .* q8_0"):
