@@ -4,16 +4,15 @@ Nobody asks for a number of experts: the width decides. Engines run few wide exp
 many narrow ones lose less. Multiples of 256 are whole blocks of every quantised type of llama.cpp, of 64 whole tiles of
 vLLM's and SGLang's kernels, of 32 whole blocks of llama.cpp's simple types.
 
-Measured: relative squared error of FFN outputs on 2,048 tokens of Moby-Dick and State of the Union, mean of layers 4,
-13 and 22 of SmolLM2-135M (1536 neurons), 4,096 tokens of Wikipedia to fit (2 cores of an Intel Xeon, 2026-11-26):
+Measured: perplexity of SmolLM2-135M (1536 neurons; 4,096 tokens of Wikipedia to fit) on 1,536 tokens of Moby-Dick / of
+State of the Union, whose sampling moves a row by some percent (2 cores of an Intel Xeon, 2026-11-26):
 
-    experts     static   8      12     16     24     32     48
-    75 %        0.1357   0.1322 0.1272 0.1266 0.1251 0.1247 0.1231
-    50 %        0.3109   0.2863 0.2883 0.2816 0.2759 0.2718 0.2686
+    experts  static        8             12            16            24            32            48
+    75 %     125.8 / 85.8  102.1 / 68.8   95.8 / 67.4   94.3 / 68.7   99.7 / 66.8   95.0 / 63.4   92.0 / 62.7
+    50 %     234.5 / 164.2 205.3 / 142.7 202.4 / 154.7 200.3 / 141.5 198.2 / 136.3 194.3 / 142.1 177.8 / 125.8
 
-Perplexity of the whole model on 1,536 tokens of each text, the same fit, 75 % active: 102.1 and 68.8 with 8 experts,
-99.7 and 66.8 with 24, 95.0 and 63.4 with 32. Of 32 with 24 active, 16 shared ones instead of 6 give 97.7 and 68.8: what
-an engine that runs few routed experts costs. Errors of single layers (0.1207 and 0.1247) do not show that.
+What an engine that runs few routed experts costs: of 32 with 24 active, 6, 16 and 20 shared ones give 95.0 / 63.4,
+97.7 / 68.8 and 104.8 / 71.8; with 16 active, 4, 8 and 12 give 194.3 / 142.1, 182.1 / 126.2 and 202.1 / 137.1.
 """
 
 from dataclasses import replace
