@@ -7,6 +7,7 @@ import shlex
 import subprocess
 from collections.abc import Callable, Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -100,7 +101,12 @@ def test_a_rendered_command_gives_the_same_options(name: str, seed: int) -> None
     draw = random.Random(f"{name} {seed}")
     command = COMMANDS[name]
     taken = {key: some(*kind, draw) for key, kind in options_of(command).items() if kind[0] is not Output}
-    further: dict[str, Any] = {"bench": {"against": ["a b", "c"]}, "finetune": {"teacher": "t's"}}.get(name, {})
+    named: dict[str, dict[str, Any]] = {
+        "bench": {"against": ["a b", "c"]},
+        "finetune": {"teacher": "t's"},
+        "export": {"gguf": Path("a b.gguf")},
+    }
+    further = named.get(name, {})
     arguments = [key for key in inspect.signature(command).parameters if key in ("model", "models", "moe")]
     line = command_line(name, *("some model" for _ in arguments), *taken.values(), **further)
     values = run(name, line)

@@ -270,8 +270,12 @@ def _prepared(dense: DenseModel, options: SplitOptions) -> Prepared:
     tokens = min(options.tokens, FIT_TOKENS) + CHECK_TOKENS
     options = replace(options, budget=None)
     engine = engines.named(options.engine).name if options.engine else None
-    holds_dense = engine is None or any(engine in targets.find(name).engines_with_dense for name in targets.names())
     # One dense layer stands for any number of them: the target must hold dense layers, and not only the first ones.
+    layout = Layout(4, 1, 3, (1,))
+    known = [targets.find(name) for name in targets.names()]
+    holds_dense = engine is None or any(
+        engine in target.engines_with_dense and not target.refuse(dense, layout) for target in known
+    )
     return prepare(dense, replace(options, tokens=tokens, dense_layers=(1,) if holds_dense else ()))
 
 

@@ -3,9 +3,8 @@
 Unnormalised weights times a scaling factor of two are 2 * sigmoid(z) = 1 for a near-zero logit: nothing to fold.
 
 Autocast to bfloat16 rounds the scores before the sigmoid, and what comes out of it is rounded to numbers 2^-9 or 2^-8
-apart; scores of at most 2^-5 move it by at most 2^-7, so that nearly all experts are equal and a quarter of the tokens
-keeps theirs; in float16 nine of ten do.
-No scale helps: ranking and weights are the same rounded numbers, and within 2^-6 of one there are ten.
+apart; scores of at most 2^-8 are 2^-10 apart there, so that nearly all experts are equal and 0 to 4 % of tokens keep
+theirs. No scale helps: ranking and weights are the same rounded numbers, and within 2^-8 of one there are three.
 Without autocast its routers compute in float32, whatever the type of the weights, and all tokens keep their experts.
 """
 

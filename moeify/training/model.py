@@ -152,7 +152,7 @@ def check_stages(plan: SplitPlan | None, stages: tuple[Stage, ...], path: Path) 
 def keep_full_precision(router: nn.Module) -> None:
     """Have a router compute in its weights' type under autocast as well; in place.
 
-    Scores are at most ROUTER_LIMIT * ROUTER_SCALE = 2^-5 so that weights stay near one; ranking needs differences.
+    Scores are at most ROUTER_LIMIT * ROUTER_SCALE = 2^-8 so that weights stay near one; ranking needs differences.
     Behind a sigmoid (glm4_moe) bfloat16 numbers are 2^-8 apart, so that all experts become equal; before a softmax a
     rounded score still exchanges one token in a hundred.
     """

@@ -24,7 +24,7 @@ from moeify.check.perplexity import EvalResult
 from moeify.cli.app import app, run_command
 from moeify.cli.options import KINDS
 from moeify.errors import CheckError, InputError, UsageError
-from moeify.options import SplitOptions
+from moeify.options import ExportOptions, SplitOptions
 from moeify.version import __version__
 
 COMMANDS = [
@@ -118,6 +118,8 @@ def test_every_option_of_a_split_is_on_the_command_line_with_its_default() -> No
         expected = getattr(defaults, field.name)
         assert (tuple(found) if isinstance(found, list) else found) == expected, field.name
     rest = {
+        *(field.name for field in dataclasses.fields(ExportOptions)),
+        "gguf",
         "model",
         "out",
         "overwrite",

@@ -335,6 +335,7 @@ def test_the_record_says_how_to_make_it_again(dense: Path, plain: SplitResult, c
     # Nothing is left open: not what was chosen, not what a default was at the time.
     options = SplitOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["options"].items()})
     assert options == SplitOptions(
+        experts=8,
         shared=2,
         active=6,
         target="granitemoeshared",

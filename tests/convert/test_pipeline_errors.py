@@ -177,7 +177,7 @@ def test_what_this_model_cannot_do_is_refused(run: Run, tmp_path: Path, changed:
         ({"experts": 1}, "1 experts are not a mixture"),
         ({"experts": 0}, "0 experts are not a mixture"),
         ({"experts": -4}, "-4 experts are not a mixture"),
-        ({"active": 9}, "9 active of 8 experts is impossible"),
+        ({"experts": 8, "active": 9}, "9 active of 8 experts is impossible"),
         ({"active": 0}, "0 active of 8 experts is impossible"),
         ({"active": 2, "shared": 3}, "3 shared of 2 active experts is impossible"),
         ({"shared": -1}, "-1 shared of 6 active experts is impossible"),

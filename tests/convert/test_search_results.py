@@ -101,7 +101,7 @@ def test_the_command_writes_both_files(
 ) -> None:
     monkeypatch.setattr(importlib.import_module("moeify.convert.search"), "search", lambda *_, **__: result)
     assert run_command(["search", "some/model", "-o", str(tmp_path / "a.json")]) == 0
-    assert "moeify split some/model --shared 1 --active 5" in capfd.readouterr().out
+    assert "moeify split some/model --experts 8 --shared 1 --active 5" in capfd.readouterr().out
     assert json.loads((tmp_path / "a.json").read_text())["model"] == "some/model"
     drawing = ElementTree.parse(tmp_path / "a.svg").getroot()
     assert "chosen: beam" in {text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text")}

@@ -92,8 +92,8 @@ def test_a_bias_on_o_is_none_of_llama_cpps_qwen3moe() -> None:
         (256, {}, {}),
         (128, {}, {"llama.cpp": "K-quants fall back"}),
         (64, {}, {"llama.cpp": "K-quants fall back", "vLLM": "multiple of 128", "SGLang": "multiple of 128"}),
-        (48, {"llama.cpp": "stay f16", "vLLM": "tiles of 64", "SGLang": "tiles of 32"}, {"vLLM": "multiple of 128"}),
-        (32, {"llama.cpp": "those of 64 and more", "vLLM": "tiles of 64"}, {"SGLang": "multiple of 128"}),
+        (48, {"llama.cpp": "stay f16"}, {"vLLM": "tiles of 64", "SGLang": "tiles of 32"}),
+        (32, {"llama.cpp": "those of 64 and more"}, {"vLLM": "tiles of 64", "SGLang": "multiple of 128"}),
     ],
 )
 def test_widths_are_judged(width: int, slow: dict[str, str], noted: dict[str, str]) -> None:

@@ -113,8 +113,7 @@ def test_stock_routers_choose_the_same_experts(name: str, mode: str, convert: Co
     (dtype, autocast), target, folder = MODES[mode], targets.find(name), convert(name)
     share, distance, _ = run(stock.load(folder, dtype=dtype), target, folder, autocast)
     if autocast and target.autocast:
-        # A quarter in bfloat16, nine of ten in float16, whose numbers are finer.
-        assert share < (0.5 if autocast == torch.bfloat16 else 0.95)
+        assert share < 0.5
     else:
         assert share >= ENOUGH
     assert distance <= 2 * targets.ROUTER_LIMIT * targets.ROUTER_SCALE
@@ -146,6 +145,6 @@ def test_cards_and_reasons_say_so(convert: Convert, make_dense: MakeDense) -> No
         card = (convert(name) / "README.md").read_text()
         assert ("Do not train or run it under autocast" in card) == (name == "glm4_moe")
     reason = preview(str(make_dense("qwen3"))).target_reason
-    assert "known to transformers, vLLM, SGLang; not for training under autocast" in reason
+    assert "known to transformers, vLLM, SGLang, llama.cpp; not for training under autocast" in reason
     assert preview(str(make_dense("qwen3")), SplitOptions(target="glm4_moe")).target_reason.startswith("asked for; not")
     assert "autocast" not in preview(str(make_dense("llama"))).target_reason

@@ -36,7 +36,7 @@ def engine_rows(verdicts: Sequence["Verdict"]) -> list[tuple[str, str]]:
     if not verdicts:
         return []
     kinds = {
-        "run it well": [verdict.engine for verdict in verdicts if not verdict.refusal and not verdict.caution],
+        "take it": [verdict.engine for verdict in verdicts if not verdict.refusal and not verdict.caution],
         "run it slowly": [verdict.engine for verdict in verdicts if verdict.caution and not verdict.refusal],
         "cannot run it": [verdict.engine for verdict in verdicts if verdict.refusal],
     }
