@@ -8,8 +8,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from moeify.export.gguf.pretokenizers import DIGIT, GPT2
 from moeify.models.builtin import builtin_documents
+from moeify.models.pretokenizers import DIGIT, GPT2
 from moeify.models.same_tokens import PIECES
 
 SPECIAL = ("<unk>", "<s>", "</s>")

@@ -5,6 +5,7 @@ without a word are refused, because the folder would be another model. What cann
 """
 
 import hashlib
+import json
 import math
 import struct
 import tempfile
@@ -22,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moeify.cache import cache_dir, made_once
 from moeify.errors import InputError, first_line, warn
 from moeify.models.fingerprint import SAMPLE_BYTES
+from moeify.models.pretokenizers import PRE_TOKENIZERS, stages_of
 from moeify.models.stock import load_gguf, quiet
 from moeify.models.tokenizer import stock_tokenizer
 from moeify.words import listing, printable
@@ -134,6 +136,7 @@ def from_gguf(file: Path) -> Path:
     if (stat.st_size, stat.st_mtime_ns) != (file.stat().st_size, file.stat().st_mtime_ns):
         raise InputError(f"{file} changed while it was read", "run the same command again when nothing writes there")
     report.check(f"{file.name} ({header.architecture})")
+    _warn_of_cut(file, header, tokenizer)
     # transformers marks the dequantised model as quantised, which forbids saving it.
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     plain = AutoModelForCausalLM.from_config(type(model.config)(**values), dtype=model.dtype)
@@ -209,6 +212,22 @@ def _check_rotation(file: Path, header: Header, config: Any) -> None:
         raise InputError(
             f"{file} has scaled rotary embeddings ({reason}), which transformers does not read from a GGUF",
             f"it would be another model: {FROM_SAFETENSORS}",
+        )
+
+
+def _warn_of_cut(file: Path, header: Header, tokenizer: Any) -> None:
+    """Warn of a text that is cut otherwise before merges than the GGUF says, whose name for it transformers ignores."""
+    name = header.metadata.get("tokenizer.ggml.pre")
+    if name is None or header.metadata.get("tokenizer.ggml.model") != "gpt2":
+        return
+    try:
+        made = stages_of(json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"])
+    except ValueError:
+        made = ()
+    if made not in (one.stages for one in PRE_TOKENIZERS if one.name == name):
+        warn(
+            f"{file.name} cuts text as {printable(name)}, which transformers does not read from a GGUF: some texts, "
+            f"such as long numbers, may become other tokens than in llama.cpp; {FROM_SAFETENSORS} to have the same"
         )
 
 

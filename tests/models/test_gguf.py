@@ -55,7 +55,7 @@ def write_gguf(source: Path, file: Path, change: Change = lambda _: None, withou
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].__getitem__))
     writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * (config["vocab_size"] - 2))
     writer.add_token_merges([" ".join(merge) for merge in tokenizer["merges"]])
@@ -277,6 +277,15 @@ def test_values_that_change_nothing(changed: Callable[..., Path], recwarn: pytes
 
     assert open_dense(str(changed(change))).num_layers == 2
     assert not [entry for entry in recwarn if entry.category is MoeifyWarning]
+
+
+@pytest.mark.parametrize("name", ["smollm", "a name of next year"])
+def test_a_text_that_is_cut_otherwise_is_said(changed: Callable[..., Path], name: str) -> None:
+    def other(writer: Any) -> None:
+        writer.kv_data[0]["tokenizer.ggml.pre"].value = name
+
+    with pytest.warns(MoeifyWarning, match=rf"changed\.gguf cuts text as {name}, which transformers does not read"):
+        open_dense(str(changed(other)))
 
 
 def test_values_that_nobody_here_knows_are_said(changed: Callable[..., Path]) -> None:

@@ -9,7 +9,7 @@ from gguf import TokenType
 from tokenizers import models
 
 from moeify.errors import InputError, warn
-from moeify.export.gguf.pretokenizers import PreTokenizer, candidates, stages_of
+from moeify.models.pretokenizers import PreTokenizer, candidates, stages_of
 from moeify.words import listing, on_one_line
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")

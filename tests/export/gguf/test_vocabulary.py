@@ -14,8 +14,9 @@ from tiny_tokenizers import SPACE, TEMPLATE, byte_level, folder_of, sentencepiec
 from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 
 from moeify.errors import InputError, MoeifyWarning, UsageError
-from moeify.export.gguf import pretokenizers
-from moeify.export.gguf.pretokenizers import (
+from moeify.export.gguf.vocabulary import add_vocabulary, copy_vocabulary
+from moeify.models import pretokenizers
+from moeify.models.pretokenizers import (
     DIGIT,
     LLAMA3,
     PRE_TOKENIZERS,
@@ -23,7 +24,6 @@ from moeify.export.gguf.pretokenizers import (
     SEED_CODER,
     PreTokenizer,
 )
-from moeify.export.gguf.vocabulary import add_vocabulary, copy_vocabulary
 from moeify.models.same_tokens import probe_texts
 
 LLAMA_CPP = "MOEIFY_LLAMA_CPP"
