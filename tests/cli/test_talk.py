@@ -125,7 +125,12 @@ def test_of_control_characters_only_lines_and_tabs_are_shown(capsys: Any) -> Non
 def test_a_real_terminal_and_a_real_interrupt(taught: Path) -> None:
     """Typed at a terminal of its own; Ctrl-C at the prompt ends it with 0 and no traceback."""
     parent, child = pty.openpty()
-    command = [sys.executable, "-m", "moeify", "chat", str(taught), "--tokens", "3"]
+    # A background job of a shell without job control, as in CI, inherits that SIGINT is ignored.
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from moeify.cli.app import main; sys.argv[1:] = ['chat', *sys.argv[1:]]; main()"
+    )
+    command = [sys.executable, "-c", code, str(taught), "--tokens", "3"]
     process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, start_new_session=True)
     os.close(child)
     out = b""
@@ -142,6 +147,10 @@ def test_a_real_terminal_and_a_real_interrupt(taught: Path) -> None:
     out = b""
     until(b"\r\n> ")
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 0
-    os.close(parent)
+    try:
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(parent)
     assert b"Traceback" not in out
