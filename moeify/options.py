@@ -20,7 +20,9 @@ Style = Literal["hard", "softmax", "soft"]
 Fusion = Literal["sum", "mean"]
 RefitTo = Literal["ffn", "stream"]
 # Of a GGUF's matrices: those that can be written without llama.cpp, then those of llama-quantize.
-GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"]
+# What an export writes, and what llama.cpp has besides.
+FileType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+GGUFType = Literal[FileType, "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"]
 
 # Help of options that several commands have.
 DATA = "Text, jsonl or parquet file, folder, hub data set, builtin or builtin-heldout, to measure or to train on."

@@ -4,14 +4,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeify.command_line import Options, option
-from moeify.options import CONTEXT, DATA, DEVICE, DEVICES, DTYPE, DType
+from moeify.options import CONTEXT, DATA, DEVICE, DEVICES, DTYPE, DType, FileType
 
 Section = Literal["quality", "speed", "memory", "experts"]
 Implementation = Literal["eager", "batched_mm", "grouped_mm", "moeify"]
 Routing = Literal["uniform", "zipf"]
 Pass = Literal["forward", "training"]
 EngineName = Literal["transformers", "llama.cpp"]
-FileType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]
 
 
 @dataclass(frozen=True)

@@ -118,19 +118,7 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
             active=saved.layout.num_active,
             dense_layers=saved.layout.dense_layers,
         )
-    partition.find(options.partition)
-    routers.find(options.router)
-    if writable and not routers.is_linear(options.router):
-        linear = ", ".join(name for name in routers.names() if routers.is_linear(name))
-        raise UsageError(
-            f"no native target has a {options.router} router",
-            f"--router {linear} can be written; `moeify compare` measures all of them",
-        )
-    if writable and options.static and options.dense_layers:
-        raise UsageError(
-            "the dense architecture has FFNs of one width, so --static prunes every layer alike",
-            "leave --dense-layers out; `moeify compare` measures it",
-        )
+    _check_method(options, writable=writable)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     layout, target, reason = choose_layout(dense, options, dtype, writable=writable)
     check_device(options.device)
@@ -147,15 +135,7 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         saved = replace(saved, layers=tuple(layers))
     _check_dense_layers(layout, dense.num_layers)
     _check_width(layout, dense.num_neurons, dtype, writable=writable)
-    limit = int(dense.config.max_position_embeddings)
-    context = options.context or min(DEFAULT_CONTEXT, limit)
-    if not 16 <= context <= limit:
-        raise InputError(
-            f"context {context} does not fit {dense.name}, which takes 16 to {limit} tokens",
-            f"--context {min(512, limit)}",
-        )
-    if options.tokens < MIN_TOKENS:
-        raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
+    context = _context(dense, options)
     options = replace(
         options,
         experts=layout.num_experts,
@@ -240,6 +220,41 @@ def preview(
         estimate(prepared),
         prepared.engines,
     )
+
+
+def _check_method(options: SplitOptions, *, writable: bool) -> None:
+    """Raise UsageError for a method that there is not, or whose result no checkpoint could hold."""
+    partition.find(options.partition)
+    routers.find(options.router)
+    if writable and not routers.is_linear(options.router):
+        linear = ", ".join(name for name in routers.names() if routers.is_linear(name))
+        raise UsageError(
+            f"no native target has a {options.router} router",
+            f"--router {linear} can be written; `moeify compare` measures all of them",
+        )
+    if writable and options.static and options.dense_layers:
+        raise UsageError(
+            "the dense architecture has FFNs of one width, so --static prunes every layer alike",
+            "leave --dense-layers out; `moeify compare` measures it",
+        )
+
+
+def _context(dense: DenseModel, options: SplitOptions) -> int:
+    """Tokens in a block of the calibration text.
+
+    Raises:
+        InputError: the model does not take so many, or there are too few tokens in all.
+    """
+    limit = int(dense.config.max_position_embeddings)
+    context = options.context or min(DEFAULT_CONTEXT, limit)
+    if not 16 <= context <= limit:
+        raise InputError(
+            f"context {context} does not fit {dense.name}, which takes 16 to {limit} tokens",
+            f"--context {min(512, limit)}",
+        )
+    if options.tokens < MIN_TOKENS:
+        raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
+    return context
 
 
 def _check_dense_layers(layout: Layout, num_layers: int) -> None:

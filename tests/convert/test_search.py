@@ -22,7 +22,8 @@ from moeify.cli.tables.split import LAYER_COLUMNS, layers_table
 from moeify.convert import search_scores as budget_module
 from moeify.convert.pipeline import split
 from moeify.convert.prepare import prepare, preview
-from moeify.convert.search import FRONTIER, SHARES, SearchResult, search, under_budget
+from moeify.convert.search import FRONTIER, SearchResult, search, under_budget
+from moeify.convert.search_layouts import SHARES, candidate_layouts
 from moeify.errors import InputError, UsageError
 from moeify.models.dense import open_dense
 from moeify.options import SplitOptions
@@ -271,7 +272,7 @@ def test_whatever_is_offered_can_be_written(
         with pytest.raises(InputError, match="granitemoeshared: has no dense layers"):
             search_module._prepared(model, options)
         return
-    layouts = search_module._layouts(search_module._prepared(model, options))
+    layouts = candidate_layouts(search_module._prepared(model, options), 0.75)
     assert len(layouts) > 1
     for layout in layouts:
         for dense_layers in ((), (0,), (3,), (1, 3)):

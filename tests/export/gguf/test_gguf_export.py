@@ -1,7 +1,7 @@
 """A GGUF of a checkpoint: every tensor's name, order of rows and type; what is refused; nothing half-written."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import gguf
 import numpy as np
@@ -17,7 +17,7 @@ from moeify.errors import DiskError, InputError, UsageError
 from moeify.export.gguf import quantise, writer
 from moeify.export.gguf.export import export_gguf
 from moeify.export.gguf.tensors import by_pairs
-from moeify.options import ExportOptions, SplitOptions, untracked
+from moeify.options import ExportOptions, FileType, SplitOptions, untracked
 
 HEADS = {"attn_q": 4, "attn_k": 2}
 # family, target, shared experts.
@@ -139,6 +139,10 @@ def test_rows_that_are_no_whole_blocks_are_said_and_stored_as_f16(granite_moe: P
     assert found["blk.0.ffn_down_exps.weight"].tensor_type.name == "F16"
     assert found["blk.0.ffn_up_exps.weight"].tensor_type.name == "Q8_0"
     assert found["token_embd.weight"].tensor_type.name == "Q8_0"
+
+
+def test_the_types_are_those_of_the_options() -> None:
+    assert set(quantise.TYPES) == set(get_args(FileType))
 
 
 @pytest.mark.parametrize("name", quantise.TYPES)

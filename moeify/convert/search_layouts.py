@@ -1,0 +1,91 @@
+"""The layouts that a search compares: one for each share of active experts, or of shared ones."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from moeify import engines, targets
+from moeify.convert.prepare import Prepared
+from moeify.engines import Shape
+from moeify.errors import InputError, UsageError
+from moeify.plan import Layout, resolve_layout
+from moeify.strategies import TOLERANCE
+
+# Shares of a cut FFN that are active, as candidates.
+SHARES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
+# Where an engine takes no dense layers, every layer is cut alike: shares of the active experts that are always on.
+SHARED = (1 / 4, 1 / 2, 3 / 4)
+
+
+def candidate_layouts(prepared: Prepared, budget: float) -> list[Layout]:
+    """What a layer can be, if it is cut.
+
+    Args:
+        prepared: with dense layers if the target can have some.
+        budget: share of all FFN parameters active per token.
+
+    Raises:
+        InputError, UsageError: there is none.
+    """
+    return _layouts(prepared) if prepared.layout.dense_layers else _layouts_cut_alike(prepared, budget)
+
+
+def _layouts_cut_alike(prepared: Prepared, budget: float) -> list[Layout]:
+    """Layouts of the budget that the engine runs: what the others share, and the least that it needs to be shared.
+
+    Raises:
+        UsageError: there is none.
+    """
+    experts, target = prepared.layout.num_experts, prepared.target
+    active = math.floor(budget * experts + TOLERANCE)
+    if not 0 < active < experts:
+        raise UsageError(f"a budget of {budget:.3g} is no number of {experts} experts", "raise --budget or --experts")
+    least = next((n for n in range(active) if _runs(prepared, Layout(experts, n, active))), None)
+    shares = {math.ceil(share * active) for share in SHARED} if target.holds_shared else {0}
+    layouts = [Layout(experts, n, active) for n in sorted({*shares, *(() if least is None else (least,))})]
+    # Never less than a split's own share.
+    least_shared = min(shares)
+    layouts = [layout for layout in layouts if layout.num_shared >= least_shared and _runs(prepared, layout)]
+    if not layouts:
+        raise UsageError(
+            f"{prepared.options.engine} runs no layout of {active} of {experts} experts", "take fewer --experts"
+        )
+    return layouts
+
+
+def _runs(prepared: Prepared, layout: Layout) -> bool:
+    """The target holds it and the engine runs it."""
+    target, dense = prepared.target, prepared.dense
+    if layout.num_routed < 2 or layout.is_static or targets.refusal(target, dense, layout, prepared.options.mixing):
+        return False
+    engine = prepared.options.engine
+    return not (engine and target.refusal_of(engines.named(engine), Shape.of(dense, target.model_type, layout)))
+
+
+def _layouts(prepared: Prepared) -> list[Layout]:
+    """One layout for each share that the number of experts allows."""
+    experts = prepared.layout.num_experts
+    actives = sorted({round(share * experts) for share in SHARES} - {0, experts})
+    holds_shared = prepared.target.holds_shared
+    layouts = [resolve_layout(experts, None, active, holds_shared=holds_shared) for active in actives]
+    held = prepared.layout.dense_layers
+    layouts = [layout for layout in layouts if _runs(prepared, replace(layout, dense_layers=held))]
+    if not layouts:
+        raise InputError(f"{experts} experts leave no choice", "--experts takes 4 or more")
+    return layouts
+
+
+def affordable_layouts(layouts: Sequence[Layout], budget: float) -> list[int]:
+    """Indices of the layouts that meet the budget in every layer.
+
+    Raises:
+        UsageError: there is none.
+    """
+    affordable = [i for i, layout in enumerate(layouts) if layout.active_share <= budget + TOLERANCE]
+    if not affordable:
+        cheapest = min(layout.active_share for layout in layouts)
+        raise UsageError(
+            f"the smallest candidate keeps {cheapest:.3g} of the FFN active, the budget is {budget:.3g}",
+            "raise --budget or take more --experts",
+        )
+    return affordable
