@@ -1,13 +1,14 @@
-"""Everything that needs a GPU, in parts of less than nine minutes each, every part with JSON of its own.
+"""Everything that needs a GPU, in parts of less than eight minutes each, every part with JSON of its own.
 
-    python tests/benchmark_kernels.py test --out FOLDER      the tests marked gpu
+    python tests/benchmark_kernels.py test --out FOLDER      the tests marked gpu, in groups side by side
+    python tests/benchmark_kernels.py compile --out FOLDER   what `tune` tries, side by side: it then finds it compiled
+    python tests/benchmark_kernels.py tune --out FOLDER      launches near the table's, for Llama-3-8B in 8 and in 64
     python tests/benchmark_kernels.py layers --out FOLDER    one layer, every peer but liger-kernel
     python tests/benchmark_kernels.py liger --out FOLDER     one layer against liger-kernel, which tunes for minutes
-    python tests/benchmark_kernels.py model --out FOLDER     whole models: generation and a training step
-    python tests/benchmark_kernels.py tune --out FOLDER      launches near the table's, for Llama-3-8B in 8 and in 64
+    python tests/benchmark_kernels.py model --out FOLDER     models of 8 B parameters: decode, prefill, memory
 
-`model` makes random models of about 1 B parameters, the same for every implementation. On a machine without a GPU
-`--device cpu --size tiny` shows that it works. Files are written as it goes: a part that is killed keeps what it has.
+Models have random weights, the same for every implementation. On a machine without a GPU `--device cpu --size tiny`
+shows that a part works. Files are written as it goes: a part that is killed keeps what it has.
 """
 
 import argparse
@@ -33,7 +34,10 @@ from moeify.benchmark.layers.table import text
 from moeify.benchmark.machine import device_by_name, dtype_by_name, machine_facts, versions
 from moeify.benchmark.options import LayerBenchOptions
 from moeify.benchmark.timing import first_line, release_memory
-from moeify.kernels.tune import Shape, tune
+from moeify.kernels.launch import keep_tuned
+from moeify.kernels.tune import Shape as LayerShape
+from moeify.kernels.tune import compile_ahead, tune
+from moeify.plan import resolve_layout
 
 TESTS = Path(__file__).parent
 # Nothing is begun after that; an implementation of a whole model may take two minutes more.
@@ -45,46 +49,75 @@ DENSE = "dense"
 # Steps before those that are timed.
 WARM_UP = 2
 
-# The attention of Llama 3.2 1B; an FFN of 8192 as 16 slices of 512, of which 8 are active.
-SIZES: dict[str, dict[str, Any]] = {
-    "1b": {"hidden_size": 2048, "num_hidden_layers": 16, "num_attention_heads": 32, "vocab_size": 128256},
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512},
+# As published, and tiny ones; the FFN's width last.
+SHAPES: dict[str, dict[str, dict[str, int]]] = {
+    "8b": {
+        "llama": {"hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 128256, "intermediate_size": 14336},
+        "qwen3": {"hidden_size": 4096, "num_hidden_layers": 36, "vocab_size": 151936, "intermediate_size": 12288},
+    },
+    "tiny": {
+        "llama": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 512},
+        "qwen3": {"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 512},
+    },
 }
-SLICE = {"1b": 512, "tiny": 32}
-PROMPT_TOKENS = {"1b": 128, "tiny": 8}
-NEW_TOKENS = {"1b": 64, "tiny": 8}
-BATCHES = {"1b": (1, 8), "tiny": (1,)}
-TRAINING = {"1b": (4, 1024, 6), "tiny": (1, 16, 2)}
+HEAD_DIM = {"8b": 128, "tiny": 16}
+# Slices of the FFN that `moeify split` makes of these widths unless it is told otherwise.
+SLICES = {14336: 28, 12288: 24, 512: 8}
+MOE = {"llama": "granitemoeshared", "qwen3": "glm4_moe"}
+PROMPT_TOKENS = {"8b": 128, "tiny": 8}
+PREFILL_TOKENS = {"8b": 2048, "tiny": 32}
+NEW_TOKENS = {"8b": 32, "tiny": 4}
+BATCHES = {"8b": (1, 8, 64), "tiny": (1, 2)}
+# What is measured of each family, the most important first: implementation and active share; a static model is dense.
+ROWS = [
+    *[(DENSE, 1.0), (DENSE, 0.5), (REFERENCE, 0.5), ("moeify", 0.5), (REFERENCE, 0.75), ("moeify", 0.75)],
+    *[(DENSE, 0.75), ("batched_mm", 0.5)],
+]
 
 
-def configuration(model_type: str, size: str) -> Any:
-    """16 slices of the FFN's width: 4 shared and 4 of 12 routed, 8 of 16 routed, or all of them dense."""
-    width = SLICE[size]
-    kinds: dict[str, dict[str, Any]] = {
-        "llama": {"intermediate_size": 16 * width},
-        "granitemoeshared": {
-            "intermediate_size": width,
-            "shared_intermediate_size": 4 * width,
-            "num_local_experts": 12,
-            "num_experts_per_tok": 4,
-            "attention_multiplier": (SIZES[size]["hidden_size"] // SIZES[size]["num_attention_heads"]) ** -0.5,
-        },
-        "qwen3_moe": {
-            "moe_intermediate_size": width,
-            "num_experts": 16,
-            "num_experts_per_tok": 8,
-            "norm_topk_prob": True,
-            "head_dim": SIZES[size]["hidden_size"] // SIZES[size]["num_attention_heads"],
-        },
+def configuration(family: str, size: str, implementation: str, share: float) -> Any:
+    """The dense model, what static pruning leaves of it, or a split in the layout that moeify gives it."""
+    sizes = dict(SHAPES[size][family])
+    width = sizes["intermediate_size"]
+    slices = SLICES[width]
+    active = round(share * slices)
+    heads = sizes["hidden_size"] // HEAD_DIM[size]
+    common = {
+        **sizes,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 4,
+        "head_dim": HEAD_DIM[size],
+        "max_position_embeddings": 4096,
     }
-    common = {**SIZES[size], "num_key_value_heads": SIZES[size]["num_attention_heads"] // 4}
-    config = CONFIG_MAPPING[model_type](**common, **kinds[model_type], max_position_embeddings=4096)
+    model_type = family
+    if implementation == DENSE:
+        common["intermediate_size"] = width // slices * active
+    else:
+        model_type, shared = MOE[family], resolve_layout(slices, None, active, holds_shared=True).num_shared
+        common |= {
+            "intermediate_size": width // slices,
+            "num_experts_per_tok": active - shared,
+            # granitemoeshared
+            "shared_intermediate_size": width // slices * shared,
+            "num_local_experts": slices - shared,
+            "attention_multiplier": HEAD_DIM[size] ** -0.5,
+            # glm4_moe
+            "moe_intermediate_size": width // slices,
+            "n_shared_experts": shared,
+            "n_routed_experts": slices - shared,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 0,
+            "use_qk_norm": True,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 1.0},
+        }
+    config = CONFIG_MAPPING[model_type](**common)
     # No token ends a text early.
     config.eos_token_id = None
     return config
 
 
-def build(model_type: str, size: str, implementation: str, device: torch.device, dtype: torch.dtype) -> Any:
+def build(family: str, size: str, implementation: str, share: float, device: torch.device, dtype: torch.dtype) -> Any:
     """The same random weights for every implementation.
 
     Drawn by a generator of their own: that of the device may be out of order after a graph that could not be captured.
@@ -95,7 +128,8 @@ def build(model_type: str, size: str, implementation: str, device: torch.device,
         register()
     options = {} if implementation == DENSE else {"experts_implementation": implementation}
     with torch.device(device), no_init_weights():
-        model = AutoModelForCausalLM.from_config(configuration(model_type, size), dtype=dtype, **options)
+        config = configuration(family, size, implementation, share)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -181,35 +215,11 @@ def _captured(step: Callable[[], None], tokens: list[Tensor], token_B1: Tensor) 
     return graph.replay
 
 
-def training_steps(model: Any, size: str) -> dict[str, Any]:
-    """Whole steps with AdamW: losses, tokens a second, peak memory."""
-    batch, context, steps = TRAINING[size]
-    device = model.device
-    generator = torch.Generator().manual_seed(1)
-    ids_BC = torch.randint(model.config.vocab_size, (batch, context), generator=generator).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    model.train()
-    losses = []
-
-    def step() -> None:
-        loss = model(input_ids=ids_BC, labels=ids_BC, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-
-    first_use_seconds, _ = timed(step, device)
-    for _ in range(WARM_UP - 1):
-        step()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    seconds, _ = timed(lambda: [step() for _ in range(steps)], device)
-    return {
-        "losses": losses,
-        "tokens_per_second": steps * ids_BC.numel() / seconds,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        "first_use_seconds": first_use_seconds,
-    }
+@torch.no_grad()
+def prefill(model: Any, ids_BC: Tensor) -> float:
+    """Milliseconds of one forward pass over the prompt, cache included; the median of five."""
+    seconds = [timed(lambda: model(ids_BC, use_cache=True, logits_to_keep=1), ids_BC.device)[0] for _ in range(7)]
+    return sorted(seconds[2:])[2] * 1e3
 
 
 def same_length(tokens: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> int:
@@ -226,22 +236,6 @@ def same_length(tokens: Sequence[Sequence[int]], expected: Sequence[Sequence[int
 @torch.no_grad()
 def last_logits(model: Any, ids_BC: Tensor) -> Tensor:
     return model(ids_BC, use_cache=False).logits[:, -1].double().cpu()
-
-
-def modes(size: str, implementation: str, ids_BC: Tensor) -> dict[str, Callable[[Any], dict[str, Any]]]:
-    """Ways to generate. torch.compile costs a minute a model, so only the smallest batch has it.
-
-    On a GPU transformers decodes with batched_mm where grouped_mm is chosen: compiling both would measure it twice.
-    """
-    count = NEW_TOKENS[size]
-    found: dict[str, Callable[[Any], dict[str, Any]]] = {
-        "generate": lambda model: generate(model, ids_BC, count),
-        "graph" if ids_BC.is_cuda else "static cache": lambda model: generate_with_graph(model, ids_BC, count),
-    }
-    if ids_BC.is_cuda and len(ids_BC) == min(BATCHES[size]) and implementation != "batched_mm":
-        # A static cache makes transformers compile the step with mode="reduce-overhead".
-        found["compile"] = lambda model: generate(model, ids_BC, count, cache_implementation="static")
-    return found
 
 
 class Report:
@@ -271,35 +265,64 @@ class Report:
         sys.stdout.flush()
 
     @property
-    def is_late(self) -> bool:
-        return time.monotonic() - self.began > MODEL_LIMIT_SECONDS
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
 
 
-def part_test(out: Path, device: torch.device) -> int:
-    """The tests that need a GPU, in the files that have any."""
-    files = sorted(str(path) for path in TESTS.rglob("test_*.py") if "mark.gpu" in path.read_text())
-    words = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *files]
+# Groups of tests that take about as long; the scheduler of conftest.py would give a file's tests to one process.
+GROUPS = {
+    "bfloat16": ("kernels/test_kernels_gpu.py", "rounded and bfloat16"),
+    "float16": ("kernels/test_kernels_gpu.py", "rounded and not bfloat16"),
+    "bits": ("kernels/test_kernels_gpu.py", "same_bits"),
+    "offsets": ("kernels/test_kernels_gpu.py", "offsets"),
+    "others": ("kernels/test_kernels_gpu.py", "not rounded and not same_bits and not offsets"),
+    "layers": ("benchmark/test_layer_bench.py", "gpu"),
+    "commands": ("cli/test_cli_gpu.py", "not train and not bench"),
+    "training": ("cli/test_cli_gpu.py", "train or bench"),
+}
+
+
+def part_test(out: Path, device: torch.device, *, limit_seconds: float) -> int:
+    """The tests that need a GPU, every group in a process of its own, all at once: they check values, not times."""
     report = Report("test", out, device)
-    done = subprocess.run(words, cwd=TESTS.parent, capture_output=True, text=True, check=False, timeout=LIMIT_SECONDS)
-    sys.stdout.write(done.stdout + done.stderr)
-    report.add(files=files, returncode=done.returncode, output=(done.stdout + done.stderr)[-20_000:])
-    return done.returncode
+    running = {}
+    for group, (file, expression) in GROUPS.items():
+        words = [sys.executable, "-m", "pytest", "-m", "gpu", "-k", expression, "-p", "no:cacheprovider", "--tb=short"]
+        # What other versions of a library warn of is not tested here.
+        words += ["-W", "default", "--durations=5", "-q", str(TESTS / file)]
+        with (out / f"test-{group}.log").open("w") as log:
+            running[group] = subprocess.Popen(words, cwd=TESTS.parent, stdout=log, stderr=subprocess.STDOUT)
+    failed = 0
+    for group, process in running.items():
+        try:
+            code = process.wait(timeout=max(1.0, limit_seconds - report.seconds))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        log_file = out / f"test-{group}.log"
+        output = log_file.read_text()
+        log_file.unlink()
+        sys.stdout.write("\n".join(output.splitlines()[-25:]) + "\n")
+        report.add(group=group, returncode=code, output=output[-40_000:])
+        failed += code != 0
+    return int(failed > 0)
 
 
-def part_layers(out: Path, device: torch.device, *, part: str, size: str, peers: str) -> int:
+def part_layers(
+    out: Path, device: torch.device, *, part: str, size: str, chosen: dict[str, Any], seconds: float
+) -> int:
     """One layer. liger-kernel tunes itself for every shape, so it has one shape and a part of its own."""
-    chosen: dict[str, Any] = {}
+    usual: dict[str, Any] = {"peers": ("moeify", "dense", REFERENCE, "eager", "batched_mm")}
     if part == "liger":
-        chosen = {"cases": ("llama3-8b-8/2",), "tokens": (1, 32, 512, 8192), "routings": ("uniform",)}
+        usual = {"cases": ("llama3-8b-8/2",), "tokens": (1, 32, 512, 8192), "routings": ("uniform",)}
+        usual["peers"] = ("moeify", "dense", REFERENCE, "liger")
     if size == "tiny":
-        chosen |= {"cases": ("64x256-8/2",), "tokens": (1, 16)}
-    others = "liger" if part == "liger" else "eager,batched_mm"
+        usual |= {"cases": ("64x256-8/2",), "tokens": (1, 16)}
     options = LayerBenchOptions(
-        **chosen,
-        peers=tuple((peers or f"moeify,dense,grouped_mm,{others}").split(",")),
+        **{**usual, **chosen},
         device=str(device),
-        seconds_per_row=0.02 if size == "tiny" else 0.2,
-        limit_seconds=LIMIT_SECONDS,
+        seconds_per_row=0.02 if size == "tiny" else 0.1,
+        limit_seconds=seconds,
     )
     result = layer_bench(
         cases(options),
@@ -312,19 +335,18 @@ def part_layers(out: Path, device: torch.device, *, part: str, size: str, peers:
     return 0
 
 
-def part_model(out: Path, device: torch.device, *, size: str, implementations: Sequence[str]) -> int:
-    """Whole models, the reference implementation first, then the others and the dense model beside it."""
-    dtype = dtype_by_name("auto", device)
+def part_model(out: Path, device: torch.device, *, size: str, families: Sequence[str]) -> int:
+    """Whole models: dense, static and split ones, each family's by importance."""
     report = Report("model", out, device)
-    for model_type in ("granitemoeshared", "qwen3_moe", "llama"):
-        expected: dict[tuple[str, int], Any] = {}
-        for implementation in [DENSE] if model_type == "llama" else implementations:
-            if report.is_late:
-                report.add(model=model_type, implementation=implementation, failure="no time left")
+    for family in families:
+        expected: dict[tuple[float, int], Any] = {}
+        for implementation, share in ROWS:
+            row = {"family": family, "implementation": implementation, "active_share": share}
+            if report.seconds > MODEL_LIMIT_SECONDS:
+                report.add(**row, failure="no time left")
                 continue
-            row = {"model": model_type, "implementation": implementation}
             try:
-                measure_model(report, row, size, device, dtype, expected)
+                measure_model(report, row, size, device, expected)
             except Exception as error:
                 report.add(**row, failure=first_line(error))
             release_memory()
@@ -332,51 +354,73 @@ def part_model(out: Path, device: torch.device, *, size: str, implementations: S
 
 
 def measure_model(
-    report: Report,
-    row: dict[str, Any],
-    size: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    expected: dict[tuple[str, int], Any],
+    report: Report, row: dict[str, Any], size: str, device: torch.device, expected: dict[tuple[float, int], Any]
 ) -> None:
-    """Generation in every mode, then training; what fails has a row that says why."""
-    model = build(row["model"], size, row["implementation"], device, dtype)
+    """Prefill and decode, the reference implementation's tokens first; a mode that fails has a row that says why."""
+    began = time.perf_counter()
+    dtype, split = dtype_by_name("auto", device), row["implementation"] != DENSE
+    model = build(row["family"], size, row["implementation"], row["active_share"], device, dtype)
     row["parameters"] = sum(parameter.numel() for parameter in model.parameters())
-    for batch in BATCHES[size]:
+    row["weight_bytes"] = sum(parameter.nbytes for parameter in model.parameters())
+
+    def draw(batch: int, tokens: int) -> Tensor:
         generator = torch.Generator().manual_seed(batch)
-        ids_BC = torch.randint(model.config.vocab_size, (batch, PROMPT_TOKENS[size]), generator=generator).to(device)
-        logits_BV = last_logits(model, ids_BC)
-        expected.setdefault(("logits", batch), logits_BV)
-        reference_BV = expected["logits", batch]
-        difference = float((logits_BV - reference_BV).norm() / reference_BV.norm())
-        for mode, run in modes(size, row["implementation"], ids_BC).items():
+        return torch.randint(model.config.vocab_size, (batch, tokens), generator=generator).to(device)
+
+    report.add(**row, part="prefill", tokens=PREFILL_TOKENS[size], ms=prefill(model, draw(1, PREFILL_TOKENS[size])))
+    for batch in BATCHES[size]:
+        ids_BC = draw(batch, PROMPT_TOKENS[size])
+        modes = {"graph": generate_with_graph} if batch > 1 else {"graph": generate_with_graph, "generate": generate}
+        for mode, run in modes.items():
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
             try:
-                found = run(model)
+                found = run(model, ids_BC, NEW_TOKENS[size])
             except Exception as error:
-                report.add(**row, part="generate", mode=mode, batch=batch, failure=first_line(error))
+                report.add(**row, part="decode", mode=mode, batch=batch, failure=first_line(error))
                 release_memory()
                 continue
-            wanted = expected.setdefault(("tokens", batch), found["tokens"])
-            same = same_length(found["tokens"], wanted)
-            report.add(
-                **row, part="generate", mode=mode, batch=batch, logit_difference=difference, same_tokens=same, **found
-            )
-    report.add(**row, part="training", **training_steps(model, size))
+            if device.type == "cuda":
+                found["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+            if split:
+                logits_BV = last_logits(model, ids_BC)
+                first = expected.setdefault((row["active_share"], batch), (found["tokens"], logits_BV))
+                found["same_tokens"] = same_length(found["tokens"], first[0])
+                found["logit_difference"] = float((logits_BV - first[1]).norm() / first[1].norm())
+            report.add(**row, part="decode", mode=mode, batch=batch, **found)
+    report.add(**row, part="seconds", seconds=time.perf_counter() - began)
+
+
+# The kernels of Llama-3-8B's layers in 8 and in 64, the most important number of tokens first.
+TUNED_TOKENS = {"8b": (8192, 1, 8, 128, 32, 64), "tiny": (1,)}
+TUNED_SHAPES = {
+    "8b": (LayerShape(4096, 1792, 8, 2), LayerShape(4096, 224, 64, 16)),
+    "tiny": (LayerShape(32, 16, 4, 2, dtype=torch.float32),),
+}
+
+
+def part_compile(device: torch.device, *, size: str, processes: int) -> int:
+    for shape in TUNED_SHAPES[size]:
+        began = time.monotonic()
+        compile_ahead(shape, TUNED_TOKENS[size], device=device, processes=processes)
+        sys.stdout.write(f"{time.monotonic() - began:6.0f} s  {shape}\n")
+        sys.stdout.flush()
+    return 0
 
 
 def part_tune(out: Path, device: torch.device, *, size: str) -> int:
-    """What launch.py's table should hold for this device, the most important number of tokens first."""
-    report = Report("tune", out, device)
-    tokens, shapes = (8192, 1, 512, 8, 32, 64), (Shape(4096, 1792, 8, 2), Shape(4096, 224, 64, 16))
-    if size == "tiny":
-        tokens, shapes = (1,), (Shape(32, 16, 4, 2, dtype=torch.float32),)
+    """What launch.py's table should hold for this device; later parts in the same cache folder use the first shape's."""
+    report, kept = Report("tune", out, device), set[str]()
     # Without a device triton's own benchmark has nothing to measure with.
     clock = None if device.type == "cuda" else lambda call: timed(call, device)[0] * 1e6
-    for number in tokens:
-        for shape in shapes:
-            for tuned in tune(shape, [number], device=device, time=clock):
+    for number in TUNED_TOKENS[size]:
+        for shape in TUNED_SHAPES[size]:
+            for tuned in tune(shape, [number], device=device, backward=number == max(TUNED_TOKENS[size]), time=clock):
                 report.add(shape=str(shape), **asdict(tuned))
-                if report.is_late:
+                if tuned.key not in kept:
+                    keep_tuned(device, {tuned.key: tuned.launch})
+                kept.add(tuned.key)
+                if report.seconds > LIMIT_SECONDS:
                     report.add(failure="no time left")
                     return 0
     return 0
@@ -384,21 +428,32 @@ def part_tune(out: Path, device: torch.device, *, size: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("part", choices=["test", "layers", "liger", "model", "tune"])
+    parser.add_argument("part", choices=["test", "compile", "tune", "layers", "liger", "model"])
     parser.add_argument("--out", type=Path, required=True, help="folder for JSON")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--size", choices=list(SIZES), default="1b")
-    parser.add_argument("--implementations", default=f"{REFERENCE},moeify,batched_mm", help="the reference first")
+    parser.add_argument("--size", choices=list(SHAPES), default="8b")
+    parser.add_argument("--families", default="llama,qwen3", help="of model")
+    parser.add_argument("--processes", type=int, default=8, help="of compile")
+    parser.add_argument("--seconds", type=float, default=LIMIT_SECONDS, help="of test, layers and liger")
+    parser.add_argument("--cases", default="", help="of layers, instead of all")
+    parser.add_argument("--tokens", default="", help="of layers, instead of all")
+    parser.add_argument("--passes", default="", help="of layers, instead of both")
     parser.add_argument("--peers", default="", help="of layers and liger, instead of the part's own")
     asked = parser.parse_args(arguments)
     device = device_by_name(asked.device)
     if asked.part == "test":
-        return part_test(asked.out, device)
+        return part_test(asked.out, device, limit_seconds=asked.seconds)
     if asked.part == "model":
-        return part_model(asked.out, device, size=asked.size, implementations=asked.implementations.split(","))
+        return part_model(asked.out, device, size=asked.size, families=asked.families.split(","))
+    if asked.part == "compile":
+        return part_compile(device, size=asked.size, processes=asked.processes)
     if asked.part == "tune":
         return part_tune(asked.out, device, size=asked.size)
-    return part_layers(asked.out, device, part=asked.part, size=asked.size, peers=asked.peers)
+    chosen: dict[str, Any] = {}
+    chosen |= {name: tuple(text.split(",")) for name in ("cases", "passes", "peers") if (text := getattr(asked, name))}
+    return part_layers(
+        asked.out, device, part=asked.part, size=asked.size, chosen=chosen | tokens, seconds=asked.seconds
+    )
 
 
 if __name__ == "__main__":

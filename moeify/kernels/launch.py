@@ -84,6 +84,10 @@ TABLE: Mapping[str, Launch] = {
     "weight_grad/128": Launch(128, 256, 64, 8, 3),
     # Tokens are read once for each block of columns, through the L2 cache that the weights come through as well: the
     # more tokens, the wider the block.
+    # One token: columns of the output and what is read of each of their rows at a time; `single_down` reads so many
+    # experts (rows) at once.
+    "single_up/1": Launch(1, 4, 512, 4, 1),
+    "single_down/1": Launch(4, 4, 256, 4, 1),
     "decode_up/16": Launch(16, 16, 256, 4, 4),
     "decode_up/32": Launch(32, 64, 64, 4, 5),
     "decode_up/64": Launch(64, 64, 64, 4, 4),

@@ -15,8 +15,11 @@ from moeify.kernels.launch import DECODE_TOKENS, backward_rows, forward_rows, la
 from moeify.kernels.matmul import expert_matmul
 from moeify.kernels.reference import ACTIVATIONS
 from moeify.kernels.routing import Routing, route
+from moeify.kernels.single import single
 from moeify.kernels.up import up
 
+# Whether one token takes the road of single.py or that of decode.py.
+SINGLE = True
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -100,6 +103,8 @@ def _inference(
     if experts_TK.numel() == 0:
         return torch.zeros_like(inputs_TD)
     with torch.cuda.device_of(inputs_TD):
+        if len(inputs_TD) == 1 and SINGLE:
+            return single(inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, activation=activation, gated=gated)
         if len(inputs_TD) <= DECODE_TOKENS:
             return decode(inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, activation=activation, gated=gated)
         return _sorted(inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, None, activation, gated)

@@ -4,8 +4,13 @@ One kernel after the other is varied while the rest stays: the whole call is tim
 kernel and harms the next does not win.
 """
 
+import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,6 +24,8 @@ from moeify.options import TuneOptions
 Time = Callable[[Callable[[], Any]], float]
 # A candidate replaces a launch if it saves more than this share of the call: less is within the noise of a busy device.
 MIN_GAIN = 0.01
+# Too much shared memory or too many registers, or tiles that the compiler refuses.
+CANNOT_RUN = (triton.runtime.errors.OutOfResources, triton.CompilationError)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ def keys_of(shape: Shape, tokens: int, *, backward: bool) -> list[str]:
     if backward:
         rows = backward_rows(slots, shape.num_experts)
         return [f"down_grad/{rows}", f"input_grad/{rows}", "weight_grad/128"]
+    if tokens == 1:
+        return ["single_up/1", "single_down/1"]
     if tokens <= DECODE_TOKENS:
         rows = max(triton.next_power_of_2(tokens), 16)
         return [f"decode_up/{rows}", f"decode_down/{rows}"]
@@ -79,21 +88,33 @@ def keys_of(shape: Shape, tokens: int, *, backward: bool) -> list[str]:
 
 
 def candidates(key: str, launch: Launch) -> Iterator[Launch]:
-    """Launches near one: tiles, warps, stages, grouping, and the bulk copy engine. The height of a tile stays."""
-    decode = key.startswith("decode")
-    for cols in (16, 32, 64) if decode else (64, 128, 256):
-        for inner in (64, 128, 256) if decode else (32, 64, 128):
-            for warps in (2, 4, 8) if decode else (4, 8):
-                yield replace(launch, cols=cols, inner=inner, warps=warps)
-    for stages in (2, 3, 4, 5, 6):
-        yield replace(launch, stages=stages)
-    if decode:
-        return
-    for group in (1, 4, 16):
-        yield replace(launch, group=group)
-    if not key.startswith("weight_grad"):
-        for stages in (launch.stages, launch.stages + 1):
-            yield replace(launch, tma=True, stages=stages)
+    """Launches of a kernel that are worth a try; a tile stays as high as tokens were sorted for."""
+    kernel, _ = key.split("/")
+    if kernel.startswith("single"):
+        for rows, cols, inner, warps in product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (128, 256, 512, 1024), (2, 4, 8)):
+            wide, narrow = kernel == "single_up" and rows == 1, kernel == "single_down" and inner <= 512
+            # Fewer weights a thread leave memory idle, more of them do not fit into registers.
+            if (wide or narrow) and 16 <= rows * cols * inner // (32 * warps) <= 32:
+                yield replace(launch, rows=rows, cols=cols, inner=inner, warps=warps)
+    elif kernel.startswith("decode"):
+        for cols, inner, warps, stages in product((16, 32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5)):
+            yield replace(launch, cols=cols, inner=inner, warps=warps, stages=stages)
+    elif kernel == "weight_grad":
+        for rows, cols, inner, warps, stages in product((128, 256), (128, 256), (32, 64, 128), (4, 8), (2, 3, 4)):
+            if rows * cols <= 128 * 256:
+                yield replace(launch, rows=rows, cols=cols, inner=inner, warps=warps, stages=stages)
+    else:
+        for tma, cols, inner, warps, stages in product((False, True), (64, 128, 256), (32, 64, 128), (4, 8), (3, 4)):
+            # `up` has two accumulators, of gate and up.
+            if kernel != "up" or cols < 256:
+                yield replace(launch, tma=tma, cols=cols, inner=inner, warps=warps, stages=stages)
+
+
+def groupings(key: str, launch: Launch) -> Iterator[Launch]:
+    """The same tiles in another order; of no matter to kernels that have none."""
+    if not key.startswith(("single", "decode")):
+        for group in (1, 4, 16, 32):
+            yield replace(launch, group=group)
 
 
 def tune(
@@ -133,18 +154,19 @@ def tune(
 def _tune_one(key: str, tokens: int, start: Launch, call: Callable[[], Any], time: Time) -> Tuned:
     best, before = start, time(call)
     fastest, tried, failed = before, 0, 0
-    for launch in dict.fromkeys(candidates(key, start)):
-        if launch == start:
-            continue
-        tried += 1
-        try:
-            with launching({key: launch}):
-                took = time(call)
-        except (triton.runtime.errors.OutOfResources, triton.CompilationError):
-            failed += 1
-            continue
-        if took < fastest and took < before * (1 - MIN_GAIN):
-            best, fastest = launch, took
+    for near in (candidates, groupings):
+        for launch in dict.fromkeys(near(key, best)):
+            if launch == best:
+                continue
+            tried += 1
+            try:
+                with launching({key: launch}):
+                    took = time(call)
+            except CANNOT_RUN:
+                failed += 1
+                continue
+            if took < fastest and took < before * (1 - MIN_GAIN):
+                best, fastest = launch, took
     return Tuned(key, tokens, best, before, fastest, tried, failed)
 
 
@@ -170,4 +192,55 @@ def _call(shape: Shape, tokens: int, device: torch.device, *, backward: bool) ->
 
 
 def _benchmark(call: Callable[[], Any]) -> float:
-    return 1000.0 * float(triton.testing.do_bench(call, warmup=10, rep=50, return_mode="median"))
+    """Microseconds; of a graph where the call can be captured, so that a launch costs the same whatever the call."""
+    return 1000.0 * float(triton.testing.do_bench(_replay(call), warmup=5, rep=25, return_mode="median"))
+
+
+def _replay(call: Callable[[], Any]) -> Callable[[], Any]:
+    if isinstance(call(), tuple):
+        # Gradients: milliseconds each, next to which launches do not count.
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def compile_ahead(
+    shape: Shape, tokens: Sequence[int], *, device: torch.device, backward: bool = True, processes: int
+) -> None:
+    """Compile what `tune` will try, in processes of their own, into triton's cache: compiling is most of its time.
+
+    Args:
+        shape, tokens, device, backward: as for `tune`.
+        processes: how many; each takes about 2 GB of the device's memory.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        share = partial(_compile_share, shape, tuple(tokens), device, backward, processes)
+        for _ in pool.map(share, range(processes)):
+            pass
+
+
+def _compile_share(
+    shape: Shape, tokens: Sequence[int], device: torch.device, backward: bool, shares: int, share: int
+) -> None:
+    number = 0
+    for count in tokens:
+        for back in (False, True) if backward and count > DECODE_TOKENS else (False,):
+            call = None
+            for key in keys_of(shape, count, backward=back):
+                kernel, rows = key.split("/")
+                start = launch_for(kernel, int(rows), torch.bfloat16, device)
+                for launch in candidates(key, start):
+                    number += 1
+                    if number % shares != share:
+                        continue
+                    call = call or _call(shape, count, device, backward=back)
+                    with suppress(*CANNOT_RUN), launching({key: launch}):
+                        call()

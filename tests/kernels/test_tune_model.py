@@ -41,7 +41,7 @@ def dense(make_dense: MakeDense) -> Path:
 
 def test_the_winner_of_each_kernel_is_found_and_used_for_the_next() -> None:
     wanted = {
-        "up/128": Launch(128, 256, 32, 8, TABLE["up/128"].stages),
+        "up/128": Launch(128, 64, 64, 8, TABLE["up/128"].stages),
         "down/128": Launch(128, 128, 64, 4, TABLE["down/128"].stages),
     }
     seen = []
@@ -59,7 +59,7 @@ def test_the_winner_of_each_kernel_is_found_and_used_for_the_next() -> None:
 
 def test_noise_changes_nothing() -> None:
     times = iter(range(10**6))
-    found = list(tune.tune(SHAPE, [1], device=CPU, time=lambda _: 1000.0 - next(times) % 7))
+    found = list(tune.tune(SHAPE, [1, 2], device=CPU, time=lambda _: 1000.0 - next(times) % 7))
     assert [one.launch for one in found] == [TABLE[one.key] for one in found]
 
 
@@ -69,8 +69,8 @@ def test_what_the_device_cannot_run_is_counted_and_passed_over() -> None:
             raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
         return 5.0
 
-    first = next(tune.tune(SHAPE, [1], device=CPU, time=time))
-    assert first.failed == 2
+    first = next(tune.tune(SHAPE, [2], device=CPU, time=time))
+    assert first.failed == 24
     assert first.tried > first.failed
 
 
@@ -103,7 +103,8 @@ def test_every_launch_of_a_call_is_in_the_table(tokens: int) -> None:
 def test_the_height_of_a_tile_is_its_key_and_sizes_are_powers_of_two() -> None:
     for key, found in TABLE.items():
         for candidate in (found, *tune.candidates(key, found)):
-            assert candidate.rows == int(key.split("/")[1])
+            # Those two sort nothing.
+            assert candidate.rows == int(key.split("/")[1]) or key in ("single_down/1", "weight_grad/128")
             sizes = (candidate.rows, candidate.cols, candidate.inner, candidate.warps, candidate.group)
             assert all(size & (size - 1) == 0 for size in sizes), candidate
 
