@@ -409,7 +409,7 @@ def part_compile(device: torch.device, *, size: str, processes: int) -> int:
 
 
 def part_tune(out: Path, device: torch.device, *, size: str) -> int:
-    """What launch.py's table should hold for this device; later parts in the same cache folder use the first shape's."""
+    """What launch.py's table should hold for this device; later parts with the same cache use the first shape's."""
     report, kept = Report("tune", out, device), set[str]()
     # Without a device triton's own benchmark has nothing to measure with.
     clock = None if device.type == "cuda" else lambda call: timed(call, device)[0] * 1e6
@@ -449,11 +449,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return part_compile(device, size=asked.size, processes=asked.processes)
     if asked.part == "tune":
         return part_tune(asked.out, device, size=asked.size)
-    chosen: dict[str, Any] = {}
-    chosen |= {name: tuple(text.split(",")) for name in ("cases", "passes", "peers") if (text := getattr(asked, name))}
-    return part_layers(
-        asked.out, device, part=asked.part, size=asked.size, chosen=chosen | tokens, seconds=asked.seconds
-    )
+    chosen: dict[str, Any] = {
+        name: tuple(text.split(",")) for name in ("cases", "passes", "peers") if (text := getattr(asked, name))
+    }
+    if asked.tokens:
+        chosen["tokens"] = tuple(map(int, asked.tokens.split(",")))
+    return part_layers(asked.out, device, part=asked.part, size=asked.size, chosen=chosen, seconds=asked.seconds)
 
 
 if __name__ == "__main__":
