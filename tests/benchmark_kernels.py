@@ -399,21 +399,21 @@ TUNED_SHAPES = {
 }
 
 
-def part_compile(device: torch.device, *, size: str, processes: int) -> int:
+def part_compile(device: torch.device, *, size: str, tokens: Sequence[int], processes: int) -> int:
     for shape in TUNED_SHAPES[size]:
         began = time.monotonic()
-        compile_ahead(shape, TUNED_TOKENS[size], device=device, processes=processes)
+        compile_ahead(shape, tokens or TUNED_TOKENS[size], device=device, processes=processes)
         sys.stdout.write(f"{time.monotonic() - began:6.0f} s  {shape}\n")
         sys.stdout.flush()
     return 0
 
 
-def part_tune(out: Path, device: torch.device, *, size: str) -> int:
+def part_tune(out: Path, device: torch.device, *, size: str, tokens: Sequence[int]) -> int:
     """What launch.py's table should hold for this device; later parts with the same cache use the first shape's."""
     report, kept = Report("tune", out, device), set[str]()
     # Without a device triton's own benchmark has nothing to measure with.
     clock = None if device.type == "cuda" else lambda call: timed(call, device)[0] * 1e6
-    for number in TUNED_TOKENS[size]:
+    for number in tokens or TUNED_TOKENS[size]:
         for shape in TUNED_SHAPES[size]:
             for tuned in tune(shape, [number], device=device, backward=number == max(TUNED_TOKENS[size]), time=clock):
                 report.add(shape=str(shape), **asdict(tuned))
@@ -436,24 +436,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=8, help="of compile")
     parser.add_argument("--seconds", type=float, default=LIMIT_SECONDS, help="of test, layers and liger")
     parser.add_argument("--cases", default="", help="of layers, instead of all")
-    parser.add_argument("--tokens", default="", help="of layers, instead of all")
+    parser.add_argument("--tokens", default="", help="of compile, tune and layers, instead of all")
+    parser.add_argument("--routings", default="", help="of layers, instead of both")
     parser.add_argument("--passes", default="", help="of layers, instead of both")
     parser.add_argument("--peers", default="", help="of layers and liger, instead of the part's own")
     asked = parser.parse_args(arguments)
     device = device_by_name(asked.device)
+    tokens = tuple(map(int, asked.tokens.split(","))) if asked.tokens else ()
     if asked.part == "test":
         return part_test(asked.out, device, limit_seconds=asked.seconds)
     if asked.part == "model":
         return part_model(asked.out, device, size=asked.size, families=asked.families.split(","))
     if asked.part == "compile":
-        return part_compile(device, size=asked.size, processes=asked.processes)
+        return part_compile(device, size=asked.size, tokens=tokens, processes=asked.processes)
     if asked.part == "tune":
-        return part_tune(asked.out, device, size=asked.size)
+        return part_tune(asked.out, device, size=asked.size, tokens=tokens)
     chosen: dict[str, Any] = {
-        name: tuple(text.split(",")) for name in ("cases", "passes", "peers") if (text := getattr(asked, name))
+        name: tuple(text.split(","))
+        for name in ("cases", "routings", "passes", "peers")
+        if (text := getattr(asked, name))
     }
-    if asked.tokens:
-        chosen["tokens"] = tuple(map(int, asked.tokens.split(",")))
+    if tokens:
+        chosen["tokens"] = tokens
     return part_layers(asked.out, device, part=asked.part, size=asked.size, chosen=chosen, seconds=asked.seconds)
 
 

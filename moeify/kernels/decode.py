@@ -15,7 +15,8 @@ from torch import Tensor
 
 from moeify.kernels.activation import activate
 from moeify.kernels.combine import combine
-from moeify.kernels.launch import COMPILED, launch_for, precision
+from moeify.kernels.launch import COMPILED, key_of, launch_for, precision
+from moeify.kernels.routing import count_ids
 from moeify.kernels.tiles import load_block
 
 # Fewer programs than this leave an H200 (132 multiprocessors) idle: then the inner dimension is split as well.
@@ -33,21 +34,18 @@ def decode(
     activation: str,
     gated: bool,
 ) -> Tensor:
-    """The whole feed-forward for at most launch.DECODE_TOKENS tokens; arguments as in ops.moe_ffn."""
+    """The whole feed-forward for 2 to launch.DECODE_TOKENS tokens; arguments as in ops.moe_ffn."""
     num_tokens, dim = inputs_TD.shape
     num_experts, _, width = down_EDF.shape
     dtype, device = inputs_TD.dtype, inputs_TD.device
     padded = max(triton.next_power_of_2(num_tokens), 16)
-    up, down = (launch_for(f"decode_{half}", padded, dtype, device) for half in ("up", "down"))
-    # The experts of a single token are their own list.
-    alone = num_tokens == 1
-    slots = experts_TK.numel() if alone else min(num_experts, experts_TK.numel())
-    hits, num_hits = (experts_TK, experts_TK) if alone else list_hits(experts_TK, num_experts)
+    up, down = (launch_for(key_of(f"decode_{half}", padded, width), dtype, device) for half in ("up", "down"))
+    slots = min(num_experts, experts_TK.numel())
+    hits, num_hits = list_hits(experts_TK, num_experts)
     hidden = inputs_TD.new_empty(slots, padded, width)
     shared: dict[str, Any] = {
         "D": dim,
         "F": width,
-        "ALONE": alone,
         "NUM_EXPERTS": num_experts,
         "PRECISION": precision(dtype),
         "ROWS": padded,
@@ -100,15 +98,14 @@ def list_hits(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The experts that any token asks for, in rising order, and how many these are; int32, on the device."""
     hits = torch.empty(num_experts, dtype=torch.int32, device=experts_TK.device)
     num_hits = torch.empty(1, dtype=torch.int32, device=experts_TK.device)
-    width = max(triton.next_power_of_2(num_experts), 2)
     list_kernel[(1,)](
         experts_TK,
         hits,
         num_hits,
         experts_TK.numel(),
         NUM_EXPERTS=num_experts,
-        WIDTH=width,
-        CHUNK=max(4096 // width, 16),
+        WIDTH=max(triton.next_power_of_2(num_experts), 2),
+        CHUNK=1024,
         **COMPILED,
     )
     return hits, num_hits
@@ -125,20 +122,13 @@ def list_kernel(
     CHUNK: tl.constexpr,
 ):
     expert = tl.arange(0, WIDTH)
-    hit = tl.zeros((WIDTH,), tl.int32)
+    count = tl.zeros((WIDTH,), tl.int32)
     for first in range(0, num_slots, CHUNK):
         slot = first + tl.arange(0, CHUNK)
-        chosen = tl.load(experts + slot, mask=slot < num_slots, other=NUM_EXPERTS).to(tl.int32)
-        hit = tl.maximum(hit, tl.max((chosen[:, None] == expert[None, :]).to(tl.int32), 0))
-    hit = tl.where(expert < NUM_EXPERTS, hit, 0)
+        count += count_ids(experts, slot, slot < num_slots, NUM_EXPERTS, WIDTH)
+    hit = (count > 0).to(tl.int32)
     tl.store(hits + tl.cumsum(hit, 0) - hit, expert, mask=hit > 0)
     tl.store(num_hits, tl.sum(hit, 0))
-
-
-@triton.jit
-def _hit(hits, slot, NUM_EXPERTS: tl.constexpr):
-    """An expert of the list; one that is not here (a single token's list is raw) reads the last one's weights."""
-    return tl.minimum(tl.load(hits + slot).to(tl.int64), NUM_EXPERTS - 1)
 
 
 @triton.jit
@@ -158,7 +148,6 @@ def decode_up_kernel(
     ACTIVATION: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
-    ALONE: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -169,10 +158,9 @@ def decode_up_kernel(
     P: tl.constexpr = 2 * F if GATED else F
     EVEN: tl.constexpr = D % INNER == 0
     slot = tl.program_id(0)
-    if not ALONE:
-        if slot >= tl.load(num_hits):
-            return
-    expert = _hit(hits, slot, NUM_EXPERTS)
+    if slot >= tl.load(num_hits):
+        return
+    expert = tl.load(hits + slot).to(tl.int64)
     token = tl.arange(0, ROWS)
     col = tl.program_id(1) * COLS + tl.arange(0, COLS)
     inner = tl.arange(0, INNER)
@@ -199,9 +187,7 @@ def decode_up_kernel(
     asked = there[:, None] & (rank < K)[None, :]
     asked_at = token[:, None] * K + rank[None, :]
     chosen = tl.load(experts + asked_at, mask=asked, other=NUM_EXPERTS)
-    mine = (chosen == tl.load(hits + slot).to(tl.int64)) & (chosen < NUM_EXPERTS)
-    if ALONE:
-        mine = mine & (rank[None, :] == slot)
+    mine = chosen == expert
     gate = tl.sum(tl.where(mine, tl.load(gates + asked_at, mask=asked, other=0.0).to(tl.float32), 0.0), 1)
     value = tl.where(tl.max(mine.to(tl.int32), 1)[:, None] > 0, value * gate[:, None], 0.0)
     hidden_at = hidden + slot.to(tl.int64) * (ROWS * F) + token[:, None] * F + col[None, :]
@@ -220,7 +206,6 @@ def decode_down_kernel(
     SLOTS: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
-    ALONE: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
@@ -230,9 +215,7 @@ def decode_down_kernel(
     """parts (T, SPLIT, D): the sum over a share of the listed experts' neurons."""
     STEPS: tl.constexpr = (F + INNER - 1) // INNER
     EVEN: tl.constexpr = F % INNER == 0
-    listed = SLOTS
-    if not ALONE:
-        listed = tl.load(num_hits)
+    listed = tl.load(num_hits)
     part = tl.program_id(1)
     total = listed * STEPS
     share = (total + SPLIT - 1) // SPLIT
@@ -245,7 +228,7 @@ def decode_down_kernel(
     acc = tl.zeros((ROWS, COLS), tl.float32)
     # One loop over experts and neurons. The expert's id is read a step ahead: read inside the step, it would keep the
     # compiler from having several blocks of weights in flight.
-    expert = _hit(hits, tl.minimum(first // STEPS, SLOTS - 1), NUM_EXPERTS)
+    expert = tl.load(hits + tl.minimum(first // STEPS, SLOTS - 1), mask=first < total, other=0).to(tl.int64)
     for step in range(first, tl.minimum(first + share, total)):
         slot = step // STEPS
         neuron = step % STEPS * INNER + inner
@@ -254,6 +237,6 @@ def decode_down_kernel(
         block = tl.load(row_at, mask=there[:, None] & (neuron[None, :] < F), other=0.0)
         weight = load_block(weight_at, neuron[:, None] < F, EVEN)
         acc = tl.dot(block, weight, acc, input_precision=PRECISION)
-        expert = _hit(hits, tl.minimum((step + 1) // STEPS, listed - 1), NUM_EXPERTS)
+        expert = tl.load(hits + tl.minimum((step + 1) // STEPS, listed - 1)).to(tl.int64)
     out_at = parts + (token[:, None] * SPLIT + part) * D + col[None, :]
     tl.store(out_at, acc.to(parts.dtype.element_ty), mask=there[:, None] & (col < D)[None, :])

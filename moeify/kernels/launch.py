@@ -66,49 +66,74 @@ class Launch:
         }
 
 
-# Keys are kernel/rows. Compiled for sm_90 with triton 3.6 and 3.9 none of them spills a register or exceeds 227 KiB of
-# shared memory (tests/kernels/test_kernels_compile.py); how fast they are is for the benchmark to say.
+# Experts up to so wide have launches of their own, where a key ends in /narrow: the product with `down` has few steps
+# then, and most of its time goes into what it writes.
+NARROW = 512
+
+# Keys are kernel/rows. Measured on an H200 with triton 3.6 (kernels/README.md); compiled for sm_90 with triton 3.6 and
+# 3.9 none of them spills a register or exceeds 227 KiB of shared memory (tests/kernels/test_kernels_compile.py).
 TABLE: Mapping[str, Launch] = {
     "up/16": Launch(16, 64, 128, 4, 4),
     "up/32": Launch(32, 64, 128, 4, 4),
     "up/64": Launch(64, 128, 64, 8, 4),
     "up/128": Launch(128, 128, 64, 8, 3),
+    "up/128/narrow": Launch(128, 128, 64, 8, 3, group=1, tma=True),
     "down/16": Launch(16, 64, 128, 4, 4),
     "down/32": Launch(32, 64, 128, 4, 4),
     "down/64": Launch(64, 128, 64, 4, 4),
-    "down/128": Launch(128, 256, 64, 8, 3),
+    "down/128": Launch(128, 256, 64, 8, 4, group=32),
+    "down/128/narrow": Launch(128, 128, 32, 4, 4, group=16, tma=True),
     "down_grad/64": Launch(64, 128, 64, 4, 4),
-    "down_grad/128": Launch(128, 256, 64, 8, 3),
+    "down_grad/128": Launch(128, 256, 64, 8, 4, group=4),
     "input_grad/64": Launch(64, 128, 64, 4, 4),
-    "input_grad/128": Launch(128, 256, 64, 8, 3),
-    "weight_grad/128": Launch(128, 256, 64, 8, 3),
-    # Tokens are read once for each block of columns, through the L2 cache that the weights come through as well: the
-    # more tokens, the wider the block.
+    "input_grad/128": Launch(128, 256, 64, 8, 3, group=16),
+    "input_grad/128/narrow": Launch(128, 128, 32, 4, 4, group=32, tma=True),
+    "weight_grad/128": Launch(128, 128, 64, 4, 2, group=1),
     # One token: columns of the output and what is read of each of their rows at a time; `single_down` reads so many
     # experts (rows) at once.
     "single_up/1": Launch(1, 4, 512, 4, 1),
+    "single_up/1/narrow": Launch(1, 4, 512, 4, 1),
     "single_down/1": Launch(4, 4, 256, 4, 1),
-    "decode_up/16": Launch(16, 16, 256, 4, 4),
+    "single_down/1/narrow": Launch(4, 4, 256, 4, 1),
+    # Tokens are read once for each block of columns, through the L2 cache that the weights come through as well: the
+    # more tokens, the wider the block.
+    "decode_up/16": Launch(16, 64, 64, 4, 5),
+    "decode_up/16/narrow": Launch(16, 64, 64, 4, 5),
     "decode_up/32": Launch(32, 64, 64, 4, 5),
+    "decode_up/32/narrow": Launch(32, 64, 64, 4, 5),
     "decode_up/64": Launch(64, 64, 64, 4, 4),
-    "decode_down/16": Launch(16, 32, 256, 4, 4),
+    "decode_up/64/narrow": Launch(64, 64, 64, 4, 4),
+    "decode_down/16": Launch(16, 64, 128, 4, 4),
+    "decode_down/16/narrow": Launch(16, 64, 128, 4, 4),
     "decode_down/32": Launch(32, 64, 128, 4, 4),
+    "decode_down/32/narrow": Launch(32, 64, 128, 4, 4),
     "decode_down/64": Launch(64, 128, 64, 4, 4),
+    "decode_down/64/narrow": Launch(64, 128, 64, 4, 4),
 }
 
 _overrides: dict[str, Launch] = {}
 
 
-def launch_for(kernel: str, rows: int, dtype: torch.dtype, device: torch.device) -> Launch:
+def key_of(kernel: str, rows: int, width: int) -> str:
+    """The table's key.
+
+    Args:
+        kernel: up, down, down_grad, input_grad, weight_grad, single_up, single_down, decode_up or decode_down.
+        rows: of its tiles.
+        width: of an expert, F.
+    """
+    narrow = f"{kernel}/{rows}/narrow"
+    return narrow if width <= NARROW and narrow in TABLE else f"{kernel}/{rows}"
+
+
+def launch_for(key: str, dtype: torch.dtype, device: torch.device) -> Launch:
     """The launch of a kernel.
 
     Args:
-        kernel: up, down, down_grad, input_grad, weight_grad, decode_up or decode_down.
-        rows: of its tiles.
+        key: as `key_of` gives it.
         dtype: of the operands. Tiles of 4-byte elements are narrower, so that they fill the same shared memory.
         device: whose tuned launches count.
     """
-    key = f"{kernel}/{rows}"
     launch = _overrides.get(key) or tuned(device).get(key) or TABLE[key]
     if dtype.itemsize > 2:
         launch = replace(launch, cols=min(launch.cols, 64), inner=max(launch.inner // 4, 16))
@@ -143,11 +168,17 @@ def weights_argument(weights: Tensor, block: tuple[int, int], *, bulk: bool) -> 
         The kernel's argument, and whether that is a description for the copy engine: it only takes rows of whole 16
         bytes.
     """
-    if not bulk or weights.shape[2] * weights.itemsize % 16:
+    if not bulk or weights.shape[2] * weights.itemsize % 16 or not has_copy_engine(weights.device):
         return weights, False
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor.from_tensor(weights.flatten(0, 1), list(block)), True
+
+
+@functools.cache
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether it is Hopper or later; the interpreter has one as well."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @contextmanager

@@ -11,15 +11,13 @@ from torch import Tensor
 from moeify.kernels.backward import activation_grad, weight_grad
 from moeify.kernels.combine import combine
 from moeify.kernels.decode import decode
-from moeify.kernels.launch import DECODE_TOKENS, backward_rows, forward_rows, launch_for
+from moeify.kernels.launch import DECODE_TOKENS, backward_rows, forward_rows, key_of, launch_for
 from moeify.kernels.matmul import expert_matmul
 from moeify.kernels.reference import ACTIVATIONS
-from moeify.kernels.routing import Routing, route
+from moeify.kernels.routing import route
 from moeify.kernels.single import single
 from moeify.kernels.up import up
 
-# Whether one token takes the road of single.py or that of decode.py.
-SINGLE = True
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -103,7 +101,7 @@ def _inference(
     if experts_TK.numel() == 0:
         return torch.zeros_like(inputs_TD)
     with torch.cuda.device_of(inputs_TD):
-        if len(inputs_TD) == 1 and SINGLE:
+        if len(inputs_TD) == 1:
             return single(inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, activation=activation, gated=gated)
         if len(inputs_TD) <= DECODE_TOKENS:
             return decode(inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, activation=activation, gated=gated)
@@ -151,11 +149,12 @@ def _sorted(
     gated: bool,
 ) -> Tensor:
     num_experts, num_tokens, num_ranks = len(up_EPD), *experts_TK.shape
-    rows, dtype, device = forward_rows(experts_TK.numel(), num_experts), inputs_TD.dtype, inputs_TD.device
+    rows, width = forward_rows(experts_TK.numel(), num_experts), down_EDF.shape[2]
+    dtype, device = inputs_TD.dtype, inputs_TD.device
     routing = route(experts_TK, num_experts, rows)
-    launch = launch_for("up", rows, dtype, device)
+    launch = launch_for(key_of("up", rows, width), dtype, device)
     hidden_SF = up(inputs_TD, up_EPD, routing, launch, activation=activation, gated=gated, pre_SP=pre_SP)
-    launch = launch_for("down", rows, dtype, device)
+    launch = launch_for(key_of("down", rows, width), dtype, device)
     rows_SD = expert_matmul(hidden_SF, down_EDF, routing, launch, transposed=True, to_slots=True, scale_S=weights_TK)
     return combine(rows_SD.view(num_tokens, num_ranks, -1), experts_TK, num_experts, dtype)
 
@@ -178,30 +177,26 @@ def _backward(
         return tuple(torch.zeros_like(tensor) for tensor in tensors)  # type: ignore[return-value]
     with torch.cuda.device_of(inputs_TD):
         num_experts, num_ranks = len(up_EPD), experts_TK.shape[1]
-        rows, dtype, device = backward_rows(experts_TK.numel(), num_experts), inputs_TD.dtype, inputs_TD.device
+        rows, width = backward_rows(experts_TK.numel(), num_experts), down_EDF.shape[2]
+        dtype, device = inputs_TD.dtype, inputs_TD.device
         routing = route(experts_TK, num_experts, rows)
-        launch = launch_for("down_grad", rows, dtype, device)
+        launch = launch_for(key_of("down_grad", rows, width), dtype, device)
         grad_SF = expert_matmul(grad_TD, down_EDF, routing, launch, transposed=False, from_tokens=True)
         grad = activation_grad(grad_SF, pre_SP, weights_TK, routing, activation=activation)
-        launch = launch_for("weight_grad", 128, dtype, device)
+        launch = launch_for(key_of("weight_grad", 128, width), dtype, device)
         by_expert: dict[str, Any] = {"routing": routing, "num_experts": num_experts, "num_ranks": num_ranks}
         by_expert["launch"] = launch
         # Returned tensors must not share memory, not even the empty ones.
         found = [inputs_TD.new_empty(0) for _ in range(3)]
         if wanted[0]:
-            found[0] = _inputs_grad(grad.pre_SP, up_EPD, experts_TK, routing)
+            launch = launch_for(key_of("input_grad", rows, width), dtype, device)
+            rows_SD = expert_matmul(grad.pre_SP, up_EPD, routing, launch, transposed=False, to_slots=True)
+            found[0] = combine(rows_SD.view(*experts_TK.shape, -1), experts_TK, num_experts, dtype)
         if wanted[1]:
             found[1] = weight_grad(grad.pre_SP, inputs_TD, left_by_token=False, right_by_token=True, **by_expert)
         if wanted[2]:
             found[2] = weight_grad(grad_TD, grad.hidden_SF, left_by_token=True, right_by_token=False, **by_expert)
         return found[0], found[1], found[2], grad.gates_S.view_as(weights_TK).to(weights_TK.dtype)
-
-
-def _inputs_grad(pre_grad_SP: Tensor, up_EPD: Tensor, experts_TK: Tensor, routing: Routing) -> Tensor:
-    dtype = pre_grad_SP.dtype
-    launch = launch_for("input_grad", routing.rows_per_tile, dtype, pre_grad_SP.device)
-    rows_SD = expert_matmul(pre_grad_SP, up_EPD, routing, launch, transposed=False, to_slots=True)
-    return combine(rows_SD.view(*experts_TK.shape, -1), experts_TK, len(up_EPD), dtype)
 
 
 @_backward.register_fake

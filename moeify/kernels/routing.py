@@ -14,8 +14,11 @@ from torch import Tensor
 from moeify.kernels.launch import COMPILED
 
 # Ids that one program of the sort reads. Its offsets come from summing all programs' counts, which it does itself: a
-# scan would be one more launch. 131,072 slots make 128 programs, and 128 counts of 64 experts are 32 KiB to read.
-SLOTS_A_PROGRAM = 1024
+# scan would be one more launch. So many programs that each has little to do one after the other, and few enough that
+# their counts are soon read: 256 of 64 experts are 64 KiB.
+SLOTS_A_PROGRAM, PROGRAMS = (64, 1024), 256
+# Up to so many one program counts and places, which saves a launch.
+SLOTS_ALONE = 256
 # Elements of the (ids, experts) comparison that a program holds at once: 32 a thread.
 COMPARED_AT_ONCE = 4096
 
@@ -55,8 +58,12 @@ def route(experts_TK: Tensor, num_experts: int, rows_per_tile: int) -> Routing:
     num_slots, device = experts_TK.numel(), experts_TK.device
     max_tiles = min(triton.cdiv(num_slots, rows_per_tile) + num_experts, num_slots)
     width = max(triton.next_power_of_2(num_experts), 2)
+    slots = SLOTS_ALONE
+    if num_slots > SLOTS_ALONE:
+        least, most = SLOTS_A_PROGRAM
+        slots = min(max(triton.next_power_of_2(triton.cdiv(num_slots, PROGRAMS)), least), most)
     chunk = max(min(COMPARED_AT_ONCE // width, 128), 16)
-    programs = triton.cdiv(num_slots, SLOTS_A_PROGRAM)
+    programs = triton.cdiv(num_slots, slots)
 
     def empty(length: int) -> Tensor:
         return torch.empty(length, dtype=torch.int32, device=device)
@@ -70,7 +77,7 @@ def route(experts_TK: Tensor, num_experts: int, rows_per_tile: int) -> Routing:
         num_tiles=empty(1),
         rows_per_tile=rows_per_tile,
     )
-    sizes: dict[str, Any] = dict(NUM_EXPERTS=num_experts, WIDTH=width, CHUNK=chunk, SLOTS=SLOTS_A_PROGRAM, **COMPILED)
+    sizes: dict[str, Any] = dict(NUM_EXPERTS=num_experts, WIDTH=width, SLOTS=slots, **COMPILED)
     if programs > 1:
         count_kernel[(programs,)](experts_TK, counts, num_slots, **sizes)
     place_kernel[(programs,)](
@@ -85,6 +92,7 @@ def route(experts_TK: Tensor, num_experts: int, rows_per_tile: int) -> Routing:
         programs,
         ALONE=programs == 1,
         TILE_ROWS=rows_per_tile,
+        CHUNK=min(chunk, slots),
         PROGRAMS_AT_ONCE=chunk,
         **sizes,
     )
@@ -92,28 +100,10 @@ def route(experts_TK: Tensor, num_experts: int, rows_per_tile: int) -> Routing:
 
 
 @triton.jit
-def _chosen(experts, first, num_slots, NUM_EXPERTS: tl.constexpr, CHUNK: tl.constexpr):
-    slot = first + tl.arange(0, CHUNK)
-    return slot, tl.load(experts + slot, mask=slot < num_slots, other=NUM_EXPERTS).to(tl.int32)
-
-
-@triton.jit
-def _count(
-    experts,
-    program,
-    num_slots,
-    NUM_EXPERTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    SLOTS: tl.constexpr,
-):
-    expert = tl.arange(0, WIDTH)
-    count = tl.zeros((WIDTH,), tl.int32)
-    for first in range(0, tl.minimum(SLOTS, num_slots - program * SLOTS), CHUNK):
-        _, chosen = _chosen(experts, program * SLOTS + first, num_slots, NUM_EXPERTS, CHUNK)
-        count += tl.sum((chosen[:, None] == expert[None, :]).to(tl.int32), 0)
-    # Ids that name no expert fall into the padding, if anywhere.
-    return tl.where(expert < NUM_EXPERTS, count, 0)
+def count_ids(experts, slot, there, NUM_EXPERTS: tl.constexpr, WIDTH: tl.constexpr):
+    """How often these slots name each expert."""
+    chosen = tl.load(experts + slot, mask=there, other=NUM_EXPERTS)
+    return tl.histogram(chosen.to(tl.int32), WIDTH, mask=chosen < NUM_EXPERTS)
 
 
 @triton.jit
@@ -123,12 +113,12 @@ def count_kernel(
     num_slots,
     NUM_EXPERTS: tl.constexpr,
     WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
     """counts (programs, WIDTH): how often each expert stands among a program's ids."""
     program = tl.program_id(0)
-    count = _count(experts, program, num_slots, NUM_EXPERTS, WIDTH, CHUNK, SLOTS)
+    slot = program * SLOTS + tl.arange(0, SLOTS)
+    count = count_ids(experts, slot, slot < num_slots, NUM_EXPERTS, WIDTH)
     tl.store(counts + program * WIDTH + tl.arange(0, WIDTH), count)
 
 
@@ -157,7 +147,8 @@ def place_kernel(
     before = tl.zeros((WIDTH,), tl.int32)
     total = tl.zeros((WIDTH,), tl.int32)
     if ALONE:
-        total = _count(experts, program, num_slots, NUM_EXPERTS, WIDTH, CHUNK, SLOTS)
+        slot = tl.arange(0, SLOTS)
+        total = count_ids(experts, slot, slot < num_slots, NUM_EXPERTS, WIDTH)
     else:
         for first in range(0, programs, PROGRAMS_AT_ONCE):
             other = first + tl.arange(0, PROGRAMS_AT_ONCE)
@@ -181,7 +172,8 @@ def place_kernel(
         tl.store(tile_row + tile, row, mask=tile < all_tiles)
     place = start + before
     for first in range(0, tl.minimum(SLOTS, num_slots - program * SLOTS), CHUNK):
-        slot, chosen = _chosen(experts, program * SLOTS + first, num_slots, NUM_EXPERTS, CHUNK)
+        slot = program * SLOTS + first + tl.arange(0, CHUNK)
+        chosen = tl.load(experts + slot, mask=slot < num_slots, other=NUM_EXPERTS).to(tl.int32)
         here = (chosen[:, None] == expert[None, :]).to(tl.int32)
         rank = tl.cumsum(here, 0) - here
         row = tl.sum(here * (place[None, :] + rank), 1)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moeify.kernels.activation import activate
-from moeify.kernels.launch import COMPILED, launch_for
+from moeify.kernels.launch import COMPILED, key_of, launch_for
 from moeify.kernels.tiles import load_block
 
 
@@ -31,7 +31,7 @@ def single(
     dim, num_ranks = inputs_TD.shape[1], experts_TK.shape[1]
     num_experts, _, width = down_EDF.shape
     dtype, device = inputs_TD.dtype, inputs_TD.device
-    up, down = (launch_for(f"single_{half}", 1, dtype, device) for half in ("up", "down"))
+    up, down = (launch_for(key_of(f"single_{half}", 1, width), dtype, device) for half in ("up", "down"))
     hidden_KF = inputs_TD.new_empty(num_ranks, width)
     out_TD = inputs_TD.new_empty(1, dim)
     sizes: dict[str, Any] = {"D": dim, "F": width, "NUM_EXPERTS": num_experts, **COMPILED}

@@ -17,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from moeify.kernels.launch import DECODE_TOKENS, Launch, backward_rows, forward_rows, launch_for, launching
+from moeify.kernels.launch import DECODE_TOKENS, Launch, backward_rows, forward_rows, key_of, launch_for, launching
 from moeify.kernels.ops import moe_ffn
 from moeify.options import TuneOptions
 
@@ -77,19 +77,21 @@ def keys_of(shape: Shape, tokens: int, *, backward: bool) -> list[str]:
     slots = tokens * shape.num_ranks
     if backward:
         rows = backward_rows(slots, shape.num_experts)
-        return [f"down_grad/{rows}", f"input_grad/{rows}", "weight_grad/128"]
-    if tokens == 1:
-        return ["single_up/1", "single_down/1"]
-    if tokens <= DECODE_TOKENS:
+        kernels = {"down_grad": rows, "input_grad": rows, "weight_grad": 128}
+    elif tokens == 1:
+        kernels = {"single_up": 1, "single_down": 1}
+    elif tokens <= DECODE_TOKENS:
         rows = max(triton.next_power_of_2(tokens), 16)
-        return [f"decode_up/{rows}", f"decode_down/{rows}"]
-    rows = forward_rows(slots, shape.num_experts)
-    return [f"up/{rows}", f"down/{rows}"]
+        kernels = {"decode_up": rows, "decode_down": rows}
+    else:
+        rows = forward_rows(slots, shape.num_experts)
+        kernels = {"up": rows, "down": rows}
+    return [key_of(kernel, rows, shape.width) for kernel, rows in kernels.items()]
 
 
 def candidates(key: str, launch: Launch) -> Iterator[Launch]:
     """Launches of a kernel that are worth a try; a tile stays as high as tokens were sorted for."""
-    kernel, _ = key.split("/")
+    kernel = key.partition("/")[0]
     if kernel.startswith("single"):
         for rows, cols, inner, warps in product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (128, 256, 512, 1024), (2, 4, 8)):
             wide, narrow = kernel == "single_up" and rows == 1, kernel == "single_down" and inner <= 512
@@ -98,7 +100,9 @@ def candidates(key: str, launch: Launch) -> Iterator[Launch]:
                 yield replace(launch, rows=rows, cols=cols, inner=inner, warps=warps)
     elif kernel.startswith("decode"):
         for cols, inner, warps, stages in product((16, 32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 5)):
-            yield replace(launch, cols=cols, inner=inner, warps=warps, stages=stages)
+            # Eight warps have too little to do on small tiles.
+            if warps == 4 or cols >= 64:
+                yield replace(launch, cols=cols, inner=inner, warps=warps, stages=stages)
     elif kernel == "weight_grad":
         for rows, cols, inner, warps, stages in product((128, 256), (128, 256), (32, 64, 128), (4, 8), (2, 3, 4)):
             if rows * cols <= 128 * 256:
@@ -142,10 +146,9 @@ def tune(
         for back in (False, True) if backward and number > DECODE_TOKENS else (False,):
             call = _call(shape, number, device, backward=back)
             for key in keys_of(shape, number, backward=back):
-                kernel, rows = key.split("/")
                 with launching(found):
                     # The table is in terms of 2-byte elements, whatever the shape's dtype.
-                    start = launch_for(kernel, int(rows), torch.bfloat16, device)
+                    start = launch_for(key, torch.bfloat16, device)
                     tuned = _tune_one(key, number, start, call, time)
                 found[key] = tuned.launch
                 yield tuned
@@ -235,9 +238,7 @@ def _compile_share(
         for back in (False, True) if backward and count > DECODE_TOKENS else (False,):
             call = None
             for key in keys_of(shape, count, backward=back):
-                kernel, rows = key.split("/")
-                start = launch_for(kernel, int(rows), torch.bfloat16, device)
-                for launch in candidates(key, start):
+                for launch in candidates(key, launch_for(key, torch.bfloat16, device)):
                     number += 1
                     if number % shares != share:
                         continue

@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from moeify.kernels import launch, ops
 from moeify.kernels.decode import decode
+from moeify.kernels.single import single
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
@@ -104,7 +105,8 @@ def compiling(target: int) -> Iterator[Compiler]:
     def instead(kernel: JITFunction, grid: Any) -> Any:
         return lambda *arguments, **named: compiler(kernel, arguments, named)
 
-    with mock.patch.object(JITFunction, "__getitem__", instead), mock.patch.object(torch.cuda, "device_of"):
+    engine = mock.patch.object(launch, "has_copy_engine", return_value=target >= 90)
+    with mock.patch.object(JITFunction, "__getitem__", instead), mock.patch.object(torch.cuda, "device_of"), engine:
         yield compiler
 
 
@@ -130,7 +132,7 @@ def kernels(
     launches = {
         key: found if not tma else replace(found, tma=True)
         for key, found in launch.TABLE.items()
-        if not key.startswith(("decode", "weight_grad"))
+        if not key.startswith(("single", "decode", "weight_grad"))
     }
     with compiling(target) as compiler, launch.launching(launches if tma else {}):
         for number in tokens:
@@ -139,7 +141,7 @@ def kernels(
             weights = torch.empty(number, ranks, device="meta", dtype=torch.float32)
             named = {"activation": activation, "gated": gated}
             if number <= launch.DECODE_TOKENS:
-                decode(inputs, up, down, ids, weights, **named)
+                (single if number == 1 else decode)(inputs, up, down, ids, weights, **named)
                 continue
             ops._sorted(inputs, up, down, ids, weights, None, activation, gated)
             pre = torch.empty(number * ranks, up.shape[1], **meta)

@@ -14,7 +14,7 @@ from torch import Tensor
 from moeify.kernels import moe_ffn
 from moeify.kernels.launch import DECODE_TOKENS, TABLE, Launch, launching
 from moeify.kernels.reference import ACTIVATIONS, moe_ffn_reference
-from moeify.kernels.routing import SLOTS_A_PROGRAM, route
+from moeify.kernels.routing import route
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SMALL = {key: Launch(launch.rows, 32, 32, 4, 2, group=2) for key, launch in TABLE.items()} | {
@@ -238,7 +238,7 @@ def test_an_unknown_activation_is_refused() -> None:
 
 @pytest.mark.parametrize("rows", [16, 64])
 @pytest.mark.parametrize(
-    ("tokens", "ranks", "experts"), [(7, 2, 6), (100, 4, 12), (70, 1, 1), (300, 2, 70), (SLOTS_A_PROGRAM, 3, 5)]
+    ("tokens", "ranks", "experts"), [(7, 2, 6), (100, 4, 12), (70, 1, 1), (300, 2, 70), (1024, 3, 5), (5500, 3, 4)]
 )
 def test_routing_is_a_stable_sort_with_tiles_of_one_expert(tokens: int, ranks: int, experts: int, rows: int) -> None:
     torch.manual_seed(0)

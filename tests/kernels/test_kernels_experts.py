@@ -72,7 +72,7 @@ def roads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return call
 
-    for name in ("decode", "_sorted"):
+    for name in ("single", "decode", "_sorted"):
         monkeypatch.setattr(ops, name, counted(name))
     return taken
 
@@ -107,7 +107,8 @@ def test_generate_gives_the_same_tokens_on_the_short_road(
         tokens[implementation] = model.generate(text(1, 6), max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert tokens["eager"].shape == (1, 9)
     assert torch.equal(tokens["moeify"], tokens["eager"])
-    assert roads == {"decode": 3 * num_moe_layers(model)}
+    # The prompt, then one token after another.
+    assert roads == {"decode": num_moe_layers(model), "single": 2 * num_moe_layers(model)}
 
 
 def test_many_tokens_without_gradients_are_sorted(models: Callable[[str], Any], roads: Counter[str]) -> None:
@@ -327,7 +328,7 @@ def test_experts_of_another_device_add_nothing(gone: str, num_tokens: int, roads
     away = {"one rank": (slice(0, 6), 0), "one token": (4,), "all": (slice(None),)}[gone]
     index_TK[away] = module.num_experts
     expected, found = (call(module, implementation, index_TK) for implementation in ("eager", "moeify"))
-    assert roads == {"_sorted": 1, "decode": 1}
+    assert roads == {"_sorted": 1, "single" if num_tokens == 1 else "decode": 1}
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
     assert not found["weights"][away].any()
