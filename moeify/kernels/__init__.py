@@ -8,9 +8,9 @@
       |
     combine    the experts of a token, summed in fixed order (combine.py)
 
-backward.py leads the same road back, decode.py is the short cut for few tokens. ops.py joins the pieces for autograd
-and torch.compile, experts.py hands them to transformers, launch.py says which tiles they run with, and reference.py is
-the truth in plain torch that is never fast.
+backward.py leads the same road back; decode.py is the short cut for few tokens, single.py for one. ops.py joins the
+pieces for autograd and torch.compile, experts.py hands them to transformers, launch.py says which tiles they run with,
+and reference.py is the truth in plain torch that is never fast.
 
 Tensor names in these files end in their shape:
     T  tokens                   D  hidden size

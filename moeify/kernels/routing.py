@@ -147,8 +147,8 @@ def place_kernel(
     before = tl.zeros((WIDTH,), tl.int32)
     total = tl.zeros((WIDTH,), tl.int32)
     if ALONE:
-        slot = tl.arange(0, SLOTS)
-        total = count_ids(experts, slot, slot < num_slots, NUM_EXPERTS, WIDTH)
+        every = tl.arange(0, SLOTS)
+        total = count_ids(experts, every, every < num_slots, NUM_EXPERTS, WIDTH)
     else:
         for first in range(0, programs, PROGRAMS_AT_ONCE):
             other = first + tl.arange(0, PROGRAMS_AT_ONCE)

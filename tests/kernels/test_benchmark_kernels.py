@@ -58,5 +58,5 @@ def test_layer_parts(part: str, tmp_path: Path) -> None:
 
 def test_launches_are_tuned_and_reported(tmp_path: Path) -> None:
     rows = run("tune", tmp_path)["rows"]
-    assert [row["key"] for row in rows] == ["single_up/1/narrow", "single_down/1/narrow"]
+    assert [row["key"] for row in rows] == ["single_up/1", "single_down/1/narrow"]
     assert all(row["tried"] > 10 and 0 < row["after_us"] <= row["before_us"] for row in rows)

@@ -118,17 +118,16 @@ def error_of(found: Tensor, exact: Tensor) -> float:
 
 def errors(function: Callable[..., Tensor], shape: Shape, dtype: torch.dtype, device: str) -> dict[str, float]:
     """Relative errors against float64, over so many problems that one rounding does not decide."""
-    found: dict[str, list[Tensor]] = {}
-    exact: dict[str, list[Tensor]] = {}
+    squares: dict[str, Tensor] = {}
     for seed in range(-(-ACCURACY_TOKENS // shape.tokens)):
         tensors = problem(shape, dtype, device, seed)
         truth = training(moe_ffn_reference, in_float64(tensors), shape)
         values = training(function, tensors, shape)
         values["inference"], truth["inference"] = inference(function, tensors, shape), truth["out"]
         for name, value in values.items():
-            found.setdefault(name, []).append(value.flatten())
-            exact.setdefault(name, []).append(truth[name].flatten())
-    return {name: error_of(torch.cat(found[name]), torch.cat(exact[name])) for name in found}
+            both = torch.stack([(value.double() - truth[name]).square().sum(), truth[name].square().sum()])
+            squares[name] = squares.get(name, 0) + both
+    return {name: float((error / exact).sqrt()) for name, (error, exact) in squares.items()}
 
 
 LARGE = [

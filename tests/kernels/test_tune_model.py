@@ -66,7 +66,7 @@ def test_noise_changes_nothing() -> None:
 
 def test_what_the_device_cannot_run_is_counted_and_passed_over() -> None:
     def time(call: Callable[[], Any]) -> float:
-        if current("decode_up/16/narrow").stages > 4:
+        if current("decode_up/16/narrow").stages < 4:
             raise triton.runtime.errors.OutOfResources(300_000, 232_448, "shared memory")
         return 5.0
 
