@@ -2,10 +2,9 @@
 
 Only one block's logits of two models exist at a time, and only CHUNK_TOKENS of them as probabilities.
 
-Legend: B blocks, C tokens of a block, L = C - 1 predictions, V vocabulary, S resamples.
+Legend: B blocks, C tokens of a block, L = C - 1 predictions, V vocabulary.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moeify.benchmark.models.results import Interval, Quality
-from moeify.check.bootstrap import draws, interval
+from moeify.check.bootstrap import draws, interval, perplexity_of, perplexity_ratio
 from moeify.options import Track, untracked
 
 CHUNK_TOKENS = 64
@@ -78,18 +77,16 @@ def _row(
     name: str, data: str, num_tokens: int, table_B3: Tensor, dense_B3: Tensor, *, controls: Mapping[str, Tensor]
 ) -> Quality:
     """Means over blocks, and their intervals from the same draws for every model."""
-    draws_SB = draws(len(table_B3))
     losses_B, kl_B, agree_B = table_B3.unbind(dim=1)
-    ratio = _over(table_B3, dense_B3)
-    low, high = interval(losses_B[draws_SB].mean(dim=1))
-    kl_low, kl_high = interval(kl_B[draws_SB].mean(dim=1))
+    own, ratio = perplexity_of(losses_B), perplexity_ratio(losses_B, dense_B3[:, 0])
+    kl_low, kl_high = interval(kl_B[draws(len(kl_B))].mean(dim=1))
     return Quality(
         model=name,
         data=data,
         num_tokens=num_tokens,
-        perplexity=_exp(float(losses_B.mean())),
-        perplexity_low=_exp(low),
-        perplexity_high=_exp(high),
+        perplexity=own.value,
+        perplexity_low=own.low,
+        perplexity_high=own.high,
         ratio=ratio.value,
         ratio_low=ratio.low,
         ratio_high=ratio.high,
@@ -97,20 +94,7 @@ def _row(
         kl_low=kl_low,
         kl_high=kl_high,
         top1_agreement=float(agree_B.mean()),
-        over_static={control: _over(table_B3, control_B3) for control, control_B3 in controls.items()},
+        over_static={
+            control: Interval(*perplexity_ratio(losses_B, control_B3[:, 0])) for control, control_B3 in controls.items()
+        },
     )
-
-
-def _over(table_B3: Tensor, other_B3: Tensor) -> Interval:
-    """Ratio of two perplexities of the same blocks; the bootstrap draws a block for both at once."""
-    above_B = table_B3[:, 0] - other_B3[:, 0]
-    low, high = interval(above_B[draws(len(above_B))].mean(dim=1))
-    return Interval(_exp(float(above_B.mean())), _exp(low), _exp(high))
-
-
-def _exp(value: float) -> float:
-    """Infinite where a float ends or there is no number."""
-    try:
-        return math.exp(value) if not math.isnan(value) else math.inf
-    except OverflowError:
-        return math.inf
