@@ -188,6 +188,7 @@ class LayerExperts:
         random_capture: the same for a random choice.
         top_tokens: for each expert the tokens, as text, whose share among those it was chosen for is largest relative
             to their share of the text.
+        texts: name of each text, if there are several -> what `load` is on it alone.
     """
 
     layer: int
@@ -196,6 +197,22 @@ class LayerExperts:
     oracle_capture: float
     random_capture: float
     top_tokens: tuple[tuple[str, ...], ...]
+    texts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The beginning of a text, and how each model goes on: its likeliest token, again and again.
+
+    Args:
+        data: the text.
+        prompt: its beginning.
+        continuations: by model.
+    """
+
+    data: str
+    prompt: str
+    continuations: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -249,7 +266,7 @@ class ModelBench:
         dtype: of weights; the types of the GGUF files where transformers runs none.
         context: tokens of a block of the quality texts.
         models: the dense one first.
-        quality, speed, verdicts: rows.
+        quality, samples, speed, verdicts: rows.
         experts: by model name.
         engine_files, engine_speed: rows of other engines, with `--engine llama.cpp`.
         ceilings: of this machine in this run, with `--roofline`.
@@ -264,6 +281,7 @@ class ModelBench:
     context: int
     models: list[Model] = field(default_factory=list)
     quality: list[Quality] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     speed: list[Speed] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     experts: dict[str, list[LayerExperts]] = field(default_factory=dict)
