@@ -16,7 +16,7 @@ from moeify.benchmark.models import quality as quality_module
 from moeify.benchmark.models.anatomy import experts_modules
 from moeify.benchmark.models.expert_use import SMALLEST_COUNT, expert_use, output_energies, top_places
 from moeify.benchmark.models.quality import block_scores, measure_quality
-from moeify.benchmark.models.results import Interval
+from moeify.benchmark.models.results import ALL_TEXTS, Interval
 from moeify.benchmark.models.samples import write_samples
 from moeify.check.bootstrap import RESAMPLES, draws, interval
 from moeify.check.evaluate import evaluate, load
@@ -136,6 +136,15 @@ def test_load_and_company_are_counted_by_hand(moe: Any) -> None:
             )
             best = sorted((chose[token] / occurrences[token] for token in chose), reverse=True)[:8]
             assert [chose[int(token)] / occurrences[int(token)] for token in tokens] == best
+
+
+def test_quality_over_all_texts_is_that_of_their_blocks_together(make_dense: MakeDense) -> None:
+    models = {name: load(str(make_dense("llama", seed=seed))) for name, seed in (("dense", 0), ("moe", 1))}
+    texts = {"a": ids_of(3, 12), "b": ids_of(5, 12) // 2}
+    rows = measure_quality(models, "dense", texts)
+    together = measure_quality(models, "dense", {ALL_TEXTS: torch.cat(list(texts.values()))})
+    assert [row.data for row in rows[:: len(models)]] == ["a", "b", ALL_TEXTS]
+    assert rows[-len(models) :] == together
 
 
 def test_each_of_several_texts_has_its_own_load(moe: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.benchmark.models.results import Interval, Quality
+from moeify.benchmark.models.results import ALL_TEXTS, Interval, Quality
 from moeify.check.bootstrap import draws, interval, perplexity_of, perplexity_ratio
 from moeify.options import Track, untracked
 
@@ -26,7 +26,7 @@ def measure_quality(
     static: Sequence[str] = (),
     track: Track[Any] = untracked,
 ) -> list[Quality]:
-    """One row a text and model.
+    """One row a text and model, and one a model for the blocks of all texts, if there are several.
 
     Args:
         models: loaded, by name; all with one vocabulary.
@@ -35,22 +35,30 @@ def measure_quality(
         static: names of static models, with which the others are compared as well.
         track: wraps the loop over blocks.
     """
-    rows: list[Quality] = []
+    scores: dict[str, dict[str, Tensor]] = {}
     for data, ids_BC in texts.items():
-        scores: dict[str, list[Tensor]] = {name: [] for name in models}
+        blocks: dict[str, list[Tensor]] = {name: [] for name in models}
         for ids_C in track(ids_BC, f"quality on {data}", len(ids_BC)):
             reference_LV = _logits(models[dense], ids_C)
             for name, model in models.items():
                 logits_LV = reference_LV if name == dense else _logits(model, ids_C)
-                scores[name].append(block_scores(logits_LV, reference_LV, ids_C[1:].to(logits_LV.device)))
-        tables = {name: torch.stack(blocks) for name, blocks in scores.items()}
-        size = ids_BC.shape[0] * (ids_BC.shape[1] - 1)
-        controls = {name: tables[name] for name in static}
-        rows += [
-            _row(name, data, size, table_B3, tables[dense], controls={} if name in {dense, *static} else controls)
-            for name, table_B3 in tables.items()
-        ]
-    return rows
+                blocks[name].append(block_scores(logits_LV, reference_LV, ids_C[1:].to(logits_LV.device)))
+        scores[data] = {name: torch.stack(own) for name, own in blocks.items()}
+    if len(texts) > 1:
+        scores[ALL_TEXTS] = {name: torch.cat([tables[name] for tables in scores.values()]) for name in models}
+    predictions = next(iter(texts.values())).shape[1] - 1
+    return [
+        _row(
+            name,
+            data,
+            len(table_B3) * predictions,
+            table_B3,
+            tables[dense],
+            controls={} if name in {dense, *static} else {control: tables[control] for control in static},
+        )
+        for data, tables in scores.items()
+        for name, table_B3 in tables.items()
+    ]
 
 
 def block_scores(logits_LV: Tensor, reference_LV: Tensor, ids_L: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ Phase = Literal["prefill", "decode"]
 Outcome = Literal["faster", "same", "slower", "cannot tell"]
 # Two times are the same if their ratio is certainly that near to one; a convention, as is the threshold of --baseline.
 SAME_WITHIN = 0.05
+# Name of the quality over the blocks of all texts, where there are several.
+ALL_TEXTS = "all texts"
 # Where parameters are.
 PARTS = ("embedding", "attention", "ffn", "router", "norm", "head")
 
@@ -84,7 +86,7 @@ class Quality:
     """One model on one text; intervals are 95 % (bootstrap over blocks), ratios draw the same blocks for both.
 
     Args:
-        model, data: what was measured on what.
+        model, data: what was measured on what, ALL_TEXTS for the blocks of all texts together.
         num_tokens: that were scored.
         perplexity, perplexity_low, perplexity_high: of the text.
         ratio, ratio_low, ratio_high: perplexity over the dense model's; one for itself.
