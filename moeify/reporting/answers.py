@@ -43,25 +43,21 @@ class Answers:
     readers: tuple[Reading, ...]
 
 
+Concerns = Callable[[Facts, Verdict], bool]
+
+
+def _in_transformers(*, gpu: bool, many: bool | None = None) -> Concerns:
+    """Regimes of transformers there, with one sequence, or many, or any number."""
+    return lambda facts, row: row in facts.in_transformers and facts.on_gpu is gpu and many in (None, row.batch > 1)
+
+
 # Who asks, which regimes concern them, and what more `moeify bench` needs to be told to measure those.
-READERS: tuple[tuple[str, Callable[[Facts, Verdict], bool], str], ...] = (
+READERS: tuple[tuple[str, Concerns, str], ...] = (
     ("A file on a CPU (llama.cpp)", lambda facts, row: row in facts.engine, "--engine llama.cpp"),
-    ("A CPU (transformers)", lambda facts, row: _is_in_transformers(facts, row, gpu=False), "--device cpu"),
-    (
-        "A GPU, one request at a time",
-        lambda facts, row: _is_in_transformers(facts, row, gpu=True) and row.batch == 1,
-        "--device cuda",
-    ),
-    (
-        "A GPU server, many requests at once",
-        lambda facts, row: _is_in_transformers(facts, row, gpu=True) and row.batch > 1,
-        "--device cuda --batch 32",
-    ),
+    ("A CPU (transformers)", _in_transformers(gpu=False), "--device cpu"),
+    ("A GPU, one request at a time", _in_transformers(gpu=True, many=False), "--device cuda"),
+    ("A GPU server, many requests at once", _in_transformers(gpu=True, many=True), "--device cuda --batch 32"),
 )
-
-
-def _is_in_transformers(facts: Facts, row: Verdict, *, gpu: bool) -> bool:
-    return row in facts.in_transformers and facts.on_gpu is gpu
 
 
 def answers(facts: Facts, command: str, folder: Path) -> Answers:
@@ -78,9 +74,7 @@ def answers(facts: Facts, command: str, folder: Path) -> Answers:
     return Answers(tuple(_lost(facts)), tuple(_gained(facts)), overall, (*readers, _small_gpu(facts)))
 
 
-def _reading(
-    facts: Facts, reader: str, concerns: Callable[[Facts, Verdict], bool], command: str, folder: Path
-) -> Reading:
+def _reading(facts: Facts, reader: str, concerns: Concerns, command: str, folder: Path) -> Reading:
     if not any(concerns(facts, regime) for regime in facts.regimes):
         out = quoted(["-o", f"{folder}-more"])
         return Reading(reader, Advice("unknown", "Not measured."), f"{command} {out}")
@@ -118,7 +112,7 @@ def _lost(facts: Facts) -> list[str]:
         if ratio is not None and ratio > 1 + verdict.NOTABLE:
             lines.append(f"{what} is {factor(ratio)} times as large.")
     lines += [f"In {row.engine} ({row.type}): {row.reason}." for row in facts.engine_files if row.reason]
-    if not verdict.is_faster_in_engine(facts):
+    if not verdict.where(facts, "faster", ("engine",)):
         lines += filter(None, [verdict.engine_words(facts)])
     return lines + [words for words in [verdict.control_words(facts)] if words.startswith("Worse")]
 
@@ -128,10 +122,10 @@ def _gained(facts: Facts) -> list[str]:
     lines = [f"A token uses {count(active)} of {count(parameters(facts.model))} parameters; dense: {count(dense)}."]
     if faster := verdict.where(facts, "faster"):
         lines.append(f"Faster for {faster}, up to {factor(max(speeds(facts.in_transformers) or ()))}x.")
-    elif facts.regimes and not verdict.is_faster_in_engine(facts):
+    elif facts.regimes and not verdict.where(facts, "faster", ("engine",)):
         lines.append(f"No speed: {verdict.not_faster(facts)}.")
     lines += [f"{_capital(words)}." for words in verdict.smaller(facts)]
-    if verdict.is_faster_in_engine(facts):
+    if verdict.where(facts, "faster", ("engine",)):
         lines.append(verdict.engine_words(facts))
     return lines + [words for words in [verdict.control_words(facts)] if words and not words.startswith("Worse")]
 

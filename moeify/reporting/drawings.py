@@ -1,16 +1,15 @@
 """The plots of a report: perplexity against size, speed against batch size, and fine-tuning."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moeify.benchmark.models.results import ModelBench, Speed
-from moeify.benchmark.models.verdicts import fastest
-from moeify.reporting.facts import active_parameters, quality_of
+from moeify.benchmark.models.results import Verdict
+from moeify.reporting.facts import Facts, active_parameters, quality_of
 from moeify.reporting.plots import Axis, Plot, Point, Series, Shape
 from moeify.reporting.reader import RunFolder
-from moeify.reporting.tables import KINDS
+from moeify.reporting.tables import KINDS, speed
 from moeify.words import count, number, percent
 
 if TYPE_CHECKING:
@@ -80,38 +79,39 @@ def _search_points(result: "SearchResult") -> list[Series]:
     ]
 
 
-def speeds(bench: ModelBench) -> list[Plot]:
-    """Speed over the dense model's against batch size: one plot a phase and prompt length."""
-    cases = sorted({(row.phase, row.prompt_tokens) for row in bench.speed if row.time_over_dense})
-    return [_speed_plot(bench, phase, prompt) for phase, prompt in cases]
+def speeds(all_facts: Sequence[Facts]) -> list[Plot]:
+    """Speed over the dense model's against batch size: one plot a phase and prompt length, of the table's rows."""
+    cases = sorted({(row.phase, row.prompt_tokens) for facts in all_facts for row in facts.in_transformers})
+    return [_speed_plot(all_facts, phase, prompt) for phase, prompt in cases]
 
 
-def _speed_plot(bench: ModelBench, phase: str, prompt: int) -> Plot:
-    rows = [row for row in bench.speed if (row.phase, row.prompt_tokens) == (phase, prompt)]
-    batches = sorted({row.batch for row in rows})
+def _speed_plot(all_facts: Sequence[Facts], phase: str, prompt: int) -> Plot:
     lines: list[Series] = []
-    for kind, shapes in SHAPES.items():
-        names = [model.name for model in bench.models if model.kind == kind]
-        for number_of_kind, name in enumerate(names):
-            regimes = [fastest([row for row in rows if row.batch == batch], name) for batch in batches]
-            timed = [row for row in regimes if row is not None and (kind == "dense" or row.time_over_dense)]
-            lines.append(Series(name, kind, tuple(map(_speed_point, timed)), shapes[number_of_kind % len(shapes)]))
+    for facts in all_facts:
+        rows = [row for row in facts.in_transformers if (row.phase, row.prompt_tokens) == (phase, prompt)]
+        lines += [_line(facts.model.name, facts.model.kind, map(_speed_point, rows), lines)] if rows else []
+    batches = sorted({point.x for line in lines for point in line.points})
+    dense = Series("dense", "dense", tuple(Point(batch, 1.0, "dense") for batch in batches), "square")
     return Plot(
         key=f"speed-{phase}-{prompt}",
         title=f"{phase.capitalize()}, {'after ' if phase == 'decode' else ''}{prompt:,} tokens",
         description="Higher is better; each model on the implementation that is fastest for it.",
-        x=Axis("batch (sequences)", "log", ticks=tuple(map(float, batches))),
+        x=Axis("batch (sequences)", "log", ticks=tuple(batches)),
         y=Axis("speed / dense", "log", include=(1.0,)),
-        series=tuple(one for one in lines if one.points),
+        series=(dense, *lines[::-1]),
     )
 
 
-def _speed_point(row: Speed) -> Point:
-    """A row as a multiple of the dense model's speed; it has a time."""
-    title = f"{row.model}, batch {row.batch}: {row.implementation}, {number(row.tokens_per_second or 0.0)} tokens/s"
-    low, high = row.time_over_dense_low, row.time_over_dense_high
-    interval = (1 / high, 1 / low) if low and high else None
-    return Point(row.batch, 1 / (row.time_over_dense or 1.0), title, interval=interval)
+def _speed_point(row: Verdict) -> Point:
+    value = speed(row)
+    title = f"{row.model}, batch {row.batch}: {row.implementation}, {row.outcome}"
+    return Point(float(row.batch), value.value, title, interval=(value.low, value.high))
+
+
+def _line(name: str, kind: str, points: Iterable[Point], others: Sequence[Series]) -> Series:
+    """In the colour of its kind, with marks that tell it from others of that kind."""
+    shapes = SHAPES[kind]
+    return Series(name, kind, tuple(points), shapes[sum(other.style == kind for other in others) % len(shapes)])
 
 
 def training(run: RunFolder) -> Plot | None:
@@ -121,15 +121,9 @@ def training(run: RunFolder) -> Plot | None:
     for one in run.tuned:
         points: list[Point] = []
         for stage in one.stages:
-            begin = points[-1].x if points else 0.0
-            points += [
-                Point(begin + tokens / MILLION, perplexity, f"{one.name}, {stage.stage}: {number(perplexity)}")
-                for tokens, perplexity in one.curve(stage)
-            ]
-        kind = kinds.get(one.name, "moe")
-        shapes = SHAPES[kind]
-        shape = shapes[sum(other.style == kind for other in series) % len(shapes)]
-        series += [Series(one.name, kind, tuple(points), shape)] if points else []
+            begin, title = points[-1].x if points else 0.0, f"{one.name}, {stage.stage}"
+            points += [Point(begin + tokens / MILLION, value, title) for tokens, value in one.curve(stage)]
+        series += [_line(one.name, kinds.get(one.name, "moe"), points, series)] if points else []
     axes = (Axis("tokens trained on (million)"), Axis("perplexity on held-out text", "log"))
     words = "Lower is better. All checkpoints on the same axes, so that a mixture can be held against its control."
     return Plot("training-curves", "Perplexity while training", words, *axes, tuple(series)) if series else None

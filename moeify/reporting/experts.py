@@ -20,14 +20,12 @@ class ExpertsPart:
 
     Args:
         model: its name.
-        load_words: how evenly they are loaded.
         gap: the router against the best choice.
         texts: which experts each text prefers; None with one text.
         tokens: of each layer its index, and of each expert its share of all choices and its tokens.
     """
 
     model: str
-    load_words: str
     gap: Plot
     texts: Table | None
     tokens: tuple[tuple[int, tuple[tuple[str, tuple[str, ...]], ...]], ...]
@@ -38,7 +36,6 @@ def experts_parts(bench: ModelBench) -> list[ExpertsPart]:
     return [
         ExpertsPart(
             model,
-            _load_words(layers),
             _gap(f"experts-{index}", layers),
             preferences(f"experts-{index}", layers),
             tuple((layer.layer, _tokens(layer)) for layer in layers),
@@ -81,7 +78,7 @@ def _gap(key: str, layers: Sequence[LayerExperts]) -> Plot:
     words = (
         f"On average the router's experts add {percent(router)} of what the best choice would add; "
         f"a random choice adds {percent(chance)}. Furthest from the best: layer {worst.layer}, "
-        f"{percent(worst.oracle_capture)}."
+        f"{percent(worst.oracle_capture)}. {_load_words(layers)}"
     )
     series = (
         _line("best possible choice", layers, lambda _: 1.0, "dense"),

@@ -82,7 +82,7 @@ class Facts:
     @property
     def bytes_read(self) -> float | None:
         """What a decoded token reads over what one of the dense model does."""
-        own, dense = (sum(p.bytes_per_decoded_token for p in one.parts.values()) for one in (self.model, self.dense))
+        own, dense = read_for_token(self.model), read_for_token(self.dense)
         return own / dense if own and dense else None
 
 
@@ -98,6 +98,10 @@ def parameters(model: Model) -> int:
 
 def active_parameters(model: Model) -> int:
     return sum(part.active_parameters for part in model.parts.values())
+
+
+def read_for_token(model: Model) -> int:
+    return sum(part.bytes_per_decoded_token for part in model.parts.values())
 
 
 def of_kind(bench: ModelBench, kind: Kind) -> list[Model]:
@@ -143,7 +147,12 @@ def _regimes(bench: ModelBench, name: str, phase: Phase) -> tuple[Verdict, ...]:
 
 
 def _control(bench: ModelBench, model: Model) -> Model | None:
-    """The static model whose tokens use as many parameters."""
+    """Of the static models whose tokens use as many parameters the one that is hardest to beat."""
+
+    def perplexity(static: Model) -> float:
+        row = quality_of(bench, static.name)
+        return math.inf if row is None else row.perplexity
+
     size = active_parameters(model)
-    near = sorted(of_kind(bench, "static"), key=lambda static: abs(active_parameters(static) - size))
-    return next((static for static in near if abs(active_parameters(static) - size) <= SAME_SIZE * size), None)
+    near = [one for one in of_kind(bench, "static") if abs(active_parameters(one) - size) <= SAME_SIZE * size]
+    return min(near, key=perplexity, default=None)

@@ -35,7 +35,7 @@ def render(run: RunFolder, subjects: Sequence[tuple[Facts, Answers]], *, command
         command: that makes the page again.
         markdown: the summary for a pull request instead.
     """
-    bench = run.bench.value
+    bench, files = run.bench.value, resources.files("moeify.reporting")
     measured = [facts_of(bench, model) for model in bench.models]
     environment = Environment(
         loader=PackageLoader("moeify", "reporting"),
@@ -47,7 +47,7 @@ def render(run: RunFolder, subjects: Sequence[tuple[Facts, Answers]], *, command
     )
     return environment.get_template("summary.md.j2" if markdown else "report.html.j2").render(
         version=__version__,
-        style=Markup("".join(map(_asset, ("plot.css", "report.css")))),
+        style=Markup("".join((files / name).read_text(encoding="utf-8") for name in ("plot.css", "report.css"))),
         bench=bench,
         subjects=subjects,
         levels=LEVELS,
@@ -60,7 +60,7 @@ def render(run: RunFolder, subjects: Sequence[tuple[Facts, Answers]], *, command
         comparison=tables.comparison(run),
         verdicts=tables.verdicts(measured),
         frontier=drawings.frontier(run),
-        speeds=drawings.speeds(bench),
+        speeds=drawings.speeds(measured),
         experts=experts.experts_parts(bench),
         curves=drawings.training(run),
         training=tables.training(run.tuned),
@@ -71,7 +71,6 @@ def render(run: RunFolder, subjects: Sequence[tuple[Facts, Answers]], *, command
             for limit in (run.ran.value.limits if run.ran else ())
         ],
         measurement=provenance.measurement(run),
-        checkpoints=provenance.checkpoints(run),
         again=[*provenance.again(run), command],
     )
 
@@ -83,7 +82,3 @@ def _spelled_out(value: Any) -> Any:
 def _markdown(value: Any) -> Any:
     """On one line, with nothing in it that Markdown takes for more than text."""
     return MARKDOWN.sub(r"\\\1", on_one_line(value)) if type(value) is str else value
-
-
-def _asset(name: str) -> str:
-    return (resources.files("moeify.reporting") / name).read_text(encoding="utf-8")

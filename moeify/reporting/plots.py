@@ -57,7 +57,7 @@ class Series:
 
     Args:
         name: of the legend.
-        style: CSS class: dense, moe, static, search, ours, other, floor.
+        style: CSS class: dense, moe, static, search or other.
         points: in the order of the line.
         shape: of their marks; None draws the line alone.
         line: whether they are joined.

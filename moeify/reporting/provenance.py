@@ -1,6 +1,5 @@
 """Where the numbers of a report are from: machine, versions, texts, how checkpoints were made, how to do it again."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +25,6 @@ def measurement(run: RunFolder) -> list[tuple[str, str]]:
     ]
     rows += [(f"model {model.name}", f"{model.path} ({model.model_type})") for model in bench.models]
     return rows + [(f"result of {kind}", file) for kind, file in run.sources.items()]
-
-
-def checkpoints(run: RunFolder) -> list[tuple[str, str]]:
-    """Of each checkpoint in the folder its record, and how it was made, as JSON."""
-    return [(record.file, json.dumps(record.value.job, indent=1, sort_keys=True)) for record in run.records]
 
 
 def again(run: RunFolder) -> Iterator[str]:

@@ -63,9 +63,10 @@ class Training:
     @staticmethod
     def curve(stage: "StageHistory") -> list[tuple[float, float]]:
         """(tokens, perplexity on held-out text) at each evaluation of a stage."""
-        rows = [entry for entry in stage.history if {"step", "eval_perplexity"} <= entry.keys()]
-        last = max((float(entry["step"]) for entry in stage.history if "step" in entry), default=0.0) or 1.0
-        return [(stage.num_tokens * float(row["step"]) / last, float(row["eval_perplexity"])) for row in rows]
+        steps = [entry for entry in stage.history if isinstance(entry.get("step"), int)]
+        rows = [entry for entry in steps if isinstance(entry.get("eval_perplexity"), float)]
+        last = max((entry["step"] for entry in steps), default=0) or 1
+        return [(stage.num_tokens * row["step"] / last, row["eval_perplexity"]) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def read_run(path: Path) -> RunFolder:
     assert bench is not None
     _check_bench(path / bench.file, bench.value)
     tuned, records = tuple(_trainings(path, sources)), tuple(sources["record"])
+    # What is measured later goes beside it, under its name.
+    path = path if path.name not in ("", "..") else path.resolve()
     return RunFolder(path, bench, compared, searched, ran, tuned, records, (*notes, *others))
 
 
@@ -164,7 +167,7 @@ def _check_bench(file: Path, bench: ModelBench) -> None:
     for name, layers in bench.experts.items():
         for layer in layers:
             widths = {len(layer.load), len(layer.top_tokens), *map(len, layer.texts.values())}
-            if widths != {len(layers[0].load)}:
+            if widths != {len(layers[0].load)} or layer.texts.keys() != layers[0].texts.keys():
                 sizes = ", ".join(map(str, sorted(widths)))
                 message = f"{file}: {name}, layer {layer.layer} has tables of {sizes} experts"
                 raise InputError(f"{message}, expected {len(layers[0].load)} everywhere", "measure it again")

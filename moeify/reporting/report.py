@@ -84,12 +84,12 @@ def report(run_dir: str | Path, out: str | Path | None = None) -> ReportResult:
     folder, command = Path(run_dir), command_line("report", str(run_dir), out=out)
     run = read_run(folder)
     out = folder / PAGE if out is None else Path(out)
-    markdown = out.suffix.lower() == SUMMARY
+    markdown = out.suffix == SUMMARY
     generator = SUMMARY_GENERATOR if markdown else GENERATOR
     check_writable(out, generator)
     bench = run.bench.value
     moes = [facts_of(bench, model) for model in of_kind(bench, "moe")]
-    subjects = [(facts, answers(facts, bench.command, folder)) for facts in moes]
+    subjects = [(facts, answers(facts, bench.command, run.path)) for facts in moes]
     page = render(run, subjects, command=command, markdown=markdown)
     write_text(page, out, generator)
     headlines = tuple(_headline(*subject) for subject in subjects)

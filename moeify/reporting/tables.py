@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from moeify.benchmark.grid import Grid
 from moeify.benchmark.models import table as benchmark
-from moeify.benchmark.models.results import Interval, LayerExperts, Model, ModelBench
-from moeify.reporting.facts import Facts, active_parameters, parameters
+from moeify.benchmark.models.results import Interval, LayerExperts, Model, ModelBench, Verdict
+from moeify.reporting.facts import Facts, active_parameters, parameters, read_for_token
 from moeify.reporting.reader import RunFolder, Training
 from moeify.words import count, duration, factor, number, percent, size
 
@@ -72,7 +72,7 @@ def models(all_facts: Sequence[Facts]) -> Table:
         "Every model, over all texts; below a number its 95 % interval",
         all_facts,
         [
-            ("model", lambda facts: Cell(facts.model.name, _kind(facts.model))),
+            ("model", lambda facts: Cell(facts.model.name, KINDS[facts.model.kind] * (facts.model.kind != "dense"))),
             ("experts", lambda facts: Cell(_layout(facts.model))),
             ("active parameters", lambda facts: cell(active_parameters(facts.model), count)),
             ("stored parameters", lambda facts: cell(parameters(facts.model), count)),
@@ -80,15 +80,11 @@ def models(all_facts: Sequence[Facts]) -> Table:
             ("perplexity / dense", lambda facts: _ratio(facts.ratio if facts.model.kind != "dense" else None)),
             ("perplexity / pruned", lambda facts: _ratio(facts.over_control)),
             ("same next token", lambda facts: cell(facts.quality.top1_agreement if facts.quality else None, percent)),
-            ("read / decoded token", lambda facts: cell(_read(facts.model), size)),
+            ("read / decoded token", lambda facts: cell(read_for_token(facts.model), size)),
             ("on disk", lambda facts: cell(facts.model.bytes_on_disk, size)),
             ("peak memory", lambda facts: cell(facts.model.peak_memory_bytes, size)),
         ],
     )
-
-
-def _kind(model: Model) -> str:
-    return "" if model.kind == "dense" else KINDS[model.kind]
 
 
 def _layout(model: Model) -> str:
@@ -98,8 +94,10 @@ def _layout(model: Model) -> str:
     return f"{model.num_active} of {model.num_experts}{shared}"
 
 
-def _read(model: Model) -> int:
-    return sum(part.bytes_per_decoded_token for part in model.parts.values())
+def speed(row: Verdict) -> Interval:
+    """As a multiple of the dense model's."""
+    times = (row.time_over_dense, row.time_over_dense_high, row.time_over_dense_low)
+    return Interval(*(1 / (time or row.time_over_dense) for time in times))
 
 
 def _ratio(ratio: Interval | None) -> Cell:
@@ -111,7 +109,7 @@ def evaluations(run: RunFolder) -> Table | None:
     rows = run.ran.value.evals if run.ran else ()
     if not rows:
         return None
-    dense = {row.data: row.perplexity for row in reversed(rows) if row.model == rows[0].model}
+    dense = {row.data: row.perplexity for row in rows if row.model == rows[0].model}
     return table(
         "evaluations",
         "Every model that the recipe made, by its own evaluation; compare within this table",
@@ -121,7 +119,7 @@ def evaluations(run: RunFolder) -> Table | None:
             ("text", lambda row: Cell(row.data)),
             ("tokens", lambda row: cell(row.num_tokens, whole)),
             ("perplexity", lambda row: cell(row.perplexity)),
-            ("perplexity / dense", lambda row: cell(row.perplexity / dense[row.data], factor)),
+            ("perplexity / dense", lambda row: cell(row.perplexity / dense.get(row.data, math.nan), factor)),
         ],
     )
 
@@ -156,7 +154,7 @@ def verdicts(all_facts: Sequence[Facts]) -> Table:
             ("phase", lambda row: Cell(row.phase)),
             ("tokens", lambda row: cell(row.prompt_tokens, whole)),
             ("batch", lambda row: cell(row.batch, whole)),
-            ("speed / dense", lambda row: cell(1 / row.time_over_dense, factor)),
+            ("speed / dense", lambda row: _ratio(speed(row))),
             ("verdict", lambda row: Cell(OUTCOMES[row.outcome])),
             ("why", lambda row: Cell(row.why)),
         ],
@@ -222,7 +220,11 @@ def _bought(one: Training) -> Iterator[tuple[Cell, ...]]:
         common = [figure for figure in stage.before if figure in stage.after]
         for figure in ["perplexity"] if "perplexity" in common else common:
             curve = one.curve(stage) if figure == "perplexity" else []
-            points = curve or [(0.0, stage.before[figure]), (float(stage.num_tokens), stage.after[figure])]
+            points = (
+                curve
+                if len(curve) > 1
+                else [(0.0, stage.before[figure]), (float(stage.num_tokens), stage.after[figure])]
+            )
             parts = min(max(PARTS, round((seconds or 0) / 3600)), MOST_PARTS, len(points) - 1)
             ends = [points[math.ceil(part * (len(points) - 1) / parts)] for part in range(parts + 1)]
             for (_, before), (tokens, after) in pairwise(ends):

@@ -126,18 +126,12 @@ def quality_words(ratio: Interval) -> str:
 def engine_words(facts: Facts) -> str:
     """What other engines make of it, in a sentence; empty if none was timed."""
     clauses = []
-    for phase in ("decode", "prefill"):
+    for phase in dict.fromkeys(row.phase for row in facts.engine):
         ratios = [row.time_over_dense for row in facts.engine if row.phase == phase]
-        if ratios:
-            ends = " to ".join(dict.fromkeys((factor(min(ratios)), factor(max(ratios)))))
-            clauses.append(f"{phase} takes {ends}")
-    types = listing([row.type for row in facts.engine_files if not row.reason])
-    return f"In llama.cpp ({types}) {' and '.join(clauses)} of the dense model's time." if clauses else ""
-
-
-def is_faster_in_engine(facts: Facts) -> bool:
-    """Somewhere, in every round."""
-    return any(row.outcome == "faster" for row in facts.engine)
+        ends = " to ".join(dict.fromkeys((factor(min(ratios)), factor(max(ratios)))))
+        clauses.append(f"{phase} takes {ends}")
+    files = listing(list(dict.fromkeys(row.implementation.split(",")[0] for row in facts.engine)))
+    return f"In {files} {' and '.join(clauses)} of the dense model's time." if clauses else ""
 
 
 def smaller(facts: Facts) -> list[str]:
@@ -149,18 +143,25 @@ def not_faster(facts: Facts) -> str:
     return f"nowhere {'shown to be ' * bool(where(facts, 'cannot tell', PHASES))}faster than the dense model"
 
 
-def where(facts: Facts, outcome: Outcome, phases: Sequence[str] = ("decode", "prefill")) -> str:
+def where(facts: Facts, outcome: Outcome, phases: Sequence[str] = PHASES[:2]) -> str:
     """The regimes with an outcome: `decode at batch 1 and 4, and prefill everywhere`."""
     places = []
     for phase in phases:
         rows: tuple[Verdict, ...] = getattr(facts, phase)
         regimes = [regime for regime in rows if regime.outcome == outcome]
         if regimes and phase == "engine":
-            places.append(f"{listing(list(dict.fromkeys(regime.phase for regime in regimes)))} in llama.cpp")
+            places.append(_in_engine(regimes, rows))
         elif regimes:
             everywhere = len(regimes) == len(rows) > 1
             places.append(f"{phase} {'everywhere' if everywhere else _regimes(regimes, rows)}")
     return ", and ".join(places)
+
+
+def _in_engine(regimes: Sequence[Verdict], of: Sequence[Verdict]) -> str:
+    """`decode in llama.cpp`; where files or threads of a phase differ in their outcome, which ones."""
+    mixed = {row.phase for row in of if row not in regimes}
+    names = [f"{row.phase} ({row.implementation})" if row.phase in mixed else row.phase for row in regimes]
+    return f"{listing(list(dict.fromkeys(names)))} in llama.cpp"
 
 
 def _regimes(regimes: Sequence[Verdict], of: Sequence[Verdict]) -> str:

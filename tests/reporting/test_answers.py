@@ -74,6 +74,15 @@ def test_a_control_of_another_size_is_none() -> None:
     assert advise(facts_of(found, found.models[1])).level == "partly"
 
 
+def test_of_several_controls_the_hardest_to_beat_counts() -> None:
+    found = bench(moe=60.0, static=80.0)
+    found.models.append(results.model("better", "static", 0.5, 0.51))
+    found.quality.append(results.quality("better", 70.0, 50.0))
+    control = facts_of(found, found.models[1]).control
+    assert control is not None
+    assert control.model.name == "better"
+
+
 def test_what_was_lost_and_gained() -> None:
     found = answered(facts(moe=60.0, static=80.0, speeds=MIXED))
     assert found.lost[0] == "Perplexity is 20 % higher (95 % interval of the ratio: 1.18 to 1.22)."
@@ -141,8 +150,16 @@ def test_a_file_that_is_faster_in_llama_cpp_is_a_gain() -> None:
     assert said.advice.level == "partly"
     assert "faster for decode and prefill in llama.cpp" in said.advice.sentence
     assert "Keep the dense model for decode at batch 1, and prefill at batch 1." in said.advice.sentence
-    assert "In llama.cpp (q8_0) decode takes 0.74 and prefill takes 0.95 of the dense model's time." in said.gained
+    assert "In llama.cpp q8_0 decode takes 0.74 and prefill takes 0.95 of the dense model's time." in said.gained
     assert not any("No speed" in line for line in said.gained)
+
+
+def test_a_file_that_is_faster_with_some_threads_says_with_which() -> None:
+    found = results.in_llama_cpp(bench(moe=50.1, speeds=SLOW), 0.74, 0.95)
+    found.engine_speed.append(results.engine_speed("moe", "decode", 1.3, threads=8))
+    said = advise(facts_of(found, found.models[1])).sentence
+    assert "faster for decode (llama.cpp q8_0, 1 thread) and prefill in llama.cpp" in said
+    assert "and decode (llama.cpp q8_0, 8 threads) in llama.cpp" in said
 
 
 def test_each_reader_gets_the_advice_of_what_concerns_them() -> None:

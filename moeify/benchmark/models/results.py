@@ -162,7 +162,7 @@ class Verdict:
         model, implementation, phase, batch, prompt_tokens: of the row that it is about.
         outcome: of the interval of the ratio: `faster` or `slower` if it leaves out one; `same` if it holds one and
             ends within SAME_WITHIN of it on both sides; `cannot tell` if it is wider.
-        time_over_dense: of that row.
+        time_over_dense, time_over_dense_low, time_over_dense_high: of that row.
         why: a sentence, e.g. which share of the experts the batch hit.
     """
 
@@ -174,6 +174,8 @@ class Verdict:
     outcome: Outcome
     time_over_dense: float
     why: str
+    time_over_dense_low: float | None = None
+    time_over_dense_high: float | None = None
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,9 @@ def engine_verdicts(rows: Iterable[EngineSpeed]) -> list[Verdict]:
             prompt_tokens=row.num_tokens,
             outcome=outcome(row),
             time_over_dense=row.time_over_dense,
-            why=f"{factor(row.time_over_dense_low or 0)} to {factor(row.time_over_dense_high or 0)} of its time in "
-            f"{row.num_rounds} rounds",
+            why=f"its interval is of all {row.num_rounds} rounds",
+            time_over_dense_low=row.time_over_dense_low,
+            time_over_dense_high=row.time_over_dense_high,
         )
         for row in rows
         if row.time_over_dense is not None
@@ -72,6 +73,8 @@ def _verdict(model: Model, dense: Model, row: Speed, dense_row: Speed) -> Verdic
         outcome=outcome(row),
         time_over_dense=row.time_over_dense,
         why=why(model, dense, row, dense_row),
+        time_over_dense_low=row.time_over_dense_low,
+        time_over_dense_high=row.time_over_dense_high,
     )
 
 
