@@ -64,7 +64,7 @@ def _search_points(result: "SearchResult") -> list[Series]:
         return tuple(
             Point(
                 choice.active_parameters / MILLION,
-                choice.perplexity / result.dense_perplexity,
+                choice.perplexity / (result.dense_perplexity or math.nan),
                 f"{choice.strategy}, {percent(choice.share)} of the FFN active, perplexity {number(choice.perplexity)}",
                 f"chosen: {choice.strategy}" if choice is result.choice else "",
             )

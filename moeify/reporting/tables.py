@@ -119,7 +119,7 @@ def evaluations(run: RunFolder) -> Table | None:
             ("text", lambda row: Cell(row.data)),
             ("tokens", lambda row: cell(row.num_tokens, whole)),
             ("perplexity", lambda row: cell(row.perplexity)),
-            ("perplexity / dense", lambda row: cell(row.perplexity / dense.get(row.data, math.nan), factor)),
+            ("perplexity / dense", lambda row: cell(row.perplexity / (dense.get(row.data) or math.nan), factor)),
         ],
     )
 

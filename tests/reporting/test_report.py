@@ -416,6 +416,20 @@ def test_hostile_names_stay_text_in_markdown(tmp_path: Path) -> None:
     assert not any(line.startswith("# head") for line in lines)
 
 
+def test_numbers_that_nobody_measured_are_no_bug(tmp_path: Path) -> None:
+    found = results.smollm2(2, 4)
+    results.write_others(tmp_path)
+    for name, value in (("run.json", "50.0"), ("search.json", "40.0")):
+        text = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(re.sub(rf'erplexity": {value}', 'erplexity": 0.0', text))
+    results.write(tmp_path, found)
+    assert run_command(["report", str(tmp_path)]) == 0
+    found.verdicts[0] = dataclasses.replace(found.verdicts[0], time_over_dense=0.0)
+    results.write(tmp_path, found)
+    with pytest.raises(InputError, match="has a ratio of 0, expected more than 0"):
+        report(tmp_path)
+
+
 def test_several_mixtures(tmp_path: Path) -> None:
     found = results.smollm2(2, 4)
     found.models.append(results.model("moe-75", "moe", 0.75))

@@ -15,7 +15,7 @@ from moeify.options import GenerateOptions, Track, untracked
 PROMPT_TOKENS = 24
 NEW_TOKENS = 32
 # Of all texts together: the page shows them side by side, and a large model takes seconds for each.
-MAX_PROMPTS = 3
+MAX_PROMPTS = 2
 
 
 def write_samples(
