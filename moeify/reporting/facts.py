@@ -122,6 +122,7 @@ def demonstration(bench: ModelBench) -> str:
 def facts_of(bench: ModelBench, model: Model) -> Facts:
     """All that is known of a model; `bench` has a dense one."""
     control = _control(bench, model) if model.kind == "moe" else None
+    rows = [row for row in bench.engine_speed if row.model == model.name]
     return Facts(
         model=model,
         dense=of_kind(bench, "dense")[0],
@@ -129,7 +130,7 @@ def facts_of(bench: ModelBench, model: Model) -> Facts:
         decode=_regimes(bench, model.name, "decode"),
         prefill=_regimes(bench, model.name, "prefill"),
         control=facts_of(bench, control) if control else None,
-        engine=tuple(engine_verdicts(row for row in bench.engine_speed if row.model == model.name)),
+        engine=tuple(engine_verdicts(sorted(rows, key=lambda row: row.phase))),
         engine_files=tuple(row for row in bench.engine_files if row.model == model.name),
         on_gpu=bench.machine.get("device", "cpu") != "cpu",
     )
