@@ -158,8 +158,9 @@ def _check_bench(file: Path, bench: ModelBench) -> None:
             f"{file} measured {', '.join(kinds) or 'no model'}, expected a dense model first and a mixture of experts",
             "moeify bench MOE --against MODEL",
         )
-    ratios = [row.time_over_dense for row in (*bench.verdicts, *bench.engine_speed) if row.time_over_dense is not None]
-    if (least := min([*ratios, *(row.ratio for row in bench.quality)], default=1.0)) <= 0:
+    in_engines = [row.time_over_dense for row in bench.engine_speed if row.time_over_dense is not None]
+    ratios = [*in_engines, *(row.time_over_dense for row in bench.verdicts), *(row.ratio for row in bench.quality)]
+    if (least := min(ratios, default=1.0)) <= 0:
         raise InputError(f"{file} has a ratio of {least:g}, expected more than 0", "measure it again")
     texts = {row.data for row in bench.quality}
     if len(texts) > 1 and ALL_TEXTS not in texts:
