@@ -95,7 +95,7 @@ def _small_gpu(facts: Facts) -> Reading:
         words += f"{speed} times its speed is the most to hope for."
     if facts.control and facts.control.disk:
         words += f" Plain pruning to the same active size needs {factor(facts.control.disk)} of the memory."
-    plan = command_line("plan", facts.dense.path, vram="6GB")
+    plan = command_line("plan", facts.dense.path, vram="6GB", gpu_bandwidth=250)
     return Reading("A GPU that the model does not fit", Advice("unknown", words), plan)
 
 

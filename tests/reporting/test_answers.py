@@ -199,7 +199,7 @@ def test_what_was_not_measured_comes_with_a_command_that_measures_it(capfd: pyte
     small = missing["A GPU that the model does not fit"]
     assert "It needs 1.00 of the dense model's memory, and a token reads" in small.advice.sentence
     assert "Plain pruning to the same active size needs 0.70 of the memory." in small.advice.sentence
-    assert small.command == "moeify plan smollm2-135m.gguf --vram 6GB"
+    assert small.command == "moeify plan smollm2-135m.gguf --vram 6GB --gpu-bandwidth 250"
 
 
 def test_quality_that_only_llama_cpp_measured_is_told_and_gives_no_advice() -> None:

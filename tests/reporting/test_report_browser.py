@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,7 +87,14 @@ def test_the_console_would_show_an_error(driver: Any, page: Path, tmp_path: Path
     changed = tmp_path / "changed.html"
     changed.write_text(page.read_text().replace("</main>", "<script>window.broken = 1</script></main>"))
     show(driver, changed)
-    assert any("Content Security Policy" in entry["message"] for entry in driver.get_log("browser"))
+    # The console has it a moment after the page.
+    messages: list[str] = []
+    for _ in range(50):
+        messages += [entry["message"] for entry in driver.get_log("browser")]
+        if messages:
+            break
+        time.sleep(0.1)
+    assert any("Content Security Policy" in message for message in messages)
     assert driver.execute_script("return window.broken") is None
 
 
