@@ -3,6 +3,9 @@
 Legend: N observations, S resamples.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -20,3 +23,37 @@ def interval(estimates_S: Tensor) -> tuple[float, float]:
     edge = (1 - CONFIDENCE) / 2
     low, high = estimates_S.quantile(torch.tensor([edge, 1 - edge], dtype=estimates_S.dtype)).tolist()
     return low, high
+
+
+class Estimate(NamedTuple):
+    """A value and the two ends of its CONFIDENCE interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def perplexity_of(losses_N: Tensor) -> Estimate:
+    """exp of the mean loss in nats; infinite where a float ends."""
+    low, high = interval(losses_N[draws(len(losses_N))].mean(dim=1))
+    return Estimate(_exp(float(losses_N.mean())), _exp(low), _exp(high))
+
+
+def perplexity_ratio(losses_N: Tensor, other_N: Tensor) -> Estimate:
+    """Perplexity over another model's: the one statistic by which two models are compared.
+
+    Both lost on the same blocks of text, in the same order, and a block is drawn for both at once. A block that is hard
+    for one is hard for the other, so this interval is narrower than what two separate ones seem to say.
+
+    Args:
+        losses_N, other_N: mean loss in nats of each block.
+    """
+    return perplexity_of(losses_N - other_N)
+
+
+def _exp(value: float) -> float:
+    """Infinite where a float ends or there is no number."""
+    try:
+        return math.exp(value) if not math.isnan(value) else math.inf
+    except OverflowError:
+        return math.inf

@@ -2,10 +2,9 @@
 
 Losses of finished methods are kept in the cache, so that a run that was stopped goes on.
 
-Legend: T tokens, B blocks of C tokens, L = C - 1 losses a block, S resamples.
+Legend: T tokens, B blocks of C tokens, L = C - 1 losses a block.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from moeify.cache import cache_dir, check_place, digest, once
 from moeify.check.baselines import NeuronOracle, fit_bias_compensated
-from moeify.check.bootstrap import draws, interval
+from moeify.check.bootstrap import perplexity_of, perplexity_ratio
 from moeify.check.trials import Control, Trial, Trials
 from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.data.text import evaluation_tokens
@@ -302,24 +301,22 @@ def _rows(results: Mapping[_Entry, _Result], budgets: Sequence[float], num_block
     """The table, in the order of the entries; `num_blocks` of each text."""
     dense_B = next(iter(results.values())).losses_B
     references = {entry.budget: result.losses_B for entry, result in results.items() if entry.name == REFERENCE}
-    draws_SB = draws(len(dense_B))
     for entry, result in results.items():
         # The budget of a search comes out near one of the table's.
         static_B = references[_nearest(budgets, entry.budget)]
         losses_B = result.losses_B
         gap = float(static_B.mean() - dense_B.mean())
-        low, high = _factors(losses_B[draws_SB].mean(dim=1))
-        ratio_low, ratio_high = _factors((losses_B - static_B)[draws_SB].mean(dim=1))
+        own, ratio = perplexity_of(losses_B), perplexity_ratio(losses_B, static_B)
         parts = losses_B.split(list(num_blocks.values()))
         yield Row(
             method=entry.name,
             budget=entry.budget,
-            perplexity=float(losses_B.mean().exp()),
-            low=low,
-            high=high,
-            ratio=float((losses_B - static_B).mean().exp()),
-            ratio_low=ratio_low,
-            ratio_high=ratio_high,
+            perplexity=own.value,
+            low=own.low,
+            high=own.high,
+            ratio=ratio.value,
+            ratio_low=ratio.low,
+            ratio_high=ratio.high,
             gap_closed=float(static_B.mean() - losses_B.mean()) / gap if gap else 0.0,
             texts={name: float(part.mean().exp()) for name, part in zip(num_blocks, parts, strict=True)},
             diagnostics=result.diagnostics,
@@ -328,9 +325,3 @@ def _rows(results: Mapping[_Entry, _Result], budgets: Sequence[float], num_block
 
 def _nearest(budgets: Sequence[float], budget: float) -> float:
     return min(budgets, key=lambda other: abs(other - budget))
-
-
-def _factors(logs_S: Tensor) -> tuple[float, float]:
-    """The interval of resampled logarithms, as factors."""
-    low, high = interval(logs_S)
-    return math.exp(low), math.exp(high)

@@ -86,9 +86,12 @@ class Speaker:
         Raises:
             InputError: one of them cannot be read.
         """
-        path = locate(name, track)
-        tokenizer = load_tokenizer(path)
-        model = load(name, dtype=options.dtype, device=options.device)
+        tokenizer = load_tokenizer(locate(name, track))
+        return cls.of(name, load(name, dtype=options.dtype, device=options.device), tokenizer, options)
+
+    @classmethod
+    def of(cls, name: str, model: Any, tokenizer: Any, options: GenerateOptions) -> "Speaker":
+        """The same of what is loaded already; the model's own generation settings are replaced."""
         ends = _tokens(model.generation_config.eos_token_id) | _tokens(tokenizer.eos_token_id)
         # transformers fills what is open in a call from here; caches, penalties and beams of a folder are not taken.
         model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=min(ends, default=0))

@@ -148,7 +148,13 @@ LayerOut = Annotated[
     Path | None, typer.Option("--out", "-o", help="FILE.json; written after every case.", show_default=False)
 ]
 ReportOut = Annotated[
-    Path | None, typer.Option("--out", "-o", help="FILE.html; RUN_DIR/report.html.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="FILE.html, or FILE.md for a pull request; RUN_DIR/report.html.",
+        show_default=False,
+    ),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result once the new one is complete.")]
 GGUF = Annotated[Path, typer.Option("--gguf", help="FILE.gguf to write.", show_default=False)]

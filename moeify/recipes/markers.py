@@ -44,12 +44,14 @@ class Marker:
         result: SHA-256 of the file that the stage writes last; empty as long as it is not done.
         former: that of the file that was there when it began.
         claim: see Stage.
+        seconds: that it took; None while it is not done, and if it was killed once and went on.
     """
 
     inputs: str
     result: str
     former: str
     claim: Mapping[str, Any]
+    seconds: float | None = None
 
 
 def marker_file(out: Path, name: str) -> Path:
@@ -78,14 +80,16 @@ def read_marker(out: Path, name: str) -> Marker | None:
     return marker
 
 
-def begin(out: Path, stage: Stage, inputs: str) -> None:
-    """Say what is going to be made."""
+def begin(out: Path, stage: Stage, inputs: str) -> bool:
+    """Say what is going to be made; True if it goes on with what was begun from the same inputs before."""
+    former = read_marker(out, stage.name)
     _write(out, stage.name, Marker(inputs, "", _hash(stage.result), stage.claim))
+    return former is not None and former.inputs == inputs and not former.result
 
 
-def finish(out: Path, stage: Stage, inputs: str) -> None:
-    """Say what has been made."""
-    _write(out, stage.name, Marker(inputs, _hash(stage.result), "", stage.claim))
+def finish(out: Path, stage: Stage, inputs: str, seconds: float | None = None) -> None:
+    """Say what has been made, and how long it took if that is known."""
+    _write(out, stage.name, Marker(inputs, _hash(stage.result), "", stage.claim, seconds))
 
 
 def is_done(out: Path, stage: Stage, inputs: str) -> bool:

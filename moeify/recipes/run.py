@@ -1,5 +1,6 @@
 """Running a recipe: its stages in a fixed order, finished ones skipped, limits last."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -199,9 +200,10 @@ class _Stages:
         if markers.is_done(self.recipe.out, stage, key):
             self.skipped.append(stage.name)
             return
-        markers.begin(self.recipe.out, stage, key)
+        resumed = markers.begin(self.recipe.out, stage, key)
+        began = time.perf_counter()
         work()
-        markers.finish(self.recipe.out, stage, key)
+        markers.finish(self.recipe.out, stage, key, None if resumed else time.perf_counter() - began)
 
     def _split_stage(self, name: str, options: SplitOptions) -> Stage:
         given = {key: value for key, value in asdict(options).items() if key not in SETTLED}

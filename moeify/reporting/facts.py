@@ -1,16 +1,17 @@
 """The numbers of a benchmark put together: quality over all texts, speed over all regimes, the fair static control."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from moeify.benchmark.engines.results import EngineFile, EngineSpeed
-from moeify.benchmark.models.results import Interval, Kind, Model, ModelBench, Phase, Quality, Verdict
+from moeify.benchmark.engines.results import EngineFile
+from moeify.benchmark.models.results import ALL_TEXTS, Interval, Kind, Model, ModelBench, Phase, Quality, Verdict
+from moeify.benchmark.models.verdicts import engine_verdicts
+from moeify.words import count
 
 # A static model is a fair control if a token uses as many of its parameters, to within this share.
 SAME_SIZE = 0.05
-ALL_TEXTS = "all texts"
+EMBEDDED = "builtin"
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,9 @@ class Facts:
         decode, prefill: each regime on the fastest implementation, in the order of prompt length and batch; empty if
             they were not measured.
         control: of a mixture of experts the fair static control; None if there is none.
-        engine_files, engine_speed: its rows of other engines.
+        engine: each regime of its files in other engines.
+        engine_files: those files.
+        on_gpu: where transformers ran.
     """
 
     model: Model
@@ -32,17 +35,23 @@ class Facts:
     decode: tuple[Verdict, ...]
     prefill: tuple[Verdict, ...]
     control: "Facts | None"
+    engine: tuple[Verdict, ...] = ()
     engine_files: tuple[EngineFile, ...] = ()
-    engine_speed: tuple[EngineSpeed, ...] = ()
+    on_gpu: bool = False
+
+    @property
+    def in_transformers(self) -> tuple[Verdict, ...]:
+        return self.decode + self.prefill
 
     @property
     def regimes(self) -> tuple[Verdict, ...]:
-        return self.decode + self.prefill
+        return self.in_transformers + self.engine
 
     @property
     def ratio(self) -> Interval | None:
         """Perplexity over the dense model's."""
-        return None if self.quality is None else ratio_of(self.quality)
+        row = self.quality
+        return None if row is None else Interval(row.ratio, row.ratio_low, row.ratio_high)
 
     @property
     def over_control(self) -> Interval | None:
@@ -70,6 +79,12 @@ class Facts:
         """Bytes on disk over the dense model's."""
         return self.model.bytes_on_disk / self.dense.bytes_on_disk if self.dense.bytes_on_disk else None
 
+    @property
+    def bytes_read(self) -> float | None:
+        """What a decoded token reads over what one of the dense model does."""
+        own, dense = read_for_token(self.model), read_for_token(self.dense)
+        return own / dense if own and dense else None
+
 
 def speeds(regimes: Sequence[Verdict]) -> tuple[float, float] | None:
     """Least and largest speed as a multiple of the dense model's; None if nothing was timed."""
@@ -85,13 +100,29 @@ def active_parameters(model: Model) -> int:
     return sum(part.active_parameters for part in model.parts.values())
 
 
+def read_for_token(model: Model) -> int:
+    return sum(part.bytes_per_decoded_token for part in model.parts.values())
+
+
 def of_kind(bench: ModelBench, kind: Kind) -> list[Model]:
     return [model for model in bench.models if model.kind == kind]
+
+
+def demonstration(bench: ModelBench) -> str:
+    """A warning about results of the embedded model; empty for a model that someone uses."""
+    dense = of_kind(bench, "dense")[0]
+    if dense.path != EMBEDDED:
+        return ""
+    return (
+        f"This is a demonstration: the embedded model has {count(parameters(dense))} parameters and was trained for a "
+        "minute. Its numbers show what is measured, not what to expect of your model."
+    )
 
 
 def facts_of(bench: ModelBench, model: Model) -> Facts:
     """All that is known of a model; `bench` has a dense one."""
     control = _control(bench, model) if model.kind == "moe" else None
+    rows = [row for row in bench.engine_speed if row.model == model.name]
     return Facts(
         model=model,
         dense=of_kind(bench, "dense")[0],
@@ -99,53 +130,16 @@ def facts_of(bench: ModelBench, model: Model) -> Facts:
         decode=_regimes(bench, model.name, "decode"),
         prefill=_regimes(bench, model.name, "prefill"),
         control=facts_of(bench, control) if control else None,
+        engine=tuple(engine_verdicts(sorted(rows, key=lambda row: row.phase))),
         engine_files=tuple(row for row in bench.engine_files if row.model == model.name),
-        engine_speed=tuple(row for row in bench.engine_speed if row.model == model.name),
+        on_gpu=bench.machine.get("device", "cpu") != "cpu",
     )
-
-
-def ratio_of(row: Quality) -> Interval:
-    return Interval(row.ratio, row.ratio_low, row.ratio_high)
 
 
 def quality_of(bench: ModelBench, name: str) -> Quality | None:
-    """A model over all texts of the run, each weighted by its tokens; None if it was measured on none."""
-    rows = [row for row in bench.quality if row.model == name]
-    if len(rows) < 2:
-        return rows[0] if rows else None
-    total = sum(row.num_tokens for row in rows)
-    weights = [row.num_tokens / total for row in rows]
-
-    def pooled(name: str, prefix: str, *maps: Callable[[float], float]) -> dict[str, Any]:
-        names = (name, f"{prefix}_low", f"{prefix}_high")
-        one = _pooled([Interval(*(getattr(row, part) for part in names)) for row in rows], weights, *maps)
-        return dict(zip(names, astuple(one), strict=True))
-
-    controls = [control for control in rows[0].over_static if all(control in row.over_static for row in rows)]
-    return Quality(
-        model=name,
-        data=ALL_TEXTS,
-        num_tokens=total,
-        **pooled("perplexity", "perplexity"),
-        **pooled("ratio", "ratio"),
-        **pooled("kl_nats", "kl", float, float),
-        top1_agreement=sum(weight * row.top1_agreement for weight, row in zip(weights, rows, strict=True)),
-        over_static={control: _pooled([row.over_static[control] for row in rows], weights) for control in controls},
-    )
-
-
-def _pooled(
-    parts: Sequence[Interval],
-    weights: Sequence[float],
-    warp: Callable[[float], float] = math.log,
-    back: Callable[[float], float] = math.exp,
-) -> Interval:
-    """The weighted mean of logarithms; halves of intervals add in quadrature, as texts are independent."""
-    pairs = list(zip(weights, parts, strict=True))
-    middle = sum(weight * warp(part.value) for weight, part in pairs)
-    below = math.hypot(*(weight * (warp(part.value) - warp(part.low)) for weight, part in pairs))
-    above = math.hypot(*(weight * (warp(part.high) - warp(part.value)) for weight, part in pairs))
-    return Interval(back(middle), back(middle - below), back(middle + above))
+    """A model over all texts of the run; None if it was measured on none."""
+    rows = {row.data: row for row in bench.quality if row.model == name}
+    return rows.get(ALL_TEXTS) or next(iter(rows.values()), None)
 
 
 def _regimes(bench: ModelBench, name: str, phase: Phase) -> tuple[Verdict, ...]:
@@ -154,7 +148,12 @@ def _regimes(bench: ModelBench, name: str, phase: Phase) -> tuple[Verdict, ...]:
 
 
 def _control(bench: ModelBench, model: Model) -> Model | None:
-    """The static model whose tokens use as many parameters."""
+    """Of the static models whose tokens use as many parameters the one that is hardest to beat."""
+
+    def perplexity(static: Model) -> float:
+        row = quality_of(bench, static.name)
+        return math.inf if row is None else row.perplexity
+
     size = active_parameters(model)
-    near = sorted(of_kind(bench, "static"), key=lambda static: abs(active_parameters(static) - size))
-    return next((static for static in near if abs(active_parameters(static) - size) <= SAME_SIZE * size), None)
+    near = [one for one in of_kind(bench, "static") if abs(active_parameters(one) - size) <= SAME_SIZE * size]
+    return min(near, key=perplexity, default=None)

@@ -24,6 +24,13 @@ MOVES = sorted(range(-60, 62, 2), key=abs)
 
 Scale = Literal["linear", "log"]
 Shape = Literal["circle", "square", "diamond", "dot"]
+# Paths that begin in the middle of the mark.
+SHAPES: dict[Shape, str] = {
+    "circle": "m-5 0a5 5 0 1 0 10 0a5 5 0 1 0-10 0z",
+    "square": "m-4.5-4.5h9v9h-9z",
+    "diamond": "m0-6l6 6l-6 6l-6-6z",
+    "dot": "m-2.6 0a2.6 2.6 0 1 0 5.2 0a2.6 2.6 0 1 0-5.2 0z",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Series:
 
     Args:
         name: of the legend.
-        style: CSS class: dense, moe, static, search, ours, other, floor.
+        style: CSS class: dense, moe, static, search or other.
         points: in the order of the line.
         shape: of their marks; None draws the line alone.
         line: whether they are joined.
@@ -176,12 +183,7 @@ def _axes(plot: Plot, to_x: "_Scale", to_y: "_Scale") -> Iterator[Markup]:
 
 def _mark(series: Series, x: float, y: float, title: str) -> Markup:
     inner = [_element("title", title)] if title else []
-    style = f"mark {series.style}"
-    if series.shape == "square":
-        return _element("rect", *inner, class_=style, x=x - 4.5, y=y - 4.5, width=9, height=9)
-    if series.shape == "diamond":
-        return _element("path", *inner, class_=style, d=f"M{x:g} {y - 6:g}l6 6l-6 6l-6-6z")
-    return _element("circle", *inner, class_=style, cx=x, cy=y, r=2.6 if series.shape == "dot" else 5)
+    return _element("path", *inner, class_=f"mark {series.style}", d=f"M{x:g} {y:g}{SHAPES[series.shape or 'dot']}")
 
 
 def _labels(labels: Sequence[tuple[str, float, float]]) -> Iterator[Markup]:

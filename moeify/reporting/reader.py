@@ -5,13 +5,13 @@ the newest counts; fine-tuning histories and checkpoint records are one a checkp
 """
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from moeify.benchmark.models.results import ModelBench
+from moeify.benchmark.models.results import ALL_TEXTS, ModelBench
 from moeify.command_line import command_line
 from moeify.errors import InputError
 from moeify.results import find_kind, load_json, parse
@@ -20,14 +20,12 @@ if TYPE_CHECKING:
     from moeify.check.compare import Comparison
     from moeify.convert.search import SearchResult
     from moeify.recipes.run import RunResult
-    from moeify.training.finetune import FinetuneHistory
+    from moeify.training.finetune import StageHistory
 
 T = TypeVar("T")
 MENTIONS_SCHEMA = re.compile(rb'"moeify\.[a-z-]+/\d+"')
-# Of these the newest counts.
-SINGLE = ("bench", "compare", "search", "run")
-# Of these each checkpoint has its own.
-SEVERAL = ("finetune-history", "finetune", "record")
+# Of the first the newest counts, of the others each checkpoint has its own.
+SINGLE, SEVERAL = ("bench", "compare", "search", "run"), ("finetune-history", "finetune", "record")
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,29 @@ class Source(Generic[T]):
 
 
 @dataclass(frozen=True)
+class Training:
+    """How a checkpoint was fine-tuned.
+
+    Args:
+        name: of the checkpoint.
+        stages: in their order.
+        seconds: that each took; None where nobody knows.
+    """
+
+    name: str
+    stages: "tuple[StageHistory, ...]"
+    seconds: tuple[float | None, ...]
+
+    @staticmethod
+    def curve(stage: "StageHistory") -> list[tuple[float, float]]:
+        """(tokens, perplexity on held-out text) at each evaluation of a stage."""
+        steps = [entry for entry in stage.history if isinstance(entry.get("step"), int)]
+        rows = [entry for entry in steps if isinstance(entry.get("eval_perplexity"), float)]
+        last = max((entry["step"] for entry in steps), default=0) or 1
+        return [(stage.num_tokens * row["step"] / last, row["eval_perplexity"]) for row in rows]
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """What a run's folder holds.
 
@@ -64,7 +85,7 @@ class RunFolder:
     compared: Source["Comparison"] | None
     searched: Source["SearchResult"] | None
     ran: Source["RunResult"] | None
-    tuned: tuple[Source["FinetuneHistory"], ...]
+    tuned: tuple[Training, ...]
     records: tuple[Source[Record], ...]
     notes: tuple[str, ...]
 
@@ -98,25 +119,16 @@ def read_run(path: Path) -> RunFolder:
             others.append(f"{place} ({schema}) is not shown.")
     if not sources["bench"]:
         seen = ", ".join(sorted(f"moeify.{name}/1" for name, files in sources.items() if files))
-        raise InputError(
-            f"{path} holds no model benchmark (moeify.bench/1), found: {seen or 'no result of moeify'}",
-            command_line("bench", "MOE", against="MODEL", out=path),
-        )
+        message = f"{path} holds no model benchmark (moeify.bench/1), found: {seen or 'no result of moeify'}"
+        raise InputError(message, command_line("bench", "MOE", against="MODEL", out=path))
     notes: list[str] = []
-    newest = {name: _newest(name, sources[name], notes) for name in SINGLE}
-    bench = newest["bench"]
+    bench, compared, searched, ran = (_newest(name, sources[name], notes) for name in SINGLE)
     assert bench is not None
     _check_bench(path / bench.file, bench.value)
-    return RunFolder(
-        path=path,
-        bench=bench,
-        compared=newest["compare"],
-        searched=newest["search"],
-        ran=newest["run"],
-        tuned=_histories(sources, notes),
-        records=tuple(sources["record"]),
-        notes=(*notes, *others),
-    )
+    tuned, records = tuple(_trainings(path, sources)), tuple(sources["record"])
+    # What is measured later goes beside it, under its name.
+    path = path if path.name not in ("", "..") else path.resolve()
+    return RunFolder(path, bench, compared, searched, ran, tuned, records, (*notes, *others))
 
 
 def _files(folder: Path) -> list[Path]:
@@ -146,11 +158,20 @@ def _check_bench(file: Path, bench: ModelBench) -> None:
             f"{file} measured {', '.join(kinds) or 'no model'}, expected a dense model first and a mixture of experts",
             "moeify bench MOE --against MODEL",
         )
+    in_engines = [row.time_over_dense for row in bench.engine_speed if row.time_over_dense is not None]
+    ratios = [*in_engines, *(row.time_over_dense for row in bench.verdicts), *(row.ratio for row in bench.quality)]
+    if (least := min(ratios, default=1.0)) <= 0:
+        raise InputError(f"{file} has a ratio of {least:g}, expected more than 0", "measure it again")
+    texts = {row.data for row in bench.quality}
+    if len(texts) > 1 and ALL_TEXTS not in texts:
+        raise InputError(
+            f"{file} was written by an earlier moeify: {len(texts)} texts, expected quality over {ALL_TEXTS} as well",
+            f"measure it again: {bench.command}",
+        )
     for name, layers in bench.experts.items():
         for layer in layers:
-            num_experts = len(layer.load)
-            widths = {num_experts, len(layer.coactivation), len(layer.top_tokens), *map(len, layer.coactivation)}
-            if len(widths) > 1 or num_experts != len(layers[0].load):
+            widths = {len(layer.load), len(layer.top_tokens), *map(len, layer.texts.values())}
+            if widths != {len(layers[0].load)} or layer.texts.keys() != layers[0].texts.keys():
                 sizes = ", ".join(map(str, sorted(widths)))
                 message = f"{file}: {name}, layer {layer.layer} has tables of {sizes} experts"
                 raise InputError(f"{message}, expected {len(layers[0].load)} everywhere", "measure it again")
@@ -176,9 +197,20 @@ def _newest(name: str, sources: Sequence[Source[Any]], notes: list[str]) -> Sour
     return newest
 
 
-def _histories(sources: Mapping[str, Sequence[Source[Any]]], notes: list[str]) -> "tuple[Source[FinetuneHistory], ...]":
-    """Those that the checkpoints hold; without any, those that `moeify finetune --json` printed, which say less."""
-    histories, printed = sources["finetune-history"], sources["finetune"]
-    if histories and printed:
-        notes.append(f"{', '.join(source.file for source in printed)}: the histories in the checkpoints count instead.")
-    return tuple(histories or (replace(source, value=source.value.history) for source in printed))
+def _trainings(path: Path, sources: Mapping[str, Sequence[Source[Any]]]) -> Iterator[Training]:
+    """Those that the checkpoints hold, with curves; of others what `moeify finetune --json` printed, which has times.
+
+    A recipe's run knows the time of a whole checkpoint, which is that of its stage if there is one.
+    """
+    printed = {source.value.out.name: source.value for source in sources["finetune"]}
+    for source in sources["finetune-history"]:
+        name, stages = (path / source.file).parent.name, source.value.stages
+        if name in printed and len(printed[name].stages) == len(stages):
+            seconds = tuple(stage.seconds for stage in printed.pop(name).stages)
+        else:
+            marker = _load(path / f"{name}.done") if (path / f"{name}.done").is_file() else {}
+            whole = marker.get("seconds") if isinstance(marker, dict) else None
+            seconds = (whole,) if len(stages) == 1 and isinstance(whole, float) else (None,) * len(stages)
+        yield Training(name, stages, seconds)
+    for name, result in printed.items():
+        yield Training(name, result.history.stages, tuple(stage.seconds for stage in result.stages))

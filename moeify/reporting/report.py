@@ -1,6 +1,7 @@
 """One HTML page that says what was lost and gained by turning a dense model into a mixture of experts.
 
     moeify report RUN_DIR                  writes RUN_DIR/report.html, from what `moeify bench -o RUN_DIR` left there
+    moeify report RUN_DIR -o summary.md    the first screen as Markdown, for a pull request
 
 The page needs no network and no other file: it can be sent around.
 """
@@ -11,15 +12,16 @@ from pathlib import Path
 
 from moeify.benchmark.models.results import Interval
 from moeify.command_line import command_line
-from moeify.reporting.facts import Facts, active_parameters, facts_of, of_kind, parameters, speeds
+from moeify.reporting.answers import Answers, answers
+from moeify.reporting.facts import Facts, demonstration, facts_of, of_kind, speeds
 from moeify.reporting.page import render
 from moeify.reporting.reader import read_run
-from moeify.reporting.verdict import Answers, answers
 from moeify.results import check_writable, write_text
 
 PAGE = "report.html"
-# Says that a page was written by moeify.
-GENERATOR = '<meta name="generator" content="moeify'
+SUMMARY = ".md"
+# Say that a page, or a summary, was written by moeify.
+GENERATOR, SUMMARY_GENERATOR = '<meta name="generator" content="moeify', "<!-- written by moeify report -->"
 
 
 @dataclass(frozen=True)
@@ -28,24 +30,22 @@ class Headline:
 
     Args:
         model: its name in the benchmark.
-        active_parameters, parameters, dense_parameters: of this model for a token, stored, and of the dense one.
         ratio: perplexity over the dense model's, over all texts; None if it was not measured.
         static_ratio: the same of the static control of the same active size; None without one.
         over_static: perplexity over that control's, from the same blocks of text; None if that was not measured.
-        decode_speed, prefill_speed: least and largest multiple of the dense model's; None if not measured.
+        decode_speed, prefill_speed: least and largest multiple of the dense model's in transformers, engine_speed in
+            llama.cpp; None if not measured.
         memory_ratio, disk_ratio: peak memory and bytes on disk over the dense model's.
         answers: what was lost, what was gained, and whether to use it.
     """
 
     model: str
-    active_parameters: int
-    parameters: int
-    dense_parameters: int
     ratio: Interval | None
     static_ratio: Interval | None
     over_static: Interval | None
     decode_speed: tuple[float, float] | None
     prefill_speed: tuple[float, float] | None
+    engine_speed: tuple[float, float] | None
     memory_ratio: float | None
     disk_ratio: float | None
     answers: Answers
@@ -60,7 +60,7 @@ class ReportResult:
         num_bytes: its size.
         headlines: one a mixture of experts, in the order of the benchmark.
         sources: kind of result -> file that it was taken from.
-        notes: results that were left out, and why.
+        notes: whether it is a demonstration, and results that were left out, and why.
     """
 
     out: Path
@@ -70,40 +70,35 @@ class ReportResult:
     notes: tuple[str, ...]
 
 
-def report(run_dir: str | Path, out: Path | None = None) -> ReportResult:
+def report(run_dir: str | Path, out: str | Path | None = None) -> ReportResult:
     """Write the page.
 
     Args:
         run_dir: a folder with the result of `moeify bench`, and whatever else moeify wrote there.
-        out: the page; RUN_DIR/report.html if it is None. An earlier page is replaced.
+        out: the page; RUN_DIR/report.html if it is None. An earlier page is replaced. The summary for a pull request
+            if its name ends in .md.
 
     Raises:
         InputError: no such folder, no benchmark in it, a result that cannot be read, or a place that cannot be written.
     """
-    folder = Path(run_dir)
+    folder, command = Path(run_dir), command_line("report", str(run_dir), out=out)
     run = read_run(folder)
-    out = folder / PAGE if out is None else out
-    check_writable(out, GENERATOR)
+    out = folder / PAGE if out is None else Path(out)
+    markdown = out.suffix == SUMMARY
+    generator = SUMMARY_GENERATOR if markdown else GENERATOR
+    check_writable(out, generator)
     bench = run.bench.value
-    subjects = [(facts, answers(facts)) for facts in (facts_of(bench, model) for model in of_kind(bench, "moe"))]
-    page = render(run, subjects, command=command_line("report", str(folder), out=out))
-    write_text(page, out, GENERATOR)
+    moes = [facts_of(bench, model) for model in of_kind(bench, "moe")]
+    subjects = [(facts, answers(facts, bench.command, run.path)) for facts in moes]
+    page = render(run, subjects, command=command, markdown=markdown)
+    write_text(page, out, generator)
     headlines = tuple(_headline(*subject) for subject in subjects)
-    return ReportResult(out, out.stat().st_size, headlines, run.sources, run.notes)
+    notes = (*filter(None, [demonstration(bench)]), *run.notes)
+    return ReportResult(out, out.stat().st_size, headlines, run.sources, notes)
 
 
 def _headline(facts: Facts, said: Answers) -> Headline:
-    return Headline(
-        model=facts.model.name,
-        active_parameters=active_parameters(facts.model),
-        parameters=parameters(facts.model),
-        dense_parameters=parameters(facts.dense),
-        ratio=facts.ratio,
-        static_ratio=facts.control.ratio if facts.control else None,
-        over_static=facts.over_control,
-        decode_speed=speeds(facts.decode),
-        prefill_speed=speeds(facts.prefill),
-        memory_ratio=facts.memory,
-        disk_ratio=facts.disk,
-        answers=said,
-    )
+    static = facts.control.ratio if facts.control else None
+    decode, prefill, engine = map(speeds, (facts.decode, facts.prefill, facts.engine))
+    ratios = (facts.ratio, static, facts.over_control)
+    return Headline(facts.model.name, *ratios, decode, prefill, engine, facts.memory, facts.disk, said)

@@ -1,91 +1,88 @@
-"""The tables of a report: in every cell text to read and a value to sort by."""
+"""The tables of a report, from the benchmark's numbers and what else lies in the folder of a run."""
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from moeify.benchmark.engines.results import EngineFile, EngineSpeed
-from moeify.benchmark.models.results import PARTS, Interval, Model, ModelBench, Part, Quality, Speed, Verdict
-from moeify.reporting.facts import ALL_TEXTS, Facts, active_parameters, parameters, quality_of, ratio_of
-from moeify.reporting.reader import Source
-from moeify.words import count, factor, number, percent, size
-
-if TYPE_CHECKING:
-    from moeify.training.finetune import FinetuneHistory
+from moeify.benchmark.grid import Grid
+from moeify.benchmark.models import table as benchmark
+from moeify.benchmark.models.results import Interval, LayerExperts, Model, ModelBench, Verdict
+from moeify.reporting.facts import Facts, active_parameters, parameters, read_for_token
+from moeify.reporting.reader import RunFolder, Training
+from moeify.words import count, duration, factor, number, percent, size
 
 T = TypeVar("T")
 MISSING = "\u2013"
-KINDS = {"dense": "dense", "moe": "mixture of experts", "static": "pruned (static)"}
+KINDS = {"dense": "dense", "moe": "mixture of experts", "static": "pruned"}
 OUTCOMES = {"faster": "\u25b2 faster", "same": "= same", "slower": "\u25bc slower", "cannot tell": "? cannot tell"}
+WIDE = ("why", "prefers")
+# A text's favourites that are named.
+FAVOURITES = 5
+# What training bought is told for this many parts of it, or for each hour where there are more.
+PARTS, MOST_PARTS = 4, 12
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell.
-
-    Args:
-        text: for the reader.
-        value: to sort by; None sorts by the text.
-        note: smaller, below.
-    """
+    """One cell: its text, and a note below it."""
 
     text: str
-    value: float | None = None
     note: str = ""
+    is_number: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table; columns with values are set to the right, and `wide` ones may break into lines."""
+    """A table; columns with numbers are set to the right, and WIDE ones may break into lines."""
 
     key: str
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
-    wide: tuple[str, ...] = ("why", "not measured because")
 
-    @property
-    def numeric(self) -> tuple[bool, ...]:
-        return tuple(any(row[index].value is not None for row in self.rows) for index in range(len(self.columns)))
+    def style(self, column: int) -> str:
+        if any(row[column].is_number for row in self.rows):
+            return "number"
+        return "wide" if self.columns[column] in WIDE else "words"
 
 
 def table(key: str, caption: str, items: Iterable[T], columns: Sequence[tuple[str, Callable[[T], Cell]]]) -> Table:
-    """A row an item, a column a name and a function of the item."""
-    rows = tuple(tuple(make(item) for _, make in columns) for item in items)
-    return Table(key, caption, tuple(name for name, _ in columns), rows)
+    """A row an item, a column a name and a function of the item; columns without any text are left out."""
+    rows = [[make(item) for _, make in columns] for item in items]
+    used = [index for index in range(len(columns)) if any(row[index].text != MISSING for row in rows)]
+    cells = tuple(tuple(row[index] for index in used) for row in rows)
+    return Table(key, caption, tuple(columns[index][0] for index in used), cells)
 
 
 def cell(value: float | None, words: Callable[[float], str] = number, note: str = "") -> Cell:
-    return Cell(MISSING) if value is None else Cell(words(value), value, note)
+    return Cell(MISSING) if value is None else Cell(words(value), note, is_number=True)
 
 
 def whole(value: float) -> str:
     return f"{value:,.0f}"
 
 
-def sizes(bench: ModelBench) -> Table:
-    """Parameters, work, bytes and memory of each model."""
-
-    def total(model: Model, name: str) -> int:
-        return sum(getattr(part, name) for part in model.parts.values())
-
+def models(all_facts: Sequence[Facts]) -> Table:
+    """Every model of the benchmark: what it costs and how good it is, over all texts."""
     return table(
-        "sizes",
-        "Size, work and memory",
-        bench.models,
+        "models",
+        "Every model, over all texts; below a number its 95 % interval",
+        all_facts,
         [
-            ("model", lambda model: Cell(model.name, note=KINDS[model.kind])),
-            ("experts", lambda model: Cell(_layout(model))),
-            ("active parameters", lambda model: cell(active_parameters(model), count)),
-            ("stored parameters", lambda model: cell(parameters(model), count)),
-            ("FFN active", lambda model: cell(model.active_share, percent)),
-            ("GFLOP / token", lambda model: cell(total(model, "flops_per_token") / 1e9)),
-            ("read / decoded token", lambda model: cell(total(model, "bytes_per_decoded_token"), size)),
-            ("on disk", lambda model: cell(model.bytes_on_disk, size)),
-            ("peak memory, loading", lambda model: cell(model.load_peak_memory_bytes, size)),
-            ("peak memory, running", lambda model: cell(model.peak_memory_bytes, size)),
+            ("model", lambda facts: Cell(facts.model.name, KINDS[facts.model.kind] * (facts.model.kind != "dense"))),
+            ("experts", lambda facts: Cell(_layout(facts.model))),
+            ("active parameters", lambda facts: cell(active_parameters(facts.model), count)),
+            ("stored parameters", lambda facts: cell(parameters(facts.model), count)),
+            ("perplexity", lambda facts: cell(facts.quality.perplexity if facts.quality else None)),
+            ("perplexity / dense", lambda facts: _ratio(facts.ratio if facts.model.kind != "dense" else None)),
+            ("perplexity / pruned", lambda facts: _ratio(facts.over_control)),
+            ("same next token", lambda facts: cell(facts.quality.top1_agreement if facts.quality else None, percent)),
+            ("read / decoded token", lambda facts: cell(read_for_token(facts.model), size)),
+            ("on disk", lambda facts: cell(facts.model.bytes_on_disk, size)),
+            ("peak memory", lambda facts: cell(facts.model.peak_memory_bytes, size)),
         ],
     )
 
@@ -97,75 +94,52 @@ def _layout(model: Model) -> str:
     return f"{model.num_active} of {model.num_experts}{shared}"
 
 
-def qualities(bench: ModelBench) -> Table:
-    """Each model on each text, and on all of them if there are several."""
-    rows: list[Quality] = []
-    for model in bench.models:
-        own = [row for row in bench.quality if row.model == model.name]
-        pooled = quality_of(bench, model.name)
-        rows += [*own, pooled] if pooled and len(own) > 1 else own
-    texts = {ALL_TEXTS: ALL_TEXTS, **_short([row.data for row in bench.quality])}
-
-    def over(control: str) -> Callable[[Quality], Cell]:
-        return lambda row: _ratio(row.over_static.get(control))
-
-    controls = dict.fromkeys(chain(*(row.over_static for row in rows)))
-    columns: list[tuple[str, Callable[[Quality], Cell]]] = [
-        ("model", lambda row: Cell(row.model)),
-        ("text", lambda row: Cell(texts[row.data])),
-        ("tokens", lambda row: cell(row.num_tokens, whole)),
-        ("perplexity", lambda row: cell(row.perplexity, note=_edges(row.perplexity_low, row.perplexity_high))),
-        ("perplexity / dense", lambda row: _ratio(ratio_of(row))),
-        *((f"perplexity / {control}", over(control)) for control in controls),
-        ("KL to dense (nats)", lambda row: cell(row.kl_nats, note=_edges(row.kl_low, row.kl_high))),
-        ("same next token", lambda row: cell(row.top1_agreement, percent)),
-    ]
-    return table("qualities", "Quality, with 95 % intervals", rows, columns)
-
-
-def _short(paths: Sequence[str]) -> dict[str, str]:
-    """Path -> its last part, unless two would be called the same."""
-    names = {path: Path(path).name or path for path in paths}
-    return names if len(set(names.values())) == len(names) else {path: path for path in paths}
+def speed(row: Verdict) -> Interval:
+    """As a multiple of the dense model's."""
+    times = (row.time_over_dense, row.time_over_dense_high, row.time_over_dense_low)
+    return Interval(*(1 / (time or row.time_over_dense) for time in times))
 
 
 def _ratio(ratio: Interval | None) -> Cell:
-    return Cell(MISSING) if ratio is None else cell(ratio.value, factor, _edges(ratio.low, ratio.high))
+    return Cell(MISSING) if ratio is None else cell(ratio.value, factor, f"{factor(ratio.low)} to {factor(ratio.high)}")
 
 
-def _edges(low: float | None, high: float | None) -> str:
-    return f"{number(low)} to {number(high)}" if low is not None and high is not None and low != high else ""
-
-
-def parts(bench: ModelBench) -> Table:
-    """Parameters by part: stored, and below it active."""
-
-    def part(name: str) -> Callable[[Model], Cell]:
-        return lambda model: _part(model.parts.get(name))
-
+def evaluations(run: RunFolder) -> Table | None:
+    """Every model that a recipe evaluated, controls that were not benchmarked as well; None without any."""
+    rows = run.ran.value.evals if run.ran else ()
+    if not rows:
+        return None
+    dense = {row.data: row.perplexity for row in rows if row.model == rows[0].model}
     return table(
-        "parts",
-        "Where the parameters are: stored, and active for a token",
-        bench.models,
+        "evaluations",
+        "Every model that the recipe made, by its own evaluation; compare within this table",
+        rows,
         [
-            ("model", lambda model: Cell(model.name)),
-            *((name, part(name)) for name in PARTS if any(name in model.parts for model in bench.models)),
+            ("model", lambda row: Cell(Path(row.model).name or row.model)),
+            ("text", lambda row: Cell(row.data)),
+            ("tokens", lambda row: cell(row.num_tokens, whole)),
+            ("perplexity", lambda row: cell(row.perplexity)),
+            ("perplexity / dense", lambda row: cell(row.perplexity / (dense.get(row.data) or math.nan), factor)),
         ],
     )
 
 
-def _part(part: Part | None) -> Cell:
-    return Cell(MISSING) if part is None else cell(part.parameters, count, f"{count(part.active_parameters)} active")
-
-
-def _regime() -> list[tuple[str, Callable[[Speed | Verdict], Cell]]]:
-    return [
-        ("model", lambda row: Cell(row.model)),
-        ("implementation", lambda row: Cell(row.implementation)),
-        ("phase", lambda row: Cell(row.phase)),
-        ("prompt tokens", lambda row: cell(row.prompt_tokens, whole)),
-        ("batch", lambda row: cell(row.batch, whole)),
-    ]
+def comparison(run: RunFolder) -> Table | None:
+    """Other methods on other texts, each against static pruning at its budget; None without any."""
+    if run.compared is None:
+        return None
+    return table(
+        "comparison",
+        f"Methods side by side ({run.compared.file}); pruned is static pruning with refit at the same budget",
+        run.compared.value.rows,
+        [
+            ("method", lambda row: Cell(row.method)),
+            ("FFN active", lambda row: cell(row.budget, percent)),
+            ("perplexity", lambda row: cell(row.perplexity)),
+            ("perplexity / pruned", lambda row: _ratio(Interval(row.ratio, row.ratio_low, row.ratio_high))),
+            ("gap to dense closed", lambda row: cell(row.gap_closed, percent)),
+        ],
+    )
 
 
 def verdicts(all_facts: Sequence[Facts]) -> Table:
@@ -175,82 +149,89 @@ def verdicts(all_facts: Sequence[Facts]) -> Table:
         "Each model on its fastest implementation, regime by regime",
         [regime for facts in all_facts for regime in facts.regimes],
         [
-            *_regime(),
-            ("speed / dense", lambda row: cell(1 / row.time_over_dense, factor)),
+            ("model", lambda row: Cell(row.model)),
+            ("implementation", lambda row: Cell(row.implementation)),
+            ("phase", lambda row: Cell(row.phase)),
+            ("tokens", lambda row: cell(row.prompt_tokens, whole)),
+            ("batch", lambda row: cell(row.batch, whole)),
+            ("speed / dense", lambda row: _ratio(speed(row))),
             ("verdict", lambda row: Cell(OUTCOMES[row.outcome])),
             ("why", lambda row: Cell(row.why)),
         ],
     )
 
 
-def timings(bench: ModelBench) -> Table:
-    """Every implementation that was timed."""
+def all_numbers(bench: ModelBench) -> list[Table]:
+    """The tables that `moeify bench` prints."""
+    return [_of_grid(f"numbers-{index}", grid) for index, grid in enumerate(benchmark.grids(bench))]
 
-    def over_dense(row: Speed) -> Cell:
-        return cell(row.time_over_dense, note=_edges(row.time_over_dense_low, row.time_over_dense_high))
+
+def _of_grid(key: str, grid: Grid) -> Table:
+    def cells(line: tuple[str, ...]) -> tuple[Cell, ...]:
+        named = zip(line, grid.columns, strict=True)
+        return tuple(Cell(text or MISSING, is_number=name not in grid.words) for text, name in named)
+
+    return Table(key, grid.title, grid.columns, tuple(map(cells, grid.lines)))
+
+
+def preferences(key: str, layers: Sequence[LayerExperts]) -> Table | None:
+    """Which experts each text prefers; None where only one text was measured."""
+    texts = list(layers[0].texts)
+    if len(texts) < 2:
+        return None
+
+    def shares(text: str) -> Iterator[tuple[float, float, str]]:
+        """Of every expert the text's share, that of the mean text, and its name."""
+        for layer in layers:
+            for expert, own in enumerate(layer.texts[text]):
+                mean = sum(layer.texts[name][expert] for name in texts) / len(texts)
+                yield own, mean, f"layer {layer.layer}, expert {expert}"
+
+    def elsewhere(text: str) -> float:
+        """The share of a text's choices that the mean text would not make: total variation."""
+        return sum(max(0.0, own - mean) for own, mean, _ in shares(text)) / len(layers)
+
+    def favourites(text: str) -> str:
+        lifts = sorted(((own / mean, name) for own, mean, name in shares(text) if own), reverse=True)
+        return "; ".join(f"{name}: {factor(lift)}x" for lift, name in lifts[:FAVOURITES])
 
     return table(
-        "timings",
-        "Each implementation that was timed; below it the 10 % and 90 % quantiles, or the 95 % interval",
-        bench.speed,
+        f"{key}-texts",
+        "Which experts each text prefers: against the mean of the texts",
+        texts,
         [
-            *_regime(),
-            ("ms", lambda row: cell(row.ms_p50, note=_edges(row.ms_p10, row.ms_p90))),
-            ("tokens / s", lambda row: cell(row.tokens_per_second)),
-            ("time / dense", over_dense),
-            ("time / floor", lambda row: cell(row.time_over_floor)),
-            ("experts hit", lambda row: cell(row.experts_hit, percent)),
-            ("not measured because", lambda row: Cell(row.reason)),
+            ("text", lambda text: Cell(Path(text).name or text)),
+            ("choices of its own", lambda text: cell(elsewhere(text), percent)),
+            ("prefers", lambda text: Cell(favourites(text))),
         ],
     )
 
 
-def engines(bench: ModelBench) -> Table:
-    """Every file in llama.cpp: each regime that was timed, or why there is none."""
-    timed = {(row.model, row.type) for row in bench.engine_speed}
-    files = {(row.model, row.type): row for row in bench.engine_files}
-    rows: list[tuple[EngineFile, EngineSpeed | None]] = [
-        *((files[row.model, row.type], row) for row in bench.engine_speed),
-        *((row, None) for key, row in files.items() if key not in timed),
-    ]
-
-    def speed(make: Callable[[EngineSpeed], Cell]) -> Callable[[tuple[EngineFile, EngineSpeed | None]], Cell]:
-        return lambda row: Cell(MISSING) if row[1] is None else make(row[1])
-
-    def over_dense(row: EngineSpeed) -> Cell:
-        return cell(row.time_over_dense, note=_edges(row.time_over_dense_low, row.time_over_dense_high))
-
-    return table(
-        "engines",
-        "In llama.cpp, times below which stand the least and largest ratio of the rounds",
-        rows,
-        [
-            ("model", lambda row: Cell(row[0].model)),
-            ("type", lambda row: Cell(row[0].type)),
-            ("phase", speed(lambda row: Cell(row.phase))),
-            ("tokens", speed(lambda row: cell(row.num_tokens, whole))),
-            ("threads", speed(lambda row: cell(row.threads, whole))),
-            ("tokens / s", speed(lambda row: cell(row.tokens_per_second))),
-            ("time / dense", speed(over_dense)),
-            ("on disk", lambda row: cell(row[0].num_bytes, size)),
-            ("perplexity / dense", lambda row: cell(row[0].over_dense, factor)),
-            ("perplexity / transformers", lambda row: cell(row[0].over_transformers, lambda value: f"{value:.4f}")),
-            ("not measured because", lambda row: Cell(row[0].reason)),
-        ],
-    )
+def training(tuned: Sequence[Training]) -> Table:
+    """What every part of every fine-tuning bought."""
+    columns = ("checkpoint", "stage", "tokens so far", "time so far", "figure", "before", "after", "bought")
+    caption = "What training bought, part by part; less is better"
+    return Table("training", caption, columns, tuple(row for one in tuned for row in _bought(one)))
 
 
-def training(key: str, source: "Source[FinetuneHistory]") -> Table:
-    """Figures on held-out text before and after each stage of fine-tuning."""
-    return table(
-        f"{key}-stages",
-        f"Fine-tuning: {source.file}",
-        [(stage, figure) for stage in source.value.stages for figure in stage.before if figure in stage.after],
-        [
-            ("stage", lambda row: Cell(row[0].stage)),
-            ("figure", lambda row: Cell(row[1].replace("_", " "))),
-            ("before", lambda row: cell(row[0].before[row[1]])),
-            ("after", lambda row: cell(row[0].after[row[1]])),
-            ("tokens", lambda row: cell(row[0].num_tokens, whole)),
-        ],
-    )
+def _bought(one: Training) -> Iterator[tuple[Cell, ...]]:
+    """Each stage in equal parts of its time where its curve is known, as its steps take equally long."""
+    for stage, seconds in zip(one.stages, one.seconds, strict=True):
+        common = [figure for figure in stage.before if figure in stage.after]
+        for figure in ["perplexity"] if "perplexity" in common else common:
+            curve = one.curve(stage) if figure == "perplexity" else []
+            points = (
+                curve
+                if len(curve) > 1
+                else [(0.0, stage.before[figure]), (float(stage.num_tokens), stage.after[figure])]
+            )
+            parts = min(max(PARTS, round((seconds or 0) / 3600)), MOST_PARTS, len(points) - 1)
+            ends = [points[math.ceil(part * (len(points) - 1) / parts)] for part in range(parts + 1)]
+            for (_, before), (tokens, after) in pairwise(ends):
+                time = None if seconds is None else seconds * tokens / (points[-1][0] or 1)
+                share = 1 - after / before if before else 0.0
+                yield (
+                    *(Cell(one.name), Cell(stage.stage), cell(tokens, count), cell(time, duration)),
+                    *(Cell(figure.replace("_", " ")), cell(before), cell(after)),
+                    cell(abs(share), percent, "less" if share >= 0 else "more"),
+                )

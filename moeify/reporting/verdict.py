@@ -1,4 +1,4 @@
-"""Losses, gains, and whether to use a model: sentences that follow from the numbers by fixed rules.
+"""Whether to use a model: sentences that follow from the numbers by fixed rules.
 
 RULES says which; the page prints them. `Faster` and `slower` are the benchmark's verdicts: the 95 % interval of the
 time ratio leaves out one. The limits are conventions, not measurements: 5 % is taken for a loss that a user accepts
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeify.benchmark.models.results import Interval, Outcome, Verdict
-from moeify.reporting.facts import Facts, active_parameters, parameters, speeds
-from moeify.words import count, factor, fixed, listing, percent
+from moeify.reporting.facts import Facts
+from moeify.words import factor, fixed, listing, percent
 
 Level = Literal["yes", "partly", "no", "unknown"]
 
@@ -19,6 +19,8 @@ SMALL_LOSS = 1.05
 LARGE_LOSS = 1.5
 # Memory and disk differ when they differ by this share.
 NOTABLE = 0.05
+# Fields of Facts that hold regimes.
+PHASES = ("decode", "prefill", "engine")
 # In their order; the first that applies gives the advice.
 RULES = (
     "Quality or speed was not measured: no advice.",
@@ -31,9 +33,9 @@ RULES = (
 CONVENTION = (
     "Pruning is the static control: by rule 2 the 95 % interval of the ratio of both perplexities, drawn from the same "
     "blocks of text, lies above one, and its time is no longer in at least half of the regimes that both were measured "
-    "in. Faster and slower mean that the 95 % interval of the time ratio leaves out one, same that it ends near one; "
-    "otherwise the run cannot tell. Each regime is the model's fastest implementation. Over several texts perplexities "
-    "are pooled by tokens. The limits are conventions of this report, not measurements."
+    "in. Faster and slower mean that the 95 % interval of the time ratio (in llama.cpp: every round) leaves out one, "
+    "same that it ends near one; otherwise the run cannot tell. Each regime is the model's fastest implementation. "
+    "Over several texts perplexities are pooled by tokens. The limits are conventions of this report, not measured."
 )
 
 
@@ -50,41 +52,25 @@ class Advice:
     sentence: str
 
 
-@dataclass(frozen=True)
-class Answers:
-    """The three answers that a newcomer wants.
-
-    Args:
-        lost, gained: sentences, the most important first.
-        advice: whether to use it.
-    """
-
-    lost: tuple[str, ...]
-    gained: tuple[str, ...]
-    advice: Advice
-
-
-def answers(facts: Facts) -> Answers:
-    return Answers(tuple(_lost(facts)), tuple(_gained(facts)), advise(facts))
-
-
 def advise(facts: Facts) -> Advice:
     """The first rule that applies."""
     ratio = facts.ratio
     if ratio is None or not facts.regimes:
-        return Advice("unknown", f"Its {'quality' if ratio is None else 'speed'} was not measured.")
+        known = [f"{factor(row.over_dense)} ({row.type})" for row in facts.engine_files if row.over_dense]
+        words = f" In llama.cpp its perplexity is {listing(known)} times the dense model's." if known else ""
+        return Advice("unknown", f"Its {'quality' if ratio is None else 'speed'} was not measured.{words}")
     if facts.control and facts.over_control and is_beaten(facts):
         control = f"plain pruning to the same active size ({facts.control.model.name}) loses less"
         both = ", and is mostly as fast or faster" * bool(facts.control.regimes)
         ratio_words = f"Perplexity is {fixed(facts.over_control.value, 3)} times its."
         return Advice("no", f"Do not use it: {control}{both}. {ratio_words}")
-    faster = _where(facts, "faster")
-    gain = "; ".join([f"faster for {faster}"] * bool(faster) + _smaller(facts))
+    faster = where(facts, "faster", PHASES)
+    gain = "; ".join([f"faster for {faster}"] * bool(faster) + smaller(facts))
     if gain:
-        return _weigh(ratio, gain, _where(facts, "slower"))
+        return _weigh(ratio, gain, where(facts, "slower", PHASES))
     if ratio.low > 1:
-        return Advice("no", f"Do not use it: {_not_faster(facts)}, and {quality_words(ratio)}.")
-    return Advice("no", f"No reason to use it: {_not_faster(facts)}; {quality_words(ratio)}.")
+        return Advice("no", f"Do not use it: {not_faster(facts)}, and {quality_words(ratio)}.")
+    return Advice("no", f"No reason to use it: {not_faster(facts)}; {quality_words(ratio)}.")
 
 
 def _weigh(ratio: Interval, gain: str, slower: str) -> Advice:
@@ -106,7 +92,7 @@ def is_beaten(facts: Facts) -> bool:
     over = facts.over_control
     if facts.control is None or over is None or over.low <= 1:
         return False
-    times, others = _times(facts.regimes), _times(facts.control.regimes)
+    times, others = _times(facts), _times(facts.control)
     both = times.keys() & others.keys()
     return 2 * sum(others[regime] <= times[regime] for regime in both) >= len(both)
 
@@ -139,72 +125,43 @@ def quality_words(ratio: Interval) -> str:
 
 def engine_words(facts: Facts) -> str:
     """What other engines make of it, in a sentence; empty if none was timed."""
-    if not facts.engine_speed:
-        return ""
     clauses = []
-    for phase in ("decode", "prefill"):
-        ratios = [row.time_over_dense for row in facts.engine_speed if row.phase == phase and row.time_over_dense]
-        if ratios:
-            ends = " to ".join(dict.fromkeys((factor(min(ratios)), factor(max(ratios)))))
-            clauses.append(f"{phase} takes {ends}")
-    types = listing(list(dict.fromkeys(row.type for row in facts.engine_speed)))
-    return f"In llama.cpp ({types}) {' and '.join(clauses)} of the dense model's time." if clauses else ""
+    for phase in dict.fromkeys(row.phase for row in facts.engine):
+        ratios = [row.time_over_dense for row in facts.engine if row.phase == phase]
+        ends = " to ".join(dict.fromkeys((factor(min(ratios)), factor(max(ratios)))))
+        clauses.append(f"{phase} takes {ends}")
+    files = listing(list(dict.fromkeys(row.implementation.split(",")[0] for row in facts.engine)))
+    return f"In {files} {' and '.join(clauses)} of the dense model's time." if clauses else ""
 
 
-def _is_faster_in_engine(facts: Facts) -> bool:
-    """Somewhere, in every round."""
-    return any(row.time_over_dense_high is not None and row.time_over_dense_high < 1 for row in facts.engine_speed)
-
-
-def _lost(facts: Facts) -> list[str]:
-    lines = []
-    if facts.quality is not None and facts.ratio is not None:
-        edges = f"95 % interval of the ratio: {factor(facts.ratio.low)} to {factor(facts.ratio.high)}"
-        agreement = percent(facts.quality.top1_agreement)
-        lines.append(f"{_capital(quality_words(facts.ratio))} ({edges}).")
-        lines.append(f"Its likeliest next token is the dense model's at {agreement} of positions.")
-    if slower := _where(facts, "slower"):
-        lines.append(f"Slower for {slower}, down to {factor(min(speeds(facts.regimes) or ()))}x.")
-    for what, ratio in (("Peak memory", facts.memory), ("The checkpoint", facts.disk)):
-        if ratio is not None and ratio > 1 + NOTABLE:
-            lines.append(f"{what} is {factor(ratio)} times as large.")
-    lines += [f"In {row.engine} ({row.type}): {row.reason}." for row in facts.engine_files if row.reason]
-    if not _is_faster_in_engine(facts):
-        lines += filter(None, [engine_words(facts)])
-    return lines + [words for words in [control_words(facts)] if words.startswith("Worse")]
-
-
-def _gained(facts: Facts) -> list[str]:
-    active, dense = active_parameters(facts.model), active_parameters(facts.dense)
-    lines = [f"A token uses {count(active)} of {count(parameters(facts.model))} parameters; dense: {count(dense)}."]
-    if faster := _where(facts, "faster"):
-        lines.append(f"Faster for {faster}, up to {factor(max(speeds(facts.regimes) or ()))}x.")
-    elif facts.regimes:
-        lines.append(f"No speed: {_not_faster(facts)}.")
-    lines += [f"{_capital(words)}." for words in _smaller(facts)]
-    if _is_faster_in_engine(facts):
-        lines.append(engine_words(facts))
-    return lines + [words for words in [control_words(facts)] if words and not words.startswith("Worse")]
-
-
-def _smaller(facts: Facts) -> list[str]:
+def smaller(facts: Facts) -> list[str]:
     shares = (("memory", facts.memory), ("disk", facts.disk))
     return [f"{percent(1 - share)} less {what}" for what, share in shares if share and share < 1 - NOTABLE]
 
 
-def _not_faster(facts: Facts) -> str:
-    return f"nowhere {'shown to be ' * bool(_where(facts, 'cannot tell'))}faster than the dense model"
+def not_faster(facts: Facts) -> str:
+    return f"nowhere {'shown to be ' * bool(where(facts, 'cannot tell', PHASES))}faster than the dense model"
 
 
-def _where(facts: Facts, outcome: Outcome) -> str:
+def where(facts: Facts, outcome: Outcome, phases: Sequence[str] = PHASES[:2]) -> str:
     """The regimes with an outcome: `decode at batch 1 and 4, and prefill everywhere`."""
     places = []
-    for phase in (facts.decode, facts.prefill):
-        regimes = [regime for regime in phase if regime.outcome == outcome]
-        if regimes:
-            everywhere = len(regimes) == len(phase) > 1
-            places.append(f"{regimes[0].phase} {'everywhere' if everywhere else _regimes(regimes, phase)}")
+    for phase in phases:
+        rows: tuple[Verdict, ...] = getattr(facts, phase)
+        regimes = [regime for regime in rows if regime.outcome == outcome]
+        if regimes and phase == "engine":
+            places.append(_in_engine(regimes, rows))
+        elif regimes:
+            everywhere = len(regimes) == len(rows) > 1
+            places.append(f"{phase} {'everywhere' if everywhere else _regimes(regimes, rows)}")
     return ", and ".join(places)
+
+
+def _in_engine(regimes: Sequence[Verdict], of: Sequence[Verdict]) -> str:
+    """`decode in llama.cpp`; where files or threads of a phase differ in their outcome, which ones."""
+    mixed = {row.phase for row in of if row not in regimes}
+    names = [f"{row.phase} ({row.implementation})" if row.phase in mixed else row.phase for row in regimes]
+    return f"{listing(list(dict.fromkeys(names)))} in llama.cpp"
 
 
 def _regimes(regimes: Sequence[Verdict], of: Sequence[Verdict]) -> str:
@@ -217,9 +174,10 @@ def _regimes(regimes: Sequence[Verdict], of: Sequence[Verdict]) -> str:
     return ", ".join(groups)
 
 
-def _times(regimes: Sequence[Verdict]) -> dict[tuple[str, int, int], float]:
-    return {(row.phase, row.batch, row.prompt_tokens): row.time_over_dense for row in regimes}
+def _times(facts: Facts) -> dict[tuple[str, str, int, int], float]:
+    """By regime; in transformers each model's implementation is its own."""
 
+    def place(row: Verdict) -> str:
+        return row.implementation if row in facts.engine else ""
 
-def _capital(words: str) -> str:
-    return words[0].upper() + words[1:]
+    return {(place(row), row.phase, row.batch, row.prompt_tokens): row.time_over_dense for row in facts.regimes}

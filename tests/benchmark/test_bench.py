@@ -82,6 +82,7 @@ def test_everything_is_measured(result: ModelBench) -> None:
         ("pruned", "static"),
     ]
     assert [row.model for row in result.quality] == ["dense", "moe", "pruned"]
+    assert [list(sample.continuations) for sample in result.samples] == [["dense", "moe", "pruned"]] * 2
     # Eager, batched_mm, grouped_mm and ours; two batch sizes, prefill and decode.
     assert len(result.speed) == (1 + 4 + 1) * 2 * 2
     assert not any(row.reason for row in result.speed)

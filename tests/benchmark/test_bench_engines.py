@@ -147,8 +147,8 @@ def test_gguf_files_are_taken_as_they_are(
     assert "decode 32 in llama.cpp" in shown
     page = report(out)
     text = page.out.read_text()
-    assert "<h2>In llama.cpp</h2>" in text
-    assert "In llama.cpp (f32) decode takes" in " ".join(page.headlines[0].answers.lost)
+    assert "llama.cpp f32, 1 thread" in text
+    assert "In llama.cpp f32 decode takes" in " ".join(page.headlines[0].answers.lost)
 
 
 def test_what_cannot_run_is_a_row_and_no_error(programs: Path, dense: Path, moe: Path, tmp_path: Path) -> None:

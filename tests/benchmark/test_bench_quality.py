@@ -16,7 +16,8 @@ from moeify.benchmark.models import quality as quality_module
 from moeify.benchmark.models.anatomy import experts_modules
 from moeify.benchmark.models.expert_use import SMALLEST_COUNT, expert_use, output_energies, top_places
 from moeify.benchmark.models.quality import block_scores, measure_quality
-from moeify.benchmark.models.results import Interval
+from moeify.benchmark.models.results import ALL_TEXTS, Interval
+from moeify.benchmark.models.samples import write_samples
 from moeify.check.bootstrap import RESAMPLES, draws, interval
 from moeify.check.evaluate import evaluate, load
 from moeify.data.text import evaluation_tokens
@@ -113,7 +114,7 @@ def test_load_and_company_are_counted_by_hand(moe: Any) -> None:
         moe(ids_C[None])
     for handle in handles:
         handle.remove()
-    found = expert_use(moe, ids_BC, str)
+    found = expert_use(moe, {"text": ids_BC}, str)
     assert [one.layer for one in found] == [0, 1]
     total = ids_BC.numel()
     for one in found:
@@ -137,6 +138,46 @@ def test_load_and_company_are_counted_by_hand(moe: Any) -> None:
             assert [chose[int(token)] / occurrences[int(token)] for token in tokens] == best
 
 
+def test_quality_over_all_texts_is_that_of_their_blocks_together(make_dense: MakeDense) -> None:
+    models = {name: load(str(make_dense("llama", seed=seed))) for name, seed in (("dense", 0), ("moe", 1))}
+    texts = {"a": ids_of(3, 12), "b": ids_of(5, 12) // 2}
+    rows = measure_quality(models, "dense", texts)
+    together = measure_quality(models, "dense", {ALL_TEXTS: torch.cat(list(texts.values()))})
+    assert [row.data for row in rows[:: len(models)]] == ["a", "b", ALL_TEXTS]
+    assert rows[-len(models) :] == together
+
+
+def test_each_of_several_texts_has_its_own_load(moe: Any) -> None:
+    texts = {"a": ids_of(4, 12), "b": ids_of(2, 12) // 2}
+    both = expert_use(moe, texts, str)
+    for name, ids_BC in texts.items():
+        alone = expert_use(moe, {name: ids_BC}, str)
+        # Of one text there is nothing to tell apart.
+        assert [one.texts for one in alone] == [{}, {}]
+        for one, other in zip(both, alone, strict=True):
+            assert one.texts[name] == pytest.approx(other.load)
+    assert both[0].load == pytest.approx([(4 * a + 2 * b) / 6 for a, b in zip(*both[0].texts.values(), strict=True)])
+    assert both[0].texts["a"] != both[0].texts["b"]
+
+
+@torch.no_grad()
+def test_samples_take_the_likeliest_token_again_and_again(moe: Any) -> None:
+    class Words:
+        eos_token_id = None
+        decode = staticmethod(lambda ids, **_: " ".join(map(str, torch.as_tensor(ids).tolist())) + " ")
+
+    texts = {"a": ids_of(4, 12), "b": ids_of(4, 12) // 2}
+    samples = write_samples({"dense": moe, "moe": moe}, texts, Words(), longest=16)
+    assert [sample.data for sample in samples] == ["a", "b"]
+    for sample in samples:
+        ids = texts[sample.data][0, :8].tolist()
+        assert sample.prompt.split() == list(map(str, ids))
+        for _ in range(8):
+            ids.append(int(moe(torch.tensor([ids])).logits[0, -1].argmax()))
+        assert sample.continuations["moe"].split() == list(map(str, ids[8:]))
+        assert sample.continuations["moe"] == sample.continuations["dense"]
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_outputs_of_experts_by_hand(name: str) -> None:
@@ -157,7 +198,7 @@ def test_outputs_of_experts_by_hand(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architecture_is_understood(name: str) -> None:
     model = tiny(name).eval().cpu()
-    found = expert_use(model, ids_of(), str)
+    found = expert_use(model, {"text": ids_of()}, str)
     assert [one.layer for one in found] == sorted(experts_modules(model))
     for one in found:
         assert sum(one.load) == pytest.approx(1)
@@ -170,7 +211,7 @@ def test_every_architecture_is_understood(name: str) -> None:
 def test_the_router_is_compared_with_the_best_and_a_random_choice(moe: Any) -> None:
     """An oracle router captures everything; one that takes the worst experts less than a random choice."""
     ids_BC = ids_of()
-    plain = expert_use(moe, ids_BC, str)[0]
+    plain = expert_use(moe, {"text": ids_BC}, str)[0]
     assert plain.random_capture < 1
     layer = moe.model.layers[0].block_sparse_moe
 
@@ -190,7 +231,7 @@ def test_the_router_is_compared_with_the_best_and_a_random_choice(moe: Any) -> N
     captures = {}
     for largest in (True, False):
         handle = layer.router.register_forward_hook(choose(largest))
-        captures[largest] = expert_use(moe, ids_BC, str)[0]
+        captures[largest] = expert_use(moe, {"text": ids_BC}, str)[0]
         handle.remove()
     assert captures[True].oracle_capture == pytest.approx(1)
     assert captures[False].oracle_capture < captures[False].random_capture < 1
@@ -228,7 +269,7 @@ def test_a_long_text_takes_no_more_oracle_tokens(moe: Any, monkeypatch: pytest.M
 
     monkeypatch.setattr(module, "ORACLE_TOKENS", 24)
     monkeypatch.setattr(module, "output_energies", spy)
-    found = expert_use(moe, ids_of(8, 12), lambda token: f"<{token}>")
+    found = expert_use(moe, {"text": ids_of(8, 12)}, lambda token: f"<{token}>")
     assert sum(seen) == 2 * 24
     assert all(token.startswith("<") for one in found for tokens in one.top_tokens for token in tokens)
     assert any(tokens for one in found for tokens in one.top_tokens)

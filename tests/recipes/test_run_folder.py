@@ -142,11 +142,11 @@ def test_every_stage_goes_on_that_was_killed_before_its_marker(
     killed: list[str] = []
     finish = markers.finish
 
-    def kill(out: Path, stage: markers.Stage, inputs: str) -> None:
+    def kill(out: Path, stage: markers.Stage, inputs: str, seconds: float | None = None) -> None:
         if stage.name not in killed:
             killed.append(stage.name)
             raise KeyboardInterrupt
-        finish(out, stage, inputs)
+        finish(out, stage, inputs, seconds)
 
     monkeypatch.setattr(markers, "finish", kill)
     for _ in range(5):
@@ -154,7 +154,24 @@ def test_every_stage_goes_on_that_was_killed_before_its_marker(
             run(recipe)
     assert run(recipe).out == recipe.out
     assert killed == ["moe", "static", "moe-finetuned", "compare", "bench"]
+    # How long both parts took together is not known, so it is not said.
+    assert seconds_of(recipe, "moe") is None
     assert run(recipe).skipped == ("moe", "static", "moe-finetuned", "bench")
+
+
+def seconds_of(recipe: Recipe, name: str) -> float | None:
+    marker = markers.read_marker(recipe.out, name)
+    assert marker is not None
+    return marker.seconds
+
+
+def test_a_marker_says_how_long_its_stage_took(make: Make) -> None:
+    recipe = make()
+    seconds = seconds_of(recipe, "moe")
+    assert seconds is not None
+    assert 0 < seconds < 600
+    assert run(recipe).skipped == ("moe", "static")
+    assert seconds_of(recipe, "moe") == seconds
 
 
 def test_a_result_that_came_while_a_stage_was_unfinished_is_not_replaced(make: Make) -> None:

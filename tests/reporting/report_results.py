@@ -3,14 +3,16 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moeify.benchmark.ceilings import Ceilings
+from moeify.benchmark.engines.results import EngineFile, EngineSpeed
 from moeify.benchmark.models.results import (
+    ALL_TEXTS,
     Interval,
     Kind,
     LayerExperts,
@@ -20,14 +22,17 @@ from moeify.benchmark.models.results import (
     Part,
     Phase,
     Quality,
+    Sample,
     Speed,
     Verdict,
 )
 from moeify.check.compare import Comparison, Row
+from moeify.check.perplexity import EvalResult
 from moeify.convert.search import Point, SearchResult
 from moeify.plan import Layout
 from moeify.recipes.limits import Limit
 from moeify.recipes.run import RunResult
+from moeify.reporting.facts import Facts, facts_of
 from moeify.reporting.reader import Record
 from moeify.results import to_json
 from moeify.training.finetune import FinetuneHistory, StageHistory
@@ -174,18 +179,20 @@ def experts(num_layers: int, num_experts: int, tokens: Sequence[str] = WORDS) ->
                 oracle_capture=min(0.99, 0.78 + 0.006 * layer + 0.05 * float(random.random())),
                 random_capture=chance,
                 top_tokens=tuple(tuple(random.choice(tokens, 8, replace=False).tolist()) for _ in range(num_experts)),
+                texts={text: tuple(random.dirichlet(load * 99).tolist()) for text in ("moby-dick", "of-the-union")},
             )
         )
     return found
 
 
+PHASES: tuple[Phase, Phase] = ("decode", "prefill")
 DECODE = {1: 1.24, 4: 1.09, 16: 1.0, 64: 0.81}
 PREFILL = {1: 0.72, 4: 0.55}
 
 
 def smollm2(num_layers: int = 30, num_experts: int = 32, tokens: Sequence[str] = WORDS) -> ModelBench:
     """Dense, a mixture of experts at half the FFN, and the static control of its size."""
-    texts = {"moby-dick": 1.0, "state-of-the-union": 0.8}
+    texts = {"moby-dick": 1.0, "state-of-the-union": 0.8, ALL_TEXTS: math.sqrt(0.8)}
     perplexities = {"dense": 49.6, "moe-50": 108.9, "static-50": 146.6}
     bench = ModelBench(
         date="2026-11-22T10:00:00+00:00",
@@ -216,7 +223,28 @@ def smollm2(num_layers: int = 30, num_experts: int = 32, tokens: Sequence[str] =
     reason = "needs a CUDA device"
     bench.speed.append(Speed("moe-50", "moeify", "decode", 1, 512, reason=reason))
     bench.experts["moe-50"] = experts(num_layers, num_experts, tokens)
+    bench.samples = [Sample("moby-dick", "Call me", {name: f" a {name}, <says> it.\n" for name in perplexities})]
     return bench
+
+
+def engine_speed(
+    name: str, phase: Phase, time: float | None, spread: float = 0.02, num_tokens: int = 64, threads: int = 1
+) -> EngineSpeed:
+    """One row of llama.cpp; no time over dense for the dense model itself."""
+    ends = (None, None) if time is None else (time * (1 - spread), time * (1 + spread))
+    return EngineSpeed(name, "llama.cpp", "q8_0", threads, phase, num_tokens, 5.0, 200.0, time, *ends, 3)
+
+
+def in_llama_cpp(bench: ModelBench, decode: float, prefill: float) -> ModelBench:
+    """The benchmark with files of the dense model, the mixture and the control in llama.cpp."""
+    names = [model.name for model in bench.models]
+    files = [EngineFile(name, "llama.cpp", "q8_0", 150_000_000, 50.0, 1.0, 1.0) for name in names]
+    rows = [
+        *(engine_speed(names[0], phase, None) for phase in PHASES),
+        *(engine_speed(names[1], phase, time) for phase, time in zip(PHASES, (decode, prefill), strict=True)),
+        *(engine_speed(names[2], phase, time) for phase, time in zip(PHASES, (0.71, 0.67), strict=True)),
+    ]
+    return dataclasses.replace(bench, engine_files=files, engine_speed=rows)
 
 
 def write(folder: Path, bench: ModelBench, name: str = "bench.json", **changes: Any) -> Path:
@@ -253,13 +281,49 @@ def write_others(folder: Path) -> None:
     evals = [{"eval_perplexity": 108.9 - 3 * step, "step": step, "epoch": 0.1} for step in range(5)]
     steps = [{"loss": 1.0, "step": step} for step in range(5)]
     stage = StageHistory("full", {"perplexity": 108.9}, {"perplexity": 96.9}, 4096, (*steps, *evals))
+    control = StageHistory("full", {"perplexity": 146.6}, {"perplexity": 130.0}, 4096, (*steps, *evals))
+    evaluated = {"smollm2-135m.gguf": 50.0, "run/moe": 107.0, "run/kmeans": 120.0, "run/random": 190.0}
+    evaluations = [EvalResult(name, "moby-dick", value, 10_239, 9.0, "") for name, value in evaluated.items()]
     limit = Limit("perplexity under static on text", "109", "< 100", passed=False)
     results = {
         "compare.json": Comparison("smollm2-135m.gguf", tuple(row(*values) for values in rows), {}, {}),
         "search.json": SearchResult("smollm2-135m.gguf", 0.5, greedy[1], uniform, tuple(greedy), 40.0, {}),
-        "run.json": RunResult(folder, (), None, (), (limit,)),
+        "run.json": RunResult(folder, (), None, tuple(evaluations), (limit,)),
         "moe-50/moeify.json": Record(job, 1, 1),
         "moe-50-finetuned/finetune.json": FinetuneHistory((stage,)),
+        "static-50-finetuned/finetune.json": FinetuneHistory((control,)),
     }
     for name, value in results.items():
         write_json(folder / name, to_json(value))
+
+
+def bench(
+    *,
+    moe: float | None = 60.0,
+    static: float | None = 80.0,
+    speeds: Mapping[tuple[Phase, int], float] | None = None,
+    static_speed: float = 1.3,
+    spread: float = 0.02,
+    paired: float | None = 0.01,
+    moe_changes: Mapping[str, Any] | None = None,
+) -> ModelBench:
+    """A dense model of perplexity 50, a mixture of experts and a static control with these perplexities and speeds."""
+    speeds = {("decode", 1): 1.2, ("decode", 8): 1.1, ("prefill", 1): 1.1} if speeds is None else speeds
+    found = dataclasses.replace(smollm2(2, 4), models=[], quality=[], samples=[], speed=[], verdicts=[], experts={})
+    found.models = [model("dense", "dense"), model("moe", "moe", 0.5, **(moe_changes or {}))]
+    found.quality = [quality("dense", 50.0, 50.0)]
+    if moe is not None:
+        pair = {"static": over(moe / static, paired)} if static is not None and paired is not None else {}
+        found.quality.append(quality("moe", moe, 50.0, spread=spread, **pair))
+    if static is not None:
+        found.models.append(model("static", "static", 0.5, 0.5))
+        found.quality.append(quality("static", static, 50.0, spread=spread))
+        found.verdicts += [verdict("static", phase, batch, 512, static_speed) for phase, batch in speeds]
+    found.verdicts += [verdict("moe", phase, batch, 512, times) for (phase, batch), times in speeds.items()]
+    return found
+
+
+def facts(**changes: Any) -> Facts:
+    """About the mixture of `bench`."""
+    found = bench(**changes)
+    return facts_of(found, found.models[1])

@@ -7,8 +7,8 @@ Legend: B blocks of C tokens, T tokens of one block, D hidden size, E experts, K
 the text.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,20 +36,22 @@ class _Layer:
     best_energy: float = 0.0
     all_energy: float = 0.0
     num_chosen: int = 0
+    texts: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
 def expert_use(
-    model: Any, ids_BC: Tensor, text_of: Callable[[int], str], *, track: Track[Any] = untracked
+    model: Any, texts: Mapping[str, Tensor], text_of: Callable[[int], str], *, track: Track[Any] = untracked
 ) -> list[LayerExperts]:
     """One entry a layer with experts.
 
     Args:
         model: loaded, with routed experts.
-        ids_BC: the text.
+        texts: ids_BC by name.
         text_of: turns a token id into text.
         track: wraps the loop over blocks.
     """
+    ids_BC, sources = torch.cat(list(texts.values())), [name for name, ids_BC in texts.items() for _ in ids_BC]
     tokens_U, places_BC = ids_BC.unique(return_inverse=True)
     layers: dict[int, _Layer] = {}
     for layer, module in experts_modules(model).items():
@@ -57,32 +59,34 @@ def expert_use(
         layers[layer] = _Layer(torch.zeros(len(tokens_U), num_experts), torch.zeros(num_experts, num_experts))
     oracle_stride = max(1, -(-ids_BC.numel() // ORACLE_TOKENS))
     forced = False
-    places_C = places_BC[0]
+    places_C, source = places_BC[0], ""
 
     def see(layer: int, module: Any, inputs_TD: Tensor, chosen_TK: Tensor) -> None:
         nonlocal forced
         if forced:
             return
         found = layers[layer]
-        _count(found, places_C, chosen_TK.cpu())
+        _count(found, places_C, chosen_TK.cpu(), source)
         forced = True
         _compare(found, module, inputs_TD[::oracle_stride], chosen_TK[::oracle_stride])
         forced = False
 
     with watching(model, see):
         for block in track(range(len(ids_BC)), "experts", len(ids_BC)):
-            places_C = places_BC[block]
+            places_C, source = places_BC[block], sources[block] if len(texts) > 1 else ""
             model.get_decoder()(ids_BC[block : block + 1].to(model.device), use_cache=False)
-    texts = [text_of(int(token)) for token in tokens_U]
-    return [_summary(layer, found, texts) for layer, found in sorted(layers.items())]
+    words = [text_of(int(token)) for token in tokens_U]
+    return [_summary(layer, found, words) for layer, found in sorted(layers.items())]
 
 
-def _count(found: _Layer, places_T: Tensor, chosen_TK: Tensor) -> None:
-    """Choices of each token, and of pairs of experts."""
+def _count(found: _Layer, places_T: Tensor, chosen_TK: Tensor, source: str) -> None:
+    """Choices of each token, of pairs of experts, and of a text if it has a name."""
     chose_TE = torch.zeros(len(chosen_TK), found.counts_UE.shape[1]).scatter_(1, chosen_TK, 1.0)
     found.counts_UE.index_add_(0, places_T, chose_TE)
     found.together_EE += chose_TE.T @ chose_TE
     found.num_chosen = chosen_TK.shape[1]
+    if source:
+        found.texts[source] = found.texts.get(source, 0) + chose_TE.sum(dim=0)
 
 
 def _compare(found: _Layer, module: Any, inputs_TD: Tensor, chosen_TK: Tensor) -> None:
@@ -107,7 +111,7 @@ def output_energies(module: Any, inputs_TD: Tensor) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
-def _summary(layer: int, found: _Layer, texts: list[str]) -> LayerExperts:
+def _summary(layer: int, found: _Layer, words: list[str]) -> LayerExperts:
     tokens_E = found.counts_UE.sum(dim=0)
     occurrences_U = found.counts_UE.sum(dim=1) / found.num_chosen
     num_tokens = float(occurrences_U.sum())
@@ -121,9 +125,10 @@ def _summary(layer: int, found: _Layer, texts: list[str]) -> LayerExperts:
         oracle_capture=found.chosen_energy / best if best else 1.0,
         random_capture=found.all_energy * found.num_chosen / num_experts / best if best else 1.0,
         top_tokens=tuple(
-            tuple(texts[place] for place in top_places(found.counts_UE, occurrences_U, expert))
+            tuple(words[place] for place in top_places(found.counts_UE, occurrences_U, expert))
             for expert in range(num_experts)
         ),
+        texts={name: tuple((chosen_E / chosen_E.sum()).tolist()) for name, chosen_E in found.texts.items()},
     )
 
 

@@ -140,6 +140,7 @@ class Texts:
 
     Args:
         context: tokens of a block.
+        longest: tokens that all models take.
         blocks: ids_BC by name, for quality and experts.
         prompt_text_T: enough for the largest regime.
         regimes: (batch, prompt tokens).
@@ -147,6 +148,7 @@ class Texts:
     """
 
     context: int
+    longest: int
     blocks: Mapping[str, Tensor]
     prompt_text_T: Tensor
     regimes: tuple[tuple[int, int], ...]
@@ -179,7 +181,7 @@ class Texts:
                 f"{options.data[0]} has {len(text_T):,} tokens, a batch of prompts needs {needed:,}",
                 "smaller --batch or --prompt, or a longer text as the first --data",
             )
-        return cls(context, blocks, text_T, regimes, tokenizers[0])
+        return cls(context, limit, blocks, text_T, regimes, tokenizers[0])
 
     @property
     def largest(self) -> tuple[int, int]:

@@ -2,18 +2,17 @@
 
 Only one block's logits of two models exist at a time, and only CHUNK_TOKENS of them as probabilities.
 
-Legend: B blocks, C tokens of a block, L = C - 1 predictions, V vocabulary, S resamples.
+Legend: B blocks, C tokens of a block, L = C - 1 predictions, V vocabulary.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moeify.benchmark.models.results import Interval, Quality
-from moeify.check.bootstrap import draws, interval
+from moeify.benchmark.models.results import ALL_TEXTS, Interval, Quality
+from moeify.check.bootstrap import draws, interval, perplexity_of, perplexity_ratio
 from moeify.options import Track, untracked
 
 CHUNK_TOKENS = 64
@@ -27,7 +26,7 @@ def measure_quality(
     static: Sequence[str] = (),
     track: Track[Any] = untracked,
 ) -> list[Quality]:
-    """One row a text and model.
+    """One row a text and model, and one a model for the blocks of all texts, if there are several.
 
     Args:
         models: loaded, by name; all with one vocabulary.
@@ -36,22 +35,30 @@ def measure_quality(
         static: names of static models, with which the others are compared as well.
         track: wraps the loop over blocks.
     """
-    rows: list[Quality] = []
+    scores: dict[str, dict[str, Tensor]] = {}
     for data, ids_BC in texts.items():
-        scores: dict[str, list[Tensor]] = {name: [] for name in models}
+        blocks: dict[str, list[Tensor]] = {name: [] for name in models}
         for ids_C in track(ids_BC, f"quality on {data}", len(ids_BC)):
             reference_LV = _logits(models[dense], ids_C)
             for name, model in models.items():
                 logits_LV = reference_LV if name == dense else _logits(model, ids_C)
-                scores[name].append(block_scores(logits_LV, reference_LV, ids_C[1:].to(logits_LV.device)))
-        tables = {name: torch.stack(blocks) for name, blocks in scores.items()}
-        size = ids_BC.shape[0] * (ids_BC.shape[1] - 1)
-        controls = {name: tables[name] for name in static}
-        rows += [
-            _row(name, data, size, table_B3, tables[dense], controls={} if name in {dense, *static} else controls)
-            for name, table_B3 in tables.items()
-        ]
-    return rows
+                blocks[name].append(block_scores(logits_LV, reference_LV, ids_C[1:].to(logits_LV.device)))
+        scores[data] = {name: torch.stack(own) for name, own in blocks.items()}
+    if len(texts) > 1:
+        scores[ALL_TEXTS] = {name: torch.cat([tables[name] for tables in scores.values()]) for name in models}
+    predictions = next(iter(texts.values())).shape[1] - 1
+    return [
+        _row(
+            name,
+            data,
+            len(table_B3) * predictions,
+            table_B3,
+            tables[dense],
+            controls={} if name in {dense, *static} else {control: tables[control] for control in static},
+        )
+        for data, tables in scores.items()
+        for name, table_B3 in tables.items()
+    ]
 
 
 def block_scores(logits_LV: Tensor, reference_LV: Tensor, ids_L: Tensor) -> Tensor:
@@ -78,18 +85,16 @@ def _row(
     name: str, data: str, num_tokens: int, table_B3: Tensor, dense_B3: Tensor, *, controls: Mapping[str, Tensor]
 ) -> Quality:
     """Means over blocks, and their intervals from the same draws for every model."""
-    draws_SB = draws(len(table_B3))
     losses_B, kl_B, agree_B = table_B3.unbind(dim=1)
-    ratio = _over(table_B3, dense_B3)
-    low, high = interval(losses_B[draws_SB].mean(dim=1))
-    kl_low, kl_high = interval(kl_B[draws_SB].mean(dim=1))
+    own, ratio = perplexity_of(losses_B), perplexity_ratio(losses_B, dense_B3[:, 0])
+    kl_low, kl_high = interval(kl_B[draws(len(kl_B))].mean(dim=1))
     return Quality(
         model=name,
         data=data,
         num_tokens=num_tokens,
-        perplexity=_exp(float(losses_B.mean())),
-        perplexity_low=_exp(low),
-        perplexity_high=_exp(high),
+        perplexity=own.value,
+        perplexity_low=own.low,
+        perplexity_high=own.high,
         ratio=ratio.value,
         ratio_low=ratio.low,
         ratio_high=ratio.high,
@@ -97,20 +102,7 @@ def _row(
         kl_low=kl_low,
         kl_high=kl_high,
         top1_agreement=float(agree_B.mean()),
-        over_static={control: _over(table_B3, control_B3) for control, control_B3 in controls.items()},
+        over_static={
+            control: Interval(*perplexity_ratio(losses_B, control_B3[:, 0])) for control, control_B3 in controls.items()
+        },
     )
-
-
-def _over(table_B3: Tensor, other_B3: Tensor) -> Interval:
-    """Ratio of two perplexities of the same blocks; the bootstrap draws a block for both at once."""
-    above_B = table_B3[:, 0] - other_B3[:, 0]
-    low, high = interval(above_B[draws(len(above_B))].mean(dim=1))
-    return Interval(_exp(float(above_B.mean())), _exp(low), _exp(high))
-
-
-def _exp(value: float) -> float:
-    """Infinite where a float ends or there is no number."""
-    try:
-        return math.exp(value) if not math.isnan(value) else math.inf
-    except OverflowError:
-        return math.inf

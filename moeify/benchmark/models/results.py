@@ -15,6 +15,8 @@ Phase = Literal["prefill", "decode"]
 Outcome = Literal["faster", "same", "slower", "cannot tell"]
 # Two times are the same if their ratio is certainly that near to one; a convention, as is the threshold of --baseline.
 SAME_WITHIN = 0.05
+# Name of the quality over the blocks of all texts, where there are several.
+ALL_TEXTS = "all texts"
 # Where parameters are.
 PARTS = ("embedding", "attention", "ffn", "router", "norm", "head")
 
@@ -84,7 +86,7 @@ class Quality:
     """One model on one text; intervals are 95 % (bootstrap over blocks), ratios draw the same blocks for both.
 
     Args:
-        model, data: what was measured on what.
+        model, data: what was measured on what, ALL_TEXTS for the blocks of all texts together.
         num_tokens: that were scored.
         perplexity, perplexity_low, perplexity_high: of the text.
         ratio, ratio_low, ratio_high: perplexity over the dense model's; one for itself.
@@ -160,7 +162,7 @@ class Verdict:
         model, implementation, phase, batch, prompt_tokens: of the row that it is about.
         outcome: of the interval of the ratio: `faster` or `slower` if it leaves out one; `same` if it holds one and
             ends within SAME_WITHIN of it on both sides; `cannot tell` if it is wider.
-        time_over_dense: of that row.
+        time_over_dense, time_over_dense_low, time_over_dense_high: of that row.
         why: a sentence, e.g. which share of the experts the batch hit.
     """
 
@@ -172,6 +174,8 @@ class Verdict:
     outcome: Outcome
     time_over_dense: float
     why: str
+    time_over_dense_low: float | None = None
+    time_over_dense_high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,7 @@ class LayerExperts:
         random_capture: the same for a random choice.
         top_tokens: for each expert the tokens, as text, whose share among those it was chosen for is largest relative
             to their share of the text.
+        texts: name of each text, if there are several -> what `load` is on it alone.
     """
 
     layer: int
@@ -196,6 +201,22 @@ class LayerExperts:
     oracle_capture: float
     random_capture: float
     top_tokens: tuple[tuple[str, ...], ...]
+    texts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The beginning of a text, and how each model goes on: its likeliest token, again and again.
+
+    Args:
+        data: the text.
+        prompt: its beginning.
+        continuations: by model.
+    """
+
+    data: str
+    prompt: str
+    continuations: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -249,7 +270,7 @@ class ModelBench:
         dtype: of weights; the types of the GGUF files where transformers runs none.
         context: tokens of a block of the quality texts.
         models: the dense one first.
-        quality, speed, verdicts: rows.
+        quality, samples, speed, verdicts: rows.
         experts: by model name.
         engine_files, engine_speed: rows of other engines, with `--engine llama.cpp`.
         ceilings: of this machine in this run, with `--roofline`.
@@ -264,6 +285,7 @@ class ModelBench:
     context: int
     models: list[Model] = field(default_factory=list)
     quality: list[Quality] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     speed: list[Speed] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     experts: dict[str, list[LayerExperts]] = field(default_factory=dict)

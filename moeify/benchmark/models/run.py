@@ -10,7 +10,7 @@ Legend: B blocks of C tokens, T tokens.
 """
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -28,6 +28,7 @@ from moeify.benchmark.models.inputs import DENSE, Entrant, Texts, dtype_of, mode
 from moeify.benchmark.models.memory import measure_memory
 from moeify.benchmark.models.quality import measure_quality
 from moeify.benchmark.models.results import LayerExperts, ModelBench
+from moeify.benchmark.models.samples import write_samples
 from moeify.benchmark.models.speed import measure_speed, prompts
 from moeify.benchmark.models.verdicts import verdicts
 from moeify.benchmark.options import BenchOptions, Section
@@ -183,10 +184,10 @@ def _measure(
             static=[model.name for model in result.models if model.kind == "static"],
             track=track,
         )
+        result.samples = write_samples(loaded, texts.blocks, texts.tokenizer, texts.longest, track=track)
     if "experts" not in options.skip:
-        ids_BC = torch.cat(list(texts.blocks.values()))
         result.experts = {
-            one.name: _experts(loaded[one.name], ids_BC, texts.tokenizer, track)
+            one.name: _experts(loaded[one.name], texts.blocks, texts.tokenizer, track)
             for one in entrants
             if one.anatomy.experts is not None
         }
@@ -207,5 +208,5 @@ def _measure(
         result.verdicts = verdicts(result.models, result.speed)
 
 
-def _experts(model: Any, ids_BC: Tensor, tokenizer: Any, track: Track[Any]) -> list[LayerExperts]:
-    return expert_use(model, ids_BC, lambda token: str(tokenizer.decode([token])), track=track)
+def _experts(model: Any, blocks: Mapping[str, Tensor], tokenizer: Any, track: Track[Any]) -> list[LayerExperts]:
+    return expert_use(model, blocks, lambda token: str(tokenizer.decode([token])), track=track)

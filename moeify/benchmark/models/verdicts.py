@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 
+from moeify.benchmark.engines.results import EngineSpeed
 from moeify.benchmark.models.results import SAME_WITHIN, Model, Outcome, Speed, Verdict
 from moeify.words import factor, percent
 
@@ -41,6 +42,26 @@ def verdicts(models: Sequence[Model], speed: Sequence[Speed]) -> list[Verdict]:
     ]
 
 
+def engine_verdicts(rows: Iterable[EngineSpeed]) -> list[Verdict]:
+    """One a row of another engine that has a ratio to the dense model; its implementation is the engine and file."""
+    return [
+        Verdict(
+            model=row.model,
+            implementation=f"{row.engine} {row.type}, {row.threads} thread{'s' * (row.threads > 1)}",
+            phase="decode" if row.phase == "decode" else "prefill",
+            batch=1,
+            prompt_tokens=row.num_tokens,
+            outcome=outcome(row),
+            time_over_dense=row.time_over_dense,
+            why=f"its interval is of all {row.num_rounds} rounds",
+            time_over_dense_low=row.time_over_dense_low,
+            time_over_dense_high=row.time_over_dense_high,
+        )
+        for row in rows
+        if row.time_over_dense is not None
+    ]
+
+
 def _verdict(model: Model, dense: Model, row: Speed, dense_row: Speed) -> Verdict:
     assert row.time_over_dense is not None
     return Verdict(
@@ -52,11 +73,13 @@ def _verdict(model: Model, dense: Model, row: Speed, dense_row: Speed) -> Verdic
         outcome=outcome(row),
         time_over_dense=row.time_over_dense,
         why=why(model, dense, row, dense_row),
+        time_over_dense_low=row.time_over_dense_low,
+        time_over_dense_high=row.time_over_dense_high,
     )
 
 
-def outcome(row: Speed) -> Outcome:
-    """By the interval of the ratio, see Verdict; the row has one."""
+def outcome(row: Speed | EngineSpeed) -> Outcome:
+    """By the interval of the ratio (of another engine: all its rounds), see Verdict; the row has one."""
     low, high = row.time_over_dense_low, row.time_over_dense_high
     assert low is not None
     assert high is not None

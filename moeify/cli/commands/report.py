@@ -11,5 +11,5 @@ def report_command(run_dir: option.RunDir, *, out: option.ReportOut = None, outp
     from moeify.reporting.report import report
 
     result = report(run_dir, out)
-    step = quoted(["python", "-m", "webbrowser", str(result.out)])
+    step = "" if result.out.suffix == ".md" else quoted(["python", "-m", "webbrowser", str(result.out)])
     renderer_for(output, loads_models=False).result(result, *report_tables(result), next_step=step)

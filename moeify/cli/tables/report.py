@@ -19,11 +19,14 @@ def report_tables(result: "ReportResult") -> tuple[Table, ...]:
 
     tables = []
     for headline in result.headlines:
-        ratio, static = headline.ratio, headline.static_ratio
+        ratio, static, said = headline.ratio, headline.static_ratio, headline.answers
+        measured = [one for one in said.readers if not one.command]
         rows = [
-            ("should I use it?", headline.answers.advice.sentence),
-            ("what did I lose?", "\n".join(headline.answers.lost)),
-            ("what did I gain?", "\n".join(headline.answers.gained)),
+            ("should I use it?", said.advice.sentence),
+            # One reader alone is told the same.
+            *((one.reader, one.advice.sentence) for one in measured if len(measured) > 1),
+            ("what did I lose?", "\n".join(said.lost)),
+            ("what did I gain?", "\n".join(said.gained)),
             (
                 "perplexity / dense",
                 "not measured" if ratio is None else f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f})",
@@ -31,6 +34,7 @@ def report_tables(result: "ReportResult") -> tuple[Table, ...]:
             ("the static control's", "none of this size" if static is None else f"{static.value:.3f}"),
             ("decode speed", span(headline.decode_speed)),
             ("prefill speed", span(headline.prefill_speed)),
+            ("llama.cpp speed", span(headline.engine_speed)),
         ]
         tables.append(key_value_table(headline.model, rows))
     rows = [("page", f"{result.out}, {size(result.num_bytes)}")]
