@@ -132,7 +132,9 @@ def _against_static(result: ModelBench) -> Grid:
         for row in result.quality
         for control, ratio in row.over_static.items()
     )
-    return Grid("perplexity over a static model's", ("model", "static", "text", "ratio", "95 %"), lines, WORDS)
+    return Grid(
+        "perplexity over a static model's", ("model", "static", "text", "ratio", "95 %"), lines, WORDS, num_keys=2
+    )
 
 
 def _speed(result: ModelBench) -> Iterator[Grid]:
@@ -153,7 +155,7 @@ def _speed(result: ModelBench) -> Iterator[Grid]:
                 )
                 lines.append((*cells, fixed(row.time_over_floor, 1)) if floor else cells)
         columns = ("model", "on", "ms", "tokens/s", "/dense", "95 %", "hit", *floor)
-        yield Grid(regime, columns, tuple(lines), WORDS)
+        yield Grid(regime, columns, tuple(lines), WORDS, num_keys=2)
 
 
 def _experts(result: ModelBench) -> Grid:
@@ -189,7 +191,7 @@ def _changes(result: ModelBench) -> Grid:
         for mark in ["WORSE" if change.worse else "ok"]
     )
     title = f"against {regressions.baseline}" if regressions else ""
-    return Grid(title, ("row", "what", "then", "now", "ratio", ""), lines, WORDS)
+    return Grid(title, ("row", "what", "then", "now", "ratio", ""), lines, WORDS, num_keys=2)
 
 
 def _row_name(row: Speed) -> str:
