@@ -24,8 +24,8 @@ DEFINITIONS = {
     "refit": "down_proj solved again in closed form, so that the active neurons alone come near the dense output",
     "routed": "runs only for the tokens for which the router chooses it",
     "router": "scores the routed experts of a layer for a token; those with the highest scores run",
-    "shared": "always on: it runs for every token",
-    "static": "pruned: the same neurons for every token, the others dropped; the control that a split has to beat",
+    "shared": "always on, runs for every token",
+    "static": "plain pruning: the same neurons for every token, the others dropped; what a split has to beat",
 }
 # Control, format, surrogate and unassigned characters, and separators of lines and paragraphs.
 UNPRINTABLE = frozenset(("Cc", "Cf", "Cs", "Cn", "Zl", "Zp"))
@@ -116,8 +116,8 @@ def ranges(numbers: Sequence[int]) -> str:
 
 
 def explained(*names: str) -> str:
-    """Those words with what they mean."""
-    return " ".join(f"{name}: {DEFINITIONS[name]}." for name in names)
+    """Those words with what they mean, a line each."""
+    return "\n".join(f"{name}: {DEFINITIONS[name]}" for name in names)
 
 
 def printable(text: object) -> str:

@@ -166,6 +166,7 @@ class Renderer:
             # Not cut where a single number is wider than the terminal.
             self._out.print(part, soft_wrap=True)
         if table.caption:
+            self._out.print()
             self._out.print(table.caption)
         self._out.print()
 

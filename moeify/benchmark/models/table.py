@@ -37,7 +37,8 @@ def verdict_lines(result: ModelBench) -> list[str]:
 def notes(result: ModelBench) -> list[str]:
     """Where it was measured, what could not be, and what an earlier run had."""
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in result.versions.items())
-    threads = f", {result.machine['threads']} threads" if "threads" in result.machine else ""
+    count = result.machine.get("threads")
+    threads = "" if count is None else f", {count} thread{'' if count == 1 else 's'}"
     lines = [f"{result.machine['device']}{threads}, {result.dtype}, {result.date[:10]}, {packages}"]
     if result.ceilings:
         bandwidth = result.ceilings.copy_bytes_per_second / 1e9

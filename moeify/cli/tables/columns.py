@@ -5,7 +5,7 @@ block of its own, a line a column.
 """
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rich import box
 from rich.cells import cell_len
@@ -85,9 +85,15 @@ def fitted(table: Table, width: int) -> Iterator[Table]:
             yield _drawn([*keys, *band], width)
     else:
         for row in range(table.row_count):
-            names, values = [column.header for column in columns], [column.cells[row] for column in columns]
-            pairs = [_Column.of(Text(), cells, is_number=False) for cells in (names, values)]
-            yield _drawn(pairs, width, header=False)
+            yield _drawn(list(_block(columns, row)), width, header=False)
+
+
+def _block(columns: Sequence[_Column], row: int) -> Iterator[_Column]:
+    """One row as two columns: the headers, and what stands below them."""
+    whole = max((column.least for column in columns if column.is_number), default=0)
+    for cells in ([column.header for column in columns], [column.cells[row] for column in columns]):
+        column = _Column.of(Text(), cells, is_number=False)
+        yield replace(column, least=max(min(column.least, SHORTEST_WORDS), min(whole, column.most)))
 
 
 def _text(cell: object) -> Text:
@@ -118,12 +124,14 @@ def _bands(keys: Sequence[_Column], others: Sequence[_Column], width: int) -> It
 
 
 def _drawn(columns: Sequence[_Column], width: int, *, header: bool = True) -> Table:
-    """One table; room that is left goes to columns that would wrap, those first that lack least."""
+    """One table; room that is left goes to words that would wrap, then to headers, those first that lack least."""
     widths = [column.least for column in columns]
     spare = max(0, width - _least(columns))
-    lacking = sorted(range(len(columns)), key=lambda index: columns[index].most - columns[index].least)
+    lacks = [(column.is_number, column.most - column.least) for column in columns]
+    lacking = sorted(range(len(columns)), key=lambda index: lacks[index])
     for rank, index in enumerate(lacking):
-        more = min(columns[index].most - columns[index].least, spare // (len(lacking) - rank))
+        rivals = sum(lacks[other][0] == lacks[index][0] for other in lacking[rank:])
+        more = min(lacks[index][1], spare // rivals)
         widths[index] += more
         spare -= more
     # The box of a header has one letter between columns.

@@ -6,19 +6,18 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from moeify.cli.tables.columns import DataTable
-from moeify.cli.tables.words import windows
-from moeify.words import explained, number
+from moeify.words import between, explained, number
 
 if TYPE_CHECKING:
     from moeify.check.compare import Comparison
 
 
-def compare_tables(comparison: "Comparison") -> tuple[Table, Table]:
-    """One row a method and budget: over all text with its intervals, then text by text."""
+def compare_tables(comparison: "Comparison") -> tuple[Table, ...]:
+    """One row a method and budget: over all text with its intervals, then text by text where there are several."""
     tokens, context = comparison.evaluation["tokens"], comparison.evaluation["context"]
     keys = ("method", "active")
     over_all = DataTable(
-        f"moeify compare {Path(comparison.model).name}, {sum(tokens.values()):,} tokens in {windows(context)}",
+        f"moeify compare {Path(comparison.model).name}, {sum(tokens.values()):,} tokens in blocks of {context:,}",
         (*keys, "perplexity", "95 %", "over static", "95 %", "gap closed"),
         words=keys,
         num_keys=2,
@@ -33,8 +32,8 @@ def compare_tables(comparison: "Comparison") -> tuple[Table, Table]:
             f"{row.perplexity:,.2f}",
             f"{number(row.low)} {number(row.high)}",
             f"{row.ratio:.3f}",
-            f"{row.ratio_low:.3f} {row.ratio_high:.3f}",
+            between(row.ratio_low, row.ratio_high, 3),
             f"{row.gap_closed:.0%}",
         )
         by_text.add_row(row.method, f"{row.budget:.0%}", *(f"{value:,.1f}" for value in row.texts.values()))
-    return over_all, by_text
+    return (over_all, by_text) if len(tokens) > 1 else (over_all,)

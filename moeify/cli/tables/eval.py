@@ -36,7 +36,6 @@ def eval_table(results: "Sequence[EvalResult]") -> DataTable:
 
 
 def _notes(results: "Sequence[EvalResult]") -> str:
-    """What a perplexity is, where it is one."""
     how = {windows(result.context, result.stride) for result in results if result.context}
-    measured = f" Measured in {how.pop()}." if len(how) == 1 else ""
-    return f"{explained('perplexity')}{measured} ratio: to the first model's on the same text."
+    measured = f"; here {how.pop()}" if len(how) == 1 else ""
+    return f"{explained('perplexity')}{measured}\nratio: to the first model's perplexity on the same text"

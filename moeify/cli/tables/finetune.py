@@ -21,7 +21,7 @@ def finetune_table(result: "FinetuneResult") -> DataTable:
     """Each stage, before and after, on held-out text."""
     keys = ("stage", "figure")
     columns = (*keys, "before", "after", "tokens", "seconds")
-    notes = f"On held-out text. {explained('perplexity')}"
+    notes = f"before, after: on held-out text\n{explained('perplexity')}"
     table = DataTable(f"moeify finetune {result.out}", columns, words=keys, num_keys=2, notes=notes)
     for stage in result.stages:
         for name, label in FINETUNE_FIGURES.items():

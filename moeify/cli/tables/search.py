@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from moeify.convert.search import SearchResult
 
 NOTES = (
-    "share: of all FFN parameters, active for a token, as --budget counts. Perplexity and KL are of a few tokens of "
-    "the calibration text that nothing was fitted to; KL, summed adds up layers that were changed one at a time. "
-    f"{explained('KL')} ratio: perplexity over the dense model's."
+    "share: of all FFN parameters, active for a token; --budget bounds it\n"
+    f"{explained('KL')}; summed: of layers changed one at a time\n"
+    "perplexity, KL: of a few tokens of the calibration text that nothing was fitted to\n"
+    "ratio: perplexity over the dense model's"
 )
 
 

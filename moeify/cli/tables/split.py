@@ -38,7 +38,13 @@ def split_table(result: "SplitResult") -> Table:
         ("layout", layout_words(layout)),
         ("expert width", f"{result.expert_width:,} neurons"),
         *engine_rows(result.engines),
-        *active_rows(layout, len(result.plan.layers), result.num_active_parameters, result.num_parameters),
+        *active_rows(
+            layout,
+            len(result.plan.layers),
+            result.num_active_parameters,
+            result.num_parameters,
+            result.plan.options.budget,
+        ),
     ]
     for key, label in (
         ("error_without_refit", "layer error, no refit"),

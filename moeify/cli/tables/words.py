@@ -30,13 +30,16 @@ def layout_words(layout: "Layout") -> str:
     return words + (f"; dense layers: {ranges(layout.dense_layers)}" if layout.dense_layers else "")
 
 
-def active_rows(layout: "Layout", num_layers: int, active: int, total: int) -> list[tuple[str, str]]:
-    """The share of all FFN parameters that a token uses, which --budget means, and that of all parameters."""
+def active_rows(
+    layout: "Layout", num_layers: int, active: int, total: int, budget: float | None = None
+) -> list[tuple[str, str]]:
+    """The share of all FFN parameters that a token uses, which --budget bounds, and that of all parameters."""
     share = percent(layout.model_share(num_layers))
+    allowed = "" if budget is None else f"; --budget {budget:g} allows {percent(budget)}"
     if layout.is_static:
         return [("kept of the FFNs", f"{share} of their parameters"), ("parameters", f"{total:,}")]
     return [
-        ("active of the FFNs", f"{share} of their parameters, which --budget bounds"),
+        ("active of the FFNs", f"{share} of their parameters{allowed}"),
         ("active of all", f"{active:,} of {total:,} parameters, {percent(active / total)}"),
     ]
 
