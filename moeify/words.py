@@ -13,7 +13,7 @@ DEFINITIONS = {
     "dense": "not cut: every token uses all neurons",
     "energy": "squared norm of an FFN's output; kept is the share that the active experts give, before the refit",
     "exact": "with every expert on, the target computes the dense model's logits",
-    "expert": "an equal slice of the neurons of an FFN",
+    "expert": "a slice as an FFN of its own, shared or routed",
     "gain reached": "of what the oracle keeps more than static pruning, the share that the router keeps",
     "gap closed": "share of the way from static pruning with refit (0 %) to the dense model (100 %), in log-perplexity",
     "KL": "how far the next token's distribution is from the dense model's, in nats; 0 is equal",
@@ -25,6 +25,7 @@ DEFINITIONS = {
     "routed": "runs only for the tokens for which the router chooses it",
     "router": "scores the routed experts of a layer for a token; those with the highest scores run",
     "shared": "always on, runs for every token",
+    "slice": "an equal part of the neurons of an FFN",
     "static": "plain pruning: the same neurons for every token, the others dropped; what a split has to beat",
 }
 # Control, format, surrogate and unassigned characters, and separators of lines and paragraphs.

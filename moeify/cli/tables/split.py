@@ -54,7 +54,9 @@ def split_table(result: "SplitResult") -> Table:
         values = [d[key] for d in last if key in d]
         if values:
             rows.append((label, f"{sum(values) / len(values):.4f} (mean of {len(values)} layers)"))
-    return key_value_table("moeify split", rows)
+    table = key_value_table("moeify split", rows)
+    table.caption = "`moeify ls words` says what shared, routed, refit and oracle mean"
+    return table
 
 
 def layers_table(plan: "SplitPlan") -> Table:
