@@ -180,7 +180,7 @@ class CompareOptions(Options):
 
     budget: tuple[float, ...] = option((0.75,), "Share of the FFN active per token.", above=0, below=1)
     data: tuple[str, ...] = option(("builtin-heldout",), DATA)
-    data_tokens: int = option(10_240, "At most so many tokens of each text.", least=2)
+    data_tokens: int = option(8192, "At most so many tokens of each text.", least=2)
     method: tuple[str, ...] = option((), "Only these rows, and static + refit.")
 
 
@@ -191,7 +191,7 @@ class EvalOptions(Options):
     data: tuple[str, ...] = option(("builtin-heldout",), DATA)
     tokens: int = option(8192, "At most so many tokens of each text.", least=2)
     context: int | None = option(None, CONTEXT, least=2)
-    stride: int | None = option(None, "Tokens the window moves by; half the context.", least=1)
+    stride: int | None = option(None, "Tokens the window moves by; the context, for blocks side by side.", least=1)
     dtype: DType = option("auto", DTYPE)
     device: str = option("cpu", DEVICE, form=DEVICES)
 

@@ -1,4 +1,4 @@
-"""What plug-ins and recipes there are, each with the first line of its file. Reads the files, imports none of them."""
+"""What plug-ins, recipes and words there are, each with one sentence. Reads files of plug-ins, imports none of them."""
 
 import ast
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from moeify.errors import UsageError
+from moeify.words import DEFINITIONS
 
 PLUGINS = {
     "families": "families",
@@ -21,14 +22,14 @@ PLUGINS = {
 
 @dataclass(frozen=True)
 class Listing:
-    """Everything of a kind: name -> first line of its file."""
+    """Everything of a kind: name -> first line of its file, or the word's meaning."""
 
     kind: str
     entries: Mapping[str, str]
 
 
 def listing(kind: str) -> Listing:
-    """All plug-ins of a kind, or all recipes.
+    """All plug-ins of a kind, all recipes, or all words.
 
     Raises:
         UsageError: no such kind.
@@ -36,8 +37,10 @@ def listing(kind: str) -> Listing:
     if kind == "recipes":
         paths = [path for folder in recipe_folders() for path in sorted(folder.glob("*.yaml"))]
         return Listing(kind, {path.stem: _first_comment(path) for path in paths})
+    if kind == "words":
+        return Listing(kind, DEFINITIONS)
     if kind not in PLUGINS:
-        raise UsageError(f"no list of {kind!r}", f"one of: {', '.join((*PLUGINS, 'recipes'))}")
+        raise UsageError(f"no list of {kind!r}", f"one of: {', '.join((*PLUGINS, 'recipes', 'words'))}")
     files = sorted((Path(__file__).parent / PLUGINS[kind]).glob("[!_]*.py"))
     first = {file.stem: (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")[0] for file in files}
     return Listing(kind, first)

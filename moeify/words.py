@@ -1,4 +1,4 @@
-"""How numbers, sizes, times, lists and names are written: for tables, sentences and the report alike."""
+"""How numbers, sizes, times, lists and names are written, and what words mean: for tables, sentences and the report."""
 
 import math
 import re
@@ -7,6 +7,27 @@ from collections.abc import Sequence
 
 # Decimal as disks and memory are sold, binary as drivers count.
 UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+# What tables, `moeify ls words` and the report say of a word.
+DEFINITIONS = {
+    "active": "runs for a token; shared experts are active for every one",
+    "dense": "not cut: every token uses all neurons",
+    "energy": "squared norm of an FFN's output; kept is the share that the active experts give, before the refit",
+    "exact": "with every expert on, the target computes the dense model's logits",
+    "expert": "a slice as an FFN of its own, shared or routed",
+    "gain reached": "of what the oracle keeps more than static pruning, the share that the router keeps",
+    "gap closed": "share of the way from static pruning with refit (0 %) to the dense model (100 %), in log-perplexity",
+    "KL": "how far the next token's distribution is from the dense model's, in nats; 0 is equal",
+    "load": "share of the tokens for which an expert is active; its entropy is 1 if all have the same",
+    "oracle": "a choice that knows every expert's output; no router with as many experts does better",
+    "over static": "perplexity over that of static pruning with refit at the same budget, from the same blocks of text",
+    "perplexity": "exp of the mean loss of a token but the first of each block; its value depends on text and block",
+    "refit": "down_proj solved again in closed form, so that the active neurons alone come near the dense output",
+    "routed": "runs only for the tokens for which the router chooses it",
+    "router": "scores the routed experts of a layer for a token; those with the highest scores run",
+    "shared": "always on, runs for every token",
+    "slice": "an equal part of the neurons of an FFN",
+    "static": "plain pruning: the same neurons for every token, the others dropped; what a split has to beat",
+}
 # Control, format, surrogate and unassigned characters, and separators of lines and paragraphs.
 UNPRINTABLE = frozenset(("Cc", "Cf", "Cs", "Cn", "Zl", "Zp"))
 
@@ -93,6 +114,11 @@ def ranges(numbers: Sequence[int]) -> str:
         else:
             parts.append([value])
     return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts) or "none"
+
+
+def explained(*names: str) -> str:
+    """Those words with what they mean, a line each."""
+    return "\n".join(f"{name}: {DEFINITIONS[name]}" for name in names)
 
 
 def printable(text: object) -> str:

@@ -17,10 +17,11 @@ from torch import Tensor
 from moeify.cache import cache_dir, check_place, digest, once
 from moeify.check.baselines import NeuronOracle, fit_bias_compensated
 from moeify.check.bootstrap import perplexity_of, perplexity_ratio
+from moeify.check.perplexity import warn_of_few, whole_blocks
 from moeify.check.trials import Control, Trial, Trials
 from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.data.text import evaluation_tokens
-from moeify.errors import InputError, UsageError
+from moeify.errors import UsageError
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
 from moeify.results import check_writable, write
@@ -120,7 +121,7 @@ def compare(
     data: Sequence[str],
     options: SplitOptions | None = None,
     *,
-    tokens: int = 10_240,
+    tokens: int = 8192,
     only: Sequence[str] = (),
     further: Mapping[str, Mapping[str, Any]] | None = None,
     out: Path | None = None,
@@ -292,9 +293,9 @@ def _blocks(prepared: Prepared, source: str, tokens: int) -> Tensor:
     context = prepared.options.context
     assert context is not None
     ids_T = evaluation_tokens(source, prepared.dense.tokenizer(), num_tokens=tokens).ids_T
-    if len(ids_T) < context:
-        raise InputError(f"{source} has {len(ids_T)} tokens, less than a block of {context}", "name a longer text")
-    return ids_T[: len(ids_T) // context * context].view(-1, context)
+    blocks_BC = whole_blocks(source, ids_T, context)
+    warn_of_few(source, blocks_BC.numel() - len(blocks_BC))
+    return blocks_BC
 
 
 def _rows(results: Mapping[_Entry, _Result], budgets: Sequence[float], num_blocks: Mapping[str, int]) -> Iterator[Row]:

@@ -72,7 +72,7 @@ def evaluate(
         tokens: at most so many tokens of each text.
         context: tokens in a window; None means 512 or as many as all models take.
         stride: tokens the window moves by, each scored once with at least context - stride tokens before it (but for
-            the first window); None means half a window.
+            the first window); None means a window: blocks that do not overlap, as `bench` and `compare` have them.
         dtype: of the weights; `auto` keeps the checkpoint's.
         device: where it runs.
         track: wraps the loop over windows.

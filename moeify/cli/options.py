@@ -14,7 +14,7 @@ from moeify.errors import UsageError
 from moeify.options import SplitOptions
 from moeify.version import __version__
 
-KINDS = "families targets engines partitions routers strategies recipes"
+KINDS = "families targets engines partitions routers strategies recipes words"
 
 
 @dataclass(frozen=True)

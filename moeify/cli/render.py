@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moeify.cli.options import Output
+from moeify.cli.tables.columns import fitted
 from moeify.errors import MoeifyError
 from moeify.results import to_json
 from moeify.words import duration, on_one_line, printable
@@ -151,9 +152,23 @@ class Renderer:
         if self._quiet:
             return
         for table in tables:
-            self._out.print(table)
+            self._table(table)
         if next_step:
             self._out.print(f"next: {next_step}", soft_wrap=True)
+
+    def _table(self, table: Table) -> None:
+        """Its title, its cells in a form that fits, its notes, and an empty line."""
+        if table.title:
+            self._out.print(table.title, style="bold", soft_wrap=True)
+        for number, part in enumerate(fitted(table, self._out.width)):
+            if number:
+                self._out.print()
+            # Not cut where a single number is wider than the terminal.
+            self._out.print(part, soft_wrap=True)
+        if table.caption:
+            self._out.print()
+            self._out.print(table.caption)
+        self._out.print()
 
 
 def renderer_for(output: Output, *, loads_models: bool = True) -> Renderer:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeify.check.perplexity import warn_of_few
 from moeify.data.documents import read_documents
 from moeify.data.text import calibration_blocks, evaluation_tokens, sample_from_model
 from moeify.errors import InputError, UsageError
@@ -97,6 +98,7 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
             f"{', '.join(options.eval_data)} gives no block of {context:,} tokens to evaluate on",
             "give a longer --eval-data, more --eval-tokens or a shorter --context",
         )
+    warn_of_few(", ".join(options.eval_data), eval_BC.numel() - len(eval_BC))
     largest = int(max(blocks.ids_BC.max(), eval_BC.max()))
     for name, found in ((moe, config), (dense.name, dense.config)):
         if largest >= found.vocab_size:

@@ -240,7 +240,7 @@ def test_models_and_texts_that_do_not_compare_are_refused(
     [
         ({"context": 65}, "--context asks for 65 positions, all models take 64"),
         ({"prompt": (64,)}, "--prompt asks for 65 positions"),
-        ({"tokens": 40}, "gives 40 of 40 tokens, intervals need two blocks of 32"),
+        ({"tokens": 40}, "gives 40 tokens, less than 2 blocks of 32"),
         ({"batch": (1000,)}, "a batch of prompts needs 9,000"),
     ],
 )

@@ -378,7 +378,7 @@ def test_the_command_prints_one_object(
     assert run_command(command) == 0
     out, err = capfd.readouterr()
     assert "gap closed" in out
-    assert all(f"│ {name} " in out for name in names)
+    assert all(f"\n{name} " in out for name in names)
     assert "error" not in err
     assert run_command([*command, "--quiet"]) == 0
     assert capfd.readouterr().out == ""

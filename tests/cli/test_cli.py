@@ -26,6 +26,7 @@ from moeify.cli.options import KINDS
 from moeify.errors import CheckError, InputError, UsageError
 from moeify.options import ExportOptions, SplitOptions
 from moeify.version import __version__
+from moeify.words import DEFINITIONS
 
 COMMANDS = [
     *("inspect", "plan", "split", "search", "compare", "finetune", "export", "verify", "eval"),
@@ -329,10 +330,10 @@ def test_json_of_split_inspect_and_verify(dense: Path, text: list[str], tmp_path
 
 
 def test_json_of_eval(dense: Path, moe: Path, as_json: Call) -> None:
-    found = as_json("eval", str(dense), str(moe), "--tokens", "256")
+    found = as_json("eval", str(dense), str(moe), "--tokens", "1024")
     assert found["schema"] == "moeify.eval/1"
     assert [entry["model"] for entry in found["results"]] == [str(dense), str(moe)]
-    assert all(entry["perplexity"] > 1 and entry["num_tokens"] == 255 for entry in found["results"])
+    assert all(entry["perplexity"] > 1 and entry["num_tokens"] == 1024 - 16 for entry in found["results"])
 
 
 def test_json_of_run(dense: Path, text: list[str], tmp_path: Path, as_json: Call) -> None:
@@ -362,7 +363,8 @@ def test_json_of_ls(kind: str, as_json: Call) -> None:
         "strategies": strategies.names,
     }
     recipes = [path.stem for folder in listing.recipe_folders() for path in folder.glob("*.yaml")]
-    assert set(found["entries"]) == set(names[kind]() if kind in names else recipes)
+    others = {"recipes": recipes, "words": DEFINITIONS}
+    assert set(found["entries"]) == set(names[kind]() if kind in names else others[kind])
     assert all(what.endswith((".", ":")) or len(what) > 20 for what in found["entries"].values())
 
 
@@ -403,7 +405,7 @@ def test_quiet_prints_nothing(
         "inspect": [str(dense)],
         "split": [str(dense), *text, "-o", str(tmp_path / "out")],
         "verify": [str(moe), "--dense", str(dense)],
-        "eval": [str(dense), "--tokens", "128"],
+        "eval": [str(dense), "--tokens", "1024"],
         "ls": ["targets"],
     }[command]
     assert run_command([command, *arguments, "--quiet"]) == 0

@@ -46,10 +46,10 @@ def test_a_gpu_has_columns_of_its_own(
     assert run_command(["plan", str(dense), *machine]) == 0
     text = capsys.readouterr().out
     assert "6.00 GB of VRAM at 250 GB/s, 32.0 GB of RAM at 50.0 GB/s" in text
-    header = next(line for line in text.splitlines() if "ppl/dense" in line)
-    places = [header.index(word) for word in ("GPU/token", "RAM/token", "tokens/s")]
+    header = next(line for line in text.splitlines() if "perplexity / dense" in line)
+    places = [header.index(word) for word in ("GPU / token", "RAM / token", "tokens/s")]
     assert places == sorted(places)
-    bound, options = (line for line in text.splitlines() if line.startswith("│ dense "))
+    bound, options = (line for line in text.splitlines() if line.startswith("dense "))
     # All of it is on the GPU, and nothing is read from RAM.
     assert "0 B" in bound
     assert "-ngl 99 -c 64" in options

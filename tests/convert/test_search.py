@@ -362,15 +362,16 @@ def test_a_split_reports_one_row_a_layer(
     command = ["split", str(dense), *flags, "--budget", "0.7"]
     assert run_command([*command, "-o", str(tmp_path / "plain")]) == 0
     plain, err = capfd.readouterr()
-    assert "oracle gain" not in plain
+    assert "gain" not in plain
     assert "the search will take about" in err
     assert run_command([*command, "--report", "-o", str(tmp_path / "out")]) == 0
     out, _ = capfd.readouterr()
     plan = load_plan(tmp_path / "out")
-    rows = [line for line in out.splitlines() if line.strip("│┃| ").split(" ")[0].rstrip("│|").isdigit()]
-    assert len(rows) == LAYERS
-    for layer, row in enumerate(rows):
-        assert ("dense" in row) == (layer in plan.layout.dense_layers)
+    rows = [line for line in out.splitlines() if line.split()[:1] and line.split()[0].isdigit()]
+    # At 80 columns a table of ten figures is cut into two.
+    assert len(rows) == 2 * LAYERS
+    for row in rows:
+        assert ("dense" in row) == (int(row.split()[0]) in plan.layout.dense_layers)
 
 
 def test_the_table_of_layers_shows_what_was_measured(dense: Path, options: SplitOptions, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def grids(result: ModelBench) -> Iterator[Grid]:
         if row.num_bytes is not None
     )
     columns = ("model", "type", "MB", "perplexity", "/transformers", "/dense")
-    yield Grid("files in llama.cpp", columns, files, WORDS)
+    yield Grid("files in llama.cpp, which scores the second half of each block", columns, files, WORDS, num_keys=2)
     for regime in dict.fromkeys(map(_regime, result.engine_speed)):
         times = tuple(
             (
@@ -41,7 +41,7 @@ def grids(result: ModelBench) -> Iterator[Grid]:
             if _regime(row) == regime
         )
         names = ("model", "type", "threads", "ms/token", "tokens/s", "/dense", "rounds")
-        yield Grid(f"{regime} in llama.cpp", names, times, WORDS)
+        yield Grid(f"{regime} in llama.cpp", names, times, WORDS, num_keys=2)
 
 
 def _regime(row: EngineSpeed) -> str:

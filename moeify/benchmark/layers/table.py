@@ -29,11 +29,11 @@ def grids(result: LayerBench) -> list[Grid]:
         title = f"{pass_name}, {routing} routing"
         compared = ("/floor", "/dense", "ahead") if OURS in peers else ()
         columns = ("case", "T", "hit", "floor", *peers, *compared)
-        tables.append(Grid(f"{title}, us", columns, tuple(_times(rows, peers) for rows in cases)))
+        tables.append(Grid(f"{title}, us", columns, tuple(_times(rows, peers) for rows in cases), num_keys=2))
         ours = [rows[OURS] for rows in cases if OURS in rows and rows[OURS].us is not None]
         if ours:
             details = tuple(_details(row) for row in ours)
-            tables.append(Grid(f"{title}, {OURS}", ("case", "T", *DETAILS), details))
+            tables.append(Grid(f"{title}, {OURS}", ("case", "T", *DETAILS), details, num_keys=2))
     return tables
 
 

@@ -16,7 +16,7 @@ from moeify.benchmark.models.anatomy import Anatomy, anatomy
 from moeify.benchmark.models.results import Kind, Model
 from moeify.benchmark.models.sizes import active_share, parts_of
 from moeify.benchmark.options import BenchOptions
-from moeify.check.perplexity import DEFAULT_CONTEXT
+from moeify.check.perplexity import DEFAULT_CONTEXT, whole_blocks
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
 from moeify.models.config import load_config
@@ -197,10 +197,5 @@ def _blocks(source: str, entrants: Sequence[Entrant], tokenizers: Sequence[Any],
                 f"{entrants[0].source} and {one.source} cut {source} into different tokens",
                 "they need the same tokenizer: name the model that it came from",
             )
-    ids_T = streams[0].ids_T
-    if len(ids_T) < 2 * context:
-        raise InputError(
-            f"{source} gives {len(ids_T):,} of {tokens:,} tokens, intervals need two blocks of {context}",
-            "a longer text, more --tokens or a smaller --context",
-        )
-    return ids_T[: len(ids_T) // context * context].view(-1, context)
+    # An interval needs two.
+    return whole_blocks(source, streams[0].ids_T, context, least=2)

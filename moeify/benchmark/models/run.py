@@ -34,6 +34,7 @@ from moeify.benchmark.models.verdicts import verdicts
 from moeify.benchmark.options import BenchOptions, Section
 from moeify.benchmark.timing import timer_for
 from moeify.check.evaluate import load
+from moeify.check.perplexity import warn_of_few
 from moeify.command_line import command_line
 from moeify.options import Track, untracked
 from moeify.results import check_new, check_writable, read, write
@@ -177,6 +178,8 @@ def _measure(
         for one in track(entrants, "loading", len(entrants))
     }
     if "quality" not in options.skip:
+        for source, ids_BC in texts.blocks.items():
+            warn_of_few(source, ids_BC.numel() - len(ids_BC))
         result.quality = measure_quality(
             loaded,
             DENSE,

@@ -37,7 +37,8 @@ def verdict_lines(result: ModelBench) -> list[str]:
 def notes(result: ModelBench) -> list[str]:
     """Where it was measured, what could not be, and what an earlier run had."""
     packages = ", ".join(f"{name} {version or 'not installed'}" for name, version in result.versions.items())
-    threads = f", {result.machine['threads']} threads" if "threads" in result.machine else ""
+    count = result.machine.get("threads")
+    threads = "" if count is None else f", {count} thread{'' if count == 1 else 's'}"
     lines = [f"{result.machine['device']}{threads}, {result.dtype}, {result.date[:10]}, {packages}"]
     if result.ceilings:
         bandwidth = result.ceilings.copy_bytes_per_second / 1e9
@@ -132,7 +133,9 @@ def _against_static(result: ModelBench) -> Grid:
         for row in result.quality
         for control, ratio in row.over_static.items()
     )
-    return Grid("perplexity over a static model's", ("model", "static", "text", "ratio", "95 %"), lines, WORDS)
+    return Grid(
+        "perplexity over a static model's", ("model", "static", "text", "ratio", "95 %"), lines, WORDS, num_keys=2
+    )
 
 
 def _speed(result: ModelBench) -> Iterator[Grid]:
@@ -153,7 +156,7 @@ def _speed(result: ModelBench) -> Iterator[Grid]:
                 )
                 lines.append((*cells, fixed(row.time_over_floor, 1)) if floor else cells)
         columns = ("model", "on", "ms", "tokens/s", "/dense", "95 %", "hit", *floor)
-        yield Grid(regime, columns, tuple(lines), WORDS)
+        yield Grid(regime, columns, tuple(lines), WORDS, num_keys=2)
 
 
 def _experts(result: ModelBench) -> Grid:
@@ -189,7 +192,7 @@ def _changes(result: ModelBench) -> Grid:
         for mark in ["WORSE" if change.worse else "ok"]
     )
     title = f"against {regressions.baseline}" if regressions else ""
-    return Grid(title, ("row", "what", "then", "now", "ratio", ""), lines, WORDS)
+    return Grid(title, ("row", "what", "then", "now", "ratio", ""), lines, WORDS, num_keys=2)
 
 
 def _row_name(row: Speed) -> str:

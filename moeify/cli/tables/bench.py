@@ -1,12 +1,16 @@
-"""Tables of `moeify bench`."""
+"""Tables of `moeify bench` and `moeify bench-layer`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.table import Table
 
+from moeify.cli.tables.columns import DataTable
+from moeify.cli.tables.words import key_value_table
+
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from moeify.benchmark.grid import Grid
     from moeify.benchmark.layers.results import LayerBench
     from moeify.benchmark.models.results import ModelBench
@@ -14,32 +18,25 @@ if TYPE_CHECKING:
 
 def layer_bench_tables(result: "LayerBench") -> tuple[Table, ...]:
     """For every pass and routing the peers side by side; last, where it was measured and what could not be."""
-    from moeify.benchmark.layers import table as layer_table
+    from moeify.benchmark.layers import table
 
-    return _grid_tables(layer_table.grids(result), "moeify bench-layer", layer_table.notes(result))
+    grids = _grid_tables(table.grids(result))
+    return (*grids, key_value_table("moeify bench-layer", [("*", note) for note in table.notes(result)]))
 
 
 def model_bench_tables(result: "ModelBench") -> tuple[Table, ...]:
     """Compression, quality, speed, experts; where it was measured; verdicts last."""
-    from moeify.benchmark.models import table as model_table
+    from moeify.benchmark.models import table
 
-    tables = _grid_tables(model_table.grids(result), "moeify bench", model_table.notes(result))
-    verdicts = Table(title="verdicts", title_justify="left", show_header=False, show_lines=True)
-    for line in model_table.verdict_lines(result):
-        verdicts.add_row(line)
-    return (*tables, verdicts) if verdicts.row_count else tables
+    grids = _grid_tables(table.grids(result))
+    notes = key_value_table("moeify bench", [("*", note) for note in table.notes(result)])
+    verdicts = key_value_table("verdicts", [("*", line) for line in table.verdict_lines(result)])
+    return (*grids, notes, verdicts) if verdicts.row_count else (*grids, notes)
 
 
-def _grid_tables(grids: "Sequence[Grid]", title: str, notes: Sequence[str]) -> tuple[Table, ...]:
-    tables = []
+def _grid_tables(grids: "Sequence[Grid]") -> Iterator[Table]:
     for grid in grids:
-        table = Table(title=grid.title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for column in grid.columns:
-            table.add_column(column, justify="left" if column in grid.words else "right", overflow="fold")
+        table = DataTable(grid.title, grid.columns, words=grid.words, num_keys=grid.num_keys)
         for line in grid.lines:
             table.add_row(*line)
-        tables.append(table)
-    where = Table(title=title, title_justify="left", show_header=False)
-    for note in notes:
-        where.add_row(note)
-    return (*tables, where)
+        yield table

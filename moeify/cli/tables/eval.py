@@ -4,19 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from moeify.cli.tables.columns import DataTable
+from moeify.cli.tables.words import windows
+from moeify.words import explained
 
 if TYPE_CHECKING:
     from moeify.check.perplexity import EvalResult
 
 
-def eval_table(results: "Sequence[EvalResult]") -> Table:
+def eval_table(results: "Sequence[EvalResult]") -> DataTable:
     """One row a model and text; the ratio is to the first model on the same text."""
-    table = Table(title="moeify eval", title_justify="left")
-    table.add_column("model", overflow="fold")
-    table.add_column("text", overflow="fold")
-    for column in ("perplexity", "ratio", "tokens", "tokens/s"):
-        table.add_column(column, justify="right")
+    keys = ("model", "text")
+    table = DataTable(
+        "moeify eval", (*keys, "perplexity", "ratio", "tokens", "tokens/s"), words=keys, notes=_notes(results)
+    )
     first = {result.data: result.perplexity for result in reversed(results)}
     models = {result.model for result in results}
     short = {model: Path(model).name for model in models}
@@ -32,3 +33,9 @@ def eval_table(results: "Sequence[EvalResult]") -> Table:
             f"{result.tokens_per_second:,.0f}",
         )
     return table
+
+
+def _notes(results: "Sequence[EvalResult]") -> str:
+    how = {windows(result.context, result.stride) for result in results if result.context}
+    measured = f"; here {how.pop()}" if len(how) == 1 else ""
+    return f"{explained('perplexity')}{measured}\nratio: to the first model's perplexity on the same text"

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from moeify.cli.tables.columns import DataTable
+from moeify.words import explained
 
 if TYPE_CHECKING:
     from moeify.training.finetune import FinetuneResult
@@ -16,13 +17,12 @@ FINETUNE_FIGURES = {
 }
 
 
-def finetune_table(result: "FinetuneResult") -> Table:
+def finetune_table(result: "FinetuneResult") -> DataTable:
     """Each stage, before and after, on held-out text."""
-    table = Table(title=f"moeify finetune {result.out}", title_justify="left")
-    table.add_column("stage")
-    table.add_column("figure")
-    for column in ("before", "after", "tokens", "seconds"):
-        table.add_column(column, justify="right")
+    keys = ("stage", "figure")
+    columns = (*keys, "before", "after", "tokens", "seconds")
+    notes = f"before, after: on held-out text\n{explained('perplexity')}"
+    table = DataTable(f"moeify finetune {result.out}", columns, words=keys, num_keys=2, notes=notes)
     for stage in result.stages:
         for name, label in FINETUNE_FIGURES.items():
             if name in stage.after:

@@ -2,19 +2,16 @@
 
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from moeify.cli.tables.columns import DataTable
 
 if TYPE_CHECKING:
     from moeify.check.generate import GenerateResult
 
 
-def generate_table(result: "GenerateResult") -> Table:
+def generate_table(result: "GenerateResult") -> DataTable:
     """One row a model."""
-    table = Table(title="moeify generate", title_justify="left")
-    table.add_column("model", overflow="fold")
-    for column in ("prompt tokens", "new tokens", "first token ms", "tokens/s"):
-        table.add_column(column, justify="right")
-    table.add_column("ended by")
+    columns = ("model", "prompt tokens", "new tokens", "first token ms", "tokens/s", "ended by")
+    table = DataTable("moeify generate", columns, words=("model", "ended by"))
     for one in result.generations:
         table.add_row(
             one.model,

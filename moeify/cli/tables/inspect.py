@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from moeify.cli.tables.columns import DataTable
 from moeify.cli.tables.words import engine_rows, key_value_table, layout_words
-from moeify.words import duration, size
+from moeify.words import duration, explained, percent, size
 
 if TYPE_CHECKING:
     from moeify.convert.inspection import Inspection
@@ -18,7 +19,7 @@ def inspect_tables(inspection: "Inspection") -> tuple[Table, Table]:
         f"moeify inspect {inspection.model}",
         [
             ("family", f"{inspection.family}, {inspection.dtype}"),
-            ("parameters", f"{inspection.num_parameters:,}, {inspection.ffn_share:.0%} of them in FFNs"),
+            ("parameters", f"{inspection.num_parameters:,}, {percent(inspection.ffn_share)} of them in FFNs"),
             ("FFN", f"{inspection.hidden_size:,} -> {inspection.num_neurons:,} in {inspection.num_layers} layers"),
             ("expert counts that work", ", ".join(counts)),
             (f"with --experts {inspection.experts}", f"{layout_words(inspection.layout)}; {width:,} neurons an expert"),
@@ -27,9 +28,8 @@ def inspect_tables(inspection: "Inspection") -> tuple[Table, Table]:
             ("time", f"about {duration(estimate.duration_s)} here"),
         ],
     )
-    fits = Table(title="targets", title_justify="left")
-    for column in ("target", "exact", "shared experts", "why"):
-        fits.add_column(column, overflow="fold")
+    columns = ("target", "exact", "shared experts", "why")
+    fits = DataTable("targets", columns, words=columns, notes=explained("exact", "shared"))
     for fit in inspection.targets:
         fits.add_row(fit.target, "yes" if fit.fits else "no", "yes" if fit.shared else "no", fit.reason)
     return facts, fits

@@ -2,16 +2,15 @@
 
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from moeify.cli.tables.columns import DataTable
 
 if TYPE_CHECKING:
     from moeify.plugin_list import Listing
 
 
-def list_table(listing: "Listing") -> Table:
-    table = Table(title=listing.kind, title_justify="left")
-    table.add_column("name")
-    table.add_column("what it is", overflow="fold")
+def list_table(listing: "Listing") -> DataTable:
+    columns = ("name", "what it is")
+    table = DataTable(listing.kind, columns, words=columns)
     for name, what in listing.entries.items():
         table.add_row(name, what)
     return table

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from moeify.cli.tables.columns import DataTable
 from moeify.cli.tables.words import key_value_table
 from moeify.words import number, percent, size
 
@@ -26,21 +27,17 @@ def plan_tables(plan: "MachinePlan") -> tuple[Table, ...]:
         ],
     )
     has_gpu = plan.machine.vram_bytes > 0
-    bounds = Table(title="bounds in llama.cpp, one token at a time", title_justify="left")
-    bounds.add_column("active of experts", no_wrap=True)
-    sides = ("GPU/token", "RAM/token") if has_gpu else ("read/token",)
-    for column in ("ppl/dense", *sides, "tokens/s <=", "/dense"):
-        bounds.add_column(column, justify="right", overflow="fold")
-    commands = Table(title="memory, and the options of llama.cpp", title_justify="left")
-    commands.add_column("active of experts", no_wrap=True)
-    for column in ("VRAM", "RAM") if has_gpu else ("RAM",):
-        commands.add_column(column, justify="right")
-    commands.add_column("options", overflow="fold")
+    key, words = "active of experts", ("active of experts", "options")
+    sides = ("GPU / token", "RAM / token") if has_gpu else ("read / token",)
+    columns = (key, "perplexity / dense", *sides, "tokens/s <=", "/ dense")
+    bounds = DataTable("bounds in llama.cpp, one token at a time", columns, words=words)
+    memory = ("VRAM", "RAM") if has_gpu else ("RAM",)
+    commands = DataTable("memory, and the options of llama.cpp", (key, *memory, "options"), words=words)
     dense = plan.candidates[0].placement.tokens_per_second
     for one in listed:
         name, placement = _name(one) + (", best" if one is plan.choice else ""), one.placement
         read = [placement.gpu_read_bytes, placement.ram_read_bytes] if has_gpu else [placement.ram_read_bytes]
-        memory = [placement.vram_bytes, placement.ram_bytes] if has_gpu else [placement.ram_bytes]
+        held = [placement.vram_bytes, placement.ram_bytes] if has_gpu else [placement.ram_bytes]
         bounds.add_row(
             name,
             "" if one.ratio is None else f"{one.ratio:.2f}",
@@ -49,7 +46,7 @@ def plan_tables(plan: "MachinePlan") -> tuple[Table, ...]:
             f"{placement.tokens_per_second / dense:.2f}",
         )
         options = placement.refusal or "; ".join(filter(None, (placement.flags, one.caution)))
-        commands.add_row(name, *map(size, memory), options)
+        commands.add_row(name, *map(size, held), options)
     return facts, bounds, commands
 
 

@@ -4,20 +4,26 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from moeify.words import ranges
+from moeify.cli.tables.columns import DataTable
+from moeify.words import explained, ranges
 
 if TYPE_CHECKING:
     from moeify.convert.search import SearchResult
+
+NOTES = (
+    "share: of all FFN parameters, active for a token; --budget bounds it\n"
+    f"{explained('KL')}; summed: of layers changed one at a time\n"
+    "perplexity, KL: of a few tokens of the calibration text that nothing was fitted to\n"
+    "ratio: perplexity over the dense model's"
+)
 
 
 def search_tables(result: "SearchResult") -> tuple[Table, ...]:
     """The choice beside uniform, then the frontier."""
     tables = []
     for title, points in (("moeify search", (result.choice, result.uniform)), ("frontier", result.frontier)):
-        table = Table(title=title, title_justify="left")
-        table.add_column("strategy")
-        for column in ("share", "active/experts", "dense layers", "KL, summed", "KL, together", "perplexity", "ratio"):
-            table.add_column(column, justify="right", overflow="fold")
+        columns = ("strategy", "share", "experts", "dense layers", "KL, summed", "KL", "perplexity", "ratio")
+        table = DataTable(title, columns, words=("strategy", "dense layers"), notes=NOTES)
         for point in points:
             layout = point.layout
             table.add_row(
@@ -31,4 +37,5 @@ def search_tables(result: "SearchResult") -> tuple[Table, ...]:
                 f"{point.perplexity / result.dense_perplexity:.3f}",
             )
         tables.append(table)
+    tables[0].caption = None
     return tuple(table for table in tables if table.row_count)

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from moeify.cli.tables.words import engine_rows, key_value_table, layout_words
-from moeify.words import duration, size
+from moeify.cli.tables.columns import DataTable
+from moeify.cli.tables.words import active_rows, engine_rows, key_value_table, layout_words
+from moeify.words import duration, explained, size
 
 if TYPE_CHECKING:
     from moeify.convert.pipeline import SplitResult
@@ -18,7 +19,7 @@ LAYER_COLUMNS = {
     "energy_kept": "energy kept",
     "energy_kept_static": "static",
     "energy_kept_oracle": "oracle",
-    "oracle_gain_reached": "oracle gain reached",
+    "oracle_gain_reached": "gain reached",
     "error_without_refit": "error, no refit",
     "error_with_refit": "error, refit",
     "refit_strength": "refit strength",
@@ -37,10 +38,12 @@ def split_table(result: "SplitResult") -> Table:
         ("layout", layout_words(layout)),
         ("expert width", f"{result.expert_width:,} neurons"),
         *engine_rows(result.engines),
-        ("parameters", f"{result.num_parameters:,}"),
-        (
-            "active for a token",
-            f"{result.num_active_parameters:,} ({result.num_active_parameters / result.num_parameters:.1%})",
+        *active_rows(
+            layout,
+            len(result.plan.layers),
+            result.num_active_parameters,
+            result.num_parameters,
+            result.plan.options.budget,
         ),
     ]
     for key, label in (
@@ -51,14 +54,15 @@ def split_table(result: "SplitResult") -> Table:
         values = [d[key] for d in last if key in d]
         if values:
             rows.append((label, f"{sum(values) / len(values):.4f} (mean of {len(values)} layers)"))
-    return key_value_table("moeify split", rows)
+    table = key_value_table("moeify split", rows)
+    table.caption = "`moeify ls words` says what shared, routed, refit and oracle mean"
+    return table
 
 
 def layers_table(plan: "SplitPlan") -> Table:
     """What was measured in every layer."""
-    table = Table(title="layers", title_justify="left")
-    for column in ("layer", *LAYER_COLUMNS.values()):
-        table.add_column(column, justify="right")
+    notes = explained("energy", "static", "oracle", "gain reached", "refit", "load")
+    table = DataTable("layers", ("layer", *LAYER_COLUMNS.values()), notes=notes)
     for layer in plan.layers:
         values = [layer.diagnostics.get(name) for name in LAYER_COLUMNS]
         empty = "dense" if layer.layer in plan.layout.dense_layers else ""
@@ -82,7 +86,7 @@ def preview_table(preview: "Preview") -> Table:
                 "calibration",
                 f"{', '.join(options.calibration)}: {options.tokens:,} tokens in blocks of {options.context}",
             ),
-            ("parameters", f"{preview.num_parameters:,}, {preview.num_active_parameters:,} active"),
+            *active_rows(preview.layout, preview.num_layers, preview.num_active_parameters, preview.num_parameters),
             ("checkpoint", f"{size(estimate.checkpoint_bytes)} in {preview.dtype}"),
             ("memory", f"about {size(estimate.peak_memory_bytes)}"),
             ("time", f"about {duration(estimate.duration_s)} here"),

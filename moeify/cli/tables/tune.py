@@ -2,19 +2,17 @@
 
 from typing import TYPE_CHECKING
 
-from rich.table import Table
+from moeify.cli.tables.columns import DataTable
 
 if TYPE_CHECKING:
     from moeify.kernels.tune_model import TuneResult
 
 
-def tune_table(result: "TuneResult") -> Table:
+def tune_table(result: "TuneResult") -> DataTable:
     """What tuning gained, a row for each kernel and number of tokens."""
     shape = f"{result.num_ranks} of {result.num_experts} experts, {result.dim} x {result.width}"
-    table = Table(title=f"{shape} on {result.device}", title_justify="left")
-    table.add_column("kernel/rows")
-    for header in ("tokens", "before us", "after us", "ratio", "tile", "warps", "stages", "tried"):
-        table.add_column(header, justify="right")
+    columns = ("kernel/rows", "tokens", "before us", "after us", "ratio", "tile", "warps", "stages", "tried")
+    table = DataTable(f"{shape} on {result.device}", columns, words=("kernel/rows",), num_keys=2)
     for row in result.kernels:
         launch = row.launch
         table.add_row(

@@ -1,11 +1,11 @@
-"""A table of keys and values, and a layout in words."""
+"""A table of keys and values; a layout, engines and blocks of text in words."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from moeify.words import ranges
+from moeify.words import percent, ranges
 
 if TYPE_CHECKING:
     from moeify.engines import Verdict
@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 
 
 def key_value_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column("what")
-    table.add_column("value", overflow="fold")
+    table = Table("what", "value", title=title, show_header=False)
     for key, value in rows:
         table.add_row(key, value)
     return table
@@ -23,12 +21,33 @@ def key_value_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
 
 def layout_words(layout: "Layout") -> str:
     if layout.is_static:
-        return f"{layout.num_active} of {layout.num_experts} slices kept, the rest dropped"
-    return (
-        f"{layout.num_experts} slices: {layout.num_shared} shared + {layout.num_routed_active} of "
-        f"{layout.num_routed} routed = {layout.active_share:.0%} of the FFN active"
-        + (f"; dense layers: {ranges(layout.dense_layers)}" if layout.dense_layers else "")
-    )
+        words = f"{layout.num_active} of {layout.num_experts} slices of each FFN kept, the others dropped"
+    else:
+        words = (
+            f"each FFN in {layout.num_experts} experts: {layout.num_shared} shared + {layout.num_routed_active} of "
+            f"{layout.num_routed} routed = {percent(layout.active_share)} active"
+        )
+    return words + (f"; dense layers: {ranges(layout.dense_layers)}" if layout.dense_layers else "")
+
+
+def active_rows(
+    layout: "Layout", num_layers: int, active: int, total: int, budget: float | None = None
+) -> list[tuple[str, str]]:
+    """The share of all FFN parameters that a token uses, which --budget bounds, and that of all parameters."""
+    share = percent(layout.model_share(num_layers))
+    allowed = "" if budget is None else f"; --budget {budget:g} allows {percent(budget)}"
+    if layout.is_static:
+        return [("kept of the FFNs", f"{share} of their parameters"), ("parameters", f"{total:,}")]
+    return [
+        ("active of the FFNs", f"{share} of their parameters{allowed}"),
+        ("active of all", f"{active:,} of {total:,} parameters, {percent(active / total)}"),
+    ]
+
+
+def windows(context: int, stride: int | None = None) -> str:
+    """How a text is cut for a measurement."""
+    blocks = stride is None or stride == context
+    return f"blocks of {context:,} tokens" if blocks else f"windows of {context:,} tokens, {stride:,} apart"
 
 
 def engine_rows(verdicts: Sequence["Verdict"]) -> list[tuple[str, str]]:
