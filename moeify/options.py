@@ -12,8 +12,11 @@ from moeify.errors import UsageError
 from moeify.words import listing, parse_size
 
 Item = TypeVar("Item")
-# Wraps a long loop to show its progress: (items, what they are, how many). `untracked` shows nothing.
+# Wraps a long loop to show its progress: (items, what they are, how many). `untracked` shows nothing,
+# `moeify.progress.shown` a bar where somebody sees it.
 Track = Callable[[Iterable[Item], str, int], Iterable[Item]]
+# Takes a line that says what is being done.
+Announce = Callable[[str], None]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Style = Literal["hard", "softmax", "soft"]

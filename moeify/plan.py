@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moeify.errors import InputError, UsageError
 from moeify.options import SplitOptions
+from moeify.readable import Readable
 
 SHARED = -1
 PLAN_FILE = "split_plan.safetensors"
@@ -117,8 +118,8 @@ def resolve_layout(
     return Layout(experts, shared, active, dense_layers)
 
 
-@dataclass(frozen=True)
-class LayerPlan:
+@dataclass(frozen=True, repr=False)
+class LayerPlan(Readable):
     """Decisions for one layer.
 
     Args:
@@ -187,8 +188,8 @@ class LayerPlan:
         return (self.labels_F == expert).nonzero().squeeze(1)
 
 
-@dataclass(frozen=True)
-class SplitPlan:
+@dataclass(frozen=True, repr=False)
+class SplitPlan(Readable):
     """Everything that was decided for a model, with where it came from.
 
     `router_scale` is what router rows are multiplied with in the checkpoint; `trained` lists the stages of fine-tuning

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ from moeify.check.bootstrap import draws, interval
 from moeify.check.trials import Control, Trial, Trials
 from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.data.text import evaluation_tokens
-from moeify.errors import InputError, UsageError
+from moeify.errors import InputError, UsageError, kept_when_interrupted
 from moeify.models.dense import DenseModel, open_dense
-from moeify.options import SplitOptions, Track, untracked
+from moeify.options import SplitOptions, Track
+from moeify.progress import Resumed, shown
+from moeify.readable import Readable
 from moeify.results import check_writable, write
 
 DENSE = "dense"
@@ -73,8 +76,8 @@ class Row:
     diagnostics: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Readable):
     """The whole table and what it was measured on."""
 
     model: str
@@ -125,7 +128,7 @@ def compare(
     only: Sequence[str] = (),
     further: Mapping[str, Mapping[str, Any]] | None = None,
     out: Path | None = None,
-    track: Track[Any] = untracked,
+    track: Track[Any] = shown,
 ) -> Comparison:
     """Measure the methods at each budget.
 
@@ -161,7 +164,9 @@ def compare(
     split = partial(_split, dense, trials)
     entries = [*_entries(trials, split, base, budgets, only), *_further(split, base, further or {})]
     ids = [ids_BC.numpy() for ids_BC in (blocks.ids_BC, *texts.values())]
-    results = [entry.result(prepared, ids) for entry in track(entries, "comparing methods", len(entries))]
+    waiting = Resumed(entries, sum(1 for _ in takewhile(lambda entry: entry.file(prepared, ids).is_file(), entries)))
+    with kept_when_interrupted("the methods that are measured"):
+        results = [entry.result(prepared, ids) for entry in track(waiting, "comparing methods", len(entries))]
     num_blocks = {source: len(ids_BC) for source, ids_BC in texts.items()}
     comparison = Comparison(
         prepared.dense.name,
@@ -207,6 +212,10 @@ class _Entry:
     inputs: Any
     measure: Callable[[], Trial]
 
+    def file(self, prepared: Prepared, ids: Sequence[Any]) -> Path:
+        """Where the losses stay."""
+        return cache_dir() / "compare" / f"{digest(prepared.dense.fingerprint(), self.inputs, *ids)}.json"
+
     def result(self, prepared: Prepared, ids: Sequence[Any]) -> "_Result":
         """Measured, unless an earlier run measured the same."""
 
@@ -216,8 +225,7 @@ class _Entry:
             losses = trial.losses_BL.double().mean(dim=1).tolist()
             return {"losses": losses, "diagnostics": dict(trial.diagnostics)}
 
-        key = digest(prepared.dense.fingerprint(), self.inputs, *ids)
-        values = once(cache_dir() / "compare" / f"{key}.json", measure)
+        values = once(self.file(prepared, ids), measure)
         return _Result(torch.tensor(values["losses"], dtype=torch.float64), values["diagnostics"])
 
 

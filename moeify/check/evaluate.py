@@ -13,7 +13,9 @@ from moeify.kernels import register
 from moeify.models import stock
 from moeify.models.config import load_config
 from moeify.models.files import locate
-from moeify.options import DType, EvalOptions, Track, untracked
+from moeify.options import DType, EvalOptions, Track
+from moeify.progress import shown
+from moeify.readable import Readable, Rows
 
 
 class Measure(Protocol):
@@ -26,8 +28,8 @@ class Measure(Protocol):
 MEASURES: Mapping[Modality, Callable[[Mapping[str, Path], EvalOptions], Measure]] = {"text": Perplexity.open}
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Readable):
     """All models on all texts, in the order they were measured."""
 
     results: tuple[EvalResult, ...]
@@ -44,7 +46,7 @@ def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: A
         device: where to put it.
         arguments: passed on to `from_pretrained`.
     """
-    loaded: Any = stock.load(locate(model), dtype=dtype, **arguments)
+    loaded: Any = stock.load(locate(model, shown), dtype=dtype, **arguments)
     loaded = loaded.to(device).eval()
     chosen = "experts_implementation" in arguments or not loaded._can_set_experts_implementation()
     if loaded.device.type in ("cuda", "cpu") and not chosen:
@@ -62,7 +64,7 @@ def evaluate(
     stride: int | None = EvalOptions.stride,
     dtype: DType = EvalOptions.dtype,
     device: str = EvalOptions.device,
-    track: Track[Any] = untracked,
+    track: Track[Any] = shown,
 ) -> list[EvalResult]:
     """Measure each model on each text.
 
@@ -84,7 +86,7 @@ def evaluate(
     options = EvalOptions(tuple(data), tokens, context, stride, dtype, device)
     check_device(device)
     measure = MEASURES[_modality(paths)](paths, options)
-    results = []
+    results = Rows[EvalResult]()
     for name in models:
         model = load(name, dtype=dtype, device=device)
         results += [measure(model, name, source, track) for source in data]

@@ -21,6 +21,8 @@ from moeify.errors import InputError, first_line
 from moeify.models.files import locate
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import GenerateOptions, Track, untracked
+from moeify.progress import shown
+from moeify.readable import Readable
 
 # Takes a piece of text as soon as it is certain.
 Show = Callable[[str], None]
@@ -55,16 +57,16 @@ class Generation:
     ended: bool
 
 
-@dataclass(frozen=True)
-class GenerateResult:
+@dataclass(frozen=True, repr=False)
+class GenerateResult(Readable):
     """One prompt, and what every model made of it."""
 
     prompt: str
     generations: tuple[Generation, ...]
 
 
-@dataclass(frozen=True)
-class ChatResult:
+@dataclass(frozen=True, repr=False)
+class ChatResult(Readable):
     """A conversation, prompt by prompt."""
 
     turns: tuple[GenerateResult, ...]
@@ -200,7 +202,7 @@ def generate(
     *,
     chat: bool = False,
     show: Callable[[str, str], None] | None = None,
-    track: Track[Any] = untracked,
+    track: Track[Any] = shown,
 ) -> GenerateResult:
     """Continue a prompt with one model after another; one is in memory at a time.
 

@@ -19,13 +19,14 @@ from moeify.errors import InputError
 from moeify.models.config import load_config
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import EvalOptions, Track
+from moeify.readable import Readable
 
 DEFAULT_CONTEXT = 512
 BATCH_TOKENS = 2048
 
 
-@dataclass(frozen=True)
-class EvalResult:
+@dataclass(frozen=True, repr=False)
+class EvalResult(Readable):
     """One model on one text.
 
     Args:

@@ -20,8 +20,10 @@ from moeify.export.writer import MoEWriter, check_fits, router_scale
 from moeify.models import stock
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights, pack
-from moeify.options import SplitOptions, Track, untracked
+from moeify.options import SplitOptions, Track
 from moeify.plan import Layout, SplitPlan, load_plan
+from moeify.progress import shown
+from moeify.readable import Readable
 from moeify.targets import Target
 from moeify.words import listing
 
@@ -174,8 +176,8 @@ def calibration_text(prepared: Prepared) -> TokenBlocks:
     return blocks
 
 
-@dataclass(frozen=True)
-class Preview:
+@dataclass(frozen=True, repr=False)
+class Preview(Readable):
     """What a split would do and cost; what `--dry-run` shows."""
 
     model: str
@@ -194,7 +196,7 @@ class Preview:
 
 
 def preview(
-    model: str | Path | DenseModel, options: SplitOptions | None = None, *, track: Track[Any] = untracked
+    model: str | Path | DenseModel, options: SplitOptions | None = None, *, track: Track[Any] = shown
 ) -> Preview:
     """Settle everything that a split settles before it reads text, and estimate the rest. Writes nothing.
 

@@ -12,11 +12,13 @@ from moeify.kernels import experts, launch
 from moeify.kernels.tune import Shape, Tuned, keys_of, tune
 from moeify.models.config import empty_model, load_config
 from moeify.models.files import locate
-from moeify.options import Track, TuneOptions, untracked
+from moeify.options import Track, TuneOptions
+from moeify.progress import shown
+from moeify.readable import Readable
 
 
-@dataclass(frozen=True)
-class TuneResult:
+@dataclass(frozen=True, repr=False)
+class TuneResult(Readable):
     """What was found.
 
     Args:
@@ -42,7 +44,7 @@ def tune_model(
     *,
     device: str = TuneOptions.device,
     backward: bool = TuneOptions.backward,
-    track: Track[Any] = untracked,
+    track: Track[Any] = shown,
 ) -> TuneResult:
     """Tune the kernels for the experts of a model and keep what was found.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from moeify.benchmark.models.results import Interval
 from moeify.command_line import command_line
+from moeify.readable import Readable
 from moeify.reporting.facts import Facts, active_parameters, facts_of, of_kind, parameters, speeds
 from moeify.reporting.page import render
 from moeify.reporting.reader import read_run
@@ -51,8 +52,8 @@ class Headline:
     answers: Answers
 
 
-@dataclass(frozen=True)
-class ReportResult:
+@dataclass(frozen=True, repr=False)
+class ReportResult(Readable):
     """The page and its headlines.
 
     Args:

@@ -34,7 +34,8 @@ from moeify.benchmark.options import BenchOptions, Section
 from moeify.benchmark.timing import timer_for
 from moeify.check.evaluate import load
 from moeify.command_line import command_line
-from moeify.options import Track, untracked
+from moeify.options import Track
+from moeify.progress import shown
 from moeify.results import check_new, check_writable, read, write
 
 FILE = "bench.json"
@@ -50,7 +51,7 @@ def bench(
     overwrite: bool = False,
     baseline: Path | None = None,
     threshold: float = 1.05,
-    track: Track[Any] = untracked,
+    track: Track[Any] = shown,
 ) -> ModelBench:
     """Measure models beside the dense one they came from.
 
@@ -74,8 +75,7 @@ def bench(
         check_folder(out, overwrite=overwrite)
     old = load_bench(baseline) if baseline else None
     device = device_by_name(options.device)
-    if "llama.cpp" in options.engine:
-        engines.check_programs()
+    check_engines(options)
     entrants, texts = [], None
     if "transformers" in options.engine:
         entrants = open_models(models, against, track)
@@ -117,6 +117,12 @@ def bench(
     if out is not None:
         write(result, out / FILE)
     return result
+
+
+def check_engines(options: BenchOptions) -> None:
+    """Raise InputError, before any work, if an engine that shall be timed is not here."""
+    if "llama.cpp" in options.engine:
+        engines.check_programs()
 
 
 def load_bench(path: Path) -> ModelBench:

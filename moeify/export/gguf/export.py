@@ -26,6 +26,7 @@ from moeify.models.fingerprint import Fingerprint
 from moeify.models.stock import placed
 from moeify.options import ExportOptions, Track, untracked
 from moeify.plan import PLAN_FILE, Layout, SplitPlan, load_plan
+from moeify.progress import shown
 from moeify.resources import check_room
 from moeify.words import listing, percent, printable
 
@@ -59,7 +60,7 @@ def export_gguf(
     options: ExportOptions | None = None,
     *,
     overwrite: bool = False,
-    track: Track[Any] = untracked,
+    track: Track[Any] = shown,
 ) -> ExportResult:
     """Write a checkpoint as one GGUF file.
 
