@@ -224,6 +224,11 @@ def several(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else (value,)
 
 
+def names_of(value: Any) -> tuple[str, ...]:
+    """One name or path, or several, as texts."""
+    return tuple(os.fspath(item) for item in several(value))
+
+
 def _plain(field: dataclasses.Field[Any], value: Any) -> Any:
     """A value as recipes and the command line give it: lists as tuples, paths and torch's names as text.
 

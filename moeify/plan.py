@@ -207,7 +207,7 @@ class SplitPlan(Readable):
     router_scale: float
     trained: tuple[str, ...] = ()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write labels, routers and provenance; refit columns are left out (see the module's first lines)."""
         tensors: dict[str, Tensor] = {}
         for layer in self.layers:
@@ -228,12 +228,17 @@ class SplitPlan(Readable):
         save_file(tensors, path, metadata={"moeify": json.dumps(header, sort_keys=True)})
 
 
-def load_plan(path: Path) -> SplitPlan:
+def load_plan(path: str | Path) -> SplitPlan:
     """Read a plan; `path` is the file itself or the folder of a converted checkpoint.
 
     Raises:
         InputError: no such file, not a plan, or a plan whose labels do not match its layout.
+
+    Example:
+        plan = moeify.load_plan("my-moe")
+        print(plan.layout, plan.layers[0].diagnostics)
     """
+    path = Path(path)
     file = path / PLAN_FILE if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"no split plan at {file}", f"every converted checkpoint holds one as {PLAN_FILE}")

@@ -33,8 +33,8 @@ class Readable:
         lines = [type(self).__name__]
         for name, words in simple:
             lines += wrap(f"  {name:{width}}  {words}", COLUMNS, subsequent_indent=" " * (width + 4), **WHOLE)
-        for name, rows in tables:
-            lines += [f"  {name}: {len(rows)}", *_text_table(rows, LINES - len(lines) - 1)]
+        for index, (name, rows) in enumerate(tables):
+            lines += [f"  {name}: {len(rows)}", *_text_table(rows, LINES - len(lines) - len(tables) + index)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
@@ -139,7 +139,8 @@ def _cells(rows: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
 
 def _text_table(rows: Sequence[Any], num_lines: int) -> Iterator[str]:
     """A table that fits: whole rows from the first one on, and the columns for which there is room, or nothing."""
-    shown = len(rows) if len(rows) < num_lines else num_lines - 2
+    # The header, and a line that says what is left out.
+    shown = min(len(rows), num_lines - 2)
     if shown < 1:
         return
     names, cells = _cells(rows[:shown])
@@ -150,9 +151,10 @@ def _text_table(rows: Sequence[Any], num_lines: int) -> Iterator[str]:
             room -= width
             columns.append([f"{cell:{width}}" for cell in column])
     yield from (INDENT + "".join(line).rstrip() for line in zip(*columns, strict=True))
-    left = {"rows": len(rows) - shown, "columns": len(names) - len(columns)}
-    if any(left.values()):
-        yield f"{INDENT}without " + " and ".join(f"{count} more {what}" for what, count in left.items() if count)
+    left = {"row": len(rows) - shown, "column": len(names) - len(columns)}
+    more = [f"{count} more {what}{'s' if count > 1 else ''}" for what, count in left.items() if count]
+    if more:
+        yield f"{INDENT}without {' and '.join(more)}"
 
 
 def _rows_html(rows: Sequence[Any]) -> str:

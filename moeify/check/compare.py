@@ -20,11 +20,12 @@ from moeify.cache import cache_dir, check_place, digest, once
 from moeify.check.baselines import NeuronOracle, fit_bias_compensated
 from moeify.check.bootstrap import draws, interval
 from moeify.check.trials import Control, Trial, Trials
+from moeify.command_line import names_of, several
 from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError, kept_when_interrupted
 from moeify.models.dense import DenseModel, open_dense
-from moeify.options import SplitOptions, Track
+from moeify.options import CompareOptions, Names, SplitOptions, Track
 from moeify.progress import Resumed, shown
 from moeify.readable import Readable
 from moeify.results import check_writable, write
@@ -120,15 +121,16 @@ def methods(experts: int) -> dict[str, Method]:
 
 def compare(
     model: str | Path | DenseModel,
-    budgets: Sequence[float],
-    data: Sequence[str],
+    budgets: float | Sequence[float] = CompareOptions.budget,
+    data: Names = CompareOptions.data,
     options: SplitOptions | None = None,
     *,
-    tokens: int = 10_240,
-    only: Sequence[str] = (),
+    tokens: int = CompareOptions.data_tokens,
+    only: str | Sequence[str] = (),
     further: Mapping[str, Mapping[str, Any]] | None = None,
-    out: Path | None = None,
+    out: str | Path | None = None,
     track: Track[Any] = shown,
+    **choices: Any,
 ) -> Comparison:
     """Measure the methods at each budget.
 
@@ -142,16 +144,28 @@ def compare(
         further: more splits, name -> options, each with its own budget and a static control that cuts the same layers.
         out: a JSON file for the result.
         track: wraps the loop over methods.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         UsageError: an unknown method, or no budget.
         InputError: a model or text that cannot be used, or a place that cannot be written.
+
+    Example:
+        table = moeify.compare("builtin", 0.5, only=["CMoE", "neuron oracle"])
+        print({row.method: row.perplexity for row in table.rows})
     """
+    budgets, data, only, options = (
+        several(budgets),
+        names_of(data),
+        several(only),
+        SplitOptions.chosen(options, choices),
+    )
     _check(budgets, data)
     if out is not None:
+        out = Path(out)
         check_writable(out, Comparison)
     # Experts of any width: no kernel limits a split that is only measured.
-    base = replace(options or SplitOptions(), dtype="float32")
+    base = replace(options, dtype="float32")
     dense = open_dense(model, track)
     prepared = prepare(dense, base, writable=False)
     experts = prepared.layout.num_experts

@@ -98,6 +98,9 @@ def verify(
 
     Raises:
         InputError: one of them cannot be read, or the plan is of another model.
+
+    Example:
+        assert moeify.verify("my-moe", "builtin").passed
     """
     if is_gguf(moe):
         try:

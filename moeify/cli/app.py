@@ -101,7 +101,7 @@ def run_command(arguments: list[str], *, interrupted: Callable[[], bool] = lambd
             _show_warnings()
             _check_words(arguments)
             code = app(args=arguments, standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort, Interrupted) as error:
+    except (KeyboardInterrupt, typer.Abort, InterruptionError) as error:
         return _interrupted(error, arguments)
     except typer.Exit as error:
         return int(error.exit_code)
@@ -186,7 +186,7 @@ def root(
     """Turn a dense Hugging Face transformer into a mixture-of-experts checkpoint that stock software loads."""
 
 
-class Interrupted(Exception):
+class InterruptionError(Exception):
     """Stands for the KeyboardInterrupt that caused it, of which the option parser would leave the exit code alone."""
 
 
@@ -198,7 +198,7 @@ def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(**values)
         except KeyboardInterrupt as error:
-            raise Interrupted from error
+            raise InterruptionError from error
 
     return call
 

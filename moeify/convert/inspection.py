@@ -67,6 +67,10 @@ def inspect(model: str | Path | DenseModel, *, experts: int | None = None, track
 
     Raises:
         InputError: it cannot be read or its family is not supported.
+
+    Example:
+        model = moeify.inspect("builtin")
+        print(model.expert_counts, [one.target for one in model.targets if one.fits])
     """
     dense = open_dense(model, track)
     neurons, hidden, layers = dense.num_neurons, dense.hidden_size, dense.num_layers

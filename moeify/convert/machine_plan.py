@@ -65,15 +65,29 @@ class MachinePlan(Readable):
 
 
 def plan_for_machine(
-    model: str | Path | DenseModel, options: MachineOptions | None = None, *, track: Track[Any] = shown
+    model: str | Path | DenseModel,
+    options: MachineOptions | None = None,
+    *,
+    track: Track[Any] = shown,
+    **choices: Any,
 ) -> MachinePlan:
     """Count what a model reads for a token, dense and in every candidate layout, and what that allows on a machine.
+
+    Args:
+        model: a folder, a .gguf file, a hub id, `builtin`, or a model that is open already.
+        options: the machine, and in what form the model shall run.
+        track: shows the progress of making the embedded model.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         InputError: the model cannot be read.
         UsageError: the options contradict each other.
+
+    Example:
+        plan = moeify.plan_for_machine("builtin", vram="0", ram_bandwidth=50)
+        print(plan.choice)
     """
-    options = options or MachineOptions()
+    options = MachineOptions.chosen(options, choices)
     dense = open_dense(model, track)
     return _planned(_case(dense, options, _target(dense)), options.quality)
 

@@ -77,6 +77,7 @@ def split(
     overwrite: bool = False,
     track: Track[Any] = shown,
     announce: Announce = said,
+    **choices: Any,
 ) -> SplitResult:
     """Convert a dense checkpoint into a native mixture-of-experts checkpoint.
 
@@ -89,12 +90,19 @@ def split(
         overwrite: replace an earlier result at `out` once the new one is complete.
         track: wraps long loops to show progress.
         announce: told the expected time of the search for layers, if the options have a budget.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         InputError: the model, the text or the place is not usable; `out` is untouched.
+        UsageError: options that there are not, or that contradict each other.
+
+    Example:
+        result = moeify.split("builtin", "my-moe", experts=8, active=4)
+        print(result.num_active_parameters / result.num_parameters)
+        model = moeify.load("my-moe")
     """
+    options = SplitOptions.chosen(options, choices)
     out = check_out(Path(out), [model], overwrite=overwrite)
-    options = options or SplitOptions()
     dense = open_dense(model, track)
     check_is_no_model(out, dense.path)
     if options.budget is not None:

@@ -196,14 +196,21 @@ class Preview(Readable):
 
 
 def preview(
-    model: str | Path | DenseModel, options: SplitOptions | None = None, *, track: Track[Any] = shown
+    model: str | Path | DenseModel, options: SplitOptions | None = None, *, track: Track[Any] = shown, **choices: Any
 ) -> Preview:
     """Settle everything that a split settles before it reads text, and estimate the rest. Writes nothing.
 
+    Args:
+        model, options, track, choices: as of `split`.
+
     Raises:
         InputError: the model cannot be split in this way.
+
+    Example:
+        plan = moeify.preview("builtin", experts=8, active=4)
+        print(plan.target, plan.estimate.duration_s, plan.estimate.checkpoint_bytes)
     """
-    options = options or SplitOptions()
+    options = SplitOptions.chosen(options, choices)
     if options.budget is not None:
         raise UsageError("a budget is settled by scoring layers", "moeify search shows what it would choose")
     prepared = prepare(open_dense(model, track), options)

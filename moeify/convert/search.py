@@ -114,6 +114,7 @@ def search(
     frontier: bool = True,
     track: Track[Any] = shown,
     announce: Announce = said,
+    **choices: Any,
 ) -> SearchResult:
     """Choose layers and layout under a budget; scored layers stay in the cache and are used again.
 
@@ -126,16 +127,22 @@ def search(
         frontier: also find and measure choices for other budgets.
         track: wraps the loop over layers.
         announce: told the expected time before the work begins.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         UsageError: the budget cannot be met by these candidates.
         InputError: no target holds the model with some layers dense, or it changed meanwhile.
+
+    Example:
+        result = moeify.search("builtin", 0.6, experts=8)
+        moeify.split("builtin", "my-moe", **result.options)
     """
+    options = SplitOptions.chosen(options, choices)
     if not 0 < budget < 1:
         raise UsageError(f"budget {budget} is out of range", "--budget takes more than 0 and less than 1")
     choose, greedy, uniform = (strategies.find(name) for name in (strategy, "greedy", "uniform"))
     dense = open_dense(model, track)
-    table = _score(dense, budget, options or SplitOptions(), track, announce)
+    table = _score(dense, budget, options, track, announce)
     points = [table.best(limit, greedy, "greedy", 1) for limit in _limits(table, budget)] if frontier else []
     result = SearchResult(
         model=dense.name,

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from moeify.command_line import several
 from moeify.errors import InputError
 from moeify.kernels import experts, launch
 from moeify.kernels.tune import Shape, Tuned, keys_of, tune
@@ -39,8 +40,8 @@ class TuneResult(Readable):
 
 
 def tune_model(
-    model: str,
-    tokens: Sequence[int] = TuneOptions.tokens,
+    model: str | Path,
+    tokens: int | Sequence[int] = TuneOptions.tokens,
     *,
     device: str = TuneOptions.device,
     backward: bool = TuneOptions.backward,
@@ -57,7 +58,11 @@ def tune_model(
 
     Raises:
         InputError: there is no such device, or the kernels do not run this model.
+
+    Example:
+        moeify.tune_model("my-moe", [1, 8, 512], device="cuda")
     """
+    model, tokens = str(model), several(tokens)
     if not torch.cuda.is_available():
         raise InputError("there is no CUDA device here, and the kernels run on nothing else")
     where, shape = torch.device(device), experts_shape(model)

@@ -15,7 +15,7 @@ from moeify.check.compare import compare
 from moeify.check.evaluate import evaluate
 from moeify.check.perplexity import EvalResult
 from moeify.check.verify import TOLERANCE, VerifyReport, verify
-from moeify.command_line import command_line, several
+from moeify.command_line import command_line
 from moeify.convert.pipeline import split
 from moeify.convert.prepare import Preview, preview
 from moeify.errors import UsageError
@@ -29,7 +29,7 @@ from moeify.recipes.folder import HEADER, RECIPE_FILE, RUN_FILE, check_folder, r
 from moeify.recipes.limits import Limit, check_quality, check_times, judged
 from moeify.recipes.lines import Lines
 from moeify.recipes.markers import Stage
-from moeify.recipes.model import Recipe, control_options, find_recipe, load_recipe
+from moeify.recipes.model import Recipe, control_options, load_recipe
 from moeify.recipes.names import BENCH, COMPARE, EVAL, MAIN, TRAINED, VERIFY
 from moeify.results import check_replaceable, write, write_text
 from moeify.training.finetune import check_packages, finetune
@@ -127,7 +127,7 @@ def _loaded(recipe: Recipe | str | Path, overrides: Sequence[str] | str, out: st
         InputError, UsageError: as `load_recipe` does.
     """
     if not isinstance(recipe, Recipe):
-        return load_recipe(find_recipe(str(recipe)), several(overrides), out=None if out is None else Path(out))
+        return load_recipe(recipe, overrides, out=out)
     if overrides:
         raise UsageError("a recipe that is loaded takes no overrides", "hand them to load_recipe")
     return recipe if out is None else recipe.model_copy(update={"out": Path(out)})

@@ -71,7 +71,7 @@ class ReportResult(Readable):
     notes: tuple[str, ...]
 
 
-def report(run_dir: str | Path, out: Path | None = None) -> ReportResult:
+def report(run_dir: str | Path, out: str | Path | None = None) -> ReportResult:
     """Write the page.
 
     Args:
@@ -80,10 +80,13 @@ def report(run_dir: str | Path, out: Path | None = None) -> ReportResult:
 
     Raises:
         InputError: no such folder, no benchmark in it, a result that cannot be read, or a place that cannot be written.
+
+    Example:
+        print(moeify.report("my-bench").out)
     """
     folder = Path(run_dir)
     run = read_run(folder)
-    out = folder / PAGE if out is None else out
+    out = folder / PAGE if out is None else Path(out)
     check_writable(out, GENERATOR)
     bench = run.bench.value
     subjects = [(facts, answers(facts)) for facts in (facts_of(bench, model) for model in of_kind(bench, "moe"))]

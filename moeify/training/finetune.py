@@ -107,13 +107,14 @@ class FinetuneResult(Readable):
 
 
 def finetune(
-    moe: str,
+    moe: str | Path,
     teacher: str | Path | DenseModel,
     out: str | Path,
     options: FinetuneOptions | None = None,
     *,
     overwrite: bool = False,
     track: Track[Any] = shown,
+    **choices: Any,
 ) -> FinetuneResult:
     """Train a converted, pruned or dense checkpoint to do what its teacher does.
 
@@ -124,12 +125,18 @@ def finetune(
         options: what to train, on what, and how.
         overwrite: replace an earlier result at `out` once the new one is complete.
         track: wraps long loops to show progress.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         InputError: models, text or place are not usable; `out` is untouched.
         CheckError: the loss became NaN or infinite; the last good checkpoint is kept.
+
+    Example:
+        result = moeify.finetune("my-moe", "builtin", "my-moe-tuned", tokens=16384, stage=["layers", "full"])
+        print(result.stages[-1].after)
     """
-    out, options = check_out(Path(out), [moe, teacher], overwrite=overwrite), options or FinetuneOptions()
+    moe, options = str(moe), FinetuneOptions.chosen(options, choices)
+    out = check_out(Path(out), [moe, teacher], overwrite=overwrite)
     check_packages(options)
     processes = PartialState(cpu=options.device == "cpu", timeout=TIMEOUT)
     inputs = open_inputs(moe, teacher, options, track)

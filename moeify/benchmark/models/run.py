@@ -33,8 +33,8 @@ from moeify.benchmark.models.verdicts import verdicts
 from moeify.benchmark.options import BenchOptions, Section
 from moeify.benchmark.timing import timer_for
 from moeify.check.evaluate import load
-from moeify.command_line import command_line
-from moeify.options import Track
+from moeify.command_line import command_line, names_of
+from moeify.options import Names, Track
 from moeify.progress import shown
 from moeify.results import check_new, check_writable, read, write
 
@@ -43,15 +43,16 @@ PACKAGES = ("moeify", "torch", "transformers", "triton")
 
 
 def bench(
-    models: Sequence[str],
-    against: Sequence[str],
+    models: Names,
+    against: Names,
     options: BenchOptions | None = None,
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     overwrite: bool = False,
-    baseline: Path | None = None,
+    baseline: str | Path | None = None,
     threshold: float = 1.05,
     track: Track[Any] = shown,
+    **choices: Any,
 ) -> ModelBench:
     """Measure models beside the dense one they came from.
 
@@ -64,12 +65,18 @@ def bench(
         baseline: an earlier bench.json, or its folder.
         threshold: how many times worse than there something may be.
         track: wraps long loops.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         UsageError: options that contradict each other.
         InputError: a model or text that cannot be used, models that do not compare, an existing result.
+
+    Example:
+        result = moeify.bench("my-moe", "builtin", out="my-bench", batch=1, prompt=64)
+        moeify.report("my-bench")
     """
-    options = options or BenchOptions()
+    models, against, options = names_of(models), names_of(against), BenchOptions.chosen(options, choices)
+    out, baseline = (None if path is None else Path(path) for path in (out, baseline))
     baselines.check_threshold(threshold)
     if out is not None:
         check_folder(out, overwrite=overwrite)
@@ -125,12 +132,16 @@ def check_engines(options: BenchOptions) -> None:
         engines.check_programs()
 
 
-def load_bench(path: Path) -> ModelBench:
+def load_bench(path: str | Path) -> ModelBench:
     """Read a result, or the one in a folder.
 
     Raises:
         InputError: there is none, or it is of another kind.
+
+    Example:
+        rows = moeify.load_bench("my-bench").speed
     """
+    path = Path(path)
     file = path / FILE if path.is_dir() else path
     return read(file, ModelBench, f"name a file that moeify bench -o FOLDER wrote: FOLDER/{FILE}")
 

@@ -61,6 +61,7 @@ def export_gguf(
     *,
     overwrite: bool = False,
     track: Track[Any] = shown,
+    **choices: Any,
 ) -> ExportResult:
     """Write a checkpoint as one GGUF file.
 
@@ -70,13 +71,17 @@ def export_gguf(
         options: how numbers are stored.
         overwrite: replace an earlier file of moeify's.
         track: wraps long loops to show progress.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         InputError: llama.cpp does not have the architecture or cannot run this checkpoint, or the file may not be
             replaced or written; nothing is left of it.
         UsageError: the type is not one that is written here.
+
+    Example:
+        moeify.export_gguf("my-moe", "my-moe.gguf", type="q8_0")
     """
-    file, options = Path(file), options or ExportOptions()
+    file, options = Path(file), ExportOptions.chosen(options, choices)
     path = locate(str(model), track)
     check_file(file, path, overwrite=overwrite)
     config, shards = load_config(path), find_shards(path)
