@@ -4,7 +4,9 @@ import contextlib
 import io
 import itertools
 import re
+import sys
 import time
+import types
 
 import pytest
 
@@ -81,3 +83,9 @@ def test_a_loop_that_ends_early_takes_its_bar_along(monkeypatch: pytest.MonkeyPa
     with contextlib.redirect_stderr(Terminal()) as err:
         assert list(itertools.islice(shown(range(10), "layers", 10), 2)) == [0, 1]
     assert re.search(r"layers: .*\r *\r$", err.getvalue())
+
+
+def test_a_notebook_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not progress.is_watched()
+    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
+    assert progress.is_watched()

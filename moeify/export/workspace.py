@@ -82,7 +82,7 @@ class Workspace:
         if refused and self._began_here:
             self.discard()
         elif isinstance(error, KeyboardInterrupt) and (kept := self._finished_bytes()):
-            layers = f"{self.num_layers} finished layers, " if self.num_layers else ""
+            layers = f"finished layers: {self.num_layers}, " if self.num_layers else ""
             error.add_note(f"kept: {layers}{size(kept)} in {self.path}")
         self._stack.__exit__(kind, error, *trace)
 

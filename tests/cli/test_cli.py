@@ -504,7 +504,7 @@ def test_an_interrupt_gives_130_and_can_be_resumed(
     assert not out.exists()
     interrupted, kept, again = errors.splitlines()
     assert interrupted == "interrupted"
-    assert re.fullmatch(rf"kept: \d finished layers, .* kB in {partial}", kept)
+    assert re.fullmatch(rf"kept: finished layers: \d, .* kB in {partial}", kept)
     assert again == f"to go on: moeify {quoted(['split', str(dense), *text, '-o', str(out)])}"
     capfd.readouterr()
     assert run_command(shlex.split(again)[4:]) == 0
