@@ -2,10 +2,11 @@
 
     import moeify
 
-    result = moeify.split("path/to/model", "path/to/out", moeify.SplitOptions(experts=8))
+    result = moeify.split("path/to/model", "path/to/out", experts=8)
     assert moeify.verify("path/to/out", "path/to/model").passed
     model = moeify.load("path/to/out")
 
+In a terminal or notebook long loops show a bar; `track=moeify.untracked` keeps them silent.
 Names are imported when first used, so that `import moeify` and `moeify --help` cost nothing.
 """
 
@@ -16,21 +17,26 @@ from moeify.version import __version__
 
 if TYPE_CHECKING:
     from moeify.benchmark.models.results import ModelBench
-    from moeify.benchmark.models.run import bench
+    from moeify.benchmark.models.run import bench, load_bench
     from moeify.benchmark.options import BenchOptions
     from moeify.check.compare import Comparison, compare
     from moeify.check.evaluate import evaluate, load
     from moeify.check.generate import GenerateResult, generate
     from moeify.check.perplexity import EvalResult
     from moeify.check.verify import VerifyReport, verify
+    from moeify.convert.inspection import Inspection, inspect
+    from moeify.convert.machine_plan import MachinePlan, plan_for_machine
     from moeify.convert.pipeline import SplitResult, split
+    from moeify.convert.prepare import Preview, preview
     from moeify.convert.search import SearchResult, search
-    from moeify.errors import CheckError, InputError, MoeifyError, UsageError
+    from moeify.errors import CheckError, InputError, MoeifyError, MoeifyWarning, UsageError
     from moeify.export.gguf.export import export_gguf
     from moeify.export.gguf.result import ExportResult
     from moeify.kernels.tune_model import TuneResult, tune_model
-    from moeify.options import ExportOptions, GenerateOptions, SplitOptions
+    from moeify.options import ExportOptions, GenerateOptions, MachineOptions, SplitOptions, untracked
     from moeify.plan import SplitPlan, load_plan
+    from moeify.recipes.model import Recipe, load_recipe
+    from moeify.recipes.run import RunPreview, RunResult, preview_run, run
     from moeify.reporting.report import ReportResult, report
     from moeify.training.finetune import FinetuneResult, finetune
     from moeify.training.freeze import freeze_routers
@@ -48,9 +54,17 @@ __all__ = [
     "GenerateOptions",
     "GenerateResult",
     "InputError",
+    "Inspection",
+    "MachineOptions",
+    "MachinePlan",
     "ModelBench",
     "MoeifyError",
+    "MoeifyWarning",
+    "Preview",
+    "Recipe",
     "ReportResult",
+    "RunPreview",
+    "RunResult",
     "SearchResult",
     "SplitOptions",
     "SplitPlan",
@@ -66,34 +80,109 @@ __all__ = [
     "finetune",
     "freeze_routers",
     "generate",
+    "inspect",
     "load",
+    "load_bench",
     "load_plan",
+    "load_recipe",
+    "plan_for_machine",
+    "preview",
+    "preview_run",
     "report",
+    "run",
     "search",
     "split",
     "tune_model",
+    "untracked",
     "verify",
 ]
 
 _HOMES = {
     "benchmark.models.results": ("ModelBench",),
-    "benchmark.models.run": ("bench",),
+    "benchmark.models.run": (
+        "bench",
+        "load_bench",
+    ),
     "benchmark.options": ("BenchOptions",),
-    "check.compare": ("Comparison", "compare"),
-    "check.evaluate": ("evaluate", "load"),
-    "check.generate": ("GenerateResult", "generate"),
+    "check.compare": (
+        "Comparison",
+        "compare",
+    ),
+    "check.evaluate": (
+        "evaluate",
+        "load",
+    ),
+    "check.generate": (
+        "GenerateResult",
+        "generate",
+    ),
     "check.perplexity": ("EvalResult",),
-    "check.verify": ("VerifyReport", "verify"),
-    "convert.pipeline": ("SplitResult", "split"),
-    "convert.search": ("SearchResult", "search"),
+    "check.verify": (
+        "VerifyReport",
+        "verify",
+    ),
+    "convert.inspection": (
+        "Inspection",
+        "inspect",
+    ),
+    "convert.machine_plan": (
+        "MachinePlan",
+        "plan_for_machine",
+    ),
+    "convert.pipeline": (
+        "SplitResult",
+        "split",
+    ),
+    "convert.prepare": (
+        "Preview",
+        "preview",
+    ),
+    "convert.search": (
+        "SearchResult",
+        "search",
+    ),
+    "errors": (
+        "CheckError",
+        "InputError",
+        "MoeifyError",
+        "MoeifyWarning",
+        "UsageError",
+    ),
     "export.gguf.export": ("export_gguf",),
     "export.gguf.result": ("ExportResult",),
-    "errors": ("CheckError", "InputError", "MoeifyError", "UsageError"),
-    "kernels.tune_model": ("TuneResult", "tune_model"),
-    "options": ("ExportOptions", "GenerateOptions", "SplitOptions"),
-    "plan": ("SplitPlan", "load_plan"),
-    "reporting.report": ("ReportResult", "report"),
-    "training.finetune": ("FinetuneResult", "finetune"),
+    "kernels.tune_model": (
+        "TuneResult",
+        "tune_model",
+    ),
+    "options": (
+        "ExportOptions",
+        "GenerateOptions",
+        "MachineOptions",
+        "SplitOptions",
+        "untracked",
+    ),
+    "plan": (
+        "SplitPlan",
+        "load_plan",
+    ),
+    "recipes.model": (
+        "Recipe",
+        "load_recipe",
+    ),
+    "recipes.run": (
+        "RunPreview",
+        "RunResult",
+        "preview_run",
+        "run",
+    ),
+    "reporting.report": (
+        "ReportResult",
+        "report",
+    ),
+    "training.finetune": (
+        "FinetuneResult",
+        "finetune",
+    ),
     "training.freeze": ("freeze_routers",),
     "training.options": ("FinetuneOptions",),
 }
@@ -104,3 +193,7 @@ def __getattr__(name: str) -> Any:
         if name in names:
             return getattr(importlib.import_module(f"moeify.{home}"), name)
     raise AttributeError(f"module 'moeify' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

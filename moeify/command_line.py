@@ -6,10 +6,13 @@ renders the command that repeats a run. Imports nothing heavy.
 """
 
 import dataclasses
+import difflib
 import math
+import numbers
+import os
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, get_args, get_origin
 
 from moeify.errors import UsageError
@@ -52,13 +55,36 @@ class Options:
     __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012
 
     def __post_init__(self) -> None:
-        """Raise UsageError unless every value is a known name and in its range."""
+        """Bring values into their plain form; raise UsageError unless each is a known name and in its range."""
+        for field in fields(type(self)):
+            # Frozen for everyone else.
+            object.__setattr__(self, field.name, _plain(field, getattr(self, field.name)))
         for field in fields(type(self)):
             value = getattr(self, field.name)
             if value == () and field.default:
                 raise UsageError(f"{flag(field.name)} is empty", f"{flag(field.name)} takes one value or more")
             for item in value if isinstance(value, tuple) else (value,):
                 _check(field, item)
+
+    @classmethod
+    def chosen(cls, options: Self | None, choices: Mapping[str, Any]) -> Self:
+        """The options of a function's caller, who may also name some one by one.
+
+        Args:
+            options: None for the defaults.
+            choices: by name; they replace those.
+
+        Raises:
+            UsageError: there is no such option, or a value is not possible.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in choices:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(known)}"
+                raise UsageError(f"{name!r} is not an option of {cls.__name__}", hint)
+        given = {} if options is None else {name: getattr(options, name) for name in known}
+        return cls(**{**given, **choices})
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
@@ -191,6 +217,48 @@ def check_text(text: str) -> str:
     if "\0" in text:
         raise ValueError("expected a text without NUL characters")
     return text
+
+
+def several(value: Any) -> tuple[Any, ...]:
+    """One item, or several, as a tuple: what a caller may give where a list is expected."""
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, (str, bytes)) else (value,)
+
+
+def names_of(value: Any) -> tuple[str, ...]:
+    """One name or path, or several, as texts."""
+    return tuple(os.fspath(item) for item in several(value))
+
+
+def _plain(field: dataclasses.Field[Any], value: Any) -> Any:
+    """A value as recipes and the command line give it: lists as tuples, paths and torch's names as text.
+
+    Raises:
+        UsageError: it is of another type.
+    """
+    if value is None:
+        # Of an option that must have a value, the default says its type.
+        return value if field.default is None else _typed(field, value)
+    return tuple(_typed(field, item) for item in several(value)) if is_repeated(field) else _typed(field, value)
+
+
+def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
+    """One value, of the type of its option."""
+    kind = item_type(field)
+    if kind in NUMBERS:
+        number: Any = numbers.Integral if kind is int else numbers.Real
+        if isinstance(value, number) and not isinstance(value, bool):
+            # One of numpy becomes one of Python; what is too large for that is out of range.
+            return kind(value) if abs(value) < COUNTABLE else value
+    elif kind is bool:
+        if isinstance(value, bool):
+            return value
+    elif isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
+    elif type(value).__module__ == "torch":
+        # torch.float32, torch.device("cuda:1")
+        return str(value).removeprefix("torch.")
+    expected = f"a {NUMBERS[kind]}" if kind in NUMBERS else "True or False" if kind is bool else "a text"
+    raise UsageError(f"{flag(field.name)} is {value!r:.60}, expected {expected}")
 
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:

@@ -6,6 +6,8 @@ raised is a bug of moeify's own: one line and exit code 1, with the traceback un
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 from moeify.words import printable
@@ -50,6 +52,21 @@ class CheckError(MoeifyError):
 
 class MoeifyWarning(UserWarning):
     """Something about an input that a user should know and that does not stop the work."""
+
+
+@contextmanager
+def kept_when_interrupted(what: str) -> Iterator[None]:
+    """Note on a KeyboardInterrupt what a run leaves to the next one; the command line says it, and so do tracebacks.
+
+    Args:
+        what: is kept; nothing if it is empty.
+    """
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        if what:
+            error.add_note(f"kept: {what}")
+        raise
 
 
 def first_line(error: BaseException) -> str:

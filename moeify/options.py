@@ -3,8 +3,9 @@
 Those of fine-tuning and of benchmarks stand in training/options.py and benchmark/options.py.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from moeify.command_line import Options, fields, flag, option, parse
@@ -12,8 +13,13 @@ from moeify.errors import UsageError
 from moeify.words import listing, parse_size
 
 Item = TypeVar("Item")
-# Wraps a long loop to show its progress: (items, what they are, how many). `untracked` shows nothing.
+# Wraps a long loop to show its progress: (items, what they are, how many). `untracked` shows nothing,
+# `moeify.progress.shown` a bar where somebody sees it.
 Track = Callable[[Iterable[Item], str, int], Iterable[Item]]
+# One name or path, or several.
+Names = str | Path | Sequence[str | Path]
+# Takes a line that says what is being done.
+Announce = Callable[[str], None]
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Style = Literal["hard", "softmax", "soft"]

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from moeify.errors import InputError, UsageError
 from moeify.options import SplitOptions
+from moeify.readable import Readable
 
 SHARED = -1
 PLAN_FILE = "split_plan.safetensors"
@@ -117,8 +118,8 @@ def resolve_layout(
     return Layout(experts, shared, active, dense_layers)
 
 
-@dataclass(frozen=True)
-class LayerPlan:
+@dataclass(frozen=True, repr=False)
+class LayerPlan(Readable):
     """Decisions for one layer.
 
     Args:
@@ -187,8 +188,8 @@ class LayerPlan:
         return (self.labels_F == expert).nonzero().squeeze(1)
 
 
-@dataclass(frozen=True)
-class SplitPlan:
+@dataclass(frozen=True, repr=False)
+class SplitPlan(Readable):
     """Everything that was decided for a model, with where it came from.
 
     `router_scale` is what router rows are multiplied with in the checkpoint; `trained` lists the stages of fine-tuning
@@ -206,7 +207,7 @@ class SplitPlan:
     router_scale: float
     trained: tuple[str, ...] = ()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write labels, routers and provenance; refit columns are left out (see the module's first lines)."""
         tensors: dict[str, Tensor] = {}
         for layer in self.layers:
@@ -227,12 +228,17 @@ class SplitPlan:
         save_file(tensors, path, metadata={"moeify": json.dumps(header, sort_keys=True)})
 
 
-def load_plan(path: Path) -> SplitPlan:
+def load_plan(path: str | Path) -> SplitPlan:
     """Read a plan; `path` is the file itself or the folder of a converted checkpoint.
 
     Raises:
         InputError: no such file, not a plan, or a plan whose labels do not match its layout.
+
+    Example:
+        plan = moeify.load_plan("my-moe")
+        print(plan.layout, plan.layers[0].diagnostics)
     """
+    path = Path(path)
     file = path / PLAN_FILE if path.is_dir() else path
     if not file.is_file():
         raise InputError(f"no split plan at {file}", f"every converted checkpoint holds one as {PLAN_FILE}")

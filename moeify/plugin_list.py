@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from moeify.errors import UsageError
+from moeify.readable import Readable
 from moeify.words import DEFINITIONS
 
 PLUGINS = {
@@ -20,8 +21,8 @@ PLUGINS = {
 }
 
 
-@dataclass(frozen=True)
-class Listing:
+@dataclass(frozen=True, repr=False)
+class Listing(Readable):
     """Everything of a kind: name -> first line of its file, or the word's meaning."""
 
     kind: str

@@ -69,6 +69,12 @@ def schema_name(kind: type[Any]) -> str:
     return next(name for name, path in KINDS.items() if path == f"{kind.__module__}.{kind.__qualname__}")
 
 
+def properties_of(kind: type[Any]) -> tuple[str, ...]:
+    """The properties of a result that stand beside its fields."""
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    return next((PROPERTIES.get(name, ()) for name, other in KINDS.items() if other == path), ())
+
+
 def to_json(value: Any) -> dict[str, Any]:
     """A result as a JSON object with its schema."""
     name = schema_name(type(value))

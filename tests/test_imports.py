@@ -52,6 +52,8 @@ NOUNS = {
     "plan",
     "plugin_list",
     "plugins",
+    "progress",
+    "readable",
     "resources",
     "results",
     "version",

@@ -8,6 +8,7 @@ Legend: T tokens, B blocks of C tokens, L = C - 1 losses a block.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from moeify.check.baselines import NeuronOracle, fit_bias_compensated
 from moeify.check.bootstrap import perplexity_of, perplexity_ratio
 from moeify.check.perplexity import warn_of_few, whole_blocks
 from moeify.check.trials import Control, Trial, Trials
+from moeify.command_line import names_of, several
 from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.data.text import evaluation_tokens
-from moeify.errors import UsageError
+from moeify.errors import InputError, UsageError, kept_when_interrupted
 from moeify.models.dense import DenseModel, open_dense
-from moeify.options import SplitOptions, Track, untracked
+from moeify.options import CompareOptions, Names, SplitOptions, Track
+from moeify.progress import Resumed, shown
+from moeify.readable import Readable
 from moeify.results import check_writable, write
 
 DENSE = "dense"
@@ -73,8 +77,8 @@ class Row:
     diagnostics: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Readable):
     """The whole table and what it was measured on."""
 
     model: str
@@ -117,15 +121,16 @@ def methods(experts: int) -> dict[str, Method]:
 
 def compare(
     model: str | Path | DenseModel,
-    budgets: Sequence[float],
-    data: Sequence[str],
+    budgets: float | Sequence[float] = CompareOptions.budget,
+    data: Names = CompareOptions.data,
     options: SplitOptions | None = None,
     *,
-    tokens: int = 8192,
-    only: Sequence[str] = (),
+    tokens: int = CompareOptions.data_tokens,
+    only: str | Sequence[str] = (),
     further: Mapping[str, Mapping[str, Any]] | None = None,
-    out: Path | None = None,
-    track: Track[Any] = untracked,
+    out: str | Path | None = None,
+    track: Track[Any] = shown,
+    **choices: Any,
 ) -> Comparison:
     """Measure the methods at each budget.
 
@@ -139,16 +144,28 @@ def compare(
         further: more splits, name -> options, each with its own budget and a static control that cuts the same layers.
         out: a JSON file for the result.
         track: wraps the loop over methods.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         UsageError: an unknown method, or no budget.
         InputError: a model or text that cannot be used, or a place that cannot be written.
+
+    Example:
+        table = moeify.compare("builtin", 0.5, only=["CMoE", "neuron oracle"])
+        print({row.method: row.perplexity for row in table.rows})
     """
+    budgets, data, only, options = (
+        several(budgets),
+        names_of(data),
+        several(only),
+        SplitOptions.chosen(options, choices),
+    )
     _check(budgets, data)
     if out is not None:
+        out = Path(out)
         check_writable(out, Comparison)
     # Experts of any width: no kernel limits a split that is only measured.
-    base = replace(options or SplitOptions(), dtype="float32")
+    base = replace(options, dtype="float32")
     dense = open_dense(model, track)
     prepared = prepare(dense, base, writable=False)
     experts = prepared.layout.num_experts
@@ -161,7 +178,9 @@ def compare(
     split = partial(_split, dense, trials)
     entries = [*_entries(trials, split, base, budgets, only), *_further(split, base, further or {})]
     ids = [ids_BC.numpy() for ids_BC in (blocks.ids_BC, *texts.values())]
-    results = [entry.result(prepared, ids) for entry in track(entries, "comparing methods", len(entries))]
+    waiting = Resumed(entries, sum(1 for _ in takewhile(lambda entry: entry.file(prepared, ids).is_file(), entries)))
+    with kept_when_interrupted("the methods that are measured"):
+        results = [entry.result(prepared, ids) for entry in track(waiting, "comparing methods", len(entries))]
     num_blocks = {source: len(ids_BC) for source, ids_BC in texts.items()}
     comparison = Comparison(
         prepared.dense.name,
@@ -207,6 +226,10 @@ class _Entry:
     inputs: Any
     measure: Callable[[], Trial]
 
+    def file(self, prepared: Prepared, ids: Sequence[Any]) -> Path:
+        """Where the losses stay."""
+        return cache_dir() / "compare" / f"{digest(prepared.dense.fingerprint(), self.inputs, *ids)}.json"
+
     def result(self, prepared: Prepared, ids: Sequence[Any]) -> "_Result":
         """Measured, unless an earlier run measured the same."""
 
@@ -216,8 +239,7 @@ class _Entry:
             losses = trial.losses_BL.double().mean(dim=1).tolist()
             return {"losses": losses, "diagnostics": dict(trial.diagnostics)}
 
-        key = digest(prepared.dense.fingerprint(), self.inputs, *ids)
-        values = once(cache_dir() / "compare" / f"{key}.json", measure)
+        values = once(self.file(prepared, ids), measure)
         return _Result(torch.tensor(values["losses"], dtype=torch.float64), values["diagnostics"])
 
 

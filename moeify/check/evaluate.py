@@ -1,19 +1,22 @@
 """How well one or several models do their job, side by side on the same data; the measure follows from their inputs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from moeify import families
 from moeify.check.perplexity import EvalResult, Perplexity
+from moeify.command_line import names_of
 from moeify.convert.prepare import check_device
 from moeify.families import Modality
 from moeify.kernels import register
 from moeify.models import stock
 from moeify.models.config import load_config
 from moeify.models.files import locate
-from moeify.options import DType, EvalOptions, Track, untracked
+from moeify.options import DType, EvalOptions, Names, Track
+from moeify.progress import shown
+from moeify.readable import Readable, Rows
 
 
 class Measure(Protocol):
@@ -26,14 +29,14 @@ class Measure(Protocol):
 MEASURES: Mapping[Modality, Callable[[Mapping[str, Path], EvalOptions], Measure]] = {"text": Perplexity.open}
 
 
-@dataclass(frozen=True)
-class Evaluation:
+@dataclass(frozen=True, repr=False)
+class Evaluation(Readable):
     """All models on all texts, in the order they were measured."""
 
     results: tuple[EvalResult, ...]
 
 
-def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: Any) -> Any:
+def load(model: str | Path, *, dtype: str = "auto", device: str = "cpu", **arguments: Any) -> Any:
     """Load a dense or converted checkpoint with stock transformers, ready for inference.
 
     On CUDA devices and CPUs its experts run on moeify's kernels, unless `experts_implementation` says otherwise.
@@ -43,8 +46,15 @@ def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: A
         dtype: `auto` keeps the checkpoint's.
         device: where to put it.
         arguments: passed on to `from_pretrained`.
+
+    Raises:
+        InputError: it cannot be read, or there is no such device.
+
+    Example:
+        model = moeify.load("my-moe")
+        print(model(input_ids).logits.shape)
     """
-    loaded: Any = stock.load(locate(model), dtype=dtype, **arguments)
+    loaded: Any = stock.load(locate(str(model), shown), dtype=dtype, **arguments)
     loaded = loaded.to(device).eval()
     chosen = "experts_implementation" in arguments or not loaded._can_set_experts_implementation()
     if loaded.device.type in ("cuda", "cpu") and not chosen:
@@ -54,16 +64,16 @@ def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: A
 
 
 def evaluate(
-    models: Sequence[str],
-    data: Sequence[str] = EvalOptions.data,
+    models: Names,
+    data: Names = EvalOptions.data,
     *,
     tokens: int = EvalOptions.tokens,
     context: int | None = EvalOptions.context,
     stride: int | None = EvalOptions.stride,
     dtype: DType = EvalOptions.dtype,
     device: str = EvalOptions.device,
-    track: Track[Any] = untracked,
-) -> list[EvalResult]:
+    track: Track[Any] = shown,
+) -> Rows[EvalResult]:
     """Measure each model on each text.
 
     Args:
@@ -79,14 +89,19 @@ def evaluate(
 
     Raises:
         InputError: a model or text cannot be read, or two models cut the text into different tokens.
+
+    Example:
+        dense, moe = moeify.evaluate(["builtin", "my-moe"], "builtin-heldout")
+        print(moe.perplexity / dense.perplexity)
     """
+    models, data = names_of(models), names_of(data)
     paths = {model: locate(model, track) for model in models}
-    options = EvalOptions(tuple(data), tokens, context, stride, dtype, device)
-    check_device(device)
+    options = EvalOptions(data, tokens, context, stride, dtype, device)
+    check_device(options.device)
     measure = MEASURES[_modality(paths)](paths, options)
-    results = []
+    results = Rows[EvalResult]()
     for name in models:
-        model = load(name, dtype=dtype, device=device)
+        model = load(name, dtype=options.dtype, device=options.device)
         results += [measure(model, name, source, track) for source in data]
         del model
     return results

@@ -16,11 +16,14 @@ from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
 from moeify.check.evaluate import load
+from moeify.command_line import names_of
 from moeify.convert.prepare import check_device
 from moeify.errors import InputError, first_line
 from moeify.models.files import locate
 from moeify.models.tokenizer import load_tokenizer
-from moeify.options import GenerateOptions, Track, untracked
+from moeify.options import GenerateOptions, Names, Track, untracked
+from moeify.progress import shown
+from moeify.readable import Readable
 
 # Takes a piece of text as soon as it is certain.
 Show = Callable[[str], None]
@@ -55,16 +58,16 @@ class Generation:
     ended: bool
 
 
-@dataclass(frozen=True)
-class GenerateResult:
+@dataclass(frozen=True, repr=False)
+class GenerateResult(Readable):
     """One prompt, and what every model made of it."""
 
     prompt: str
     generations: tuple[Generation, ...]
 
 
-@dataclass(frozen=True)
-class ChatResult:
+@dataclass(frozen=True, repr=False)
+class ChatResult(Readable):
     """A conversation, prompt by prompt."""
 
     turns: tuple[GenerateResult, ...]
@@ -197,13 +200,14 @@ class Conversation:
 
 
 def generate(
-    models: Sequence[str],
+    models: Names,
     prompt: str,
     options: GenerateOptions | None = None,
     *,
     chat: bool = False,
     show: Callable[[str, str], None] | None = None,
-    track: Track[Any] = untracked,
+    track: Track[Any] = shown,
+    **choices: Any,
 ) -> GenerateResult:
     """Continue a prompt with one model after another; one is in memory at a time.
 
@@ -214,11 +218,16 @@ def generate(
         chat: the prompt is a message to the model, in its own chat template.
         show: told the model and every piece of its text.
         track: shows the progress of making the embedded model.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         InputError: a model cannot be read, or does not take the prompt.
+
+    Example:
+        result = moeify.generate(["builtin", "my-moe"], "The module", tokens=16)
+        print([one.text for one in result.generations])
     """
-    options = options or GenerateOptions()
+    models, options = names_of(models), GenerateOptions.chosen(options, choices)
     check_device(options.device)
     # A name that is wrong is said before the first model speaks.
     for name in models:

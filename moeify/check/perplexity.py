@@ -21,6 +21,7 @@ from moeify.errors import InputError, warn
 from moeify.models.config import load_config
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import EvalOptions, Track
+from moeify.readable import Readable
 
 DEFAULT_CONTEXT = 512
 BATCH_TOKENS = 2048
@@ -29,8 +30,8 @@ BATCH_TOKENS = 2048
 FEW_TOKENS = 1000
 
 
-@dataclass(frozen=True)
-class EvalResult:
+@dataclass(frozen=True, repr=False)
+class EvalResult(Readable):
     """One model on one text.
 
     Args:

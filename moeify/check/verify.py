@@ -36,8 +36,10 @@ from moeify.models.ffn import FFNWeights
 from moeify.models.files import find_shards, locate
 from moeify.models.same_tokens import token_difference
 from moeify.models.tokenizer import load_tokenizer
-from moeify.options import Track, untracked
+from moeify.options import Track
 from moeify.plan import SHARED, LayerPlan, Layout, SplitPlan, load_plan
+from moeify.progress import shown
+from moeify.readable import Readable
 from moeify.targets import ROUTER_LIMIT, Target
 
 TOLERANCE = 1e-4
@@ -59,8 +61,8 @@ class Check:
     passed: bool
 
 
-@dataclass(frozen=True)
-class VerifyReport:
+@dataclass(frozen=True, repr=False)
+class VerifyReport(Readable):
     """All checks of one checkpoint.
 
     Args:
@@ -84,7 +86,7 @@ class VerifyReport:
 
 
 def verify(
-    moe: str | Path, dense: str | Path | DenseModel, *, tolerance: float = TOLERANCE, track: Track[Any] = untracked
+    moe: str | Path, dense: str | Path | DenseModel, *, tolerance: float = TOLERANCE, track: Track[Any] = shown
 ) -> VerifyReport:
     """Compare a converted checkpoint with the dense model it came from.
 
@@ -96,6 +98,9 @@ def verify(
 
     Raises:
         InputError: one of them cannot be read, or the plan is of another model.
+
+    Example:
+        assert moeify.verify("my-moe", "builtin").passed
     """
     if is_gguf(moe):
         try:

@@ -33,6 +33,7 @@ from moeify.cli.commands.search import search_command
 from moeify.cli.commands.split import split_command
 from moeify.cli.commands.tune import tune_command
 from moeify.cli.commands.verify import verify_command
+from moeify.command_line import quoted
 from moeify.errors import MoeifyError, MoeifyWarning, UsageError
 
 # In the order of the help.
@@ -100,12 +101,12 @@ def run_command(arguments: list[str], *, interrupted: Callable[[], bool] = lambd
             _show_warnings()
             _check_words(arguments)
             code = app(args=arguments, standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):
-        return 130
+    except (KeyboardInterrupt, typer.Abort, InterruptionError) as error:
+        return _interrupted(error, arguments)
     except typer.Exit as error:
         return int(error.exit_code)
     except Exception as error:
-        return 130 if interrupted() else _report(error, debug="--debug" in arguments)
+        return _interrupted(error, arguments) if interrupted() else _report(error, debug="--debug" in arguments)
     return code if isinstance(code, int) else 0
 
 
@@ -143,6 +144,19 @@ def _show_warnings() -> None:
     warnings.showwarning = show  # type: ignore[assignment]
 
 
+def _interrupted(error: BaseException, arguments: list[str]) -> int:
+    """Say what an interrupted command leaves, and how it goes on."""
+    from moeify.cli.render import Renderer
+
+    kept = [note for one in (error, error.__cause__) for note in getattr(one, "__notes__", ())]
+    renderer = Renderer()
+    for line in ("interrupted", *dict.fromkeys(kept)):
+        renderer.note(line)
+    if kept:
+        renderer.note(f"to go on: {quoted(['moeify', *arguments])}")
+    return 130
+
+
 def _report(error: Exception, *, debug: bool) -> int:
     """Show an error and return its exit code."""
     from moeify.cli.render import Renderer, traceback_of
@@ -172,6 +186,23 @@ def root(
     """Turn a dense Hugging Face transformer into a mixture-of-experts checkpoint that stock software loads."""
 
 
+class InterruptionError(Exception):
+    """Stands for the KeyboardInterrupt that caused it, of which the option parser would leave the exit code alone."""
+
+
+def _interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, whose KeyboardInterrupt reaches `run_command` with its notes."""
+
+    @wraps(command)
+    def call(**values: Any) -> None:
+        try:
+            command(**values)
+        except KeyboardInterrupt as error:
+            raise InterruptionError from error
+
+    return call
+
+
 def _with_room(command: Callable[..., None]) -> Callable[..., None]:
     """The command, once it is known that the libraries fit into the address space that it may use."""
 
@@ -186,7 +217,7 @@ def _with_room(command: Callable[..., None]) -> Callable[..., None]:
 
 
 for _name, _command in COMMANDS.items():
-    app.command(_name)(option.expanded(_command if _name in LIGHT else _with_room(_command)))
+    app.command(_name)(option.expanded(_interruptible(_command if _name in LIGHT else _with_room(_command))))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ class Output(Options):
     """What every command shows."""
 
     json: bool = option(False, "Print exactly one JSON object.")
-    quiet: bool = option(False, "Print no tables and no progress.")
+    quiet: bool = option(False, "Print nothing but figures that were asked for, and errors.")
     verbose: bool = option(False, "Show the libraries' own warnings.")
     debug: bool = option(False, "Show the traceback of an error.")
 

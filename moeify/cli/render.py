@@ -8,26 +8,28 @@ that compiled libraries print by themselves.
 import contextlib
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TimeElapsedColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from moeify.cli.options import Output
 from moeify.cli.tables.columns import fitted
 from moeify.errors import MoeifyError
-from moeify.results import to_json
+from moeify.progress import PATIENCE_S, Clock
+from moeify.results import schema_name, to_json
 from moeify.words import duration, on_one_line, printable
 
-# A loop shows its bar once it has taken this long.
-PATIENCE_S = 2.0
 # Without a terminal it prints a line this often instead.
 LOG_EVERY_S = 20.0
+# Results that lie on the disk: --quiet says nothing of them.
+WRITTEN = ("split", "finetune", "export", "tune", "report", "run")
 
 
 class PlainConsole(Console):
@@ -47,12 +49,41 @@ class PrintableFormatter(logging.Formatter):
         return printable(super().format(record))
 
 
+class PatientProgress(Progress):
+    """A bar that appears once the loop has taken PATIENCE_S, also while its first item is not done."""
+
+    began = math.inf
+
+    def start(self) -> None:
+        self.began = time.monotonic()
+        super().start()
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        if time.monotonic() - self.began > PATIENCE_S:
+            yield from super().get_renderables()
+
+
+class LabelColumn(ProgressColumn):
+    """The label, which gives way where a terminal is narrow."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.description, no_wrap=True, overflow="ellipsis")
+
+
+class LeftColumn(ProgressColumn):
+    """The time left, in the words of a log line."""
+
+    def render(self, task: Task) -> Text:
+        return Text(_left(task.fields["clock"]))
+
+
 class Renderer:
     """Where a command's output goes.
 
     Args:
         as_json: print exactly one JSON object instead of tables.
-        quiet: no tables and no progress; errors and JSON still appear.
+        quiet: nothing but what was asked for: no progress, notes, next command or table of what lies on the disk;
+            errors still appear.
     """
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
@@ -66,37 +97,37 @@ class Renderer:
         if self._quiet:
             yield from items
             return
-        label = on_one_line(label)
-        if not self._err.is_terminal:
-            yield from self._log(items, label, total)
-            return
-        began = time.monotonic()
+        label, clock = on_one_line(label), Clock(items, total)
+        if clock.num_finished:
+            self.note(f"{label}: {clock.num_finished} of {total} are there from an earlier run")
+        watched = self._with_bar if self._err.is_terminal else self._with_lines
+        yield from watched(items, label, total, clock)
+
+    def _with_bar(self, items: Iterable[Any], label: str, total: int, clock: Clock) -> Iterator[Any]:
+        whole = Column(no_wrap=True)
         columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
+            LabelColumn(),
+            BarColumn(bar_width=12, table_column=whole),
+            MofNCompleteColumn(table_column=whole),
+            TimeElapsedColumn(table_column=whole),
+            LeftColumn(table_column=whole),
         )
-        with Progress(*columns, TimeRemainingColumn(), console=self._err, transient=True) as progress:
-            task = progress.add_task(label, total=total, visible=False)
+        with PatientProgress(*columns, console=self._err, transient=True) as progress:
+            task = progress.add_task(label, total=total, completed=clock.done, clock=clock)
             for item in items:
                 yield item
-                progress.update(task, advance=1, visible=time.monotonic() - began > PATIENCE_S)
+                clock.tick()
+                progress.update(task, completed=clock.done)
 
-    def _log(self, items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
+    def _with_lines(self, items: Iterable[Any], label: str, total: int, clock: Clock) -> Iterator[Any]:
         """Progress for a log file: a line now and then instead of a bar."""
-        began = last = time.monotonic()
-        for done, item in enumerate(items, start=1):
+        last = time.monotonic()
+        for item in items:
             yield item
+            clock.tick()
             if time.monotonic() - last > LOG_EVERY_S:
                 last = time.monotonic()
-                left = duration((last - began) / done * (total - done))
-                self._err.print(f"{label}: {done}/{total}, about {left} left", soft_wrap=True)
-
-    def announce(self, seconds: float) -> None:
-        """Say on stderr what a search is going to take."""
-        if not self._quiet:
-            self._err.print(f"the search will take about {duration(seconds)}")
+                self._err.print(f"{label}: {clock.done}/{total}, {_left(clock)}".rstrip(", "), soft_wrap=True)
 
     def note(self, line: str) -> None:
         """A line on stderr that says what was done."""
@@ -149,11 +180,11 @@ class Renderer:
         if self._as_json:
             self.document(to_json(value))
             return
-        if self._quiet:
+        if self._quiet and schema_name(type(value)) in WRITTEN:
             return
         for table in tables:
             self._table(table)
-        if next_step:
+        if next_step and not self._quiet:
             self._out.print(f"next: {next_step}", soft_wrap=True)
 
     def _table(self, table: Table) -> None:
@@ -169,6 +200,11 @@ class Renderer:
             self._out.print()
             self._out.print(table.caption)
         self._out.print()
+
+
+def _left(clock: Clock) -> str:
+    seconds = clock.seconds_left()
+    return "" if seconds is None else f"about {duration(seconds)} left"
 
 
 def renderer_for(output: Output, *, loads_models: bool = True) -> Renderer:

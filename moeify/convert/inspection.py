@@ -12,8 +12,10 @@ from moeify.convert.prepare import prepare
 from moeify.engines import Verdict
 from moeify.errors import InputError
 from moeify.models.dense import DenseModel, open_dense
-from moeify.options import SplitOptions, Track, untracked
+from moeify.options import SplitOptions, Track
 from moeify.plan import Layout, resolve_layout
+from moeify.progress import shown
+from moeify.readable import Readable
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class TargetFit:
     difference: float | None
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Readable):
     """A dense model as moeify sees it; `estimate` is of `moeify split` with `experts` experts and its defaults."""
 
     model: str
@@ -55,7 +57,7 @@ class Inspection:
     engines: tuple[Verdict, ...]
 
 
-def inspect(model: str | Path | DenseModel, *, experts: int | None = None, track: Track[Any] = untracked) -> Inspection:
+def inspect(model: str | Path | DenseModel, *, experts: int | None = None, track: Track[Any] = shown) -> Inspection:
     """Describe a model without loading a weight.
 
     Args:
@@ -65,6 +67,10 @@ def inspect(model: str | Path | DenseModel, *, experts: int | None = None, track
 
     Raises:
         InputError: it cannot be read or its family is not supported.
+
+    Example:
+        model = moeify.inspect("builtin")
+        print(model.expert_counts, [one.target for one in model.targets if one.fits])
     """
     dense = open_dense(model, track)
     neurons, hidden, layers = dense.num_neurons, dense.hidden_size, dense.num_layers

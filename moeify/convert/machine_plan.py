@@ -17,8 +17,10 @@ from moeify.convert.footprint import FALLBACKS
 from moeify.convert.placement import Machine
 from moeify.errors import InputError, UsageError, warn
 from moeify.models.dense import DenseModel, open_dense
-from moeify.options import GGUFType, MachineOptions, SplitOptions, Track, untracked
+from moeify.options import GGUFType, MachineOptions, SplitOptions, Track
 from moeify.plan import Layout, resolve_layout
+from moeify.progress import shown
+from moeify.readable import Readable
 from moeify.targets import Target
 from moeify.words import number
 
@@ -27,8 +29,8 @@ CONTEXT = 4096
 SAME_SPEED = 0.02
 
 
-@dataclass(frozen=True)
-class MachinePlan:
+@dataclass(frozen=True, repr=False)
+class MachinePlan(Readable):
     """What a model can be on a machine.
 
     Args:
@@ -63,15 +65,29 @@ class MachinePlan:
 
 
 def plan_for_machine(
-    model: str | Path | DenseModel, options: MachineOptions | None = None, *, track: Track[Any] = untracked
+    model: str | Path | DenseModel,
+    options: MachineOptions | None = None,
+    *,
+    track: Track[Any] = shown,
+    **choices: Any,
 ) -> MachinePlan:
     """Count what a model reads for a token, dense and in every candidate layout, and what that allows on a machine.
+
+    Args:
+        model: a folder, a .gguf file, a hub id, `builtin`, or a model that is open already.
+        options: the machine, and in what form the model shall run.
+        track: shows the progress of making the embedded model.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         InputError: the model cannot be read.
         UsageError: the options contradict each other.
+
+    Example:
+        plan = moeify.plan_for_machine("builtin", vram="0", ram_bandwidth=50)
+        print(plan.choice)
     """
-    options = options or MachineOptions()
+    options = MachineOptions.chosen(options, choices)
     dense = open_dense(model, track)
     return _planned(_case(dense, options, _target(dense)), options.quality)
 

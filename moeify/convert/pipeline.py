@@ -3,7 +3,7 @@
 Legend: T tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,16 @@ from moeify.export.origin import origin_of
 from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel, open_dense
-from moeify.options import ExportOptions, SplitOptions, Track, untracked
+from moeify.options import Announce, ExportOptions, SplitOptions, Track
 from moeify.plan import LayerPlan, Layout, SplitPlan, load_plan
+from moeify.progress import Resumed, said, shown
+from moeify.readable import Readable
 from moeify.resources import check_room, on_one_disk
 from moeify.version import __version__
 
 
-@dataclass(frozen=True)
-class SplitResult:
+@dataclass(frozen=True, repr=False)
+class SplitResult(Readable):
     """What was written.
 
     Args:
@@ -73,8 +75,9 @@ def split(
     gguf: str | Path | None = None,
     export: ExportOptions | None = None,
     overwrite: bool = False,
-    track: Track[Any] = untracked,
-    announce: Callable[[float], None] = lambda _: None,
+    track: Track[Any] = shown,
+    announce: Announce = said,
+    **choices: Any,
 ) -> SplitResult:
     """Convert a dense checkpoint into a native mixture-of-experts checkpoint.
 
@@ -86,13 +89,20 @@ def split(
         export: how numbers are stored in that.
         overwrite: replace an earlier result at `out` once the new one is complete.
         track: wraps long loops to show progress.
-        announce: told the expected seconds of the search for layers, if the options have a budget.
+        announce: told the expected time of the search for layers, if the options have a budget.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         InputError: the model, the text or the place is not usable; `out` is untouched.
+        UsageError: options that there are not, or that contradict each other.
+
+    Example:
+        result = moeify.split("builtin", "my-moe", experts=8, active=4)
+        print(result.num_active_parameters / result.num_parameters)
+        model = moeify.load("my-moe")
     """
+    options = SplitOptions.chosen(options, choices)
     out = check_out(Path(out), [model], overwrite=overwrite)
-    options = options or SplitOptions()
     dense = open_dense(model, track)
     check_is_no_model(out, dense.path)
     if options.budget is not None:
@@ -107,7 +117,8 @@ def split(
     with Workspace(out, _job(prepared, calibration), overwrite=overwrite) as workspace:
         if not workspace.is_complete:
             check_room(workspace.path, prepared.writer.num_bytes - workspace.num_bytes + gguf_bytes)
-            layers = track(decide_layers(prepared, blocks, workspace), "splitting layers", prepared.dense.num_layers)
+            deciding = Resumed(decide_layers(prepared, blocks, workspace), workspace.num_layers)
+            layers = track(deciding, "splitting layers", prepared.dense.num_layers)
             # The refit columns stay on disk until their shard is written.
             kept = tuple(replace(layer, down_DF=None) for layer in layers)
             companions.write(workspace)

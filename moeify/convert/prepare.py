@@ -20,8 +20,10 @@ from moeify.export.writer import MoEWriter, check_fits, router_scale
 from moeify.models import stock
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights, pack
-from moeify.options import SplitOptions, Track, untracked
+from moeify.options import SplitOptions, Track
 from moeify.plan import Layout, SplitPlan, load_plan
+from moeify.progress import shown
+from moeify.readable import Readable
 from moeify.targets import Target
 from moeify.words import listing
 
@@ -174,8 +176,8 @@ def calibration_text(prepared: Prepared) -> TokenBlocks:
     return blocks
 
 
-@dataclass(frozen=True)
-class Preview:
+@dataclass(frozen=True, repr=False)
+class Preview(Readable):
     """What a split would do and cost; what `--dry-run` shows."""
 
     model: str
@@ -194,14 +196,21 @@ class Preview:
 
 
 def preview(
-    model: str | Path | DenseModel, options: SplitOptions | None = None, *, track: Track[Any] = untracked
+    model: str | Path | DenseModel, options: SplitOptions | None = None, *, track: Track[Any] = shown, **choices: Any
 ) -> Preview:
     """Settle everything that a split settles before it reads text, and estimate the rest. Writes nothing.
 
+    Args:
+        model, options, track, choices: as of `split`.
+
     Raises:
         InputError: the model cannot be split in this way.
+
+    Example:
+        plan = moeify.preview("builtin", experts=8, active=4)
+        print(plan.target, plan.estimate.duration_s, plan.estimate.checkpoint_bytes)
     """
-    options = options or SplitOptions()
+    options = SplitOptions.chosen(options, choices)
     if options.budget is not None:
         raise UsageError("a budget is settled by scoring layers", "moeify search shows what it would choose")
     prepared = prepare(open_dense(model, track), options)

@@ -16,7 +16,7 @@ Legend: L layers, B blocks of C tokens.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -30,11 +30,14 @@ from moeify.convert.estimate import count_parameters, forward_flops, matmul_rate
 from moeify.convert.prepare import MIN_TOKENS, Prepared, calibration_text, prepare
 from moeify.convert.search_layouts import affordable_layouts, candidate_layouts
 from moeify.convert.search_scores import OutputChange, OutputCheck, ScoredLayer, score
-from moeify.errors import InputError, UsageError
+from moeify.errors import InputError, UsageError, kept_when_interrupted
 from moeify.models.dense import DenseModel, open_dense
-from moeify.options import SplitOptions, Track, untracked
+from moeify.options import Announce, SplitOptions, Track
 from moeify.plan import Layout
+from moeify.progress import Resumed, said, shown
+from moeify.readable import Readable
 from moeify.strategies import Choice, Problem
+from moeify.words import duration
 
 # The frontier is drawn at these budgets, and at the one that was asked for.
 FRONTIER = (0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
@@ -68,8 +71,8 @@ class Point:
     perplexity: float
 
 
-@dataclass(frozen=True)
-class SearchResult:
+@dataclass(frozen=True, repr=False)
+class SearchResult(Readable):
     """The choice under a budget, beside other choices.
 
     Args:
@@ -109,8 +112,9 @@ def search(
     strategy: str = "greedy",
     trials: int = 32,
     frontier: bool = True,
-    track: Track[Any] = untracked,
-    announce: Callable[[float], None] = lambda _: None,
+    track: Track[Any] = shown,
+    announce: Announce = said,
+    **choices: Any,
 ) -> SearchResult:
     """Choose layers and layout under a budget; scored layers stay in the cache and are used again.
 
@@ -122,17 +126,23 @@ def search(
         trials: how many whole choices a strategy may measure.
         frontier: also find and measure choices for other budgets.
         track: wraps the loop over layers.
-        announce: told the expected seconds before the work begins.
+        announce: told the expected time before the work begins.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         UsageError: the budget cannot be met by these candidates.
         InputError: no target holds the model with some layers dense, or it changed meanwhile.
+
+    Example:
+        result = moeify.search("builtin", 0.6, experts=8)
+        moeify.split("builtin", "my-moe", **result.options)
     """
+    options = SplitOptions.chosen(options, choices)
     if not 0 < budget < 1:
         raise UsageError(f"budget {budget} is out of range", "--budget takes more than 0 and less than 1")
     choose, greedy, uniform = (strategies.find(name) for name in (strategy, "greedy", "uniform"))
     dense = open_dense(model, track)
-    table = _score(dense, budget, options or SplitOptions(), track, announce)
+    table = _score(dense, budget, options, track, announce)
     points = [table.best(limit, greedy, "greedy", 1) for limit in _limits(table, budget)] if frontier else []
     result = SearchResult(
         model=dense.name,
@@ -147,9 +157,7 @@ def search(
     return result
 
 
-def _score(
-    dense: DenseModel, budget: float, options: SplitOptions, track: Track[Any], announce: Callable[[float], None]
-) -> "_Table":
+def _score(dense: DenseModel, budget: float, options: SplitOptions, track: Track[Any], announce: Announce) -> "_Table":
     """Score every layout in every layer, or take the scores from the cache."""
     prepared = _prepared(dense, options)
     layouts = candidate_layouts(prepared, budget)
@@ -164,17 +172,19 @@ def _score(
             "take a smaller --context",
         )
     folder = _folder(prepared, layouts, blocks.provenance.sha256)
-    announce(_estimate(prepared, len(layouts), folder))
+    announce(f"the search will take about {duration(_estimate(prepared, len(layouts), folder))}")
     check = OutputCheck(prepared, blocks.ids_BC[-num_check:])
-    layers = score(prepared, blocks.ids_BC, check, layouts, folder)
-    return _Table(prepared, layouts, list(track(layers, "scoring layers", prepared.dense.num_layers)), check)
+    layers = Resumed(score(prepared, blocks.ids_BC, check, layouts, folder), _num_scored(folder))
+    with kept_when_interrupted("the layers that are scored"):
+        scored = list(track(layers, "scoring layers", prepared.dense.num_layers))
+    return _Table(prepared, layouts, scored, check)
 
 
 def under_budget(
     model: str | Path | DenseModel,
     options: SplitOptions,
-    track: Track[Any] = untracked,
-    announce: Callable[[float], None] = lambda _: None,
+    track: Track[Any] = shown,
+    announce: Announce = said,
 ) -> SplitOptions:
     """The options with their budget turned into a layout and dense layers, by the greedy strategy."""
     assert options.budget is not None
@@ -292,9 +302,14 @@ def _folder(prepared: Prepared, layouts: Sequence[Layout], text: str) -> Path:
     return folder
 
 
+def _num_scored(folder: Path) -> int:
+    """Layers that an earlier search scored."""
+    return len(list(folder.glob("layer-*.safetensors")))
+
+
 def _estimate(prepared: Prepared, num_layouts: int, folder: Path) -> float:
     """Seconds for what is not scored yet."""
-    left = prepared.dense.num_layers - len(list(folder.glob("layer-*.safetensors")))
+    left = prepared.dense.num_layers - _num_scored(folder)
     fit = forward_flops(prepared.dense, FIT_TOKENS) * (1 + FIT_FACTOR * num_layouts)
     rest = forward_flops(prepared.dense, CHECK_TOKENS) * num_layouts * prepared.dense.num_layers / 2
     return (fit + rest) * left / prepared.dense.num_layers / matmul_rate(prepared.options.device)

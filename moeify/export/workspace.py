@@ -8,6 +8,7 @@ Every file is written by `moeify.cache.replacing`, so that a file with its final
 """
 
 import glob
+import itertools
 import json
 import shutil
 import uuid
@@ -35,6 +36,7 @@ from moeify.export.record import (
     strangers,
 )
 from moeify.plan import PLAN_FILE, LayerPlan, SplitPlan
+from moeify.words import size
 
 NAMES_FILE = "work/names"
 
@@ -75,11 +77,19 @@ class Workspace:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *trace: Any) -> None:
         refused = kind is not None and issubclass(kind, (InputError, UsageError)) and not issubclass(kind, DiskError)
         if refused and self._began_here:
             self.discard()
-        self._stack.__exit__(kind, *error)
+        elif isinstance(error, KeyboardInterrupt) and (kept := self._finished_bytes()):
+            layers = f"finished layers: {self.num_layers}, " if self.num_layers else ""
+            error.add_note(f"kept: {layers}{size(kept)} in {self.path}")
+        self._stack.__exit__(kind, error, *trace)
+
+    def _finished_bytes(self) -> int:
+        """Of all that an interrupted run leaves to the next one."""
+        files = (path for path in self.path.rglob("*") if path.is_file() and path.name not in ("job.json", "names"))
+        return sum(file.stat().st_size for file in files)
 
     def discard(self) -> None:
         """Remove all that was built; a file that somebody else put there keeps the folder."""
@@ -156,6 +166,12 @@ class Workspace:
         """Of the files that are finished, work apart."""
         files = (self.path / name for name in self._files)
         return sum(file.stat().st_size for file in files if file.is_file())
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that are finished, from the first one on."""
+        numbers = itertools.takewhile(lambda layer: self.has(_layer_file(layer)), itertools.count())
+        return sum(1 for _ in numbers)
 
     def _release(self) -> None:
         Path(self._lock.lock_file).unlink(missing_ok=True)

@@ -6,6 +6,7 @@ Legend: s neurons of the shared part, R routed experts, f neurons of one, D hidd
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from moeify.models.ffn import pack
 from moeify.models.files import INDEX_FILE
 from moeify.options import Track
 from moeify.plan import Layout
+from moeify.progress import Resumed
 from moeify.targets import ROUTER_SCALE, Target
 
 # Memory while writing is about twice this.
@@ -130,7 +132,8 @@ class MoEWriter:
             meta, filename_pattern="model{suffix}.safetensors", max_shard_size=SHARD_BYTES
         )
         files = _numbered(shards.filename_to_tensors)
-        for file in track(files, "writing shards", len(files)):
+        written = Resumed(files, sum(1 for _ in takewhile(workspace.has, files)))
+        for file in track(written, "writing shards", len(files)):
             if not workspace.has(file):
                 workspace.write_tensors(file, self.values(set(files[file]), experts_of), {"format": "pt"})
         index = {

@@ -7,16 +7,19 @@ from typing import Any
 
 import torch
 
+from moeify.command_line import several
 from moeify.errors import InputError
 from moeify.kernels import experts, launch
 from moeify.kernels.tune import Shape, Tuned, keys_of, tune
 from moeify.models.config import empty_model, load_config
 from moeify.models.files import locate
-from moeify.options import Track, TuneOptions, untracked
+from moeify.options import Track, TuneOptions
+from moeify.progress import shown
+from moeify.readable import Readable
 
 
-@dataclass(frozen=True)
-class TuneResult:
+@dataclass(frozen=True, repr=False)
+class TuneResult(Readable):
     """What was found.
 
     Args:
@@ -37,12 +40,12 @@ class TuneResult:
 
 
 def tune_model(
-    model: str,
-    tokens: Sequence[int] = TuneOptions.tokens,
+    model: str | Path,
+    tokens: int | Sequence[int] = TuneOptions.tokens,
     *,
     device: str = TuneOptions.device,
     backward: bool = TuneOptions.backward,
-    track: Track[Any] = untracked,
+    track: Track[Any] = shown,
 ) -> TuneResult:
     """Tune the kernels for the experts of a model and keep what was found.
 
@@ -55,7 +58,11 @@ def tune_model(
 
     Raises:
         InputError: there is no such device, or the kernels do not run this model.
+
+    Example:
+        moeify.tune_model("my-moe", [1, 8, 512], device="cuda")
     """
+    model, tokens = str(model), several(tokens)
     if not torch.cuda.is_available():
         raise InputError("there is no CUDA device here, and the kernels run on nothing else")
     where, shape = torch.device(device), experts_shape(model)

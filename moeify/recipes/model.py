@@ -34,7 +34,7 @@ from pydantic import (
 
 from moeify.benchmark.models.results import Phase
 from moeify.benchmark.options import BenchOptions
-from moeify.command_line import check_text
+from moeify.command_line import check_text, several
 from moeify.errors import InputError, UsageError
 from moeify.options import CompareOptions, EvalOptions, SplitOptions
 from moeify.plugin_list import recipe_folders
@@ -144,18 +144,23 @@ def find_recipe(name: str) -> Path:
     return next((file for file in files if file.is_file()), Path(name))
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = (), *, out: Path | None = None) -> Recipe:
+def load_recipe(path: str | Path, overrides: str | Sequence[str] = (), *, out: str | Path | None = None) -> Recipe:
     """Read and check a recipe.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a recipe that comes with moeify.
         overrides: `section.key=value`, the value read as YAML.
         out: the folder of the run; the recipe's own if it is None.
 
     Raises:
         InputError: no such file, or not YAML of plain values.
         UsageError: an unknown key or a value of the wrong kind; the message names it.
+
+    Example:
+        recipe = moeify.load_recipe("quickstart", "split.experts=16", out="runs/sixteen")
+        moeify.run(recipe)
     """
+    path, overrides = find_recipe(str(path)), several(overrides)
     try:
         data = path.read_bytes() if path.is_file() else None
     except OSError as error:

@@ -12,6 +12,8 @@ DENSE = "dense"
 TRAINED = "-finetuned"
 BENCH = "bench"
 COMPARE = "compare"
+VERIFY = "verify"
+EVAL = "eval"
 MARKER = ".done"
 
 MAX_LENGTH = 100

@@ -1,7 +1,7 @@
 """Running a recipe: its stages in a fixed order, finished ones skipped, limits last."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 from moeify.benchmark.models.results import ModelBench
 from moeify.benchmark.models.run import FILE as BENCH_FILE
-from moeify.benchmark.models.run import bench, load_bench
+from moeify.benchmark.models.run import bench, check_engines, load_bench
 from moeify.benchmark.options import BenchOptions
 from moeify.cache import digest
 from moeify.check.compare import compare
@@ -19,24 +19,28 @@ from moeify.check.verify import TOLERANCE, VerifyReport, verify
 from moeify.command_line import command_line
 from moeify.convert.pipeline import split
 from moeify.convert.prepare import Preview, preview
+from moeify.errors import UsageError
 from moeify.export.record import RECORD_FILE
 from moeify.models.dense import DenseModel, open_dense
-from moeify.options import SplitOptions, Track, untracked
+from moeify.options import Announce, SplitOptions, Track
+from moeify.progress import said, shown
+from moeify.readable import Readable
 from moeify.recipes import markers
 from moeify.recipes.folder import HEADER, RECIPE_FILE, RUN_FILE, check_folder, recipe_text
 from moeify.recipes.limits import Limit, check_quality, check_times, judged
+from moeify.recipes.lines import Lines
 from moeify.recipes.markers import Stage
-from moeify.recipes.model import Recipe, control_options
-from moeify.recipes.names import BENCH, COMPARE, MAIN, TRAINED
+from moeify.recipes.model import Recipe, control_options, load_recipe
+from moeify.recipes.names import BENCH, COMPARE, EVAL, MAIN, TRAINED, VERIFY
 from moeify.results import check_replaceable, write, write_text
-from moeify.training.finetune import finetune
+from moeify.training.finetune import check_packages, finetune
 
 # Options that a split settles or counts anew: a record does not hold them as they were given.
 SETTLED = ("experts", "shared", "active", "budget", "dense_layers", "target", "context")
 
 
-@dataclass(frozen=True)
-class RunResult:
+@dataclass(frozen=True, repr=False)
+class RunResult(Readable):
     """What a recipe gave; also stored as run.json beside the checkpoints."""
 
     out: Path
@@ -50,8 +54,8 @@ class RunResult:
         return all(limit.passed for limit in self.limits) and (self.verify is None or self.verify.passed)
 
 
-@dataclass(frozen=True)
-class RunPreview:
+@dataclass(frozen=True, repr=False)
+class RunPreview(Readable):
     """What a run would do.
 
     Args:
@@ -67,38 +71,48 @@ class RunPreview:
     further: tuple[str, ...]
 
 
-def run(recipe: Recipe, *, overwrite: bool = False, track: Track[Any] = untracked) -> RunResult:
+def run(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] | str = (),
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    track: Track[Any] = shown,
+    announce: Announce = said,
+) -> RunResult:
     """Run all stages; a stage whose inputs have not changed since it finished is skipped.
 
     Args:
-        recipe: what to do.
+        recipe: what to do: a YAML file, the name of a recipe that comes with moeify, or what `load_recipe` returned.
+        overrides: keys of the file to change, such as `split.experts=16`.
+        out: the folder of the run; the recipe's own if it is None.
         overwrite: replace also results that lie in its folder and were not made by this run or an earlier one of this
             folder.
         track: wraps long loops.
+        announce: told which stage is finished.
 
     Raises:
         InputError: something lies in the folder that is not replaced; then nothing has been done. Or as the stages do.
         UsageError: as the stages do.
+
+    Example:
+        result = moeify.run("quickstart", "split.experts=16", out="runs/sixteen")
+        assert result.passed
     """
-    out = recipe.out
-    splits = _splits(recipe)
-    stages = _Stages(recipe, open_dense(recipe.model, track), track)
+    recipe = _loaded(recipe, overrides, out)
+    out, splits = recipe.out, _splits(recipe)
+    further = [*(name + TRAINED for name in recipe.trained), *_further(recipe)]
+    stages = _Stages(recipe, open_dense(recipe.model, track), Lines((*splits, *further), track, announce))
     stages.check(splits, overwrite=overwrite)
+    stages.lines.begin(recipe.model, out)
     for name, options in splits.items():
         stages.split(name, options)
     for name in recipe.trained:
         stages.finetune(name)
     if recipe.compare is not None:
         stages.compare()
-    report = None
-    if recipe.verify:
-        tolerance = recipe.limits.max_logit_difference or TOLERANCE
-        report = verify(out / MAIN, stages.dense, tolerance=tolerance)
-    evals: tuple[EvalResult, ...] = ()
-    if recipe.eval is not None:
-        names = [*splits, *(name + TRAINED for name in recipe.trained)]
-        models = [recipe.model, *(str(out / name) for name in names)]
-        evals = tuple(evaluate(models, **asdict(recipe.eval), track=track))
+    report = stages.verify() if recipe.verify else None
+    evals = stages.evaluate([*splits, *(name + TRAINED for name in recipe.trained)]) if recipe.eval else ()
     speeds = stages.bench() if recipe.bench else None
     limits = (*check_quality(recipe, report, evals), *check_times(recipe, speeds))
     result = RunResult(out, tuple(stages.skipped), report, evals, limits)
@@ -107,18 +121,37 @@ def run(recipe: Recipe, *, overwrite: bool = False, track: Track[Any] = untracke
     return result
 
 
+def _loaded(recipe: Recipe | str | Path, overrides: Sequence[str] | str, out: str | Path | None) -> Recipe:
+    """The recipe of a file or name.
+
+    Raises:
+        InputError, UsageError: as `load_recipe` does.
+    """
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides, out=out)
+    if overrides:
+        raise UsageError("a recipe that is loaded takes no overrides", "hand them to load_recipe")
+    return recipe if out is None else recipe.model_copy(update={"out": Path(out)})
+
+
+def _further(recipe: Recipe) -> list[str]:
+    """Names of the stages behind splits and training."""
+    return [name for name in (COMPARE, VERIFY, EVAL, BENCH) if getattr(recipe, name)]
+
+
 @dataclass(frozen=True)
 class _Stages:
     """The stages of a recipe whose results stay in its folder.
 
     Args:
         dense: the model, opened once.
+        lines: say what is done.
         skipped: names of stages whose results were there.
     """
 
     recipe: Recipe
     dense: DenseModel
-    track: Track[Any]
+    lines: Lines
     skipped: list[str] = field(default_factory=list)
 
     @cached_property
@@ -129,6 +162,10 @@ class _Stages:
     def check(self, splits: Mapping[str, SplitOptions], *, overwrite: bool) -> None:
         """Raise InputError if a stage would replace something that it may not."""
         out = self.recipe.out
+        if self.recipe.finetune is not None:
+            check_packages(self.recipe.finetune)
+        if self.recipe.bench is not None:
+            check_engines(self.recipe.bench)
         check_replaceable(out / RECIPE_FILE, HEADER)
         check_replaceable(out / RUN_FILE, RunResult)
         for name, options in splits.items():
@@ -149,7 +186,7 @@ class _Stages:
 
     def split(self, name: str, options: SplitOptions) -> None:
         stage = self._split_stage(name, options)
-        work = partial(split, self.dense, self.recipe.out / name, options, overwrite=True, track=self.track)
+        work = partial(split, self.dense, self.recipe.out / name, options, overwrite=True, announce=self.lines.announce)
         self._once(stage, self._split_key(options), work)
 
     def finetune(self, name: str) -> None:
@@ -157,7 +194,7 @@ class _Stages:
         stage, student = self._finetune_stage(name), self.recipe.out / name
         assert stage.folder is not None
         options = self.recipe.finetune
-        work = partial(finetune, str(student), self.dense, stage.folder, options, overwrite=True, track=self.track)
+        work = partial(finetune, str(student), self.dense, stage.folder, options, overwrite=True)
         self._once(stage, self._finetune_key(name), work)
 
     def compare(self) -> None:
@@ -167,17 +204,31 @@ class _Stages:
         # Budgets say how much is active.
         options = replace(self.recipe.split, active=None, shared=None, budget=None)
         markers.begin(self.recipe.out, stage, "")
-        compare(
-            self.dense,
-            section.budget,
-            section.data,
-            options,
-            tokens=section.data_tokens,
-            only=section.method,
-            out=stage.result,
-            track=self.track,
-        )
+        with self.lines.stage(COMPARE) as track:
+            compare(
+                self.dense,
+                section.budget,
+                section.data,
+                options,
+                tokens=section.data_tokens,
+                only=section.method,
+                out=stage.result,
+                track=track,
+            )
         markers.finish(self.recipe.out, stage, "")
+
+    def verify(self) -> VerifyReport:
+        """Of the main split."""
+        tolerance = self.recipe.limits.max_logit_difference or TOLERANCE
+        with self.lines.stage(VERIFY) as track:
+            return verify(self.recipe.out / MAIN, self.dense, tolerance=tolerance, track=track)
+
+    def evaluate(self, names: Sequence[str]) -> tuple[EvalResult, ...]:
+        """Of the dense model and of the named folders."""
+        models = [self.recipe.model, *(str(self.recipe.out / name) for name in names)]
+        assert self.recipe.eval is not None
+        with self.lines.stage(EVAL) as track:
+            return tuple(evaluate(models, **asdict(self.recipe.eval), track=track))
 
     def bench(self) -> ModelBench:
         """The main split beside the dense model and the pruned controls."""
@@ -186,23 +237,25 @@ class _Stages:
         records = (Path(folder) / RECORD_FILE for folder in (main, *others))
         key = digest(self.source, *records, options, *map(Path, options.data))
         work = partial(bench, [main], [recipe.model, *others], options, out=recipe.out, overwrite=True)
-        self._once(self._bench_stage, key, partial(work, track=self.track))
+        self._once(self._bench_stage, key, work)
         return load_bench(recipe.out)
 
-    def _once(self, stage: Stage, key: str, work: Callable[[], Any]) -> None:
+    def _once(self, stage: Stage, key: str, work: Callable[..., Any]) -> None:
         """Do a stage unless it is done.
 
         Args:
             stage: what it makes.
             key: digest of its inputs.
-            work: makes it.
+            work: makes it; takes what draws its bars.
         """
         if markers.is_done(self.recipe.out, stage, key):
             self.skipped.append(stage.name)
+            self.lines.skip(stage.name)
             return
         resumed = markers.begin(self.recipe.out, stage, key)
         began = time.perf_counter()
-        work()
+        with self.lines.stage(stage.name) as track:
+            work(track=track)
         markers.finish(self.recipe.out, stage, key, None if resumed else time.perf_counter() - began)
 
     def _split_stage(self, name: str, options: SplitOptions) -> Stage:
@@ -244,20 +297,34 @@ class _Stages:
         return [judged(self.recipe, name) for name in (MAIN, *static)]
 
 
-def preview_run(recipe: Recipe, *, overwrite: bool = False, track: Track[Any] = untracked) -> RunPreview:
+def preview_run(
+    recipe: Recipe | str | Path,
+    overrides: Sequence[str] | str = (),
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    track: Track[Any] = shown,
+) -> RunPreview:
     """Settle what the run would do and cost, as far as that is known before it; reads headers, writes nothing.
+
+    Args:
+        recipe, overrides, out, overwrite, track: as of `run`.
 
     Raises:
         InputError, UsageError: as the run would before its first split.
+
+    Example:
+        for name, split in moeify.preview_run("quickstart").splits.items():
+            print(name, split.estimate.duration_s)
     """
+    recipe = _loaded(recipe, overrides, out)
     splits = _splits(recipe)
-    stages = _Stages(recipe, open_dense(recipe.model, track), track)
+    stages = _Stages(recipe, open_dense(recipe.model, track), Lines((), track, said))
     stages.check(splits, overwrite=overwrite)
     finished = tuple(name for name, options in splits.items() if stages.has_split(name, options))
     previews = {name: preview(stages.dense, options) for name, options in splits.items()}
-    further = [name + TRAINED for name in recipe.trained]
-    further += [name for name in (COMPARE, "verify", "eval", BENCH) if getattr(recipe, name)]
-    return RunPreview(recipe.out, previews, finished, tuple(further))
+    further = (*(name + TRAINED for name in recipe.trained), *_further(recipe))
+    return RunPreview(recipe.out, previews, finished, further)
 
 
 def _splits(recipe: Recipe) -> dict[str, SplitOptions]:

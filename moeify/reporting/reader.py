@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from moeify.benchmark.models.results import ALL_TEXTS, ModelBench
 from moeify.command_line import command_line
 from moeify.errors import InputError
+from moeify.readable import Readable
 from moeify.results import find_kind, load_json, parse
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ MENTIONS_SCHEMA = re.compile(rb'"moeify\.[a-z-]+/\d+"')
 SINGLE, SEVERAL = ("bench", "compare", "search", "run"), ("finetune-history", "finetune", "record")
 
 
-@dataclass(frozen=True)
-class Record:
+@dataclass(frozen=True, repr=False)
+class Record(Readable):
     """moeify.json of a checkpoint: how it was made, and its numbers of parameters if it was cut."""
 
     job: Mapping[str, Any]

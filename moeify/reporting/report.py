@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moeify.benchmark.models.results import Interval
 from moeify.command_line import command_line
+from moeify.readable import Readable
 from moeify.reporting.answers import Answers, answers
 from moeify.reporting.facts import Facts, demonstration, facts_of, of_kind, speeds
 from moeify.reporting.page import render
@@ -51,8 +52,8 @@ class Headline:
     answers: Answers
 
 
-@dataclass(frozen=True)
-class ReportResult:
+@dataclass(frozen=True, repr=False)
+class ReportResult(Readable):
     """The page and its headlines.
 
     Args:
@@ -80,6 +81,9 @@ def report(run_dir: str | Path, out: str | Path | None = None) -> ReportResult:
 
     Raises:
         InputError: no such folder, no benchmark in it, a result that cannot be read, or a place that cannot be written.
+
+    Example:
+        print(moeify.report("my-bench").out)
     """
     folder, command = Path(run_dir), command_line("report", str(run_dir), out=out)
     run = read_run(folder)

@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,13 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moeify.errors import UsageError
 from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel
-from moeify.options import Track, untracked
+from moeify.options import Track
+from moeify.progress import shown
+from moeify.readable import Readable
 from moeify.results import read, to_json
 from moeify.training.inputs import Inputs, open_inputs
 from moeify.training.layers import check_shapes, fit_layers
@@ -81,15 +85,15 @@ class StageHistory:
     history: tuple[Mapping[str, Any], ...] = ()
 
 
-@dataclass(frozen=True)
-class FinetuneHistory:
+@dataclass(frozen=True, repr=False)
+class FinetuneHistory(Readable):
     """What a fine-tuned checkpoint holds of its training."""
 
     stages: tuple[StageHistory, ...]
 
 
-@dataclass(frozen=True)
-class FinetuneResult:
+@dataclass(frozen=True, repr=False)
+class FinetuneResult(Readable):
     """The folder that was written, and every stage."""
 
     out: Path
@@ -103,13 +107,14 @@ class FinetuneResult:
 
 
 def finetune(
-    moe: str,
+    moe: str | Path,
     teacher: str | Path | DenseModel,
     out: str | Path,
     options: FinetuneOptions | None = None,
     *,
     overwrite: bool = False,
-    track: Track[Any] = untracked,
+    track: Track[Any] = shown,
+    **choices: Any,
 ) -> FinetuneResult:
     """Train a converted, pruned or dense checkpoint to do what its teacher does.
 
@@ -120,12 +125,19 @@ def finetune(
         options: what to train, on what, and how.
         overwrite: replace an earlier result at `out` once the new one is complete.
         track: wraps long loops to show progress.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         InputError: models, text or place are not usable; `out` is untouched.
         CheckError: the loss became NaN or infinite; the last good checkpoint is kept.
+
+    Example:
+        result = moeify.finetune("my-moe", "builtin", "my-moe-tuned", tokens=16384, stage=["layers", "full"])
+        print(result.stages[-1].after)
     """
-    out, options = check_out(Path(out), [moe, teacher], overwrite=overwrite), options or FinetuneOptions()
+    moe, options = str(moe), FinetuneOptions.chosen(options, choices)
+    out = check_out(Path(out), [moe, teacher], overwrite=overwrite)
+    check_packages(options)
     processes = PartialState(cpu=options.device == "cpu", timeout=TIMEOUT)
     inputs = open_inputs(moe, teacher, options, track)
     check_is_no_model(out, inputs.path, inputs.teacher.path)
@@ -146,6 +158,12 @@ def finetune(
         if processes.is_main_process:
             workspace.commit()
     return FinetuneResult(out, inputs.teacher.name, results)
+
+
+def check_packages(options: FinetuneOptions) -> None:
+    """Raise UsageError, before any work, if a stage needs a package that is not installed."""
+    if "lora" in options.stage and find_spec("peft") is None:
+        raise UsageError("--stage lora needs the package peft", "pip install 'moeify[train]'")
 
 
 @dataclass(frozen=True)

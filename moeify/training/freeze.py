@@ -20,6 +20,11 @@ def freeze_routers(model: Any) -> tuple[str, ...]:
 
     Raises:
         InputError: the model is of an architecture that moeify does not write, or has no routers.
+
+    Example:
+        model = moeify.load("my-moe")
+        moeify.freeze_routers(model)
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     """
     model_type = str(model.config.model_type)
     if model_type not in targets.names():

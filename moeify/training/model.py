@@ -166,11 +166,9 @@ def _without_autocast(router: nn.Module, hidden: Tensor) -> Any:
 
 def _inject_lora(student: Student, options: FinetuneOptions) -> Any:
     """Low-rank updates for every linear map of the layers and for all experts, which are one parameter a layer."""
-    try:
-        from peft import LoraConfig
-        from peft.tuners.lora import LoraModel
-    except ImportError as error:
-        raise UsageError("--stage lora needs the peft package", "pip install 'moeify[train]'") from error
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
     blocks = student.blocks
     names = [
         f"{blocks}.{name}"

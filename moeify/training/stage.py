@@ -13,11 +13,12 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from moeify.options import Track
+from moeify.progress import Resumed
 from moeify.resources import check_room
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions, Stage
 from moeify.training.teacher import Blocks, Teacher
-from moeify.training.trainer import COMPLETE_FILE, FinetuneTrainer, last_checkpoint, reading
+from moeify.training.trainer import COMPLETE_FILE, FinetuneTrainer, last_checkpoint, reading, step_of
 
 CLIP_NORM = 1.0
 KEPT_CHECKPOINTS = 2
@@ -56,7 +57,8 @@ def train_stage(
     arguments = training_arguments(folder, options, options.rate(stage), num_steps=num_steps, fresh=checkpoint is None)
     if processes.is_main_process:
         _check_room(student, folder, num_saves=-(-num_steps // int(arguments.save_steps)))
-    bar = iter(track(range(num_steps), f"training {stage}", num_steps))
+    steps = Resumed(range(num_steps), 0 if checkpoint is None else step_of(checkpoint))
+    bar = iter(track(steps, f"training {stage}", num_steps))
     trainer = FinetuneTrainer(
         student,
         teacher,

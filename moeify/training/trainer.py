@@ -276,7 +276,12 @@ def reading(checkpoint: Path) -> Iterator[None]:
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint of a stage that was written to its end."""
     found = [path.parent for path in folder.glob(f"checkpoint-*/{COMPLETE_FILE}")]
-    return max(found, key=lambda path: int(path.name.rsplit("-", maxsplit=1)[1]), default=None)
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was written."""
+    return int(checkpoint.name.rsplit("-", maxsplit=1)[1])
 
 
 class _BalanceCallback(TrainerCallback):

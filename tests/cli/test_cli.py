@@ -5,6 +5,8 @@ import dataclasses
 import importlib
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from moeify import plugin_list as listing
 from moeify.check.perplexity import EvalResult
 from moeify.cli.app import app, run_command
 from moeify.cli.options import KINDS
+from moeify.command_line import quoted
 from moeify.errors import CheckError, InputError, UsageError
 from moeify.options import ExportOptions, SplitOptions
 from moeify.version import __version__
@@ -71,7 +74,9 @@ def as_json(capfd: pytest.CaptureFixture[str]) -> Call:
         assert out.startswith("{"), out
         found = json.loads(out)
         assert isinstance(found, dict)
-        assert (code == 0) == (err == ""), err
+        # A run says which stage is finished.
+        other = [line for line in err.splitlines() if not re.match(r"\d of \d, |.* to .*, \d stages: ", line)]
+        assert (code == 0) == (not other), err
         return found
 
     return call
@@ -244,6 +249,7 @@ def test_exit_codes(
     assert out == ""
     lines = err.splitlines()
     if code == 130:
+        assert lines == ["interrupted"]
         return
     if "--debug" in flags:
         assert lines[0] == "Traceback (most recent call last):"
@@ -398,7 +404,7 @@ def test_json_of_an_infinite_perplexity_is_json(dense: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("command", ["inspect", "split", "verify", "eval", "ls"])
-def test_quiet_prints_nothing(
+def test_quiet_prints_figures_alone(
     dense: Path, moe: Path, text: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str
 ) -> None:
     arguments = {
@@ -409,7 +415,11 @@ def test_quiet_prints_nothing(
         "ls": ["targets"],
     }[command]
     assert run_command([command, *arguments, "--quiet"]) == 0
-    assert capfd.readouterr() == ("", "")
+    out, err = capfd.readouterr()
+    assert "next:" not in out
+    assert err == ""
+    # A checkpoint lies on the disk; figures are nowhere else.
+    assert bool(out) == (command != "split")
 
 
 def test_quiet_does_not_hide_an_error(capfd: pytest.CaptureFixture[str]) -> None:
@@ -467,10 +477,12 @@ def test_an_interrupt_that_compiled_code_turns_into_another_error_gives_130(tmp_
     done = subprocess.run(
         [sys.executable, "-c", disguised, "ls", "targets"], check=False, capture_output=True, text=True
     )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
 
 
-def test_an_interrupt_gives_130_and_can_be_resumed(dense: Path, text: list[str], tmp_path: Path) -> None:
+def test_an_interrupt_gives_130_and_can_be_resumed(
+    dense: Path, text: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A real SIGINT to a real process, in the middle of its work."""
     slow = (
         # A background job of a shell without job control, as in CI, inherits that SIGINT is ignored.
@@ -490,10 +502,15 @@ def test_an_interrupt_gives_130_and_can_be_resumed(dense: Path, text: list[str],
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert said == ""
-    assert "Traceback" not in errors
     assert partial.is_dir()
     assert not out.exists()
-    assert run_command(["split", str(dense), *text, "-o", str(out), "--quiet"]) == 0
+    interrupted, kept, again = errors.splitlines()
+    assert interrupted == "interrupted"
+    assert re.fullmatch(rf"kept: finished layers: \d, .* kB in {partial}", kept)
+    assert again == f"to go on: moeify {quoted(['split', str(dense), *text, '-o', str(out)])}"
+    capfd.readouterr()
+    assert run_command(shlex.split(again)[4:]) == 0
+    assert re.search(r"^splitting layers: \d of 2 are there from an earlier run$", capfd.readouterr().err, re.MULTILINE)
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -210,6 +211,56 @@ def test_what_is_written(write: Write, tmp_path: Path) -> None:
     assert [entry["model"] for entry in stored["evals"]] == [again.model, str(out / "moe"), str(out / "static")]
     assert all(entry["perplexity"] > 1 for entry in stored["evals"])
     assert [limit["name"] for limit in stored["limits"]] == ["verify"]
+
+
+def test_a_run_says_which_stage_is_finished_or_was_there(write: Write, text: Path, tmp_path: Path) -> None:
+    path = write(controls={"static": {"static": True}}, eval={"data": [str(text)], "tokens": 128}, verify=False)
+    lines: list[str] = []
+    labels: list[str] = []
+
+    def track(items: Any, label: str, total: int) -> Any:
+        labels.append(label)
+        return items
+
+    run(str(path), "split.tokens=1536", track=track, announce=lines.append)
+    model = str(load_recipe(path).model)
+    assert lines[0] == f"{model} to {tmp_path / 'runs'}, 3 stages: moe, static, eval"
+    assert [re.sub(r"\d+ s$", "N s", line) for line in lines[1:]] == [
+        "1 of 3, moe: finished in N s",
+        "2 of 3, static: finished in N s",
+        "3 of 3, eval: finished in N s",
+    ]
+    assert labels[0] == "1 of 3, moe: splitting layers"
+    assert labels[-1].startswith("3 of 3, eval: evaluating ")
+    again: list[str] = []
+    run(path, ["split.tokens=1536"], announce=again.append)
+    assert again[1:3] == ["1 of 3, moe: is there already, skipped", "2 of 3, static: is there already, skipped"]
+
+
+def test_an_interrupted_run_says_what_is_kept(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    recipe = load_recipe(write(eval={}))
+    monkeypatch.setattr(stages_module, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(recipe)
+    assert caught.value.__notes__ == ["kept: 2 of 3 stages, up to verify"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "pattern"),
+    [({"finetune": {"stage": ["lora"]}}, "peft"), ({"bench": {"engine": ["llama.cpp"]}}, r"llama")],
+    ids=["peft", "llama.cpp"],
+)
+def test_what_a_later_stage_needs_is_missed_before_the_first(
+    write: Write, splits: list[Any], monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], pattern: str
+) -> None:
+    monkeypatch.setattr("moeify.training.finetune.find_spec", lambda _: None)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(MoeifyError, match=pattern):
+        run(load_recipe(write(**sections)))
+    assert not splits
 
 
 def test_finished_stages_are_skipped(write: Write, splits: list[tuple[str, SplitOptions]]) -> None:

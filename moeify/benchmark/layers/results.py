@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from moeify.benchmark.ceilings import Ceilings
 from moeify.benchmark.timing import Method
+from moeify.readable import Readable
 
 Status = Literal["ok", "wrong", "failed"]
 
@@ -77,8 +78,8 @@ class Row:
     launch_beaten_by: tuple[str, ...] | None = None
 
 
-@dataclass
-class LayerBench:
+@dataclass(repr=False)
+class LayerBench(Readable):
     """A run.
 
     Args:

@@ -19,7 +19,8 @@ from moeify.benchmark.layers.results import LayerBench
 from moeify.benchmark.machine import device_by_name, dtype_by_name, machine_facts, versions
 from moeify.benchmark.options import LayerBenchOptions
 from moeify.benchmark.timing import release_memory, timer_for
-from moeify.options import Track, untracked
+from moeify.options import Track
+from moeify.progress import shown
 from moeify.results import check_new, check_writable, write
 
 
@@ -30,7 +31,7 @@ def layer_bench(
     out: Path | None = None,
     overwrite: bool = False,
     command: str = "",
-    track: Track[Any] = untracked,
+    track: Track[Any] = shown,
 ) -> LayerBench:
     """Measure cases on peers.
 

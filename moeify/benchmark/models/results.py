@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from moeify.benchmark.ceilings import Ceilings
 from moeify.benchmark.engines.results import EngineFile, EngineSpeed
+from moeify.readable import Readable
 
 Kind = Literal["dense", "moe", "static"]
 Phase = Literal["prefill", "decode"]
@@ -259,8 +260,8 @@ class Regressions:
         return [change for change in self.changes if change.worse]
 
 
-@dataclass
-class ModelBench:
+@dataclass(repr=False)
+class ModelBench(Readable):
     """A run of `moeify bench`.
 
     Args:

@@ -35,8 +35,9 @@ from moeify.benchmark.options import BenchOptions, Section
 from moeify.benchmark.timing import timer_for
 from moeify.check.evaluate import load
 from moeify.check.perplexity import warn_of_few
-from moeify.command_line import command_line
-from moeify.options import Track, untracked
+from moeify.command_line import command_line, names_of
+from moeify.options import Names, Track
+from moeify.progress import shown
 from moeify.results import check_new, check_writable, read, write
 
 FILE = "bench.json"
@@ -44,15 +45,16 @@ PACKAGES = ("moeify", "torch", "transformers", "triton")
 
 
 def bench(
-    models: Sequence[str],
-    against: Sequence[str],
+    models: Names,
+    against: Names,
     options: BenchOptions | None = None,
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
     overwrite: bool = False,
-    baseline: Path | None = None,
+    baseline: str | Path | None = None,
     threshold: float = 1.05,
-    track: Track[Any] = untracked,
+    track: Track[Any] = shown,
+    **choices: Any,
 ) -> ModelBench:
     """Measure models beside the dense one they came from.
 
@@ -65,19 +67,24 @@ def bench(
         baseline: an earlier bench.json, or its folder.
         threshold: how many times worse than there something may be.
         track: wraps long loops.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         UsageError: options that contradict each other.
         InputError: a model or text that cannot be used, models that do not compare, an existing result.
+
+    Example:
+        result = moeify.bench("my-moe", "builtin", out="my-bench", batch=1, prompt=64)
+        moeify.report("my-bench")
     """
-    options = options or BenchOptions()
+    models, against, options = names_of(models), names_of(against), BenchOptions.chosen(options, choices)
+    out, baseline = (None if path is None else Path(path) for path in (out, baseline))
     baselines.check_threshold(threshold)
     if out is not None:
         check_folder(out, overwrite=overwrite)
     old = load_bench(baseline) if baseline else None
     device = device_by_name(options.device)
-    if "llama.cpp" in options.engine:
-        engines.check_programs()
+    check_engines(options)
     entrants, texts = [], None
     if "transformers" in options.engine:
         entrants = open_models(models, against, track)
@@ -121,12 +128,22 @@ def bench(
     return result
 
 
-def load_bench(path: Path) -> ModelBench:
+def check_engines(options: BenchOptions) -> None:
+    """Raise InputError, before any work, if an engine that shall be timed is not here."""
+    if "llama.cpp" in options.engine:
+        engines.check_programs()
+
+
+def load_bench(path: str | Path) -> ModelBench:
     """Read a result, or the one in a folder.
 
     Raises:
         InputError: there is none, or it is of another kind.
+
+    Example:
+        rows = moeify.load_bench("my-bench").speed
     """
+    path = Path(path)
     file = path / FILE if path.is_dir() else path
     return read(file, ModelBench, f"name a file that moeify bench -o FOLDER wrote: FOLDER/{FILE}")
 

@@ -15,20 +15,19 @@ def run_recipe_command(
     output: option.Output,
 ) -> None:
     """Run a recipe: split, controls, verify, eval, limits. Finished stages are skipped."""
+    from moeify.benchmark.models.run import FILE as BENCH_FILE
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.run import run_preview_table, run_tables
-    from moeify.recipes.model import find_recipe, load_recipe
     from moeify.recipes.run import preview_run, run
 
     renderer = renderer_for(output)
-    loaded = load_recipe(find_recipe(recipe), set_, out=out)
     if dry_run:
         step = command_line("run", recipe, set=set_, out=out, overwrite=overwrite)
-        plan = preview_run(loaded, overwrite=overwrite, track=renderer.track)
+        plan = preview_run(recipe, set_, out=out, overwrite=overwrite, track=renderer.track)
         renderer.result(plan, run_preview_table(plan), next_step=step)
         return
-    result = run(loaded, overwrite=overwrite, track=renderer.track)
-    step = command_line("report", str(result.out)) if loaded.bench else ""
+    result = run(recipe, set_, out=out, overwrite=overwrite, track=renderer.track, announce=renderer.note)
+    step = command_line("report", str(result.out)) if (result.out / BENCH_FILE).is_file() else ""
     renderer.result(result, *run_tables(result), next_step=step)
     if not result.passed:
         failed = [limit.name for limit in result.limits if not limit.passed]

@@ -32,7 +32,7 @@ def search_command(
         strategy=options.strategy,
         trials=options.trials,
         track=renderer.track,
-        announce=renderer.announce,
+        announce=renderer.note,
     )
     if out is not None:
         write_frontier(result, out, search_plot(result).file())

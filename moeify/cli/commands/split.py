@@ -46,7 +46,7 @@ def split_command(
         export=export,
         overwrite=overwrite,
         track=renderer.track,
-        announce=renderer.announce,
+        announce=renderer.note,
     )
     tables = [split_table(result)]
     if report:

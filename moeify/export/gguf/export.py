@@ -26,6 +26,7 @@ from moeify.models.fingerprint import Fingerprint
 from moeify.models.stock import placed
 from moeify.options import ExportOptions, Track, untracked
 from moeify.plan import PLAN_FILE, Layout, SplitPlan, load_plan
+from moeify.progress import shown
 from moeify.resources import check_room
 from moeify.words import listing, percent, printable
 
@@ -59,7 +60,8 @@ def export_gguf(
     options: ExportOptions | None = None,
     *,
     overwrite: bool = False,
-    track: Track[Any] = untracked,
+    track: Track[Any] = shown,
+    **choices: Any,
 ) -> ExportResult:
     """Write a checkpoint as one GGUF file.
 
@@ -69,13 +71,17 @@ def export_gguf(
         options: how numbers are stored.
         overwrite: replace an earlier file of moeify's.
         track: wraps long loops to show progress.
+        choices: single options by name, in place of those in `options`.
 
     Raises:
         InputError: llama.cpp does not have the architecture or cannot run this checkpoint, or the file may not be
             replaced or written; nothing is left of it.
         UsageError: the type is not one that is written here.
+
+    Example:
+        moeify.export_gguf("my-moe", "my-moe.gguf", type="q8_0")
     """
-    file, options = Path(file), options or ExportOptions()
+    file, options = Path(file), ExportOptions.chosen(options, choices)
     path = locate(str(model), track)
     check_file(file, path, overwrite=overwrite)
     config, shards = load_config(path), find_shards(path)

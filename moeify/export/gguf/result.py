@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from moeify.readable import Readable
 
-@dataclass(frozen=True)
-class ExportResult:
+
+@dataclass(frozen=True, repr=False)
+class ExportResult(Readable):
     """A GGUF file.
 
     Args:
