@@ -26,6 +26,8 @@ GGUFType = Literal[FileType, "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"]
 
 # Help of options that several commands have.
 DATA = "Text, jsonl or parquet file, folder, hub data set, builtin or builtin-heldout, to measure or to train on."
+TASKS = "Questions to answer as well: a .jsonl file of them, or tasks of lm-eval such as hellaswag,arc_easy"
+QUESTIONS = "At most so many questions of each task; all."
 CONTEXT = "Tokens in a block of text; 512, or as many as the model takes."
 SEED = "Of sampling, data order, clustering and projections."
 DTYPE = "Of the weights; auto keeps the checkpoint's or, where there is none, is bfloat16 on cuda and float32 on cpu."
@@ -186,10 +188,12 @@ class CompareOptions(Options):
 
 @dataclass(frozen=True)
 class EvalOptions(Options):
-    """What perplexity is measured on."""
+    """What models are measured on."""
 
     data: tuple[str, ...] = option(("builtin-heldout",), DATA)
     tokens: int = option(8192, "At most so many tokens of each text.", least=2)
+    tasks: tuple[str, ...] = option((), TASKS, commas=True)
+    questions: int | None = option(None, QUESTIONS, least=1)
     context: int | None = option(None, CONTEXT, least=2)
     stride: int | None = option(None, "Tokens the window moves by; half the context.", least=1)
     dtype: DType = option("auto", DTYPE)

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from moeify import families
 from moeify.check.perplexity import EvalResult, Perplexity
+from moeify.check.tasks import TaskResult, Tasks
 from moeify.convert.prepare import check_device
 from moeify.families import Modality
 from moeify.kernels import register
@@ -28,9 +29,10 @@ MEASURES: Mapping[Modality, Callable[[Mapping[str, Path], EvalOptions], Measure]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All models on all texts, in the order they were measured."""
+    """All models on all texts and tasks, in the order they were measured."""
 
     results: tuple[EvalResult, ...]
+    tasks: tuple[TaskResult, ...] = ()
 
 
 def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: Any) -> Any:
@@ -80,16 +82,35 @@ def evaluate(
     Raises:
         InputError: a model or text cannot be read, or two models cut the text into different tokens.
     """
+    options = EvalOptions(
+        tuple(data), tokens=tokens, context=context, stride=stride, dtype=dtype, device=device
+    )
+    return list(measure(models, options, track=track).results)
+
+
+def measure(models: Sequence[str], options: EvalOptions, *, track: Track[Any] = untracked) -> Evaluation:
+    """Measure each model on each text, and have it answer each task.
+
+    Args:
+        models: checkpoints; the first is what the others are compared with.
+        options: texts, tasks and how they are measured.
+        track: wraps the loops over windows and questions.
+
+    Raises:
+        UsageError: an unknown task, or one that needs a package that is missing.
+        InputError: a model, text or task cannot be read, or two models cut a text into different tokens.
+    """
     paths = {model: locate(model, track) for model in models}
-    options = EvalOptions(tuple(data), tokens, context, stride, dtype, device)
-    check_device(device)
-    measure = MEASURES[_modality(paths)](paths, options)
+    check_device(options.device)
+    perplexity = MEASURES[_modality(paths)](paths, options)
+    tasks = Tasks(options.tasks, options.questions, track)
     results = []
     for name in models:
-        model = load(name, dtype=dtype, device=device)
-        results += [measure(model, name, source, track) for source in data]
+        model = load(name, dtype=options.dtype, device=options.device)
+        results += [perplexity(model, name, source, track) for source in options.data]
+        tasks.ask(model, name, paths[name], track)
         del model
-    return results
+    return Evaluation(tuple(results), tasks.results())
 
 
 def _modality(paths: Mapping[str, Path]) -> Modality:

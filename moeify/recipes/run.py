@@ -12,8 +12,9 @@ from moeify.benchmark.models.run import bench, load_bench
 from moeify.benchmark.options import BenchOptions
 from moeify.cache import digest
 from moeify.check.compare import compare
-from moeify.check.evaluate import evaluate
+from moeify.check.evaluate import Evaluation, measure
 from moeify.check.perplexity import EvalResult
+from moeify.check.tasks import TaskResult
 from moeify.check.verify import TOLERANCE, VerifyReport, verify
 from moeify.command_line import command_line
 from moeify.convert.pipeline import split
@@ -43,6 +44,7 @@ class RunResult:
     verify: VerifyReport | None
     evals: tuple[EvalResult, ...]
     limits: tuple[Limit, ...]
+    tasks: tuple[TaskResult, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -93,14 +95,14 @@ def run(recipe: Recipe, *, overwrite: bool = False, track: Track[Any] = untracke
     if recipe.verify:
         tolerance = recipe.limits.max_logit_difference or TOLERANCE
         report = verify(out / MAIN, stages.dense, tolerance=tolerance)
-    evals: tuple[EvalResult, ...] = ()
+    evaluation = Evaluation(())
     if recipe.eval is not None:
         names = [*splits, *(name + TRAINED for name in recipe.trained)]
         models = [recipe.model, *(str(out / name) for name in names)]
-        evals = tuple(evaluate(models, **asdict(recipe.eval), track=track))
+        evaluation = measure(models, recipe.eval, track=track)
     speeds = stages.bench() if recipe.bench else None
-    limits = (*check_quality(recipe, report, evals), *check_times(recipe, speeds))
-    result = RunResult(out, tuple(stages.skipped), report, evals, limits)
+    limits = (*check_quality(recipe, report, evaluation.results), *check_times(recipe, speeds))
+    result = RunResult(out, tuple(stages.skipped), report, evaluation.results, limits, evaluation.tasks)
     write_text(recipe_text(recipe), out / RECIPE_FILE, HEADER)
     write(result, out / RUN_FILE)
     return result

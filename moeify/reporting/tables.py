@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from moeify.benchmark.engines.results import EngineFile, EngineSpeed
 from moeify.benchmark.models.results import PARTS, Interval, Model, ModelBench, Part, Quality, Speed, Verdict
+from moeify.check.tasks import TaskResult
 from moeify.reporting.facts import ALL_TEXTS, Facts, active_parameters, parameters, quality_of, ratio_of
 from moeify.reporting.reader import Source
 from moeify.words import count, factor, number, percent, size
@@ -121,6 +122,32 @@ def qualities(bench: ModelBench) -> Table:
         ("same next token", lambda row: cell(row.top1_agreement, percent)),
     ]
     return table("qualities", "Quality, with 95 % intervals", rows, columns)
+
+
+def tasks(bench: ModelBench) -> Table:
+    """Each model's score on each task, and its distance to the dense model's on the same questions."""
+
+    def signed(value: float) -> str:
+        return f"{value:+.3f}"
+
+    def difference(row: TaskResult) -> Cell:
+        if row.model == bench.models[0].name:
+            return Cell(MISSING)
+        return cell(row.difference, signed, f"{signed(row.difference_low)} to {signed(row.difference_high)}")
+
+    return table(
+        "tasks",
+        "Tasks, with 95 % intervals",
+        bench.tasks,
+        [
+            ("task", lambda row: Cell(f"{Path(row.task).name} {row.metric}")),
+            ("model", lambda row: Cell(row.model)),
+            ("questions", lambda row: cell(row.num_questions, whole)),
+            ("score", lambda row: cell(row.score, note=_edges(row.score_low, row.score_high))),
+            ("score - dense", difference),
+            ("by chance", lambda row: cell(row.chance)),
+        ],
+    )
 
 
 def _short(paths: Sequence[str]) -> dict[str, str]:

@@ -324,14 +324,15 @@ PERPLEXITY = {"model": 10.0, "moe": 12.0, "good": 13.0, "bad": 11.0}
 
 @pytest.fixture
 def _known_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
-    def evaluate(models: list[str], data: tuple[str, ...], **_: Any) -> list[EvalResult]:
-        return [
+    def measure(models: list[str], options: EvalOptions, **_: Any) -> Evaluation:
+        rows = [
             EvalResult(model, source, PERPLEXITY.get(Path(model).name, 10.0) + place, 100, 1.0, "")
-            for place, source in enumerate(data)
+            for place, source in enumerate(options.data)
             for model in models
         ]
+        return Evaluation(tuple(rows))
 
-    monkeypatch.setattr(stages_module, "evaluate", evaluate)
+    monkeypatch.setattr(stages_module, "measure", measure)
 
 
 @pytest.mark.usefixtures("_known_perplexity")

@@ -33,7 +33,9 @@ from moeify.benchmark.models.verdicts import verdicts
 from moeify.benchmark.options import BenchOptions, Section
 from moeify.benchmark.timing import timer_for
 from moeify.check.evaluate import load
+from moeify.check.tasks import Tasks
 from moeify.command_line import command_line
+from moeify.errors import UsageError
 from moeify.options import Track, untracked
 from moeify.results import check_new, check_writable, read, write
 
@@ -77,6 +79,9 @@ def bench(
     if "llama.cpp" in options.engine:
         engines.check_programs()
     entrants, texts = [], None
+    if options.tasks and "transformers" not in options.engine:
+        raise UsageError("--tasks are answered in transformers", "add --engine transformers")
+    tasks = Tasks(options.tasks, options.questions, track)
     if "transformers" in options.engine:
         entrants = open_models(models, against, track)
         texts = Texts.of(entrants, options)
@@ -106,8 +111,8 @@ def bench(
         baselines.compare(result, old, str(baseline), threshold)
     if texts is not None and "memory" not in options.skip:
         _memory(result, entrants, texts, device, track)
-    if texts is not None and set(get_args(Section)) - {"memory", *options.skip}:
-        _measure(result, entrants, texts, options=options, device=device, track=track)
+    if texts is not None and (options.tasks or set(get_args(Section)) - {"memory", *options.skip}):
+        _measure(result, entrants, texts, tasks, options=options, device=device, track=track)
     if "llama.cpp" in options.engine:
         rows = engines.measure(opened.subjects, options, context=opened.context, track=track)
         result.engine_files, result.engine_speed = rows.files, rows.speed
@@ -165,6 +170,7 @@ def _measure(
     result: ModelBench,
     entrants: Sequence[Entrant],
     texts: Texts,
+    tasks: Tasks,
     *,
     options: BenchOptions,
     device: torch.device,
@@ -183,6 +189,9 @@ def _measure(
             static=[model.name for model in result.models if model.kind == "static"],
             track=track,
         )
+    for one in entrants:
+        tasks.ask(loaded[one.name], one.name, one.path, track)
+    result.tasks = list(tasks.results())
     if "experts" not in options.skip:
         ids_BC = torch.cat(list(texts.blocks.values()))
         result.experts = {

@@ -1,4 +1,4 @@
-"""The table of `moeify eval`."""
+"""The tables of `moeify eval`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,8 +6,17 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from moeify.cli.tables.tasks import short_names, tasks_table
+
 if TYPE_CHECKING:
+    from moeify.check.evaluate import Evaluation
     from moeify.check.perplexity import EvalResult
+
+
+def eval_tables(evaluation: "Evaluation") -> tuple[Table, ...]:
+    """Perplexities, then tasks."""
+    tasks = (tasks_table(evaluation.tasks),) if evaluation.tasks else ()
+    return (eval_table(evaluation.results), *tasks)
 
 
 def eval_table(results: "Sequence[EvalResult]") -> Table:
@@ -18,10 +27,7 @@ def eval_table(results: "Sequence[EvalResult]") -> Table:
     for column in ("perplexity", "ratio", "tokens", "tokens/s"):
         table.add_column(column, justify="right")
     first = {result.data: result.perplexity for result in reversed(results)}
-    models = {result.model for result in results}
-    short = {model: Path(model).name for model in models}
-    if len(set(short.values())) < len(models):
-        short = {model: model for model in models}
+    short = short_names([result.model for result in results])
     for result in results:
         table.add_row(
             short[result.model],
