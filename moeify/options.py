@@ -183,6 +183,8 @@ class CompareOptions(Options):
     budget: tuple[float, ...] = option((0.75,), "Share of the FFN active per token.", above=0, below=1)
     data: tuple[str, ...] = option(("builtin-heldout",), DATA)
     data_tokens: int = option(10_240, "At most so many tokens of each text.", least=2)
+    tasks: tuple[str, ...] = option((), TASKS, commas=True)
+    questions: int | None = option(None, QUESTIONS, least=1)
     method: tuple[str, ...] = option((), "Only these rows, and static + refit.")
 
 

@@ -82,9 +82,7 @@ def evaluate(
     Raises:
         InputError: a model or text cannot be read, or two models cut the text into different tokens.
     """
-    options = EvalOptions(
-        tuple(data), tokens=tokens, context=context, stride=stride, dtype=dtype, device=device
-    )
+    options = EvalOptions(tuple(data), tokens=tokens, context=context, stride=stride, dtype=dtype, device=device)
     return list(measure(models, options, track=track).results)
 
 

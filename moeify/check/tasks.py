@@ -17,7 +17,7 @@ from torch import Tensor
 from moeify.check.bootstrap import draws, interval
 from moeify.check.tasks_harness import open_harness
 from moeify.check.tasks_local import SUFFIXES, open_questions
-from moeify.check.tasks_scores import Scores
+from moeify.check.tasks_scores import Questions, Scores
 from moeify.errors import InputError, UsageError, warn
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track, untracked
@@ -62,6 +62,8 @@ class Task(Protocol):
 
     def ask(self, model: Any, tokenizer: Any, name: str, track: Track[Any]) -> list[Scores]: ...
 
+    def questions(self) -> Questions: ...
+
 
 class Tasks:
     """All tasks of a run, opened before any model is loaded, and the answers of each model.
@@ -85,7 +87,8 @@ class Tasks:
         # A missing package is found before a long file is read.
         harness = open_harness(others, limit, track) if others else {}
         local = {name: open_questions(Path(name), limit) for name in files}
-        self._tasks: Mapping[str, Task] = {name: {**harness, **local}[name] for name in names}
+        opened: dict[str, Task] = {**harness, **local}
+        self._tasks = {name: opened[name] for name in names}
         self._answers: dict[str, list[Scores]] = {}
 
     def ask(self, model: Any, name: str, path: Path, track: Track[Any]) -> None:
@@ -101,6 +104,14 @@ class Tasks:
             tokenizer = load_tokenizer(path)
             answers = [scores for task in self._tasks.values() for scores in task.ask(model, tokenizer, name, track)]
             self._answers[name] = answers
+
+    def questions(self) -> list[Questions]:
+        """Every multiple choice, for models that are only tried out.
+
+        Raises:
+            UsageError: a task asks for something else.
+        """
+        return [task.questions() for task in self._tasks.values()]
 
     def results(self) -> tuple[TaskResult, ...]:
         """Of all models that were asked, task by task as the first one answered."""

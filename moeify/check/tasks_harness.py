@@ -10,13 +10,14 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moeify.check.tasks_scores import Scores, log_likelihoods
+from moeify.check.tasks_scores import Question, Questions, Scores, log_likelihoods
 from moeify.errors import InputError, UsageError, first_line
 from moeify.options import Track
 
@@ -42,10 +43,8 @@ def open_harness(names: Sequence[str], limit: int | None, track: Track[Any]) -> 
             f"--tasks {names[0]} needs the lm-eval package",
             "pip install 'moeify[tasks]'; a .jsonl file of questions needs nothing",
         )
-    from lm_eval.tasks import TaskManager
-
     with _silent():
-        manager = TaskManager()
+        manager = _manager()
         known = [*manager.all_tasks]
         for name in names:
             if name not in known and not Path(name).is_file():
@@ -54,6 +53,14 @@ def open_harness(names: Sequence[str], limit: int | None, track: Track[Any]) -> 
                 raise UsageError(f"lm-eval has no task {name!r}, nor is it a .jsonl file", guess)
         tracked = track(names, "fetching tasks", len(names))
         return {name: HarnessTask(name, _loaded(manager, name), limit) for name in tracked}
+
+
+@cache
+def _manager() -> Any:
+    """All that lm-eval knows; it reads ten thousand files for that."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _loaded(manager: Any, name: str) -> Any:
@@ -105,6 +112,31 @@ class HarnessTask:
         if not scores:
             raise InputError(f"task {self.task} has no score for each question", "name another task")
         return scores
+
+    def questions(self) -> Questions:
+        """Its multiple choices, for whoever scores them without a loaded model.
+
+        Raises:
+            UsageError: it asks for something else.
+        """
+        questions: list[Question] = []
+        for task in self.loaded["tasks"].values():
+            if task.OUTPUT_TYPE != "multiple_choice":
+                raise UsageError(f"task {self.task} is no multiple choice", "`moeify eval --tasks` takes it")
+            with _silent():
+                task.build_all_requests(limit=self.limit, rank=0, world_size=1)
+            pairs: dict[int, list[tuple[str, str]]] = {}
+            rows: dict[int, Any] = {}
+            for instance in task.instances:
+                pairs.setdefault(instance.doc_id, []).append(instance.args)
+                rows[instance.doc_id] = instance.doc
+            for number, own in pairs.items():
+                answer, count = task.doc_to_target(rows[number]), len(task.doc_to_choice(rows[number]))
+                if not isinstance(answer, int) or not 0 <= answer < count:
+                    raise UsageError(f"task {self.task} has several answers", "`moeify eval --tasks` takes it")
+                # Behind the choices stand those without the question, for another metric.
+                questions.append(Question(tuple(own[:count]), answer))
+        return Questions(self.task, tuple(questions))
 
     def _chance(self, samples: Sequence[Mapping[str, Any]]) -> float | None:
         """Accuracy of a random choice, where every question is a multiple choice."""

@@ -6,81 +6,21 @@ One JSON object a line, or an array of them:
 
 `answer` is the index of a choice from 0, its letter, or its text. The rows of ARC, HellaSwag, MMLU and OpenBookQA, as
 their data sets on the hub have them, are read as well.
-
-Legend: N questions.
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moeify.check.tasks_scores import Scores, log_likelihoods
+from moeify.check.tasks_scores import Question, Questions
 from moeify.errors import InputError
-from moeify.options import Track
 
 SUFFIXES = (".jsonl", ".json")
 QUESTION = ("question", "query", "question_stem", "ctx", "context", "prompt")
 CHOICES = ("choices", "endings", "options")
 ANSWER = ("answer", "answerKey", "gold", "label")
 HINT = 'a question is {"question": "2 + 2 =", "choices": ["3", "4"], "answer": 1}'
-
-
-@dataclass(frozen=True)
-class Question:
-    """A text, its continuations with their leading space, and the index of the right one."""
-
-    text: str
-    continuations: tuple[str, ...]
-    answer: int
-
-    @property
-    def pairs(self) -> list[tuple[str, str]]:
-        return [(self.text, continuation) for continuation in self.continuations]
-
-
-@dataclass(frozen=True)
-class Questions:
-    """The questions of one task."""
-
-    task: str
-    questions: tuple[Question, ...]
-
-    def ask(self, model: Any, tokenizer: Any, name: str, track: Track[Any]) -> list[Scores]:
-        """Have a model answer them."""
-        pairs = [pair for question in self.questions for pair in question.pairs]
-        answers = log_likelihoods(model, tokenizer, pairs, f"{name} answers {self.task}", track)
-        return self.scores([likelihood for likelihood, _ in answers])
-
-    def scores(self, likelihoods: Sequence[float]) -> list[Scores]:
-        """By the likeliest choice, and by the likeliest a character.
-
-        Args:
-            likelihoods: of all choices of all questions in a row, logarithms.
-        """
-        right: dict[str, list[float]] = {"acc": [], "acc_norm": []}
-        rest = list(likelihoods)
-        for question in self.questions:
-            own, rest = rest[: len(question.continuations)], rest[len(question.continuations) :]
-            lengths = [max(1, len(text.removeprefix(" "))) for text in question.continuations]
-            right["acc"].append(_is_best(own, question.answer))
-            normed = [value / length for value, length in zip(own, lengths, strict=True)]
-            right["acc_norm"].append(_is_best(normed, question.answer))
-        chance = sum(1 / len(question.continuations) for question in self.questions) / len(self.questions)
-        return [
-            Scores(self.task, metric, torch.tensor(values, dtype=torch.float64), chance)
-            for metric, values in right.items()
-        ]
-
-
-def _is_best(values: Sequence[float], answer: int) -> float:
-    """One if the answer is the first of the likeliest; the NaN of a broken model is never right."""
-    best = max(range(len(values)), key=lambda number: -math.inf if math.isnan(values[number]) else values[number])
-    return float(best == answer and not math.isnan(values[answer]))
 
 
 def open_questions(file: Path, limit: int | None) -> Questions:
@@ -132,12 +72,14 @@ def _question(row: Any, where: str) -> Question:
     labels: Sequence[Any] = ()
     if isinstance(choices, Mapping):
         # As in ARC: {"text": [...], "label": ["A", "B", ...]}.
-        choices, labels = choices.get("text"), choices.get("label") or ()
+        labels = choices.get("label") or ()
+        choices = choices.get("text")
     if not isinstance(question, str):
         raise InputError(f"{where}: the question is {type(question).__name__}, expected text", HINT)
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) and one for one in choices):
         raise InputError(f"{where}: expected two or more choices of text, found {choices!r:.100}", HINT)
-    return Question(question, tuple(f" {one}" for one in choices), _answer(answer, choices, labels, where))
+    pairs = tuple((question, f" {one}") for one in choices)
+    return Question(pairs, _answer(answer, choices, labels, where))
 
 
 def _first(row: Mapping[str, Any], names: Sequence[str], where: str) -> Any:

@@ -5,6 +5,7 @@ Text is cut into tokens as lm-eval cuts it, so that scores compare with publishe
 Legend: B rows in a batch, C tokens of the longest, K tokens of a continuation, V vocabulary, N questions.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,67 @@ class Scores:
     metric: str
     values_N: Tensor
     chance: float | None = None
+
+
+@dataclass(frozen=True)
+class Question:
+    """A multiple choice.
+
+    Args:
+        pairs: for each choice a text and how it goes on, with the space between.
+        answer: index of the right one.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    answer: int
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The questions of one task; at least one."""
+
+    task: str
+    rows: tuple[Question, ...]
+
+    def questions(self) -> "Questions":
+        """As those of every task."""
+        return self
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """All choices of all questions in a row."""
+        return [pair for question in self.rows for pair in question.pairs]
+
+    def ask(self, model: Any, tokenizer: Any, name: str, track: Track[Any]) -> list[Scores]:
+        """Have a model answer them."""
+        answers = log_likelihoods(model, tokenizer, self.pairs, f"{name} answers {self.task}", track)
+        return self.scores([likelihood for likelihood, _ in answers])
+
+    def scores(self, likelihoods: Sequence[float]) -> list[Scores]:
+        """By the likeliest choice, and by the likeliest a character, as lm-eval counts them.
+
+        Args:
+            likelihoods: logarithms, of `pairs`.
+        """
+        right: dict[str, list[float]] = {"acc": [], "acc_norm": []}
+        rest = list(likelihoods)
+        for question in self.rows:
+            own, rest = rest[: len(question.pairs)], rest[len(question.pairs) :]
+            lengths = [max(1, len(choice.removeprefix(" "))) for _, choice in question.pairs]
+            right["acc"].append(_is_best(own, question.answer))
+            normed = [value / length for value, length in zip(own, lengths, strict=True)]
+            right["acc_norm"].append(_is_best(normed, question.answer))
+        chance = sum(1 / len(question.pairs) for question in self.rows) / len(self.rows)
+        return [
+            Scores(self.task, metric, torch.tensor(values, dtype=torch.float64), chance)
+            for metric, values in right.items()
+        ]
+
+
+def _is_best(values: Sequence[float], answer: int) -> float:
+    """One if the answer is the first of the likeliest; the NaN of a broken model is never right."""
+    best = max(range(len(values)), key=lambda number: -math.inf if math.isnan(values[number]) else values[number])
+    return float(best == answer and not math.isnan(values[answer]))
 
 
 @torch.no_grad()

@@ -174,6 +174,8 @@ class _Stages:
             section.data,
             options,
             tokens=section.data_tokens,
+            tasks=section.tasks,
+            questions=section.questions,
             only=section.method,
             out=stage.result,
             track=self.track,
@@ -185,7 +187,7 @@ class _Stages:
         recipe, options, (main, *others) = self.recipe, self.recipe.bench, self._judged
         assert options is not None
         records = (Path(folder) / RECORD_FILE for folder in (main, *others))
-        key = digest(self.source, *records, options, *map(Path, options.data))
+        key = digest(self.source, *records, options, *map(Path, (*options.data, *options.tasks)))
         work = partial(bench, [main], [recipe.model, *others], options, out=recipe.out, overwrite=True)
         self._once(self._bench_stage, key, partial(work, track=self.track))
         return load_bench(recipe.out)

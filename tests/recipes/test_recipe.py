@@ -14,10 +14,11 @@ import yaml
 from conftest import MakeDense
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from moeify.check.evaluate import Evaluation
 from moeify.check.perplexity import EvalResult
 from moeify.cli.app import run_command
 from moeify.errors import InputError, MoeifyError, UsageError
-from moeify.options import SplitOptions
+from moeify.options import EvalOptions, SplitOptions
 from moeify.plugin_list import recipe_folders
 from moeify.recipes.model import Recipe, control_options, find_recipe, load_recipe
 from moeify.recipes.run import run

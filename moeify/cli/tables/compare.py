@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from moeify.cli.tables.tasks import tasks_tables
+
 if TYPE_CHECKING:
     from moeify.check.compare import Comparison
 
 
-def compare_tables(comparison: "Comparison") -> tuple[Table, Table]:
-    """One row a method and budget: over all text with its intervals, then text by text."""
+def compare_tables(comparison: "Comparison") -> tuple[Table, ...]:
+    """One row a method and budget: over all text with its intervals, then text by text, then task by task."""
     over_all = Table(title=f"moeify compare {Path(comparison.model).name}", title_justify="left")
     by_text = Table(title="perplexity on each text", title_justify="left")
     for table in (over_all, by_text):
@@ -31,4 +33,4 @@ def compare_tables(comparison: "Comparison") -> tuple[Table, Table]:
             f"{row.gap_closed:.0%}",
         )
         by_text.add_row(row.method, f"{row.budget:.0%}", *(f"{value:,.1f}" for value in row.texts.values()))
-    return over_all, by_text
+    return (over_all, by_text, *tasks_tables(comparison.tasks))

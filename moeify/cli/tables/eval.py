@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from moeify.cli.tables.tasks import short_names, tasks_table
+from moeify.cli.tables.tasks import short_names, tasks_tables
 
 if TYPE_CHECKING:
     from moeify.check.evaluate import Evaluation
@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 def eval_tables(evaluation: "Evaluation") -> tuple[Table, ...]:
     """Perplexities, then tasks."""
-    tasks = (tasks_table(evaluation.tasks),) if evaluation.tasks else ()
-    return (eval_table(evaluation.results), *tasks)
+    return (eval_table(evaluation.results), *tasks_tables(evaluation.tasks))
 
 
 def eval_table(results: "Sequence[EvalResult]") -> Table:

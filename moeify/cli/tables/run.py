@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from moeify.cli.tables.eval import eval_table
-from moeify.cli.tables.tasks import tasks_table
+from moeify.cli.tables.tasks import tasks_tables
 from moeify.words import duration, size
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ def run_tables(run: "RunResult") -> tuple[Table, ...]:
     for limit in run.limits:
         limits.add_row(limit.name, limit.measured, limit.allowed, "ok" if limit.passed else "FAILED")
     evals = (eval_table(run.evals),) if run.evals else ()
-    tasks = (tasks_table(run.tasks),) if run.tasks else ()
-    return (*evals, *tasks, limits) if run.limits else (*evals, *tasks)
+    measured = (*evals, *tasks_tables(run.tasks))
+    return (*measured, limits) if run.limits else measured
 
 
 def run_preview_table(plan: "RunPreview") -> Table:
