@@ -48,7 +48,12 @@ KINDS: Mapping[str, str] = {
     "ls": "moeify.plugin_list.Listing",
 }
 # Properties that stand in the JSON beside the fields.
-PROPERTIES: Mapping[str, tuple[str, ...]] = {"search": ("options",), "verify": ("passed",), "run": ("passed",)}
+PROPERTIES: Mapping[str, tuple[str, ...]] = {
+    "search": ("options",),
+    "verify": ("passed",),
+    "run": ("passed",),
+    "run-preview": ("duration_s", "disk_bytes"),
+}
 
 
 def find_kind(name: str) -> type[Any]:

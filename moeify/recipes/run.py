@@ -1,5 +1,6 @@
 """Running a recipe: its stages in a fixed order, finished ones skipped, limits last."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -19,10 +20,12 @@ from moeify.check.verify import TOLERANCE, VerifyReport, verify
 from moeify.command_line import command_line
 from moeify.convert.pipeline import split
 from moeify.convert.prepare import Preview, preview
+from moeify.errors import warn
 from moeify.export.record import RECORD_FILE
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
 from moeify.recipes import markers
+from moeify.recipes.estimate import Estimates, StagePreview, free_bytes
 from moeify.recipes.folder import HEADER, RECIPE_FILE, RUN_FILE, check_folder, recipe_text
 from moeify.recipes.limits import Limit, check_quality, check_times, judged
 from moeify.recipes.markers import Stage
@@ -30,6 +33,7 @@ from moeify.recipes.model import Recipe, control_options
 from moeify.recipes.names import BENCH, COMPARE, MAIN, TRAINED
 from moeify.results import check_replaceable, write, write_text
 from moeify.training.finetune import finetune
+from moeify.words import size
 
 # Options that a split settles or counts anew: a record does not hold them as they were given.
 SETTLED = ("experts", "shared", "active", "budget", "dense_layers", "target", "context")
@@ -58,14 +62,23 @@ class RunPreview:
     Args:
         out: its folder.
         splits: by folder, what each would do and cost.
-        finished: of these, what is there already.
-        further: stages that follow.
+        stages: all stages in their order.
+        free_bytes: on the disk of `out`.
     """
 
     out: Path
     splits: Mapping[str, Preview]
-    finished: tuple[str, ...]
-    further: tuple[str, ...]
+    stages: tuple[StagePreview, ...]
+    free_bytes: int
+
+    @property
+    def duration_s(self) -> float:
+        """Of all that is not finished, as far as it is known."""
+        return sum(stage.duration_s for stage in self.stages if not math.isnan(stage.duration_s))
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(stage.disk_bytes for stage in self.stages)
 
 
 def run(recipe: Recipe, *, overwrite: bool = False, track: Track[Any] = untracked) -> RunResult:
@@ -257,9 +270,11 @@ def preview_run(recipe: Recipe, *, overwrite: bool = False, track: Track[Any] = 
     stages.check(splits, overwrite=overwrite)
     finished = tuple(name for name, options in splits.items() if stages.has_split(name, options))
     previews = {name: preview(stages.dense, options) for name, options in splits.items()}
-    further = [name + TRAINED for name in recipe.trained]
-    further += [name for name in (COMPARE, "verify", "eval", BENCH) if getattr(recipe, name)]
-    return RunPreview(recipe.out, previews, finished, tuple(further))
+    estimates = Estimates(recipe, stages.dense, previews, finished).stages()
+    plan = RunPreview(recipe.out, previews, tuple(estimates), free_bytes(recipe.out))
+    if plan.disk_bytes > plan.free_bytes:
+        warn(f"{recipe.out} needs about {size(plan.disk_bytes)}, {size(plan.free_bytes)} are free on its disk")
+    return plan
 
 
 def _splits(recipe: Recipe) -> dict[str, SplitOptions]:

@@ -1,5 +1,6 @@
 """Tables of `moeify run`."""
 
+import math
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -24,22 +25,21 @@ def run_tables(run: "RunResult") -> tuple[Table, ...]:
 
 
 def run_preview_table(plan: "RunPreview") -> Table:
+    """A row a stage; it is no wider than 80 columns."""
     table = Table(title=f"moeify run --dry-run, to {plan.out}", title_justify="left")
-    table.add_column("split")
-    table.add_column("target")
-    for column in ("experts", "params", "active", "memory", "time"):
-        table.add_column(column, justify="right")
-    for name, preview in plan.splits.items():
-        estimate, layout = preview.estimate, preview.layout
-        experts = f"{layout.num_shared} + {layout.num_routed_active} of {layout.num_routed}"
-        table.add_row(
-            name,
-            "dense, pruned" if layout.is_static else preview.target,
-            f"{layout.num_active} of {layout.num_experts}" if layout.is_static else experts,
-            f"{preview.num_parameters / 1e9:.2f} B",
-            f"{preview.num_active_parameters / 1e9:.2f} B",
-            size(estimate.peak_memory_bytes),
-            "finished" if name in plan.finished else duration(estimate.duration_s),
-        )
-    table.caption = f"then: {', '.join(plan.further)}" if plan.further else None
+    table.add_column("stage", overflow="fold")
+    table.add_column("what it does", overflow="fold")
+    for column in ("time", "disk", "memory"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage in plan.stages:
+        if stage.finished:
+            table.add_row(stage.name, stage.what, "finished", "", "")
+            continue
+        disk = size(stage.disk_bytes) if stage.disk_bytes else ""
+        time = "?" if math.isnan(stage.duration_s) else duration(stage.duration_s)
+        table.add_row(stage.name, stage.what, time, disk, size(stage.peak_memory_bytes))
+    table.caption = (
+        f"about {duration(plan.duration_s)} in all; {size(plan.disk_bytes)} of {size(plan.free_bytes)} that are free"
+    )
+    table.caption_justify = "left"
     return table
