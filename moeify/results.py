@@ -43,6 +43,7 @@ KINDS: Mapping[str, str] = {
     "layer-bench": "moeify.benchmark.layers.results.LayerBench",
     "report": "moeify.reporting.report.ReportResult",
     "record": "moeify.reporting.reader.Record",
+    "init": "moeify.recipes.init.InitResult",
     "run": "moeify.recipes.run.RunResult",
     "run-preview": "moeify.recipes.run.RunPreview",
     "ls": "moeify.plugin_list.Listing",
