@@ -25,6 +25,7 @@ from moeify.export.record import RECORD_FILE
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track, untracked
 from moeify.recipes import markers
+from moeify.recipes.cards import note_quality
 from moeify.recipes.estimate import Estimates, StagePreview, free_bytes
 from moeify.recipes.folder import HEADER, RECIPE_FILE, RUN_FILE, check_folder, recipe_text
 from moeify.recipes.limits import Limit, check_quality, check_times, judged
@@ -113,6 +114,8 @@ def run(recipe: Recipe, *, overwrite: bool = False, track: Track[Any] = untracke
         names = [*splits, *(name + TRAINED for name in recipe.trained)]
         models = [recipe.model, *(str(out / name) for name in names)]
         evaluation = measure(models, recipe.eval, track=track)
+        for name in names:
+            note_quality(out / name, evaluation)
     speeds = stages.bench() if recipe.bench else None
     limits = (*check_quality(recipe, report, evaluation.results), *check_times(recipe, speeds))
     result = RunResult(out, tuple(stages.skipped), report, evaluation.results, limits, evaluation.tasks)
