@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeify.command_line import Options, option
+from moeify.errors import UsageError
 from moeify.options import CONTEXT, DATA, DEVICE, DEVICES, DTYPE, QUESTIONS, TASKS, DType, FileType
 
 Section = Literal["quality", "speed", "memory", "experts"]
@@ -37,6 +38,11 @@ class BenchOptions(Options):
     limit_seconds: float = option(900.0, "Stop a program of llama.cpp that takes longer.", above=0)
     dtype: DType = option("auto", DTYPE)
     device: str = option("auto", DEVICE, form=DEVICES)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tasks and "transformers" not in self.engine:
+            raise UsageError("--tasks are answered in transformers", "add --engine transformers")
 
 
 @dataclass(frozen=True)

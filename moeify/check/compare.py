@@ -18,7 +18,8 @@ from torch import Tensor
 from moeify.cache import cache_dir, check_place, digest, once
 from moeify.check.baselines import NeuronOracle, fit_bias_compensated
 from moeify.check.bootstrap import draws, interval
-from moeify.check.tasks import TaskResult, Tasks
+from moeify.check.tasks import Tasks
+from moeify.check.tasks_results import TaskResult
 from moeify.check.tasks_rows import TaskRows
 from moeify.check.trials import Control, Trial, Trials
 from moeify.convert.prepare import Prepared, calibration_text, prepare

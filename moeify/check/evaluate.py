@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from moeify import families
 from moeify.check.perplexity import EvalResult, Perplexity
-from moeify.check.tasks import TaskResult, Tasks
+from moeify.check.tasks import Tasks
+from moeify.check.tasks_results import TaskResult
 from moeify.convert.prepare import check_device
 from moeify.families import Modality
 from moeify.kernels import register

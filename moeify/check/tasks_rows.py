@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify.check.tasks import TaskResult, compared
+from moeify.check.tasks import compared
+from moeify.check.tasks_results import TaskResult
 from moeify.check.tasks_scores import Questions, encode_pair
 
 

@@ -15,7 +15,7 @@ from moeify.cache import digest
 from moeify.check.compare import compare
 from moeify.check.evaluate import Evaluation, measure
 from moeify.check.perplexity import EvalResult
-from moeify.check.tasks import TaskResult
+from moeify.check.tasks_results import TaskResult
 from moeify.check.verify import TOLERANCE, VerifyReport, verify
 from moeify.command_line import command_line
 from moeify.convert.pipeline import split

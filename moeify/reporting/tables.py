@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from moeify.benchmark.engines.results import EngineFile, EngineSpeed
 from moeify.benchmark.models.results import PARTS, Interval, Model, ModelBench, Part, Quality, Speed, Verdict
-from moeify.check.tasks import TaskResult
+from moeify.check.tasks_results import TaskResult
 from moeify.reporting.facts import ALL_TEXTS, Facts, active_parameters, parameters, quality_of, ratio_of
 from moeify.reporting.reader import Source
 from moeify.words import count, factor, number, percent, size

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from moeify.check.evaluate import Evaluation
 from moeify.check.perplexity import EvalResult
-from moeify.check.tasks import TaskResult
+from moeify.check.tasks_results import TaskResult
 from moeify.recipes.cards import note_quality
 
 CARD = "---\ntags: [moeify]\n---\n\n# name\n\n## How it was made\n\nso\n\n## Limits\n\nmany\n"

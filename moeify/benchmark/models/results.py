@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from moeify.benchmark.ceilings import Ceilings
 from moeify.benchmark.engines.results import EngineFile, EngineSpeed
-from moeify.check.tasks import TaskResult
+from moeify.check.tasks_results import TaskResult
 
 Kind = Literal["dense", "moe", "static"]
 Phase = Literal["prefill", "decode"]

@@ -35,7 +35,6 @@ from moeify.benchmark.timing import timer_for
 from moeify.check.evaluate import load
 from moeify.check.tasks import Tasks
 from moeify.command_line import command_line
-from moeify.errors import UsageError
 from moeify.options import Track, untracked
 from moeify.results import check_new, check_writable, read, write
 
@@ -79,8 +78,6 @@ def bench(
     if "llama.cpp" in options.engine:
         engines.check_programs()
     entrants, texts = [], None
-    if options.tasks and "transformers" not in options.engine:
-        raise UsageError("--tasks are answered in transformers", "add --engine transformers")
     tasks = Tasks(options.tasks, options.questions, track)
     if "transformers" in options.engine:
         entrants = open_models(models, against, track)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from moeify.check.tasks import TaskResult
+    from moeify.check.tasks_results import TaskResult
 
 
 WIDTH = 80
