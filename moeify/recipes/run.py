@@ -15,6 +15,7 @@ from moeify.cache import digest
 from moeify.check.compare import compare
 from moeify.check.evaluate import Evaluation, measure
 from moeify.check.perplexity import EvalResult
+from moeify.check.tasks import Tasks
 from moeify.check.tasks_results import TaskResult
 from moeify.check.verify import TOLERANCE, VerifyReport, verify
 from moeify.command_line import command_line
@@ -144,8 +145,11 @@ class _Stages:
         return self.dense.fingerprint()
 
     def check(self, splits: Mapping[str, SplitOptions], *, overwrite: bool) -> None:
-        """Raise InputError if a stage would replace something that it may not."""
+        """Raise InputError if a stage would replace something that it may not, or could not ask its tasks."""
         out = self.recipe.out
+        for section in (self.recipe.compare, self.recipe.eval, self.recipe.bench):
+            if section is not None:
+                Tasks(section.tasks, section.questions, self.track)
         check_replaceable(out / RECIPE_FILE, HEADER)
         check_replaceable(out / RUN_FILE, RunResult)
         for name, options in splits.items():

@@ -453,6 +453,16 @@ def test_a_dry_run_settles_everything_and_writes_nothing(
     assert max(map(len, table.split("next:")[0].splitlines())) <= 80
 
 
+@pytest.mark.parametrize("section", ["eval", "bench", "compare"])
+def test_tasks_that_cannot_be_asked_are_found_before_the_work(
+    section: str, write: Write, splits: list[tuple[str, SplitOptions]], tmp_path: Path
+) -> None:
+    path = write(**{section: {"tasks": [str(tmp_path / "none.jsonl")]}})
+    with pytest.raises(InputError, match="cannot read the questions"):
+        run(load_recipe(path))
+    assert splits == []
+
+
 LARGE: dict[str, Callable[[], Any]] = {
     "llama-3-8b": lambda: LlamaConfig(
         vocab_size=128256,
