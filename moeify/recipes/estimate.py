@@ -152,7 +152,8 @@ class Estimates:
         assert section is not None
         count = len(section.method) + 1 if section.method else len(methods(split.experts or 8))
         tokens = TIME_FACTOR * split.tokens + section.data_tokens * len(section.data)
-        seconds = count * len(section.budget) * self._forward(tokens + self._question_tokens(section.tasks), "cpu")
+        tokens += self._question_tokens(section.tasks, section.questions)
+        seconds = count * len(section.budget) * self._forward(tokens, split.device)
         what = f"{count} methods at {len(section.budget)} budget{'s' if len(section.budget) > 1 else ''}"
         memory = max(preview.estimate.peak_memory_bytes for preview in self.splits.values())
         return StagePreview(COMPARE, what, seconds, peak_memory_bytes=memory)
@@ -196,7 +197,7 @@ class Estimates:
         judged = sum(self._models[name] for name in (DENSE, MAIN, *static))
         return StagePreview(BENCH, what, seconds, peak_memory_bytes=process_bytes() + judged)
 
-    def _question_tokens(self, tasks: Sequence[str], limit: int | None = None) -> float:
+    def _question_tokens(self, tasks: Sequence[str], limit: int | None) -> float:
         """Of files of questions; how long those of lm-eval are is known when they are fetched."""
         files = [Path(task) for task in tasks if Path(task).suffix in SUFFIXES]
         pairs = [pair for file in files for pair in open_questions(file, limit).pairs]
