@@ -32,6 +32,8 @@ GGUFType = Literal[FileType, "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"]
 
 # Help of options that several commands have.
 DATA = "Text, jsonl or parquet file, folder, hub data set, builtin or builtin-heldout, to measure or to train on."
+TASKS = "Questions to answer as well: a .jsonl file of them, or tasks of lm-eval such as hellaswag,arc_easy"
+QUESTIONS = "At most so many questions of each task; all."
 CONTEXT = "Tokens in a block of text; 512, or as many as the model takes."
 SEED = "Of sampling, data order, clustering and projections."
 DTYPE = "Of the weights; auto keeps the checkpoint's or, where there is none, is bfloat16 on cuda and float32 on cpu."
@@ -187,15 +189,19 @@ class CompareOptions(Options):
     budget: tuple[float, ...] = option((0.75,), "Share of the FFN active per token.", above=0, below=1)
     data: tuple[str, ...] = option(("builtin-heldout",), DATA)
     data_tokens: int = option(8192, "At most so many tokens of each text.", least=2)
+    tasks: tuple[str, ...] = option((), TASKS, commas=True)
+    questions: int | None = option(None, QUESTIONS, least=1)
     method: tuple[str, ...] = option((), "Only these rows, and static + refit.")
 
 
 @dataclass(frozen=True)
 class EvalOptions(Options):
-    """What perplexity is measured on."""
+    """What models are measured on."""
 
     data: tuple[str, ...] = option(("builtin-heldout",), DATA)
     tokens: int = option(8192, "At most so many tokens of each text.", least=2)
+    tasks: tuple[str, ...] = option((), TASKS, commas=True)
+    questions: int | None = option(None, QUESTIONS, least=1)
     context: int | None = option(None, CONTEXT, least=2)
     stride: int | None = option(None, "Tokens the window moves by; the context, for blocks side by side.", least=1)
     dtype: DType = option("auto", DTYPE)

@@ -48,13 +48,12 @@ def listing(kind: str) -> Listing:
 
 
 def recipe_folders() -> list[Path]:
-    """Where recipes lie: beside the package in a checkout, else where the wheel put them."""
+    """Where recipes lie: beside the package in a checkout, else where the wheel put them, for all or for one user."""
     import sysconfig
 
-    folders = [
-        Path(__file__).parent.parent / "recipes",
-        Path(sysconfig.get_path("data")) / "share" / "moeify" / "recipes",
-    ]
+    user = sysconfig.get_path("data", sysconfig.get_preferred_scheme("user"))
+    shares = [Path(place) / "share" / "moeify" / "recipes" for place in (sysconfig.get_path("data"), user)]
+    folders = [Path(__file__).parent.parent / "recipes", *shares]
     return [folder for folder in folders if (folder / "quickstart.yaml").is_file()][:1]
 
 

@@ -43,12 +43,18 @@ KINDS: Mapping[str, str] = {
     "layer-bench": "moeify.benchmark.layers.results.LayerBench",
     "report": "moeify.reporting.report.ReportResult",
     "record": "moeify.reporting.reader.Record",
+    "init": "moeify.recipes.init.InitResult",
     "run": "moeify.recipes.run.RunResult",
     "run-preview": "moeify.recipes.run.RunPreview",
     "ls": "moeify.plugin_list.Listing",
 }
 # Properties that stand in the JSON beside the fields.
-PROPERTIES: Mapping[str, tuple[str, ...]] = {"search": ("options",), "verify": ("passed",), "run": ("passed",)}
+PROPERTIES: Mapping[str, tuple[str, ...]] = {
+    "search": ("options",),
+    "verify": ("passed",),
+    "run": ("passed",),
+    "run-preview": ("duration_s", "disk_bytes"),
+}
 
 
 def find_kind(name: str) -> type[Any]:

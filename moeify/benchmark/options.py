@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeify.command_line import Options, option
-from moeify.options import CONTEXT, DATA, DEVICE, DEVICES, DTYPE, DType, FileType
+from moeify.errors import UsageError
+from moeify.options import CONTEXT, DATA, DEVICE, DEVICES, DTYPE, QUESTIONS, TASKS, DType, FileType
 
 Section = Literal["quality", "speed", "memory", "experts"]
 Implementation = Literal["eager", "batched_mm", "grouped_mm", "moeify"]
@@ -20,6 +21,8 @@ class BenchOptions(Options):
     data: tuple[str, ...] = option(("builtin-heldout",), DATA)
     tokens: int = option(8192, "At most so many tokens of each text, in whole blocks.", least=1)
     context: int | None = option(None, CONTEXT, least=1)
+    tasks: tuple[str, ...] = option((), TASKS, commas=True)
+    questions: int | None = option(None, QUESTIONS, least=1)
     batch: tuple[int, ...] = option((1, 8), "Sequences at once, such as 1,8.", least=1)
     prompt: tuple[int, ...] = option((), "Tokens of a prompt; 128,512 where all models take them.", least=1)
     implementation: tuple[Implementation, ...] = option((), "Of experts, such as eager,grouped_mm; all that run.")
@@ -35,6 +38,11 @@ class BenchOptions(Options):
     limit_seconds: float = option(900.0, "Stop a program of llama.cpp that takes longer.", above=0)
     dtype: DType = option("auto", DTYPE)
     device: str = option("auto", DEVICE, form=DEVICES)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tasks and "transformers" not in self.engine:
+            raise UsageError("--tasks are answered in transformers", "add --engine transformers")
 
 
 @dataclass(frozen=True)

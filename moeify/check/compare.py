@@ -19,11 +19,14 @@ from moeify.cache import cache_dir, check_place, digest, once
 from moeify.check.baselines import NeuronOracle, fit_bias_compensated
 from moeify.check.bootstrap import perplexity_of, perplexity_ratio
 from moeify.check.perplexity import warn_of_few, whole_blocks
+from moeify.check.tasks import Tasks
+from moeify.check.tasks_results import TaskResult
+from moeify.check.tasks_rows import TaskRows
 from moeify.check.trials import Control, Trial, Trials
 from moeify.command_line import names_of, several
 from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.data.text import evaluation_tokens
-from moeify.errors import InputError, UsageError, kept_when_interrupted
+from moeify.errors import UsageError, kept_when_interrupted
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import CompareOptions, Names, SplitOptions, Track
 from moeify.progress import Resumed, shown
@@ -79,12 +82,13 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Readable):
-    """The whole table and what it was measured on."""
+    """The whole table and what it was measured on; `tasks` name the method and, of several budgets, which."""
 
     model: str
     rows: tuple[Row, ...]
     calibration: Mapping[str, Any]
     evaluation: Mapping[str, Any]
+    tasks: tuple[TaskResult, ...] = ()
 
 
 def methods(experts: int) -> dict[str, Method]:
@@ -126,6 +130,8 @@ def compare(
     options: SplitOptions | None = None,
     *,
     tokens: int = CompareOptions.data_tokens,
+    tasks: str | Sequence[str] = (),
+    questions: int | None = None,
     only: str | Sequence[str] = (),
     further: Mapping[str, Mapping[str, Any]] | None = None,
     out: str | Path | None = None,
@@ -140,6 +146,8 @@ def compare(
         data: evaluation texts.
         options: calibration, number of experts, device; methods replace what is theirs.
         tokens: at most so many tokens of each text, in whole blocks.
+        tasks: multiple choices that every method answers: .jsonl files, or tasks of lm-eval.
+        questions: at most so many of each; None means all.
         only: names of methods; all if there are none. The reference is always there.
         further: more splits, name -> options, each with its own budget and a static control that cuts the same layers.
         out: a JSON file for the result.
@@ -165,6 +173,7 @@ def compare(
         out = Path(out)
         check_writable(out, Comparison)
     # Experts of any width: no kernel limits a split that is only measured.
+    asked = Tasks(several(tasks), questions, track)
     base = replace(options, dtype="float32")
     dense = open_dense(model, track)
     prepared = prepare(dense, base, writable=False)
@@ -174,19 +183,24 @@ def compare(
     blocks = calibration_text(prepared)
     texts = {source: _blocks(prepared, source, tokens) for source in data}
     check_place(cache_dir() / "compare" / "losses")
-    trials = Trials(prepared, blocks.ids_BC, torch.cat(list(texts.values())))
+    rows = TaskRows.of(asked.questions(), dense.tokenizer(), int(dense.config.max_position_embeddings))
+    trials = Trials(prepared, blocks.ids_BC, torch.cat(list(texts.values())), rows.ids_BC)
     split = partial(_split, dense, trials)
     entries = [*_entries(trials, split, base, budgets, only), *_further(split, base, further or {})]
     ids = [ids_BC.numpy() for ids_BC in (blocks.ids_BC, *texts.values())]
-    waiting = Resumed(entries, sum(1 for _ in takewhile(lambda entry: entry.file(prepared, ids).is_file(), entries)))
+    waiting = Resumed(
+        entries, sum(1 for _ in takewhile(lambda entry: entry.file(prepared, ids, rows).is_file(), entries))
+    )
     with kept_when_interrupted("the methods that are measured"):
-        results = [entry.result(prepared, ids) for entry in track(waiting, "comparing methods", len(entries))]
+        results = [entry.result(prepared, ids, rows) for entry in track(waiting, "comparing methods", len(entries))]
+    names = [entry.name if len(budgets) == 1 else f"{entry.name}, {entry.budget:.0%}" for entry in entries]
     num_blocks = {source: len(ids_BC) for source, ids_BC in texts.items()}
     comparison = Comparison(
         prepared.dense.name,
         tuple(_rows(dict(zip(entries, results, strict=True)), budgets, num_blocks)),
         asdict(blocks.provenance),
         {"tokens": {name: ids_BC.numel() for name, ids_BC in texts.items()}, "context": prepared.options.context},
+        tuple(rows.results({name: result.likelihoods for name, result in zip(names, results, strict=True)})),
     )
     if out is not None:
         write(comparison, out)
@@ -226,21 +240,24 @@ class _Entry:
     inputs: Any
     measure: Callable[[], Trial]
 
-    def file(self, prepared: Prepared, ids: Sequence[Any]) -> Path:
+    def file(self, prepared: Prepared, ids: Sequence[Any], rows: TaskRows) -> Path:
         """Where the losses stay."""
-        return cache_dir() / "compare" / f"{digest(prepared.dense.fingerprint(), self.inputs, *ids)}.json"
+        asked = [] if rows.ids_BC is None else [rows.ids_BC.numpy(), rows.spans]
+        return cache_dir() / "compare" / f"{digest(prepared.dense.fingerprint(), self.inputs, *ids, *asked)}.json"
 
-    def result(self, prepared: Prepared, ids: Sequence[Any]) -> "_Result":
+    def result(self, prepared: Prepared, ids: Sequence[Any], rows: TaskRows) -> "_Result":
         """Measured, unless an earlier run measured the same."""
 
         def measure() -> dict[str, Any]:
             trial = self.measure()
             prepared.dense.check_unchanged()
             losses = trial.losses_BL.double().mean(dim=1).tolist()
-            return {"losses": losses, "diagnostics": dict(trial.diagnostics)}
+            choices = [] if trial.aside_BL is None else rows.likelihoods(trial.aside_BL)
+            return {"losses": losses, "diagnostics": dict(trial.diagnostics), "choices": choices}
 
-        values = once(self.file(prepared, ids), measure)
-        return _Result(torch.tensor(values["losses"], dtype=torch.float64), values["diagnostics"])
+        values = once(self.file(prepared, ids, rows), measure)
+        losses_B = torch.tensor(values["losses"], dtype=torch.float64)
+        return _Result(losses_B, values["diagnostics"], values["choices"])
 
 
 # Name, options and budget in, the row to be measured out.
@@ -249,10 +266,11 @@ Split = Callable[..., _Entry]
 
 @dataclass(frozen=True)
 class _Result:
-    """Mean losses of the evaluation blocks, float64, and means of the fits' diagnostics."""
+    """Mean losses of the evaluation blocks, float64, means of the fits' diagnostics, and likelihoods of the choices."""
 
     losses_B: Tensor
     diagnostics: Mapping[str, float]
+    likelihoods: Sequence[float]
 
 
 def _entries(

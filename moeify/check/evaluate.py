@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from moeify import families
 from moeify.check.perplexity import EvalResult, Perplexity
+from moeify.check.tasks import Tasks
+from moeify.check.tasks_results import TaskResult
 from moeify.command_line import names_of
 from moeify.convert.prepare import check_device
 from moeify.families import Modality
@@ -31,9 +33,10 @@ MEASURES: Mapping[Modality, Callable[[Mapping[str, Path], EvalOptions], Measure]
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(Readable):
-    """All models on all texts, in the order they were measured."""
+    """All models on all texts and tasks, in the order they were measured."""
 
     results: tuple[EvalResult, ...]
+    tasks: tuple[TaskResult, ...] = ()
 
 
 def load(model: str | Path, *, dtype: str = "auto", device: str = "cpu", **arguments: Any) -> Any:
@@ -94,17 +97,33 @@ def evaluate(
         dense, moe = moeify.evaluate(["builtin", "my-moe"], "builtin-heldout")
         print(moe.perplexity / dense.perplexity)
     """
-    models, data = names_of(models), names_of(data)
+    options = EvalOptions(names_of(data), tokens=tokens, context=context, stride=stride, dtype=dtype, device=device)
+    return Rows[EvalResult](measure(names_of(models), options, track=track).results)
+
+
+def measure(models: Sequence[str], options: EvalOptions, *, track: Track[Any] = shown) -> Evaluation:
+    """Measure each model on each text, and have it answer each task.
+
+    Args:
+        models: checkpoints; the first is what the others are compared with.
+        options: texts, tasks and how they are measured.
+        track: wraps the loops over windows and questions.
+
+    Raises:
+        UsageError: an unknown task, or one that needs a package that is missing.
+        InputError: a model, text or task cannot be read, or two models cut a text into different tokens.
+    """
     paths = {model: locate(model, track) for model in models}
-    options = EvalOptions(data, tokens, context, stride, dtype, device)
     check_device(options.device)
-    measure = MEASURES[_modality(paths)](paths, options)
-    results = Rows[EvalResult]()
+    perplexity = MEASURES[_modality(paths)](paths, options)
+    tasks = Tasks(options.tasks, options.questions, track)
+    results = []
     for name in models:
         model = load(name, dtype=options.dtype, device=options.device)
-        results += [measure(model, name, source, track) for source in data]
+        results += [perplexity(model, name, source, track) for source in options.data]
+        tasks.ask(model, name, paths[name], track)
         del model
-    return results
+    return Evaluation(tuple(results), tasks.results())
 
 
 def _modality(paths: Mapping[str, Path]) -> Modality:

@@ -29,10 +29,12 @@ class Trial:
     Args:
         losses_BL: negative log-likelihood in nats of every evaluation token but the first of each block.
         diagnostics: means over layers of what the fits measured.
+        aside_BL: losses of the further blocks, if there are any.
     """
 
     losses_BL: Tensor
     diagnostics: Mapping[str, float] = field(default_factory=dict)
+    aside_BL: Tensor | None = None
 
 
 class Trials:
@@ -41,10 +43,14 @@ class Trials:
     Args:
         dense: the model, prepared in any way.
         calibration_BC, evaluation_BC: blocks of token ids.
+        aside_BC: further ones of another length, evaluated as well.
     """
 
-    def __init__(self, dense: Prepared, calibration_BC: Tensor, evaluation_BC: Tensor) -> None:
+    def __init__(
+        self, dense: Prepared, calibration_BC: Tensor, evaluation_BC: Tensor, aside_BC: Tensor | None = None
+    ) -> None:
         self._dense, self._calibration_BC, self._evaluation_BC = dense, calibration_BC, evaluation_BC
+        self._aside_BC = aside_BC
         self._gradients: list[Tensor] = []
 
     @property
@@ -54,11 +60,11 @@ class Trials:
 
     def control(self, control: Control) -> Trial:
         """Every FFN replaced by a control."""
-        walk = CalibrationWalk(self._dense, self._calibration_BC, self._evaluation_BC)
+        walk = CalibrationWalk(self._dense, self._calibration_BC, self._evaluation_BC, aside_BC=self._aside_BC)
         for layer in range(self._dense.dense.num_layers):
             stage = walk.enter(layer)
             walk.leave(control(stage.ffn, stage.inputs_TD)(torch.cat([stage.inputs_TD, stage.riding_ED])))
-        return Trial(walk.stream.losses(self._evaluation_BC))
+        return Trial(walk.stream.losses(self._evaluation_BC), aside_BL=self._aside(walk))
 
     def split(self, prepared: Prepared) -> Trial:
         """A split as it would be written."""
@@ -66,7 +72,9 @@ class Trials:
         if wants_gradients and not self._gradients:
             self._gradients = output_gradients(prepared.dense, self._calibration_BC, prepared.options.device)
         gradients = self._gradients if wants_gradients else []
-        walk = CalibrationWalk(prepared, self._calibration_BC, self._evaluation_BC, gradients=gradients)
+        walk = CalibrationWalk(
+            prepared, self._calibration_BC, self._evaluation_BC, aside_BC=self._aside_BC, gradients=gradients
+        )
         measured: list[Mapping[str, float]] = []
         for layer in range(prepared.dense.num_layers):
             stage = walk.enter(layer)
@@ -77,7 +85,10 @@ class Trials:
             measured.append(converted.plan.diagnostics)
         names = sorted({name for diagnostics in measured for name in diagnostics})
         means = {name: _mean([diagnostics[name] for diagnostics in measured if name in diagnostics]) for name in names}
-        return Trial(walk.stream.losses(self._evaluation_BC), means)
+        return Trial(walk.stream.losses(self._evaluation_BC), means, self._aside(walk))
+
+    def _aside(self, walk: CalibrationWalk) -> Tensor | None:
+        return None if walk.aside is None or self._aside_BC is None else walk.aside.losses(self._aside_BC)
 
 
 def _mean(values: list[float]) -> float:

@@ -23,6 +23,7 @@ from moeify.cli.commands.eval import eval_command
 from moeify.cli.commands.export import export_command
 from moeify.cli.commands.finetune import finetune_command
 from moeify.cli.commands.generate import generate_command
+from moeify.cli.commands.init import init_command
 from moeify.cli.commands.inspect import inspect_command
 from moeify.cli.commands.ls import list_command
 from moeify.cli.commands.plan import plan_command
@@ -53,6 +54,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "bench": bench_command,
     "bench-layer": bench_layer_command,
     "report": report_command,
+    "init": init_command,
     "run": run_recipe_command,
     "ls": list_command,
     "schema": schema_command,

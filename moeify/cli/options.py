@@ -140,6 +140,9 @@ SearchOut = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="FILE.json; the frontier is drawn beside it as FILE.svg.", show_default=False),
 ]
+RecipeOut = Annotated[
+    Path | None, typer.Option("--out", "-o", help="FILE.yaml; NAME-recipe.yaml in this folder.", show_default=False)
+]
 CompareOut = Annotated[
     Path | None,
     typer.Option("--out", "-o", help="FILE.json; a run that was stopped goes on from it.", show_default=False),

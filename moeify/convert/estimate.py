@@ -64,7 +64,7 @@ def estimate(prepared: "Prepared") -> Estimate:
     writing = 2 * min(SHARD_BYTES, written) + 2 * largest_layer
     return Estimate(
         duration_s=TIME_FACTOR * forward_flops(dense, tokens) / rate,
-        peak_memory_bytes=_process_bytes()
+        peak_memory_bytes=process_bytes()
         + max(2 * largest_layer + max(grams, sample) + 2 * activations + streams, writing),
         checkpoint_bytes=written,
         matmul_flops_per_second=rate,
@@ -88,7 +88,8 @@ def matmul_rate(device: str, size: int = 1024, repeats: int = 5) -> float:
     return 2 * size**3 / best
 
 
-def _process_bytes() -> int:
+def process_bytes() -> int:
+    """Memory that this process has, with the libraries that it loaded."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)

@@ -45,6 +45,7 @@ class CalibrationWalk:
         prepared: the model, and what its options ask for.
         calibration_BC: the text that layers are fitted to.
         riding_BC: text that is only taken along.
+        aside_BC: the same, in blocks of another length; it rides behind the other.
         gradients: gradient_GD of every layer, for methods that need them.
     """
 
@@ -54,11 +55,13 @@ class CalibrationWalk:
         calibration_BC: Tensor,
         riding_BC: Tensor | None = None,
         *,
+        aside_BC: Tensor | None = None,
         gradients: Sequence[Tensor] = (),
     ) -> None:
         ids_BC = calibration_BC if riding_BC is None else torch.cat([calibration_BC, riding_BC])
         self._prepared, self._gradients, self._num_fit = prepared, gradients, calibration_BC.numel()
         self.stream = prepared.stream(ids_BC)
+        self.aside = None if aside_BC is None else prepared.stream(aside_BC)
         self._undisturbed = prepared.stream(calibration_BC) if prepared.options.refit_to == "stream" else None
 
     def enter(self, layer: int) -> LayerInputs:
@@ -74,8 +77,15 @@ class CalibrationWalk:
                 )
             goal_TD = self._undisturbed.pass_through(layer, ffn) - self.stream.residual()[: self._num_fit]
         gradient_GD = self._gradients[layer] if self._gradients else None
-        return LayerInputs(ffn, inputs_TD[: self._num_fit], inputs_TD[self._num_fit :], gradient_GD, goal_TD)
+        riding_ED = inputs_TD[self._num_fit :]
+        if self.aside is not None:
+            riding_ED = torch.cat([riding_ED, self.aside.attend(layer)])
+        return LayerInputs(ffn, inputs_TD[: self._num_fit], riding_ED, gradient_GD, goal_TD)
 
     def leave(self, outputs_TD: Tensor, riding_ED: Tensor | None = None) -> None:
         """Add what the FFN gives, for all tokens."""
-        self.stream.advance(outputs_TD if riding_ED is None else torch.cat([outputs_TD, riding_ED]))
+        whole_TD = outputs_TD if riding_ED is None else torch.cat([outputs_TD, riding_ED])
+        num_tokens = len(self.stream.residual())
+        self.stream.advance(whole_TD[:num_tokens])
+        if self.aside is not None:
+            self.aside.advance(whole_TD[num_tokens:])

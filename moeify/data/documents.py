@@ -29,6 +29,7 @@ KINDS = (
     "a text, .jsonl, .json or .parquet file, a folder of them, org/name on the hub, builtin, builtin-heldout or self"
 )
 HUB_SOURCE = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[^:/]*))?(:(?P<split>[^:/]*))?")
+EXTRA = "pip install 'moeify[data]'; text, .jsonl and .json files need nothing"
 RECORD_HINT = 'every record needs "text": "..." or "messages": [{"content": "..."}]'
 
 
@@ -130,9 +131,11 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
-    import pyarrow
-    from pyarrow import parquet
-
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"reading {path} needs the pyarrow package", EXTRA) from error
     try:
         with parquet.ParquetFile(path) as file:
             columns = [name for name in ("text", "messages") if name in file.schema_arrow.names][:1]
@@ -147,8 +150,10 @@ def _read_parquet(path: Path) -> Iterator[str]:
 
 
 def _read_hub(source: str, name: str, config: str | None, split: str) -> Iterator[str]:
-    from datasets import load_dataset
-
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise InputError(f"reading {source} from the hub needs the datasets package", EXTRA) from error
     # Offline, unknown name, unknown config, gated, script-based: the libraries below raise many unrelated types.
     try:
         records = load_dataset(name, config, split=split, streaming=True)

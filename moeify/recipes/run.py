@@ -1,5 +1,6 @@
 """Running a recipe: its stages in a fixed order, finished ones skipped, limits last."""
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -13,19 +14,23 @@ from moeify.benchmark.models.run import bench, check_engines, load_bench
 from moeify.benchmark.options import BenchOptions
 from moeify.cache import digest
 from moeify.check.compare import compare
-from moeify.check.evaluate import evaluate
+from moeify.check.evaluate import Evaluation, measure
 from moeify.check.perplexity import EvalResult
+from moeify.check.tasks import Tasks
+from moeify.check.tasks_results import TaskResult
 from moeify.check.verify import TOLERANCE, VerifyReport, verify
 from moeify.command_line import command_line
 from moeify.convert.pipeline import split
 from moeify.convert.prepare import Preview, preview
-from moeify.errors import UsageError
+from moeify.errors import UsageError, warn
 from moeify.export.record import RECORD_FILE
 from moeify.models.dense import DenseModel, open_dense
-from moeify.options import Announce, SplitOptions, Track
+from moeify.options import Announce, SplitOptions, Track, untracked
 from moeify.progress import said, shown
 from moeify.readable import Readable
 from moeify.recipes import markers
+from moeify.recipes.cards import note_quality
+from moeify.recipes.estimate import Estimates, StagePreview, free_bytes
 from moeify.recipes.folder import HEADER, RECIPE_FILE, RUN_FILE, check_folder, recipe_text
 from moeify.recipes.limits import Limit, check_quality, check_times, judged
 from moeify.recipes.lines import Lines
@@ -34,6 +39,7 @@ from moeify.recipes.model import Recipe, control_options, load_recipe
 from moeify.recipes.names import BENCH, COMPARE, EVAL, MAIN, TRAINED, VERIFY
 from moeify.results import check_replaceable, write, write_text
 from moeify.training.finetune import check_packages, finetune
+from moeify.words import size
 
 # Options that a split settles or counts anew: a record does not hold them as they were given.
 SETTLED = ("experts", "shared", "active", "budget", "dense_layers", "target", "context")
@@ -48,6 +54,7 @@ class RunResult(Readable):
     verify: VerifyReport | None
     evals: tuple[EvalResult, ...]
     limits: tuple[Limit, ...]
+    tasks: tuple[TaskResult, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -61,14 +68,23 @@ class RunPreview(Readable):
     Args:
         out: its folder.
         splits: by folder, what each would do and cost.
-        finished: of these, what is there already.
-        further: stages that follow.
+        stages: all stages in their order.
+        free_bytes: on the disk of `out`.
     """
 
     out: Path
     splits: Mapping[str, Preview]
-    finished: tuple[str, ...]
-    further: tuple[str, ...]
+    stages: tuple[StagePreview, ...]
+    free_bytes: int
+
+    @property
+    def duration_s(self) -> float:
+        """Of all that is not finished, as far as it is known."""
+        return sum(stage.duration_s for stage in self.stages if not math.isnan(stage.duration_s))
+
+    @property
+    def disk_bytes(self) -> int:
+        return sum(stage.disk_bytes for stage in self.stages)
 
 
 def run(
@@ -112,10 +128,15 @@ def run(
     if recipe.compare is not None:
         stages.compare()
     report = stages.verify() if recipe.verify else None
-    evals = stages.evaluate([*splits, *(name + TRAINED for name in recipe.trained)]) if recipe.eval else ()
+    evaluation = Evaluation(())
+    if recipe.eval is not None:
+        names = [*splits, *(name + TRAINED for name in recipe.trained)]
+        evaluation = stages.evaluate(names)
+        for name in names:
+            note_quality(out / name, evaluation)
     speeds = stages.bench() if recipe.bench else None
-    limits = (*check_quality(recipe, report, evals), *check_times(recipe, speeds))
-    result = RunResult(out, tuple(stages.skipped), report, evals, limits)
+    limits = (*check_quality(recipe, report, evaluation.results), *check_times(recipe, speeds))
+    result = RunResult(out, tuple(stages.skipped), report, evaluation.results, limits, evaluation.tasks)
     write_text(recipe_text(recipe), out / RECIPE_FILE, HEADER)
     write(result, out / RUN_FILE)
     return result
@@ -160,12 +181,15 @@ class _Stages:
         return self.dense.fingerprint()
 
     def check(self, splits: Mapping[str, SplitOptions], *, overwrite: bool) -> None:
-        """Raise InputError if a stage would replace something that it may not."""
+        """Raise InputError if a stage would replace something that it may not, or could not ask its tasks."""
         out = self.recipe.out
         if self.recipe.finetune is not None:
             check_packages(self.recipe.finetune)
         if self.recipe.bench is not None:
             check_engines(self.recipe.bench)
+        for section in (self.recipe.compare, self.recipe.eval, self.recipe.bench):
+            if section is not None:
+                Tasks(section.tasks, section.questions, untracked)
         check_replaceable(out / RECIPE_FILE, HEADER)
         check_replaceable(out / RUN_FILE, RunResult)
         for name, options in splits.items():
@@ -211,6 +235,8 @@ class _Stages:
                 section.data,
                 options,
                 tokens=section.data_tokens,
+                tasks=section.tasks,
+                questions=section.questions,
                 only=section.method,
                 out=stage.result,
                 track=track,
@@ -223,19 +249,19 @@ class _Stages:
         with self.lines.stage(VERIFY) as track:
             return verify(self.recipe.out / MAIN, self.dense, tolerance=tolerance, track=track)
 
-    def evaluate(self, names: Sequence[str]) -> tuple[EvalResult, ...]:
+    def evaluate(self, names: Sequence[str]) -> Evaluation:
         """Of the dense model and of the named folders."""
         models = [self.recipe.model, *(str(self.recipe.out / name) for name in names)]
         assert self.recipe.eval is not None
         with self.lines.stage(EVAL) as track:
-            return tuple(evaluate(models, **asdict(self.recipe.eval), track=track))
+            return measure(models, self.recipe.eval, track=track)
 
     def bench(self) -> ModelBench:
         """The main split beside the dense model and the pruned controls."""
         recipe, options, (main, *others) = self.recipe, self.recipe.bench, self._judged
         assert options is not None
         records = (Path(folder) / RECORD_FILE for folder in (main, *others))
-        key = digest(self.source, *records, options, *map(Path, options.data))
+        key = digest(self.source, *records, options, *map(Path, (*options.data, *options.tasks)))
         work = partial(bench, [main], [recipe.model, *others], options, out=recipe.out, overwrite=True)
         self._once(self._bench_stage, key, work)
         return load_bench(recipe.out)
@@ -323,8 +349,11 @@ def preview_run(
     stages.check(splits, overwrite=overwrite)
     finished = tuple(name for name, options in splits.items() if stages.has_split(name, options))
     previews = {name: preview(stages.dense, options) for name, options in splits.items()}
-    further = (*(name + TRAINED for name in recipe.trained), *_further(recipe))
-    return RunPreview(recipe.out, previews, finished, further)
+    estimates = Estimates(recipe, stages.dense, previews, finished).stages()
+    plan = RunPreview(recipe.out, previews, tuple(estimates), free_bytes(recipe.out))
+    if plan.disk_bytes > plan.free_bytes:
+        warn(f"{recipe.out} needs about {size(plan.disk_bytes)}, {size(plan.free_bytes)} are free on its disk")
+    return plan
 
 
 def _splits(recipe: Recipe) -> dict[str, SplitOptions]:

@@ -10,6 +10,7 @@ from typing import TypeVar
 from moeify.benchmark.grid import Grid
 from moeify.benchmark.models import table as benchmark
 from moeify.benchmark.models.results import Interval, LayerExperts, Model, ModelBench, Verdict
+from moeify.check.tasks_results import TaskResult
 from moeify.reporting.facts import Facts, active_parameters, parameters, read_for_token
 from moeify.reporting.reader import RunFolder, Training
 from moeify.words import count, duration, factor, number, percent, size
@@ -98,6 +99,32 @@ def speed(row: Verdict) -> Interval:
     """As a multiple of the dense model's."""
     times = (row.time_over_dense, row.time_over_dense_high, row.time_over_dense_low)
     return Interval(*(1 / (time or row.time_over_dense) for time in times))
+
+
+def tasks(bench: ModelBench) -> Table:
+    """Each model's score on each task, and its distance to the dense model's on the same questions."""
+
+    def signed(value: float) -> str:
+        return f"{value:+.3f}"
+
+    def difference(row: TaskResult) -> Cell:
+        if row.model == bench.models[0].name:
+            return Cell(MISSING)
+        return cell(row.difference, signed, f"{signed(row.difference_low)} to {signed(row.difference_high)}")
+
+    return table(
+        "tasks",
+        "Tasks, with 95 % intervals",
+        bench.tasks,
+        [
+            ("task", lambda row: Cell(f"{Path(row.task).name} {row.metric}")),
+            ("model", lambda row: Cell(row.model)),
+            ("questions", lambda row: cell(row.num_questions, whole)),
+            ("score", lambda row: cell(row.score, f"{number(row.score_low)} to {number(row.score_high)}")),
+            ("score - dense", difference),
+            ("by chance", lambda row: cell(row.chance)),
+        ],
+    )
 
 
 def _ratio(ratio: Interval | None) -> Cell:

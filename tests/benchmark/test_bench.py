@@ -115,6 +115,24 @@ def test_sizes_are_what_the_conversion_wrote(target: str, dense: Path, split: Sp
     assert found.bytes_on_disk == sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
 
 
+def test_tasks_stand_beside_the_dense_model(dense: Path, split: Split, text: str, tmp_path: Path) -> None:
+    rows = [{"question": f"It is {n}", "choices": [f"{n * n} a", "names"], "answer": n % 2} for n in range(100)]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = BenchOptions(
+        data=(text,), **OPTIONS, tasks=(str(tmp_path / "q.jsonl"),), skip=("quality", "speed", "memory", "experts")
+    )
+    found = bench([str(split("moe"))], [str(dense)], options, out=tmp_path)
+    assert [(row.model, row.metric) for row in found.tasks] == [
+        (model, metric) for model in ("dense", "moe") for metric in ("acc", "acc_norm")
+    ]
+    assert load_bench(tmp_path).tasks == found.tasks
+    (grid,) = (grid for grid in model_table.grids(found) if grid.title.startswith("tasks"))
+    assert grid.title == "tasks, questions: 100 of q.jsonl"
+    assert [line[:2] for line in grid.lines][:2] == [("q.jsonl acc", "dense"), ("q.jsonl acc", "moe")]
+    with pytest.raises(UsageError, match="--tasks are answered in transformers"):
+        BenchOptions(engine=("llama.cpp",), tasks=("q.jsonl",))
+
+
 def test_layers_that_stayed_dense_are_counted(dense: Path, split: Split, text: str) -> None:
     folder = split("half", "--target", "qwen2_moe", "--dense-layers", "0")
     options = BenchOptions(data=(text,), **OPTIONS, skip=("quality", "speed", "memory"))

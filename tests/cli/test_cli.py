@@ -22,6 +22,7 @@ from conftest import MakeDense
 
 from moeify import engines, families, partition, routers, strategies, targets
 from moeify import plugin_list as listing
+from moeify.check.evaluate import Evaluation
 from moeify.check.perplexity import EvalResult
 from moeify.cli.app import app, run_command
 from moeify.cli.options import KINDS
@@ -34,7 +35,7 @@ from moeify.words import DEFINITIONS
 COMMANDS = [
     *("inspect", "plan", "split", "search", "compare", "finetune", "export", "verify", "eval"),
     *("generate", "chat"),
-    *("tune", "bench", "bench-layer", "report", "run", "ls", "schema"),
+    *("tune", "bench", "bench-layer", "report", "init", "run", "ls", "schema"),
 ]
 SHARED_OPTIONS = [
     *("out", "device", "dtype", "seed", "json", "quiet", "verbose", "overwrite", "debug"),
@@ -198,10 +199,12 @@ def test_a_shared_option_has_one_spelling_and_one_meaning(option: str) -> None:
     assert found
     assert len({tuple(entry.opts) for entry in found.values()}) == 1
     # What is written is a folder of checkpoints; where it is one file, the help says so.
-    files = {name for name in found if option == "out" and name in ("search", "compare", "bench-layer", "report")}
-    assert all(found[name].help.startswith(("FILE.json; ", "FILE.html; ")) for name in files)
+    files = {
+        name for name in found if option == "out" and name in ("search", "compare", "bench-layer", "init", "report")
+    }
+    assert all(found[name].help.startswith(("FILE.json; ", "FILE.html; ", "FILE.yaml; ")) for name in files)
     # That of a plan is what an engine keeps of a conversation, as in llama.cpp's -c, and no block of text.
-    other = {"plan"} if option == "context" else set()
+    other = {"plan", "init"} if option == "context" else set()
     assert all("cache of keys and values" in found[name].help for name in other)
     helps = {entry.help for name, entry in found.items() if name not in files | other}
     assert len(helps) == 1
@@ -399,7 +402,7 @@ def test_json_of_an_infinite_perplexity_is_json(dense: Path, monkeypatch: pytest
     module = importlib.import_module("moeify.check.evaluate")
     for value in (float("inf"), float("nan")):
         result = EvalResult("a", "b", value, 1, 1.0, "")
-        monkeypatch.setattr(module, "evaluate", lambda *_, result=result, **__: [result])
+        monkeypatch.setattr(module, "measure", lambda *_, result=result, **__: Evaluation((result,)))
         assert as_json("eval", str(dense))["results"][0]["perplexity"] is None
 
 

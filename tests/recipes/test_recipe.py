@@ -15,10 +15,11 @@ import yaml
 from conftest import MakeDense
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
 
+from moeify.check.evaluate import Evaluation
 from moeify.check.perplexity import EvalResult
 from moeify.cli.app import run_command
 from moeify.errors import InputError, MoeifyError, UsageError
-from moeify.options import SplitOptions
+from moeify.options import EvalOptions, SplitOptions
 from moeify.plugin_list import recipe_folders
 from moeify.recipes.model import Recipe, control_options, find_recipe, load_recipe
 from moeify.recipes.run import run
@@ -375,14 +376,15 @@ PERPLEXITY = {"model": 10.0, "moe": 12.0, "good": 13.0, "bad": 11.0}
 
 @pytest.fixture
 def _known_perplexity(monkeypatch: pytest.MonkeyPatch) -> None:
-    def evaluate(models: list[str], data: tuple[str, ...], **_: Any) -> list[EvalResult]:
-        return [
+    def measure(models: list[str], options: EvalOptions, **_: Any) -> Evaluation:
+        rows = [
             EvalResult(model, source, PERPLEXITY.get(Path(model).name, 10.0) + place, 100, 1.0, "")
-            for place, source in enumerate(data)
+            for place, source in enumerate(options.data)
             for model in models
         ]
+        return Evaluation(tuple(rows))
 
-    monkeypatch.setattr(stages_module, "evaluate", evaluate)
+    monkeypatch.setattr(stages_module, "measure", measure)
 
 
 @pytest.mark.usefixtures("_known_perplexity")
@@ -486,14 +488,30 @@ def test_a_dry_run_settles_everything_and_writes_nothing(
     assert set(found["splits"]) == {"moe", "static"}
     assert found["splits"]["moe"]["layout"]["num_experts"] == 8
     assert found["splits"]["moe"]["estimate"]["duration_s"] > 0
-    assert found["finished"] == []
-    assert found["further"] == ["moe-finetuned", "verify", "eval"]
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert list(stages) == ["moe", "static", "moe-finetuned", "verify", "eval"]
+    assert all(stage["duration_s"] > 0 and stage["peak_memory_bytes"] > 0 for stage in stages.values())
+    assert [name for name, stage in stages.items() if stage["disk_bytes"]] == ["moe", "static", "moe-finetuned"]
+    assert found["duration_s"] == pytest.approx(sum(stage["duration_s"] for stage in stages.values()))
+    assert found["disk_bytes"] < found["free_bytes"]
     assert not (tmp_path / "runs").exists()
     assert run_command(["run", path, "--dry-run", "--set", "split.experts=7"]) == 3
     run(load_recipe(Path(path), ["finetune=null", "eval=null", "verify=false"]))
     capsys.readouterr()
     assert run_command(["run", path, "--dry-run"]) == 0
-    assert capsys.readouterr().out.count("finished") == 2
+    table = capsys.readouterr().out
+    assert table.count("finished") == 2
+    assert max(map(len, table.split("next:")[0].splitlines())) <= 80
+
+
+@pytest.mark.parametrize("section", ["eval", "bench", "compare"])
+def test_tasks_that_cannot_be_asked_are_found_before_the_work(
+    section: str, write: Write, splits: list[tuple[str, SplitOptions]], tmp_path: Path
+) -> None:
+    path = write(**{section: {"tasks": [str(tmp_path / "none.jsonl")]}})
+    with pytest.raises(InputError, match="cannot read the questions"):
+        run(load_recipe(path))
+    assert splits == []
 
 
 LARGE: dict[str, Callable[[], Any]] = {
@@ -539,7 +557,12 @@ def test_recipes_of_large_models_fit_them(
     here = [word for section in ("split", "finetune") for word in ("--set", f"{section}.device=cpu")]
     command = ["run", name, "--dry-run", "--set", f"model={tmp_path}", "-o", str(tmp_path / "out"), *here, "--json"]
     assert run_command(command) == 0
-    found = json.loads(capsys.readouterr().out)["splits"]
+    said = capsys.readouterr()
+    whole = json.loads(said.out)
+    found = whole["splits"]
+    if not torch.cuda.is_available():
+        assert "warning: there is no cuda here" in said.err
+        assert {stage["name"] for stage in whole["stages"] if stage["duration_s"] is None} == {"eval", "bench"}
     assert found["moe"]["num_parameters"] / 1e9 == pytest.approx(billions, abs=0.01)
     assert found["moe"]["layout"]["num_active"] / found["moe"]["layout"]["num_experts"] == share
     assert found["static"]["num_active_parameters"] == pytest.approx(found["moe"]["num_active_parameters"], rel=2e-3)

@@ -22,6 +22,7 @@ from report_results import bench
 from moeify import words
 from moeify.benchmark.models.results import ALL_TEXTS
 from moeify.benchmark.models.verdicts import verdicts
+from moeify.check.tasks_results import TaskResult
 from moeify.cli.app import run_command
 from moeify.convert.search import Point as Choice
 from moeify.convert.search import SearchResult
@@ -428,6 +429,23 @@ def test_numbers_that_nobody_measured_are_no_bug(tmp_path: Path) -> None:
     results.write(tmp_path, found)
     with pytest.raises(InputError, match="has a ratio of 0, expected more than 0"):
         report(tmp_path)
+
+
+def test_tasks_have_a_table_where_there_are_any(tmp_path: Path) -> None:
+    found = results.smollm2(2, 4)
+    for name, score in (("dense", 0.5), ("moe-50", 0.4)):
+        task = TaskResult(
+            name, "data/arc.jsonl", "acc", 200, score, score - 0.1, score + 0.1, score - 0.5, -0.15, -0.05, 0.25
+        )
+        found.tasks.append(task)
+    rows = [[cell.text for cell in row] for row in tables.tasks(found).rows]
+    assert rows[1] == ["arc.jsonl acc", "moe-50", "200", "0.400", "-0.100", "0.250"]
+    assert rows[0][4] == tables.MISSING
+    results.write(tmp_path, found)
+    assert "-0.150 to -0.050" in report(tmp_path).out.read_text()
+    found.tasks.clear()
+    results.write(tmp_path, found)
+    assert "Tasks, with" not in report(tmp_path).out.read_text()
 
 
 def test_several_mixtures(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from moeify.benchmark.ceilings import Ceilings
 from moeify.benchmark.engines.results import EngineFile, EngineSpeed
+from moeify.check.tasks_results import TaskResult
 from moeify.readable import Readable
 
 Kind = Literal["dense", "moe", "static"]
@@ -272,6 +273,7 @@ class ModelBench(Readable):
         context: tokens of a block of the quality texts.
         models: the dense one first.
         quality, samples, speed, verdicts: rows.
+        tasks: rows, with `--tasks`.
         experts: by model name.
         engine_files, engine_speed: rows of other engines, with `--engine llama.cpp`.
         ceilings: of this machine in this run, with `--roofline`.
@@ -289,6 +291,7 @@ class ModelBench(Readable):
     samples: list[Sample] = field(default_factory=list)
     speed: list[Speed] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
+    tasks: list[TaskResult] = field(default_factory=list)
     experts: dict[str, list[LayerExperts]] = field(default_factory=dict)
     engine_files: list[EngineFile] = field(default_factory=list)
     engine_speed: list[EngineSpeed] = field(default_factory=list)

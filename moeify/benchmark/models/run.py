@@ -35,6 +35,7 @@ from moeify.benchmark.options import BenchOptions, Section
 from moeify.benchmark.timing import timer_for
 from moeify.check.evaluate import load
 from moeify.check.perplexity import warn_of_few
+from moeify.check.tasks import Tasks
 from moeify.command_line import command_line, names_of
 from moeify.options import Names, Track
 from moeify.progress import shown
@@ -86,6 +87,7 @@ def bench(
     device = device_by_name(options.device)
     check_engines(options)
     entrants, texts = [], None
+    tasks = Tasks(options.tasks, options.questions, track)
     if "transformers" in options.engine:
         entrants = open_models(models, against, track)
         texts = Texts.of(entrants, options)
@@ -115,8 +117,8 @@ def bench(
         baselines.compare(result, old, str(baseline), threshold)
     if texts is not None and "memory" not in options.skip:
         _memory(result, entrants, texts, device, track)
-    if texts is not None and set(get_args(Section)) - {"memory", *options.skip}:
-        _measure(result, entrants, texts, options=options, device=device, track=track)
+    if texts is not None and (options.tasks or set(get_args(Section)) - {"memory", *options.skip}):
+        _measure(result, entrants, texts, tasks, options=options, device=device, track=track)
     if "llama.cpp" in options.engine:
         rows = engines.measure(opened.subjects, options, context=opened.context, track=track)
         result.engine_files, result.engine_speed = rows.files, rows.speed
@@ -184,6 +186,7 @@ def _measure(
     result: ModelBench,
     entrants: Sequence[Entrant],
     texts: Texts,
+    tasks: Tasks,
     *,
     options: BenchOptions,
     device: torch.device,
@@ -205,6 +208,9 @@ def _measure(
             track=track,
         )
         result.samples = write_samples(loaded, texts.blocks, texts.tokenizer, texts.longest, track=track)
+    for one in entrants:
+        tasks.ask(loaded[one.name], one.name, one.path, track)
+    result.tasks = list(tasks.results())
     if "experts" not in options.skip:
         result.experts = {
             one.name: _experts(loaded[one.name], texts.blocks, texts.tokenizer, track)

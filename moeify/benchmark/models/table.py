@@ -12,14 +12,15 @@ DENSE = "dense"
 # So many models stand beside the dense one in a table of sizes: more do not fit a terminal.
 BESIDE = 2
 # Columns that are no numbers.
-WORDS = ("size", "model", "static", "text", "on", "row", "what", "")
+WORDS = ("size", "model", "static", "text", "task", "on", "row", "what", "")
 
 
 def grids(result: ModelBench) -> list[Grid]:
     """In the order in which they are shown; those without lines are left out."""
     dense, *others = result.models
     sizes = [_compression([dense, *others[first : first + BESIDE]]) for first in range(0, len(others), BESIDE)]
-    measured = [*_quality(result), _against_static(result), *_speed(result), *engines.grids(result), _experts(result)]
+    quality = [*_quality(result), _against_static(result), _tasks(result)]
+    measured = [*quality, *_speed(result), *engines.grids(result), _experts(result)]
     tables = [*sizes, *measured, _changes(result)]
     return [grid for grid in tables if grid.lines]
 
@@ -136,6 +137,24 @@ def _against_static(result: ModelBench) -> Grid:
     return Grid(
         "perplexity over a static model's", ("model", "static", "text", "ratio", "95 %"), lines, WORDS, num_keys=2
     )
+
+
+def _tasks(result: ModelBench) -> Grid:
+    """Scores, and their difference to the dense model's on the same questions."""
+    lines = tuple(
+        (
+            f"{Path(row.task).name} {row.metric}",
+            row.model,
+            fixed(row.score, 3),
+            between(row.score_low, row.score_high, 3),
+            "" if row.model == DENSE else f"{row.difference:+.3f}",
+            "" if row.model == DENSE else f"{row.difference_low:+.3f} {row.difference_high:+.3f}",
+        )
+        for row in sorted(result.tasks, key=lambda row: (row.task, row.metric))
+    )
+    counts = {f"{row.num_questions:,} of {Path(row.task).name}": None for row in result.tasks}
+    title = f"tasks, questions: {', '.join(counts)}"
+    return Grid(title, ("task", "model", "score", "95 %", "- dense", "95 %"), lines, WORDS)
 
 
 def _speed(result: ModelBench) -> Iterator[Grid]:

@@ -26,6 +26,8 @@ def compare_command(
         options.data,
         trial,
         tokens=options.data_tokens,
+        tasks=options.tasks,
+        questions=options.questions,
         only=options.method,
         further=searched_rows(searched),
         out=out,

@@ -1,17 +1,15 @@
-"""`moeify eval`: perplexity and speed."""
-
-from dataclasses import asdict
+"""`moeify eval`: perplexity, speed and tasks."""
 
 from moeify.cli import options as option
 from moeify.options import EvalOptions
 
 
 def eval_command(models: option.Models, *, options: EvalOptions, output: option.Output) -> None:
-    """Measure perplexity and speed of one or several models on the same text."""
-    from moeify.check.evaluate import Evaluation, evaluate
+    """Measure perplexity and speed of one or several models on the same text, and how they answer tasks."""
+    from moeify.check.evaluate import measure
     from moeify.cli.render import renderer_for
-    from moeify.cli.tables.eval import eval_table
+    from moeify.cli.tables.eval import eval_tables
 
     renderer = renderer_for(output)
-    results = evaluate(models, **asdict(options), track=renderer.track)
-    renderer.result(Evaluation(tuple(results)), eval_table(results))
+    evaluation = measure(models, options, track=renderer.track)
+    renderer.result(evaluation, *eval_tables(evaluation))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from moeify.cli.tables.columns import DataTable
+from moeify.cli.tables.tasks import tasks_tables
 from moeify.words import between, explained, number
 
 if TYPE_CHECKING:
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def compare_tables(comparison: "Comparison") -> tuple[Table, ...]:
-    """One row a method and budget: over all text with its intervals, then text by text where there are several."""
+    """One row a method and budget: over all text with its intervals, then text by text, then task by task."""
     tokens, context = comparison.evaluation["tokens"], comparison.evaluation["context"]
     keys = ("method", "active")
     over_all = DataTable(
@@ -36,4 +37,5 @@ def compare_tables(comparison: "Comparison") -> tuple[Table, ...]:
             f"{row.gap_closed:.0%}",
         )
         by_text.add_row(row.method, f"{row.budget:.0%}", *(f"{value:,.1f}" for value in row.texts.values()))
-    return (over_all, by_text) if len(tokens) > 1 else (over_all,)
+    perplexities = (over_all, by_text) if len(tokens) > 1 else (over_all,)
+    return (*perplexities, *tasks_tables(comparison.tasks))

@@ -1,15 +1,24 @@
-"""The table of `moeify eval`."""
+"""The tables of `moeify eval`."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.table import Table
+
 from moeify.cli.tables.columns import DataTable
+from moeify.cli.tables.tasks import short_names, tasks_tables
 from moeify.cli.tables.words import windows
 from moeify.words import explained
 
 if TYPE_CHECKING:
+    from moeify.check.evaluate import Evaluation
     from moeify.check.perplexity import EvalResult
+
+
+def eval_tables(evaluation: "Evaluation") -> tuple[Table, ...]:
+    """Perplexities, then tasks."""
+    return (eval_table(evaluation.results), *tasks_tables(evaluation.tasks))
 
 
 def eval_table(results: "Sequence[EvalResult]") -> DataTable:
@@ -19,10 +28,7 @@ def eval_table(results: "Sequence[EvalResult]") -> DataTable:
         "moeify eval", (*keys, "perplexity", "ratio", "tokens", "tokens/s"), words=keys, notes=_notes(results)
     )
     first = {result.data: result.perplexity for result in reversed(results)}
-    models = {result.model for result in results}
-    short = {model: Path(model).name for model in models}
-    if len(set(short.values())) < len(models):
-        short = {model: model for model in models}
+    short = short_names([result.model for result in results])
     for result in results:
         table.add_row(
             short[result.model],

@@ -1,12 +1,14 @@
 """Tables of `moeify run`."""
 
+import math
 from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from moeify.cli.tables.columns import DataTable
 from moeify.cli.tables.eval import eval_table
-from moeify.words import count, duration, size
+from moeify.cli.tables.tasks import tasks_tables
+from moeify.words import duration, size
 
 if TYPE_CHECKING:
     from moeify.recipes.run import RunPreview, RunResult
@@ -18,26 +20,26 @@ def run_tables(run: "RunResult") -> tuple[Table, ...]:
     for limit in run.limits:
         limits.add_row(limit.name, limit.measured, limit.allowed, "ok" if limit.passed else "FAILED")
     evals = (eval_table(run.evals),) if run.evals else ()
-    return (*evals, limits) if run.limits else evals
+    measured = (*evals, *tasks_tables(run.tasks))
+    return (*measured, limits) if run.limits else measured
 
 
 def run_preview_table(plan: "RunPreview") -> DataTable:
+    """A row a stage."""
+    total = (
+        f"about {duration(plan.duration_s)} in all; {size(plan.disk_bytes)} of {size(plan.free_bytes)} that are free"
+    )
     table = DataTable(
         f"moeify run --dry-run, to {plan.out}",
-        ("split", "target", "experts", "parameters", "active", "memory", "time"),
-        words=("split", "target"),
-        notes=f"then: {', '.join(plan.further)}" if plan.further else "",
+        ("stage", "what it does", "time", "disk", "memory"),
+        words=("stage", "what it does"),
+        notes=total,
     )
-    for name, preview in plan.splits.items():
-        estimate, layout = preview.estimate, preview.layout
-        experts = f"{layout.num_shared} + {layout.num_routed_active} of {layout.num_routed}"
-        table.add_row(
-            name,
-            "dense, pruned" if layout.is_static else preview.target,
-            f"{layout.num_active} of {layout.num_experts}" if layout.is_static else experts,
-            count(preview.num_parameters),
-            count(preview.num_active_parameters),
-            size(estimate.peak_memory_bytes),
-            "finished" if name in plan.finished else duration(estimate.duration_s),
-        )
+    for stage in plan.stages:
+        if stage.finished:
+            table.add_row(stage.name, stage.what, "finished", "", "")
+            continue
+        disk = size(stage.disk_bytes) if stage.disk_bytes else ""
+        time = "?" if math.isnan(stage.duration_s) else duration(stage.duration_s)
+        table.add_row(stage.name, stage.what, time, disk, size(stage.peak_memory_bytes))
     return table
