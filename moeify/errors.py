@@ -5,7 +5,9 @@ raised is a bug of moeify's own: one line and exit code 1, with the traceback un
 `warning: ...` on stderr, each once; they do not stop the work.
 """
 
+import difflib
 import warnings
+from collections.abc import Iterable
 from typing import ClassVar
 
 from moeify.words import printable
@@ -46,6 +48,31 @@ class CheckError(MoeifyError):
     """A verification or a limit did not hold."""
 
     exit_code = 4
+
+
+def unknown(what: str, name: str, known: Iterable[str], lead: str = "there are") -> UsageError:
+    """The error for a name that nothing has: 'kmean' is not a partition; did you mean kmeans? there are ...
+
+    Args:
+        what: what it should name, with its article.
+        known: the names that there are.
+        lead: words before them in the hint.
+    """
+    names = list(known)
+    # Of two names one is always nearer: of cpu and cuda, gpu is like the wrong one.
+    similar = nearest(name, names) if len(names) > 2 else ""
+    question = f"did you mean {similar}? " if similar else ""
+    return UsageError(f"{name!r:.100} is not {what}", f"{question}{lead} {', '.join(names)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that somebody who typed this one probably meant; empty if none is like it."""
+    lowered = {other.lower().replace("-", "_"): other for other in known}
+    word = name.lower().replace("-", "_")
+    similar = difflib.get_close_matches(word, lowered, n=1)
+    # A word that was cut short is like what it begins, whatever their lengths.
+    similar = similar or [other for other in lowered if len(word) > 2 and other.startswith(word)]
+    return lowered[similar[0]] if similar else ""
 
 
 class MoeifyWarning(UserWarning):

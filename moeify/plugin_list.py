@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from moeify.errors import UsageError
+from moeify.errors import unknown
 
 PLUGINS = {
     "families": "families",
@@ -16,6 +16,15 @@ PLUGINS = {
     "partitions": "partition",
     "routers": "routers",
     "strategies": "strategies",
+}
+# One of a folder's, with its article.
+SINGULAR = {
+    "families": "a family",
+    "targets": "a target",
+    "engines": "an engine",
+    "partition": "a partition",
+    "routers": "a router",
+    "strategies": "a strategy",
 }
 
 
@@ -37,10 +46,19 @@ def listing(kind: str) -> Listing:
         paths = [path for folder in recipe_folders() for path in sorted(folder.glob("*.yaml"))]
         return Listing(kind, {path.stem: _first_comment(path) for path in paths})
     if kind not in PLUGINS:
-        raise UsageError(f"no list of {kind!r}", f"one of: {', '.join((*PLUGINS, 'recipes'))}")
-    files = sorted((Path(__file__).parent / PLUGINS[kind]).glob("[!_]*.py"))
+        raise unknown("something that can be listed", kind, (*PLUGINS, "recipes"))
+    files = _files(PLUGINS[kind])
     first = {file.stem: (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")[0] for file in files}
     return Listing(kind, first)
+
+
+def plugin_names(folder: str) -> list[str]:
+    """Sorted names of the plug-ins in a folder of moeify, such as `partition`; imports nothing."""
+    return [file.stem for file in _files(folder)]
+
+
+def _files(folder: str) -> list[Path]:
+    return sorted((Path(__file__).parent / folder).glob("[!_]*.py"))
 
 
 def recipe_folders() -> list[Path]:

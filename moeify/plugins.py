@@ -4,7 +4,8 @@ import importlib
 import pkgutil
 from typing import Any
 
-from moeify.errors import UsageError
+from moeify.errors import unknown
+from moeify.plugin_list import SINGULAR
 
 
 def names(package: str) -> list[str]:
@@ -23,5 +24,5 @@ def load(package: str, name: str, attribute: str, *default: Any) -> Any:
     known = names(package)
     kind = package.rsplit(".", maxsplit=1)[-1]
     if name not in known:
-        raise UsageError(f"no {kind} named {name!r}", f"one of: {', '.join(known)}")
+        raise unknown(SINGULAR.get(kind, f"a {kind}"), name, known)
     return getattr(importlib.import_module(f"{package}.{name}"), attribute, *default)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 from moeify.cache import check_place, disk_errors, intact, replacing
-from moeify.errors import InputError, UsageError
+from moeify.errors import InputError, unknown
 
 Result = TypeVar("Result")
 
@@ -58,7 +58,7 @@ def find_kind(name: str) -> type[Any]:
         UsageError: there is no such schema.
     """
     if name not in KINDS:
-        raise UsageError(f"no schema named {name!r}", f"one of: {', '.join(KINDS)}")
+        raise unknown("a schema", name, KINDS)
     module, _, attribute = KINDS[name].rpartition(".")
     kind: type[Any] = getattr(importlib.import_module(module), attribute)
     return kind

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moeify.benchmark.ceilings import Ceilings
 from moeify.benchmark.options import LayerBenchOptions
-from moeify.errors import UsageError
+from moeify.errors import UsageError, unknown
 
 # The popularity of the expert of rank r is 1 / r^ZIPF_EXPONENT.
 ZIPF_EXPONENT = 1.0
@@ -108,9 +108,7 @@ def parse_shape(name: str) -> Shape:
     model, separator, cut = name.rpartition("-")
     match = _CUT.fullmatch(f"{_MODELS.get(model, model)}{separator}{cut}")
     if match is None:
-        raise UsageError(
-            f"no case named {name!r}", f"there are {', '.join(SHAPES)}, and any written like 64x256-8/2 or 64x256-8/2+2"
-        )
+        raise unknown("a case", name, SHAPES, "write one like 64x256-8/2 or 64x256-8/2+2, or name one of")
     hidden, width, slices, shared, active = (int(number or 0) for number in match.groups())
     return Shape(name, hidden, width, slices, shared, active)
 

@@ -7,7 +7,11 @@ from moeify.options import EvalOptions
 
 
 def eval_command(models: option.Models, *, options: EvalOptions, output: option.Output) -> None:
-    """Measure perplexity and speed of one or several models on the same text."""
+    """Measure perplexity and speed on the same text.
+
+    Example:
+        moeify eval builtin my-moe --data text.txt
+    """
     from moeify.check.evaluate import Evaluation, evaluate
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.eval import eval_table

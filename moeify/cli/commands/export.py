@@ -15,7 +15,13 @@ def export_command(
     private: option.Private = False,
     output: option.Output,
 ) -> None:
-    """Write a checkpoint as one GGUF file, which llama.cpp runs; needs nothing of llama.cpp."""
+    """Write a checkpoint as one GGUF file, which llama.cpp runs.
+
+    Needs nothing of llama.cpp.
+
+    Example:
+        moeify export my-moe --gguf my-moe.gguf --type q8_0
+    """
     from moeify.cli.push import check_push, push
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.export import export_table

@@ -19,7 +19,14 @@ def finetune_command(
     private: option.Private = False,
     output: option.Output,
 ) -> None:
-    """Train a converted or pruned checkpoint to do what the dense model does; resumes where it was stopped."""
+    """Train a converted or pruned model to do what the dense one does.
+
+    Stages: layers fits routers and down_proj of each layer, router trains routers alone, lora low-rank updates,
+    full everything. A run that was stopped goes on.
+
+    Example:
+        moeify finetune my-moe --teacher builtin --tokens 16384 -o my-moe-tuned
+    """
     from moeify.cli.push import check_push, push
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.finetune import finetune_table

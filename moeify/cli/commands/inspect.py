@@ -5,7 +5,11 @@ from moeify.command_line import command_line
 
 
 def inspect_command(model: option.Model, *, options: option.InspectOptions, output: option.Output) -> None:
-    """Say what a model is, how it can be split, which targets hold it, and what that takes."""
+    """Say what a model is, how it can be split, and what that takes.
+
+    Example:
+        moeify inspect builtin
+    """
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.inspect import inspect_tables
     from moeify.convert.inspection import inspect

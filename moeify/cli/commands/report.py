@@ -5,7 +5,11 @@ from moeify.command_line import quoted
 
 
 def report_command(run_dir: option.RunDir, *, out: option.ReportOut = None, output: option.Output) -> None:
-    """Write one HTML page that says what was lost and gained by turning a dense model into a mixture of experts."""
+    """Write one HTML page: what was lost, and what was gained.
+
+    Example:
+        moeify report my-bench
+    """
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.report import report_tables
     from moeify.reporting.report import report

@@ -20,7 +20,11 @@ def split_command(
     private: option.Private = False,
     output: option.Output,
 ) -> None:
-    """Cut every FFN into experts and write a native mixture-of-experts checkpoint."""
+    """Cut every FFN into experts and write an MoE checkpoint.
+
+    Example:
+        moeify split builtin --experts 8 --active 4 -o my-moe
+    """
     from moeify.cli.push import check_push, push
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.export import export_table

@@ -9,19 +9,23 @@ def verify_command(
     moe: option.Moe,
     *,
     dense: option.DenseModel,
-    tolerance: option.Tolerance = 1e-4,
+    exactness: option.Exactness,
     output: option.Output,
 ) -> None:
-    """Verify that a checkpoint is the dense model, cut: keys, neurons, and with all experts on every logit.
+    """Verify that a checkpoint is the dense model, cut.
 
-    A .gguf file is read back without llama.cpp: metadata, tokenizer, every neuron, every other tensor, but no logits.
+    Keys, neurons, and every logit with all experts on. A .gguf file is read back without llama.cpp: metadata,
+    tokenizer, every neuron, every other tensor, but no logits.
+
+    Example:
+        moeify verify my-moe --dense builtin
     """
     from moeify.check.verify import is_gguf, verify
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.verify import verify_table
 
     renderer = renderer_for(output)
-    report = verify(moe, dense, tolerance=tolerance, track=renderer.track)
+    report = verify(moe, dense, tolerance=exactness.tolerance, track=renderer.track)
     step = command_line("eval", dense, moe)
     if is_gguf(moe):
         # Logits need an engine.
