@@ -29,7 +29,7 @@ DATA = "Files, folders, hub data sets"
 CONTEXT, CONTEXT_AUTO = "Tokens in a block of text", "512, or its limit"
 SEED = "Of sampling, order and clustering"
 DTYPE = "Of weights: float32, bfloat16, float16"
-DEVICE = "Where it runs: cpu, cuda, cuda:1"
+DEVICE = "Where it runs: auto, cpu, cuda, cuda:1"
 DEVICES = r"auto|cpu|cuda(:[0-9]{1,3})?"
 # Every layer adds its number to a seed, and scikit-learn's generators take 32 bits.
 SEEDS = 1 << 31

@@ -114,6 +114,7 @@ def test_a_rendered_command_gives_the_same_options(name: str, seed: int) -> None
     named: dict[str, dict[str, Any]] = {
         "bench": {"against": ["a b", "c"]},
         "finetune": {"teacher": "t's"},
+        "verify": {"dense": "d"},
         "export": {"gguf": Path("a b.gguf")},
     }
     further = named.get(name, {})

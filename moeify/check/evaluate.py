@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 from moeify import families
 from moeify.check.perplexity import EvalResult, Perplexity
-from moeify.convert.prepare import check_device
 from moeify.families import Modality
 from moeify.kernels import register
 from moeify.models import stock
 from moeify.models.config import load_config
+from moeify.models.device import find_device
 from moeify.models.files import locate
 from moeify.options import DType, EvalOptions, Track, untracked
 
@@ -41,11 +41,17 @@ def load(model: str, *, dtype: str = "auto", device: str = "cpu", **arguments: A
     Args:
         model: a folder, a .gguf file, a hub id or `builtin`.
         dtype: `auto` keeps the checkpoint's.
-        device: where to put it.
+        device: where to put it; auto is cuda if there is one.
         arguments: passed on to `from_pretrained`.
+
+    Raises:
+        UsageError: there is no such device here, or no such dtype.
+        InputError: the model cannot be read.
     """
+    EvalOptions(dtype=dtype)  # type: ignore[arg-type]
+    place = find_device(device)
     loaded: Any = stock.load(locate(model), dtype=dtype, **arguments)
-    loaded = loaded.to(device).eval()
+    loaded = loaded.to(place).eval()
     chosen = "experts_implementation" in arguments or not loaded._can_set_experts_implementation()
     if loaded.device.type in ("cuda", "cpu") and not chosen:
         register()
@@ -82,7 +88,7 @@ def evaluate(
     """
     paths = {model: locate(model, track) for model in models}
     options = EvalOptions(tuple(data), tokens, context, stride, dtype, device)
-    check_device(device)
+    find_device(device)
     measure = MEASURES[_modality(paths)](paths, options)
     results = []
     for name in models:

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
 from moeify.check.evaluate import load
-from moeify.convert.prepare import check_device
 from moeify.errors import InputError, first_line
+from moeify.models.device import find_device
 from moeify.models.files import locate
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import GenerateOptions, Track, untracked
@@ -216,7 +216,7 @@ def generate(
         InputError: a model cannot be read, or does not take the prompt.
     """
     options = options or GenerateOptions()
-    check_device(options.device)
+    find_device(options.device)
     # A name that is wrong is said before the first model speaks.
     for name in models:
         locate(name, track)

@@ -128,7 +128,8 @@ def beside(model: str, suffix: str) -> Path:
     Raises:
         UsageError: the model has no name.
     """
-    name = Path(model).name
+    path = Path(model)
+    name = path.parent.name if path.suffix in (".safetensors", ".json") else path.name
     if name in ("", ".."):
         name = Path(model).resolve().name
     if not name:

@@ -19,6 +19,7 @@ from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter, check_fits, router_scale
 from moeify.models import stock
 from moeify.models.dense import DenseModel, open_dense
+from moeify.models.device import find_device
 from moeify.models.ffn import FFNWeights, pack
 from moeify.options import SplitOptions, Track, untracked
 from moeify.plan import Layout, SplitPlan, load_plan
@@ -121,7 +122,7 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
     _check_method(options, writable=writable)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     layout, target, reason = choose_layout(dense, options, dtype, writable=writable)
-    check_device(options.device)
+    options = replace(options, device=str(find_device(options.device)))
     if len(dense.num_of_dtype) > 1:
         kinds = listing([f"{count:,} as {kind}" for kind, count in dense.num_of_dtype.items()])
         warn(f"tensors are stored in several types, {kinds}: all are written as {str(dtype).removeprefix('torch.')}")
@@ -135,6 +136,11 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         saved = replace(saved, layers=tuple(layers))
     _check_dense_layers(layout, dense.num_layers)
     _check_width(layout, dense.num_neurons, dtype, writable=writable)
+    if writable and layout.num_active == layout.num_experts:
+        warn(
+            f"{layout.num_active} of {layout.num_experts} experts are active for every token, which saves nothing: "
+            f"with fewer, such as --active {max(1, layout.num_experts * 3 // 4)}, a token takes less time"
+        )
     context = _context(dense, options)
     options = replace(
         options,
@@ -278,15 +284,6 @@ def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype, *, writab
             f"of stock transformers takes multiples of {multiple}",
             hint,
         )
-
-
-def check_device(device: str) -> None:
-    """Raise UsageError unless there is such a device here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UsageError(f"no device {device} here", f"--device takes {', '.join(found)}") from error
 
 
 def _check_plan(plan: SplitPlan, dense: DenseModel) -> None:

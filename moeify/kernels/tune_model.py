@@ -57,7 +57,7 @@ def tune_model(
         InputError: there is no such device, or the kernels do not run this model.
     """
     if not torch.cuda.is_available():
-        raise InputError("there is no CUDA device here, and the kernels run on nothing else")
+        raise InputError("there is no CUDA device here, and kernels are tuned for one", "a CPU needs no tuning")
     where, shape = torch.device(device), experts_shape(model)
     launches = sum(len(keys_of(shape, count, backward=False)) for count in tokens)
     launches += sum(len(keys_of(shape, count, backward=True)) for count in tokens if count > launch.DECODE_TOKENS)

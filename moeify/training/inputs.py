@@ -16,6 +16,7 @@ from moeify.errors import InputError, UsageError
 from moeify.models import stock
 from moeify.models.config import load_config
 from moeify.models.dense import DenseModel, open_dense
+from moeify.models.device import find_device
 from moeify.models.files import find_shards, locate
 from moeify.models.fingerprint import Fingerprint
 from moeify.models.tokenizer import load_tokenizer
@@ -76,7 +77,7 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
         open_dense(str(path), track)
     check_stages(plan, options.stage, path)
     dense = open_dense(teacher, track)
-    _check_device(options)
+    find_device(options.device)
     context = _context(options, config, dense.config)
     tokenizer = load_tokenizer(path)
     _check_alike(moe, tokenizer, config, dense, options.data)
@@ -117,11 +118,6 @@ def _context(options: FinetuneOptions, *configs: Any) -> int:
             f"--context {min(DEFAULT_CONTEXT, limit)}",
         )
     return context
-
-
-def _check_device(options: FinetuneOptions) -> None:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("no CUDA device here", "--device cpu")
 
 
 def _check_alike(name: str, tokenizer: Any, config: Any, teacher: DenseModel, data: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from moeify.command_line import ADVANCED, METHOD, Options, option
 from moeify.errors import UsageError
-from moeify.options import CONTEXT, CONTEXT_AUTO, DATA, DEVICE, SEED, SEEDS
+from moeify.options import CONTEXT, CONTEXT_AUTO, DATA, SEED, SEEDS
 
 Stage = Literal["layers", "router", "lora", "full"]
 Schedule = Literal["cosine", "linear", "constant"]
@@ -60,7 +60,7 @@ class FinetuneOptions(Options):
     patience: int | None = option(None, "Stop after so many without progress", least=1, panel=EVALUATION)
     seed: int = option(0, SEED, least=0, below=SEEDS, panel=ADVANCED)
     # torchrun and accelerate launch choose among several.
-    device: Device = option("cpu", DEVICE)
+    device: Device = option("cpu", "Where it runs: cpu, cuda")
 
     def __post_init__(self) -> None:
         super().__post_init__()
