@@ -1,6 +1,7 @@
 """Arguments and options that are no part of a run's options, and how a command gets one parameter for each of those."""
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import Field, dataclass
 from functools import wraps
@@ -135,6 +136,12 @@ def beside(model: str, suffix: str) -> Path:
     if not name:
         raise UsageError(f"{model} has no name that {suffix} could be added to", "say with -o where to write")
     return Path(f"{name}-{suffix}")
+
+
+def is_there(model: str) -> bool:
+    """Whether a model that was named before can be named again from this folder."""
+    on_the_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model)
+    return model == "builtin" or bool(on_the_hub) or (model != "" and Path(model).expanduser().exists())
 
 
 def _version(show: bool) -> None:

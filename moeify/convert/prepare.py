@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify import engines, partition, routers
+from moeify import engines, partition, routers, targets
 from moeify.calibration.stream import HiddenStream
 from moeify.convert.estimate import Estimate, count_parameters, estimate
 from moeify.convert.layer import LayerFit
@@ -150,7 +150,9 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         context=context,
     )
     if not options.static:
-        options = replace(options, shared=layout.num_shared, target=target.model_type)
+        # What is only measured may have the dense model's own architecture.
+        name = target.model_type if target.model_type in targets.names() else options.target
+        options = replace(options, shared=layout.num_shared, target=name)
     return Prepared(dense, options, layout, target, reason, saved, dtype)
 
 

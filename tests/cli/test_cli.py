@@ -417,24 +417,6 @@ def test_quiet_does_not_hide_an_error(capfd: pytest.CaptureFixture[str]) -> None
     assert capfd.readouterr().err.startswith("error: ")
 
 
-def test_tables_end_with_a_command_that_works(
-    dense: Path, text: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From inspect over split to verify, each named by the one before."""
-    monkeypatch.chdir(tmp_path)
-    arguments = ["inspect", str(dense)]
-    seen = []
-    while arguments:
-        seen.append(arguments[0])
-        more = text if arguments[0] == "split" else ["--tokens", "128"] if arguments[0] == "eval" else []
-        assert run_command([*arguments, *more]) == 0
-        out, err = capfd.readouterr()
-        assert "error" not in err
-        last = out.splitlines()[-1]
-        arguments = last.removeprefix("next: moeify ").split() if last.startswith("next: ") else []
-    assert seen == ["inspect", "split", "verify", "eval"]
-
-
 def test_a_dry_run_writes_nothing(
     dense: Path, text: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

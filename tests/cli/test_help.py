@@ -111,7 +111,7 @@ MISTYPED = {
     "search m --strategy greed": "'greed' is not a strategy|did you mean greedy? ",
     "finetune m --teacher d --stage layer": "'layer' is not a value of --stage|did you mean layers? ",
     "finetune m --teacher d --device gpu": "'gpu' is not a value of --device|--device takes cpu, cuda",
-    "eval m --device gpu": "'gpu' is not a value of --device|--device: Where it runs: cpu, cuda, cuda:1",
+    "eval m --device gpu": "'gpu' is not a value of --device|--device: Where it runs: auto, cpu, cuda, cuda:1",
     "bench-layer --peers eagr": "'eagr' is not a peer|did you mean eager? there are ",
     "bench-layer --cases 64x256": "'64x256' is not a case|write one like 64x256-8/2 ",
     "ls partition": "'partition' is not something that can be listed|did you mean partitions? there are families, ",

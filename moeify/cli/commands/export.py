@@ -33,6 +33,7 @@ def export_command(
     renderer = renderer_for(output)
     check_push(push_to_hub, private=private)
     result = export_gguf(model, gguf, options, overwrite=overwrite, track=renderer.track)
-    step = command_line("verify", str(gguf), dense=result.dense) if result.dense else ""
+    # The dense model may have been named from another folder.
+    step = command_line("verify", str(gguf), dense=result.dense) if option.is_there(result.dense) else ""
     renderer.result(result, export_table(result), next_step=step)
     push(renderer, result.file, push_to_hub, private=private)

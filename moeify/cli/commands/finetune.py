@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from moeify.cli import options as option
 from moeify.command_line import command_line
+from moeify.options import EvalOptions
 from moeify.training.options import FinetuneOptions
 
 
@@ -38,6 +39,8 @@ def finetune_command(
     check_push(push_to_hub, private=private)
     folder = out or option.beside(moe, "finetuned")
     result = finetune(moe, teacher, folder, options, overwrite=overwrite, track=renderer.track)
-    renderer.result(result, finetune_table(result), next_step=command_line("eval", teacher, moe, str(folder)))
+    measure = EvalOptions(options.eval_data, device=options.device)
+    step = command_line("eval", teacher, moe, str(folder), measure)
+    renderer.result(result, finetune_table(result), next_step=step)
     if first:
         push(renderer, folder, push_to_hub, private=private)

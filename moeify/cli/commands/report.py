@@ -1,5 +1,8 @@
 """`moeify report`: what was lost and gained, as one page."""
 
+import shutil
+import sys
+
 from moeify.cli import options as option
 from moeify.command_line import quoted
 
@@ -15,5 +18,6 @@ def report_command(run_dir: option.RunDir, *, out: option.ReportOut = None, outp
     from moeify.reporting.report import report
 
     result = report(run_dir, out)
-    step = quoted(["python", "-m", "webbrowser", str(result.out)])
+    python = "python" if shutil.which("python") else sys.executable
+    step = quoted([python, "-m", "webbrowser", str(result.out)])
     renderer_for(output, loads_models=False).result(result, *report_tables(result), next_step=step)

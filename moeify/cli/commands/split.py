@@ -3,7 +3,7 @@
 from moeify.cli import options as option
 from moeify.command_line import command_line
 from moeify.errors import UsageError
-from moeify.options import ExportOptions, SplitOptions
+from moeify.options import EvalOptions, ExportOptions, SplitOptions
 
 
 def split_command(
@@ -38,7 +38,7 @@ def split_command(
     check_push(push_to_hub, private=private, dry_run=dry_run)
     if dry_run:
         plan = preview(model, options, track=renderer.track)
-        step = command_line("split", model, options, export, out=out, gguf=gguf, overwrite=overwrite)
+        step = command_line("split", model, options, export, out=out, gguf=gguf, overwrite=overwrite, report=report)
         renderer.result(plan, preview_table(plan), next_step=step)
         return
     folder = out or option.beside(model, "static" if options.static else "moe")
@@ -57,7 +57,8 @@ def split_command(
         tables.append(layers_table(result.plan))
     if result.gguf is not None:
         tables.append(export_table(result.gguf))
-    evaluate, verify = command_line("eval", model, str(folder)), command_line("verify", str(folder), dense=model)
+    evaluate = command_line("eval", model, str(folder), EvalOptions(device=options.device))
+    verify = command_line("verify", str(folder), dense=model)
     renderer.result(result, *tables, next_step=evaluate if options.static else verify)
     for written in (folder, gguf):
         if written is not None:

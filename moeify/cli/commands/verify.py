@@ -1,7 +1,8 @@
 """`moeify verify`: all experts on equals dense."""
 
+from moeify.benchmark.options import BenchOptions
 from moeify.cli import options as option
-from moeify.command_line import command_line, quoted
+from moeify.command_line import command_line
 from moeify.errors import CheckError
 
 
@@ -20,6 +21,7 @@ def verify_command(
     Example:
         moeify verify my-moe --dense builtin
     """
+    from moeify.benchmark.engines.programs import BENCH, find
     from moeify.check.verify import is_gguf, verify
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.verify import verify_table
@@ -29,7 +31,7 @@ def verify_command(
     step = command_line("eval", dense, moe)
     if is_gguf(moe):
         # Logits need an engine.
-        step = quoted(("llama-perplexity", "-m", moe, "-f", "text.txt"))
+        step = command_line("bench", moe, BenchOptions(engine=("llama.cpp",)), against=dense) if find(BENCH) else ""
     step = step if report.passed else ""
     renderer.result(report, verify_table(report), next_step=step)
     if not report.passed:
