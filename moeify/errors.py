@@ -23,7 +23,7 @@ class MoeifyError(Exception):
 
     exit_code: ClassVar[int] = 3
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
         self.hint = hint
 

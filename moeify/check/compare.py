@@ -189,7 +189,7 @@ def _check_experts(experts: int, budgets: Sequence[float], only: Sequence[str]) 
         raise unknown("a method", strange[0], known)
     if missed := [budget for budget in budgets if not (budget * experts).is_integer()]:
         works = ", ".join(f"{count / experts:g}" for count in range(1, experts))
-        raise UsageError(f"{missed[0]:g} of {experts} experts is no whole number", f"--budget takes {works}")
+        raise UsageError(f"{missed[0]:g} of {experts} experts is not a whole number", f"--budget takes {works}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,7 +86,10 @@ def experts_shape(model: str) -> Shape:
     found = modules[0]
     reason = experts.unsupported_module(found)
     if reason is not None:
-        raise InputError(f"the kernels do not run the experts of {model}: {reason}")
+        raise InputError(
+            f"the kernels do not run the experts of {model}: {reason}",
+            "transformers runs them as eager, batched_mm or grouped_mm; nothing is to be tuned",
+        )
     num_experts, _, dim = experts.first_projection(found).shape
     return Shape(
         dim=dim,

@@ -201,7 +201,7 @@ def test_folders_become_files_of_each_type(
     assert not any(file.exists() for file in places)
 
     def full(source: Path, file: Path, kind: str) -> Path:
-        raise DiskError("the disk is full")
+        raise DiskError("the disk is full", "none")
 
     monkeypatch.setattr(engine_run, "_export", full)
     with pytest.raises(DiskError, match="full"):

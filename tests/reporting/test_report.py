@@ -536,7 +536,7 @@ def test_a_number_that_is_none_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_wrong_place(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         report(tmp_path / "nowhere")
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):

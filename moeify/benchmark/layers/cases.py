@@ -45,11 +45,19 @@ class Shape:
 
     def __post_init__(self) -> None:
         if not (self.hidden and self.width and self.slices):
-            raise UsageError(f"{self.name}: hidden size, width and slices are 1 or more")
+            raise UsageError(
+                f"{self.name}: hidden size, width and slices are 1 or more", "write a case like 64x256-8/2"
+            )
         if self.width % self.slices:
-            raise UsageError(f"{self.name}: width {self.width} does not divide into {self.slices} slices")
+            raise UsageError(
+                f"{self.name}: width {self.width} does not divide into {self.slices} slices",
+                "the number of slices divides the width: 64x256-8/2",
+            )
         if not 0 < self.active <= self.num_experts:
-            raise UsageError(f"{self.name}: {self.active} of {self.num_experts} routed experts cannot be active")
+            raise UsageError(
+                f"{self.name}: {self.active} of {self.num_experts} routed experts cannot be active",
+                "the last numbers are active of all slices, then + shared ones: 64x256-8/2+2",
+            )
 
     @property
     def num_experts(self) -> int:
