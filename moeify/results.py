@@ -132,7 +132,7 @@ def check_replaceable(file: Path, kind: "type[Any] | str") -> None:
             values = intact(file, lambda path: json.loads(path.read_bytes()))
             is_of_kind = isinstance(values, dict) and str(values.get("schema")).startswith(f"moeify.{name}/")
     if not is_of_kind:
-        raise InputError(f"{file} is not a {words} that moeify wrote, so it is not replaced", "choose another name")
+        raise InputError(f"{file} is no {words} that moeify wrote, so it is not replaced", "choose another name")
 
 
 def load_json(file: Path, hint: str = HINT) -> Any:

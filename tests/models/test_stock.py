@@ -175,7 +175,7 @@ def test_tensors_that_transformers_leaves_out_are_said(dense: Path) -> None:
         MoeifyWarning, match=r"2 tensors are not part of the model, the first is model\.layers\.0\.a\\x1b"
     ):
         open_dense(str(dense))
-    with pytest.warns(MoeifyWarning, match="2 tensors are no part"):
+    with pytest.warns(MoeifyWarning, match="2 tensors are not part"):
         load(str(dense))
 
 

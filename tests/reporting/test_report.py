@@ -583,7 +583,7 @@ def test_the_command_of_a_split_is_told_again() -> None:
     options = {"experts": 16, "dense_layers": [0, 29], "refit": False, "static": False, "calibration": ["a b", "c"]}
     found = split_command({**options, "unknown": 3, "seed": 0, "budget": 0.5}, "some/model", "out/moeify.json")
     assert found == (
-        "moeify split some/model --experts 16 --dense-layers 0,29 --no-refit --calibration 'a b' --calibration c -o out"
+        "moeify split some/model --experts 16 --dense-layers 0,29 --no-refit --calibration 'a b,c' -o out"
     )
 
 
