@@ -59,8 +59,7 @@ def unknown(what: str, name: str, known: Iterable[str], lead: str = "there are")
         lead: words before them in the hint.
     """
     names = list(known)
-    # Of two names one is always nearer: of cpu and cuda, gpu is like the wrong one.
-    similar = nearest(name, names) if len(names) > 2 else ""
+    similar = nearest(name, names)
     question = f"did you mean {similar}? " if similar else ""
     return UsageError(f"{name!r:.100} is not {what}", f"{question}{lead} {', '.join(names)}")
 
@@ -69,7 +68,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The known name that somebody who typed this one probably meant; empty if none is like it."""
     lowered = {other.lower().replace("-", "_"): other for other in known}
     word = name.lower().replace("-", "_")
-    similar = difflib.get_close_matches(word, lowered, n=1)
+    # Three letters are like many others: gpu is like cpu.
+    similar = [word] if word in lowered else difflib.get_close_matches(word, lowered, n=1) if len(word) > 3 else []
     # A word that was cut short is like what it begins, whatever their lengths.
     similar = similar or [other for other in lowered if len(word) > 2 and other.startswith(word)]
     return lowered[similar[0]] if similar else ""

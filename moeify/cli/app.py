@@ -61,7 +61,10 @@ COMMANDS: dict[str, Callable[..., None]] = {
 # Commands that load no model.
 LIGHT = ("report", "ls", "schema")
 
-FIRST_STEPS = "First steps: `moeify run quickstart`, then `moeify inspect MODEL`. Each command takes --help."
+FIRST_STEPS = (
+    "First steps: `moeify run quickstart`, then `moeify inspect MODEL`. Each command takes --help. "
+    "Work that is kept lies in $MOEIFY_CACHE, else in $XDG_CACHE_HOME/moeify, else in ~/.cache/moeify."
+)
 
 app = typer.Typer(
     name="moeify",

@@ -108,4 +108,10 @@ def usage_error(error: Any) -> tuple[str, str]:
     if parameter is not None and type(error).__name__ == "MissingParameter":
         example = (context.command.epilog or "").splitlines()[:1] if context else []
         return f"{path} needs {_term(parameter)}", f"such as: {example[0]}" if example else hint
-    return error.format_message().rstrip("."), hint
+    message: str = error.format_message().rstrip(".")
+    if "unexpected extra argument" in message:
+        # The words stand at the end, in brackets.
+        message = (
+            f"{path} takes no further argument: {message.partition('(')[2].rpartition(')')[0].removeprefix('s) (')}"
+        )
+    return message, hint

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from torch import Tensor
 from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel
+from moeify.models.device import find_device
 from moeify.options import Track, untracked
 from moeify.results import read, to_json
 from moeify.training.inputs import Inputs, open_inputs
@@ -122,10 +123,12 @@ def finetune(
         track: wraps long loops to show progress.
 
     Raises:
+        UsageError: there is no such device here.
         InputError: models, text or place are not usable; `out` is untouched.
         CheckError: the loss became NaN or infinite; the last good checkpoint is kept.
     """
     out, options = check_out(Path(out), [moe, teacher], overwrite=overwrite), options or FinetuneOptions()
+    options = replace(options, device=find_device(options.device).type)
     processes = PartialState(cpu=options.device == "cpu", timeout=TIMEOUT)
     inputs = open_inputs(moe, teacher, options, track)
     check_is_no_model(out, inputs.path, inputs.teacher.path)

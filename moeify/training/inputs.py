@@ -16,7 +16,6 @@ from moeify.errors import InputError, UsageError
 from moeify.models import stock
 from moeify.models.config import load_config
 from moeify.models.dense import DenseModel, open_dense
-from moeify.models.device import find_device
 from moeify.models.files import find_shards, locate
 from moeify.models.fingerprint import Fingerprint
 from moeify.models.tokenizer import load_tokenizer
@@ -77,7 +76,6 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
         open_dense(str(path), track)
     check_stages(plan, options.stage, path)
     dense = open_dense(teacher, track)
-    find_device(options.device)
     context = _context(options, config, dense.config)
     tokenizer = load_tokenizer(path)
     _check_alike(moe, tokenizer, config, dense, options.data)

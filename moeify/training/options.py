@@ -10,7 +10,7 @@ from moeify.options import CONTEXT, CONTEXT_AUTO, DATA, SEED, SEEDS
 Stage = Literal["layers", "router", "lora", "full"]
 Schedule = Literal["cosine", "linear", "constant"]
 Precision = Literal["auto", "float32", "bfloat16"]
-Device = Literal["cpu", "cuda"]
+Device = Literal["auto", "cpu", "cuda"]
 
 EVALUATION = "Evaluation during training"
 
@@ -60,7 +60,7 @@ class FinetuneOptions(Options):
     patience: int | None = option(None, "Stop after so many without progress", least=1, panel=EVALUATION)
     seed: int = option(0, SEED, least=0, below=SEEDS, panel=ADVANCED)
     # torchrun and accelerate launch choose among several.
-    device: Device = option("cpu", "Where it runs: cpu, cuda")
+    device: Device = option("cpu", "Where it runs: auto, cpu, cuda")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -107,7 +107,7 @@ MISTYPED = {
     "verify m": "moeify verify needs --dense MODEL|such as: moeify verify my-moe --dense builtin",
     "verify m --dense d --tolerance x": "--tolerance x: expected number|write --tolerance 8",
     "verify m --dense d --tolerance -1": "--tolerance -1.0 is out of range|--tolerance takes 0 or more",
-    "inspect a b": "Got unexpected extra argument(s) (b)|`moeify inspect --help` lists its options",
+    "inspect a b": "moeify inspect takes no further argument: b|`moeify inspect --help` lists its options",
     "search m --strategy greed": "'greed' is not a strategy|did you mean greedy? ",
     "finetune m --teacher d --stage layer": "'layer' is not a value of --stage|did you mean layers? ",
     "finetune m --teacher d --device gpu": "'gpu' is not a value of --device|--device takes cpu, cuda",
