@@ -111,7 +111,6 @@ def usage_error(error: Any) -> tuple[str, str]:
     message: str = error.format_message().rstrip(".")
     if "unexpected extra argument" in message:
         # The words stand at the end, in brackets.
-        message = (
-            f"{path} takes no further argument: {message.partition('(')[2].rpartition(')')[0].removeprefix('s) (')}"
-        )
+        words = message.rpartition("(")[2].rstrip(")")
+        message = f"{path} takes no further argument: {words}"
     return message, hint

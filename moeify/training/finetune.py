@@ -128,7 +128,7 @@ def finetune(
         CheckError: the loss became NaN or infinite; the last good checkpoint is kept.
     """
     out, options = check_out(Path(out), [moe, teacher], overwrite=overwrite), options or FinetuneOptions()
-    options = replace(options, device=find_device(options.device).type)
+    options = replace(options, device="cpu" if find_device(options.device).type == "cpu" else "cuda")
     processes = PartialState(cpu=options.device == "cpu", timeout=TIMEOUT)
     inputs = open_inputs(moe, teacher, options, track)
     check_is_no_model(out, inputs.path, inputs.teacher.path)
