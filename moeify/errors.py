@@ -68,8 +68,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """The known name that somebody who typed this one probably meant; empty if none is like it."""
     lowered = {other.lower().replace("-", "_"): other for other in known}
     word = name.lower().replace("-", "_")
-    # Three letters are like many others: gpu is like cpu.
-    similar = [word] if word in lowered else difflib.get_close_matches(word, lowered, n=1) if len(word) > 3 else []
+    # At 0.67 gpu would be cpu.
+    similar = difflib.get_close_matches(word, lowered, n=1, cutoff=0.7)
     # A word that was cut short is like what it begins, whatever their lengths.
     similar = similar or [other for other in lowered if len(word) > 2 and other.startswith(word)]
     return lowered[similar[0]] if similar else ""

@@ -110,7 +110,7 @@ MISTYPED = {
     "inspect a b": "moeify inspect takes no further argument: b|`moeify inspect --help` lists its options",
     "search m --strategy greed": "'greed' is not a strategy|did you mean greedy? ",
     "finetune m --teacher d --stage layer": "'layer' is not a value of --stage|did you mean layers? ",
-    "finetune m --teacher d --device gpu": "'gpu' is not a value of --device|--device takes cpu, cuda",
+    "finetune m --teacher d --device gpu": "'gpu' is not a value of --device|--device takes auto, cpu, cuda",
     "eval m --device gpu": "'gpu' is not a value of --device|--device: Where it runs: auto, cpu, cuda, cuda:1",
     "bench-layer --peers eagr": "'eagr' is not a peer|did you mean eager? there are ",
     "bench-layer --cases 64x256": "'64x256' is not a case|write one like 64x256-8/2 ",
