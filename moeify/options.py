@@ -129,7 +129,7 @@ class SplitOptions(Options):
     target: str = option("auto", "MoE architecture: moeify ls targets", plugin="targets")
     engine: str | None = option(None, "Only what llama.cpp, vLLM or SGLang runs", panel=METHOD)
     calibration: tuple[str, ...] = option(("builtin",), f"{DATA}, self", name="TEXT")
-    tokens: int = option(16384, "Calibration tokens; a search: 8,192", least=1)
+    tokens: int = option(16384, "Calibration tokens; a search: 8,192")
     context: int | None = option(None, CONTEXT, auto=CONTEXT_AUTO, least=1, panel=ADVANCED)
     seed: int = option(0, SEED, least=0, below=SEEDS, panel=ADVANCED)
     dtype: DType = option("auto", DTYPE, panel=ADVANCED)

@@ -291,7 +291,7 @@ def test_other_evaluation_text_is_measured_again(run: Run, texts: list[str], mea
 
 
 def test_an_unknown_method(run: Run, measured: list[str]) -> None:
-    with pytest.raises(UsageError, match="no method named 'wish'") as caught:
+    with pytest.raises(UsageError, match="'wish' is not a method") as caught:
         run(only=["static", "wish"])
     assert all(name in caught.value.hint for name in methods(8))
     assert not measured
