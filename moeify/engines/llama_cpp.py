@@ -108,7 +108,7 @@ def caution(shape: Shape) -> str:
     width = shape.expert_width
     if width % BLOCK:
         return (
-            f"experts of {width} neurons are not multiples of {BLOCK}, so no quantised type takes the rows of their "
+            f"experts of {width} neurons are not a multiple of {BLOCK}, so no quantised type takes the rows of their "
             "down_proj, which stay f16"
         )
     if width < NARROW:

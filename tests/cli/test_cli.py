@@ -197,8 +197,10 @@ def test_a_shared_option_has_one_spelling_and_one_meaning(option: str) -> None:
     files = {name for name in found if option == "out" and name in ("search", "compare", "bench-layer", "report")}
     assert all(found[name].help.startswith(("FILE.json; ", "FILE.html; ")) for name in files)
     # That of a plan is what an engine keeps of a conversation, as in llama.cpp's -c, and no block of text.
-    other = {"plan"} if option == "context" else set()
-    assert all("cache of keys, values" in found[name].help for name in other)
+    # Training runs on one device of a kind, which torchrun chooses.
+    other = {"context": {"plan"}, "device": {"finetune"}}.get(option, set())
+    words = {"context": "cache of keys, values", "device": "auto, cpu, cuda"}
+    assert all(words[option] in found[name].help for name in other)
     helps = {entry.help for name, entry in found.items() if name not in files | other}
     assert len(helps) == 1
 
