@@ -255,7 +255,8 @@ def _named(path: Path, error: ValidationError) -> UsageError:
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         what = f"a key of {'.'.join(where[:-1])}" if where[1:] else "a section of a recipe"
         told = unknown(what, where[-1], _keys(where[:-1]))
-        return UsageError(f"{path}: {told}", told.hint)
+        place = f"{'.'.join(where)}: " if where[1:] else ""
+        return UsageError(f"{path}: {place}{told}", told.hint)
     if first["type"] == "missing":
         return UsageError(f"{path}: {'.'.join(where)} is missing", f"every recipe has {listing(list(_needed()))}")
     similar = nearest(str(first["input"]), re.findall(r"'(.+?)'", first["msg"])) if "'" in first["msg"] else ""
