@@ -33,14 +33,17 @@ GRACE_S = 5.0
 
 
 def cache_dir() -> Path:
-    """The user's folder for such work: $MOEIFY_CACHE or ~/.cache/moeify.
+    """The user's folder for such work: $MOEIFY_CACHE, $XDG_CACHE_HOME/moeify or ~/.cache/moeify.
 
     Raises:
-        InputError: neither is there.
+        InputError: none of them is there.
+
+    Source: https://specifications.freedesktop.org/basedir-spec/latest/ (a relative path there counts as none).
     """
-    named = os.environ.get("MOEIFY_CACHE")
-    if named:
+    if named := os.environ.get("MOEIFY_CACHE"):
         return Path(named)
+    if (shared := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
+        return shared / "moeify"
     try:
         return Path.home() / ".cache" / "moeify"
     except RuntimeError as error:

@@ -15,11 +15,16 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Self, get_args, get_origin
 
-from moeify.errors import UsageError
+from moeify.errors import UsageError, unknown
+from moeify.plugins import SINGULAR, names_in
 
 # Fields whose option is not their name: a short one, and one that is a word of Python.
 SPELLED = {"out": "-o", "machine": "--for"}
 NUMBERS = {int: "whole number", float: "number"}
+# One item of a list: in double quotes, which are doubled inside, or without commas.
+ITEM = re.compile(r'\s*(?:"((?:[^"]|"")*)"\s*|([^,]*))(?:,|$)')
+# Panels of the help, in their order; those that only one command has stand between the first and the last two.
+FIRST, METHOD, OUTPUT, ADVANCED = "Options", "Method", "Output", "Advanced"
 # Nothing has so many experts, tokens or steps.
 COUNTABLE = 1 << 31
 
@@ -28,24 +33,32 @@ def option(
     default: Any,
     text: str,
     *,
+    auto: str = "",
+    name: str = "",
+    short: str = "",
+    panel: str = FIRST,
     least: float | None = None,
     above: float | None = None,
     below: float = math.inf,
-    commas: bool = False,
     form: str = "",
+    plugin: str = "",
 ) -> Any:
     """A field of a dataclass of options.
 
     Args:
-        default: None where a run finds the value itself, which the help then says; a tuple for an option that is
-            repeated.
-        text: the help.
+        default: None where a run finds the value itself; a tuple for an option that takes a list.
+        text: the help, one line of 80 columns with the default behind it.
+        auto: the default in words, where it is None or an empty tuple.
+        name: of the value in the help; N, X or NAME follow from its type.
+        short: a second spelling of one letter, such as -v.
+        panel: of the help, under which it stands.
         least, above, below: the range of a number, of each one in a tuple.
-        commas: items of a tuple hold no commas, so that several may stand in one word; true of numbers and fixed names.
         form: a regular expression that a text must match as a whole.
+        plugin: the folder of moeify whose files are the names that it takes.
     """
-    limits = {"least": least, "above": above, "below": below, "form": form}
-    return dataclasses.field(default=default, metadata={"text": text, "commas": commas, **limits})
+    told = {"text": text, "auto": auto, "name": name, "short": short, "panel": panel}
+    limits = {"least": least, "above": above, "below": below, "form": form, "plugin": plugin}
+    return dataclasses.field(default=default, metadata={**told, **limits})
 
 
 class Options:
@@ -121,17 +134,29 @@ def choices(field: dataclasses.Field[Any]) -> tuple[str, ...]:
     return get_args(item_type(field)) if get_origin(item_type(field)) is Literal else ()
 
 
-def takes_commas(field: dataclasses.Field[Any]) -> bool:
-    """Whether several values may stand in one word."""
-    return is_repeated(field) and bool(field.metadata["commas"] or choices(field) or item_type(field) in NUMBERS)
-
-
 def help_text(field: dataclasses.Field[Any]) -> str:
-    """The help of an option; one that is repeated says so in the same way everywhere."""
-    text: str = field.metadata["text"]
-    if not is_repeated(field):
-        return text
-    return f"{text.removesuffix('.')}; repeat it{' or use commas' if takes_commas(field) else ''}."
+    """The help of an option, with its default."""
+    default, text = default_text(field), str(field.metadata["text"])
+    return f"{text} [{default}]" if default else text
+
+
+def default_text(field: dataclasses.Field[Any]) -> str:
+    """The default of an option in words; empty for a switch that is off, and where nothing happens without it."""
+    default: Any = field.default
+    if default is None or default is False or default == ():
+        return str(field.metadata["auto"])
+    if default is True:
+        return "on"
+    return ",".join(map(str, default)) if is_repeated(field) else str(default)
+
+
+def value_name(field: dataclasses.Field[Any]) -> str:
+    """What stands for the value of an option in the help; empty for a switch."""
+    kind = item_type(field)
+    if kind is bool:
+        return ""
+    name: str = field.metadata["name"] or {int: "N", float: "X"}.get(kind, "NAME")
+    return f"{name},..." if is_repeated(field) else name
 
 
 def parse(field: dataclasses.Field[Any], words: Sequence[str]) -> tuple[Any, ...]:
@@ -140,15 +165,25 @@ def parse(field: dataclasses.Field[Any], words: Sequence[str]) -> tuple[Any, ...
     Raises:
         UsageError: a word is no number.
     """
-    kind, parts = item_type(field), list(words)
-    if takes_commas(field):
-        parts = [part.strip() for word in words for part in word.split(",")]
+    kind, parts = item_type(field), items(words) if is_repeated(field) else words
     try:
-        return tuple(kind(part) if kind in NUMBERS else part for part in parts if part)
+        return tuple(kind(part) if kind in NUMBERS else part for part in parts)
     except ValueError as error:
         name, what = flag(field.name), f"{NUMBERS[kind]}s" if is_repeated(field) else NUMBERS[kind]
         example = f"write {name} 1,8 or {name} 1 {name} 8" if is_repeated(field) else f"write {name} 8"
         raise UsageError(f"{name} {' '.join(words)}: expected {what}", example) from error
+
+
+def items(words: Sequence[str]) -> list[str]:
+    """The items of a list: a word holds one, or several between commas; one with a comma stands in double quotes."""
+    found = (match.groups() for word in words for match in ITEM.finditer(word))
+    return [item for whole, bare in found if (item := bare.strip() if whole is None else whole.replace('""', '"'))]
+
+
+def as_item(value: object) -> str:
+    """A value as `items` reads it back."""
+    text = str(value)
+    return '"' + text.replace('"', '""') + '"' if re.search(r'[",]|^\s|\s$', text) else text
 
 
 def command_line(command: str, *parts: str | Options, **further: Any) -> str:
@@ -195,15 +230,17 @@ def _words(options: Options) -> Iterator[str]:
             continue
         if isinstance(value, bool):
             yield flag(field.name) if value else flag(f"no_{field.name}")
-        elif takes_commas(field):
-            yield from (flag(field.name), ",".join(map(str, value)))
+        elif is_repeated(field):
+            yield from (flag(field.name), ",".join(map(as_item, value)))
         else:
-            yield from _repeated(field.name, value)
+            yield from (flag(field.name), str(value))
 
 
 def _repeated(name: str, values: Any) -> list[str]:
-    items = values if isinstance(values, (list, tuple)) else [values]
-    return [word for item in items for word in (flag(name), str(item))]
+    """Items that take no commas, each with the option; `items` reads those of a list."""
+    if not isinstance(values, (list, tuple)):
+        return [flag(name), str(values)]
+    return [word for item in values for word in (flag(name), str(item) if name == "set" else as_item(item))]
 
 
 def check_text(text: str) -> str:
@@ -257,8 +294,8 @@ def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
     elif type(value).__module__ == "torch":
         # torch.float32, torch.device("cuda:1")
         return str(value).removeprefix("torch.")
-    expected = f"a {NUMBERS[kind]}" if kind in NUMBERS else "True or False" if kind is bool else "a text"
-    raise UsageError(f"{flag(field.name)} is {value!r:.60}, expected {expected}")
+    expected = f"a {NUMBERS[kind]}" if kind in NUMBERS else "True or False" if kind is bool else "text"
+    raise UsageError(f"{flag(field.name)} is {value!r:.60}, expected {expected}", f"give {field.name} {expected}")
 
 
 def _check(field: dataclasses.Field[Any], value: Any) -> None:
@@ -267,18 +304,28 @@ def _check(field: dataclasses.Field[Any], value: Any) -> None:
     if value is None or isinstance(value, bool) or (known and value in known):
         return
     if known:
-        raise UsageError(f"{name} {value} is unknown", f"{name} takes {', '.join(known)}")
+        raise unknown(f"a value of {name}", str(value), known, f"{name} takes")
     if isinstance(value, str):
-        try:
-            check_text(value)
-        except ValueError as error:
-            raise UsageError(f"{name} {value!r}: {error}", f"leave {name} out, or name something") from error
-        if field.metadata["form"] and not re.fullmatch(field.metadata["form"], value):
-            raise UsageError(f"{name} {value!r:.100} is unknown", f"{name}: {field.metadata['text']}")
+        _check_word(field, value)
     elif not _in_range(field, value):
-        raise UsageError(f"{name} {_shown(value)} is out of range", f"{name} takes {_range(field)}")
+        share = 1 < value <= 100 and field.metadata["below"] == 1
+        question = f"did you mean {value / 100:g}? " if share else ""
+        raise UsageError(f"{name} {_shown(value)} is out of range", f"{question}{name} takes {_range(field)}")
     elif abs(value) >= COUNTABLE and isinstance(value, int):
         raise UsageError(f"{name} {_shown(value)} is out of range", f"{name} takes less than {COUNTABLE:,}")
+
+
+def _check_word(field: dataclasses.Field[Any], value: str) -> None:
+    """Raise UsageError unless a text can be a name, and is one that its option knows."""
+    name, folder = flag(field.name), field.metadata["plugin"]
+    try:
+        check_text(value)
+    except ValueError as error:
+        raise UsageError(f"{name} {value!r}: {error}", f"leave {name} out, or name something") from error
+    if field.metadata["form"] and not re.fullmatch(field.metadata["form"], value):
+        raise UsageError(f"{value!r:.100} is not a value of {name}", f"{name}: {field.metadata['text']}")
+    if folder and value != field.default and value not in (names := names_in(folder)):
+        raise unknown(SINGULAR[folder], value, names)
 
 
 def _in_range(field: dataclasses.Field[Any], value: float) -> bool:

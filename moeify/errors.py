@@ -5,8 +5,9 @@ raised is a bug of moeify's own: one line and exit code 1, with the traceback un
 `warning: ...` on stderr, each once; they do not stop the work.
 """
 
+import difflib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ class MoeifyError(Exception):
 
     exit_code: ClassVar[int] = 3
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str) -> None:
         super().__init__(message)
         self.hint = hint
 
@@ -48,6 +49,31 @@ class CheckError(MoeifyError):
     """A verification or a limit did not hold."""
 
     exit_code = 4
+
+
+def unknown(what: str, name: str, known: Iterable[str], lead: str = "there are") -> UsageError:
+    """The error for a name that nothing has: 'kmean' is not a partition; did you mean kmeans? there are ...
+
+    Args:
+        what: what it should name, with its article.
+        known: the names that there are.
+        lead: words before them in the hint.
+    """
+    names = list(known)
+    similar = nearest(name, names)
+    question = f"did you mean {similar}? " if similar else ""
+    return UsageError(f"{name!r:.100} is not {what}", f"{question}{lead} {', '.join(names)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that somebody who typed this one probably meant; empty if none is like it."""
+    lowered = {other.lower().replace("-", "_"): other for other in known}
+    word = name.lower().replace("-", "_")
+    # At 0.67 gpu would be cpu.
+    similar = difflib.get_close_matches(word, lowered, n=1, cutoff=0.7)
+    # A word that was cut short is like what it begins, whatever their lengths.
+    similar = similar or [other for other in lowered if len(word) > 2 and other.startswith(word)]
+    return lowered[similar[0]] if similar else ""
 
 
 class MoeifyWarning(UserWarning):

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from moeify.command_line import Options, fields, flag, option, parse
-from moeify.errors import UsageError
+from moeify.command_line import ADVANCED, METHOD, OUTPUT, Options, fields, flag, option, parse
+from moeify.errors import UsageError, nearest
 from moeify.words import listing, parse_size
 
 Item = TypeVar("Item")
@@ -31,13 +31,13 @@ FileType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 GGUFType = Literal[FileType, "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"]
 
 # Help of options that several commands have.
-DATA = "Text, jsonl or parquet file, folder, hub data set, builtin or builtin-heldout, to measure or to train on."
-TASKS = "Questions to answer as well: a .jsonl file of them, or tasks of lm-eval such as hellaswag,arc_easy"
-QUESTIONS = "At most so many questions of each task; all."
-CONTEXT = "Tokens in a block of text; 512, or as many as the model takes."
-SEED = "Of sampling, data order, clustering and projections."
-DTYPE = "Of the weights; auto keeps the checkpoint's or, where there is none, is bfloat16 on cuda and float32 on cpu."
-DEVICE = "Where the arithmetic runs: cpu, cuda, cuda:1; in benchmarks also auto."
+DATA = "Files, folders, hub data sets"
+TASKS = "Questions: FILE.jsonl, lm-eval names"
+QUESTIONS = "At most so many of each task"
+CONTEXT, CONTEXT_AUTO = "Tokens in a block of text", "512, or its limit"
+SEED = "Of sampling, order and clustering"
+DTYPE = "Of weights: float32, bfloat16, float16"
+DEVICE = "Where it runs: auto, cpu, cuda, cuda:1"
 DEVICES = r"auto|cpu|cuda(:[0-9]{1,3})?"
 # Every layer adds its number to a seed, and scikit-learn's generators take 32 bits.
 SEEDS = 1 << 31
@@ -56,19 +56,19 @@ def untracked(items: Iterable[Any], label: str, total: int) -> Iterable[Any]:  #
 class MachineOptions(Options):
     """What a model shall run on, and in what form; what is left out is measured on this machine."""
 
-    vram: str | None = option(None, "Memory of the GPU, such as 6GB or 5.8GiB; 0 without one.")
+    vram: str | None = option(None, "Memory of the GPU; 0 without one", name="6GB", auto="measured")
     # From less to more than anything has.
-    gpu_bandwidth: float | None = option(None, "GB/s that the GPU reads of its memory.", least=0.001, below=1e6)
-    ram: str | None = option(None, "Size of the RAM, such as 32GB.")
+    gpu_bandwidth: float | None = option(
+        None, "GB/s the GPU reads of its memory", auto="measured", least=0.001, below=1e6
+    )
+    ram: str | None = option(None, "Size of the RAM", name="32GB", auto="measured")
     ram_bandwidth: float | None = option(
-        None, "GB/s that the processor reads of the RAM with the threads that run.", least=0.001, below=1e6
+        None, "GB/s all threads read of the RAM", auto="measured", least=0.001, below=1e6
     )
-    threads: int | None = option(None, "Threads that run; all cores where they are measured.", least=1, below=4096)
-    type: GGUFType = option("q8_0", "Type of the matrices; of a mix like Q4_K_M the main one, q4_k.")
-    context: int | None = option(None, "Tokens in the cache of keys and values; 4,096, or the model's limit.", least=1)
-    quality: float = option(
-        1.4, "Perplexity over dense that is allowed, by the table of a 135M model; larger ones lose less.", least=1
-    )
+    threads: int | None = option(None, "Threads that run", auto="all cores", least=1, below=4096)
+    type: GGUFType = option("q8_0", "Of matrices; of Q4_K_M it is q4_k")
+    context: int | None = option(None, "Tokens in the cache of keys, values", auto="4,096, or limit", least=1)
+    quality: float = option(1.4, "Perplexity over dense that is allowed", least=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,10 +104,12 @@ class MachineOptions(Options):
             if name in SHORTER and not (name in named and value[-1:].isalpha()):
                 name = SHORTER[name]
             if name not in named or not equals or not value or name in values:
-                known = ", ".join([*SHORTER, *(other for other in named if other not in SHORTER)])
+                known = [*SHORTER, *(other for other in named if other not in SHORTER)]
+                similar = "" if name in named else nearest(short, known)
                 raise UsageError(
                     f"--for {text!r:.100}: {word!r:.60} is {'there twice' if name in values else 'unknown'}",
-                    f"write --for vram=6GB,gpu=250,ram=50; it takes {known}",
+                    (f"did you mean {similar}? " if similar else "")
+                    + f"write --for vram=6GB,gpu=250,ram=50; it takes {', '.join(known)}",
                 )
             (values[name],) = parse(named[name], [value]) or (None,)
         return cls(**values)
@@ -117,41 +119,30 @@ class MachineOptions(Options):
 class SplitOptions(Options):
     """How to cut a model."""
 
-    experts: int | None = option(None, "Equal slices of each FFN that is cut; the best measured for this FFN's width.")
-    shared: int | None = option(None, "Slices that are always on; a quarter of the active ones.")
-    active: int | None = option(None, "Slices that run for a token, shared ones included; 3/4 of all.")
-    static: bool = option(False, "Prune instead: keep the active slices alone, as a smaller dense model.")
-    partition: str = option("routed", "How neurons are grouped: moeify ls partitions.")
-    router: str = option("ridge", "How experts are chosen: moeify ls routers.")
-    budget: float | None = option(
-        None, "Share of all FFN parameters active per token; a search chooses shared, active and dense layers."
-    )
-    machine: str | None = option(
-        None,
-        "Choose experts, shared and active for a machine, as `moeify plan` does: vram=6GB,gpu=250,ram=50.",
-    )
-    dense_layers: tuple[int, ...] = option((), "Layers whose FFN stays whole, such as 0,1,29.")
-    mixing: Style = option(
-        "hard", "Weights of the chosen experts: hard (all one), softmax (of their scores), or soft (all experts)."
-    )
+    experts: int | None = option(None, "Slices that each FFN is cut into", auto="best for width", least=2)
+    shared: int | None = option(None, "Slices that are always on", auto="1/4 of active", least=0)
+    active: int | None = option(None, "Slices run per token, shared too", auto="3/4 of all", least=1)
+    static: bool = option(False, "Prune instead: a smaller dense model")
+    partition: str = option("routed", "Neurons to experts: moeify ls partitions", plugin="partition", panel=METHOD)
+    router: str = option("ridge", "Tokens to experts: moeify ls routers", plugin="routers", panel=METHOD)
+    budget: float | None = option(None, "Share of all FFNs per token; starts a search", above=0, below=1)
+    machine: str | None = option(None, "Fit a machine instead, as moeify plan does", name="vram=6GB,ram=50")
+    dense_layers: tuple[int, ...] = option((), "Layers whose FFN stays whole, such as 0,1,29", panel=METHOD)
+    mixing: Style = option("hard", "Weights of experts: hard, softmax, soft", panel=METHOD)
     # Beyond these float32 knows no difference, or no scores.
-    temperature: float = option(1.0, "Scores are divided by it before a softmax.", above=0.0001, below=10_000)
-    fusion: Fusion = option("sum", "Weights add up to the number of chosen experts (sum) or to one (mean).")
-    refit: bool = option(True, "Fit down_proj in closed form.")
-    refit_to: RefitTo = option("ffn", "What the refit restores: the FFN's output or the dense model's residual stream.")
-    target: str = option("auto", "MoE architecture to write: moeify ls targets.")
-    engine: str | None = option(None, "Only layouts and targets that this engine runs, such as llama.cpp.")
-    calibration: tuple[str, ...] = option(
-        ("builtin",),
-        "Text, jsonl or parquet file, folder, hub data set, builtin, or self (text the model samples); each gives an "
-        "equal share of the tokens.",
-    )
-    tokens: int = option(16384, "Calibration tokens; a search uses 8,192 of them.")
-    context: int | None = option(None, CONTEXT, least=1)
-    seed: int = option(0, SEED, least=0, below=SEEDS)
-    dtype: DType = option("auto", DTYPE)
+    temperature: float = option(1.0, "Of softmax and soft mixing", above=0.0001, below=10_000, panel=METHOD)
+    fusion: Fusion = option("sum", "Weights add up to active (sum), 1 (mean)", panel=METHOD)
+    refit: bool = option(True, "Re-solve down_proj so that less is lost", panel=METHOD)
+    refit_to: RefitTo = option("ffn", "Restores: ffn (its output), stream", panel=METHOD)
+    target: str = option("auto", "MoE architecture: moeify ls targets", plugin="targets")
+    engine: str | None = option(None, "Only what llama.cpp, vLLM or SGLang runs", panel=METHOD)
+    calibration: tuple[str, ...] = option(("builtin",), f"{DATA}, self", name="TEXT")
+    tokens: int = option(16384, "Calibration tokens; a search: 8,192")
+    context: int | None = option(None, CONTEXT, auto=CONTEXT_AUTO, least=1, panel=ADVANCED)
+    seed: int = option(0, SEED, least=0, below=SEEDS, panel=ADVANCED)
+    dtype: DType = option("auto", DTYPE, panel=ADVANCED)
     device: str = option("cpu", DEVICE, form=DEVICES)
-    plan: str | None = option(None, "Use the partition and routers of a saved plan again.")
+    plan: str | None = option(None, "Partition and routers of a saved plan", name="PATH", panel=METHOD)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,34 +168,34 @@ class SplitOptions(Options):
 class SearchOptions(Options):
     """What a search for layers spends, beside how its candidates are cut."""
 
-    budget: float = option(0.75, "Share of all FFN parameters active per token.", above=0, below=1)
-    strategy: str = option("greedy", "How layers are chosen: moeify ls strategies.")
-    trials: int = option(32, "Whole choices that a strategy may measure.", least=0)
+    budget: float = option(0.75, "Share of all FFNs per token", above=0, below=1)
+    strategy: str = option("greedy", "Which layers: moeify ls strategies", plugin="strategies")
+    trials: int = option(32, "Whole choices that may be measured", least=0)
 
 
 @dataclass(frozen=True)
 class CompareOptions(Options):
     """Which methods are compared on which text, beside how they are calibrated."""
 
-    budget: tuple[float, ...] = option((0.75,), "Share of the FFN active per token.", above=0, below=1)
-    data: tuple[str, ...] = option(("builtin-heldout",), DATA)
-    data_tokens: int = option(8192, "At most so many tokens of each text.", least=2)
-    tasks: tuple[str, ...] = option((), TASKS, commas=True)
-    questions: int | None = option(None, QUESTIONS, least=1)
-    method: tuple[str, ...] = option((), "Only these rows, and static + refit.")
+    budget: tuple[float, ...] = option((0.75,), "Shares of the FFN per token", above=0, below=1)
+    data: tuple[str, ...] = option(("builtin-heldout",), DATA, name="TEXT")
+    data_tokens: int = option(8192, "At most so many tokens of each text", least=2)
+    tasks: tuple[str, ...] = option((), TASKS, auto="none", name="TASK")
+    questions: int | None = option(None, QUESTIONS, auto="all", least=1)
+    method: tuple[str, ...] = option((), "Only these rows, and static + refit", auto="all")
 
 
 @dataclass(frozen=True)
 class EvalOptions(Options):
     """What models are measured on."""
 
-    data: tuple[str, ...] = option(("builtin-heldout",), DATA)
-    tokens: int = option(8192, "At most so many tokens of each text.", least=2)
-    tasks: tuple[str, ...] = option((), TASKS, commas=True)
-    questions: int | None = option(None, QUESTIONS, least=1)
-    context: int | None = option(None, CONTEXT, least=2)
-    stride: int | None = option(None, "Tokens the window moves by; the context, for blocks side by side.", least=1)
-    dtype: DType = option("auto", DTYPE)
+    data: tuple[str, ...] = option(("builtin-heldout",), DATA, name="TEXT")
+    tokens: int = option(8192, "At most so many tokens of each text", least=2)
+    tasks: tuple[str, ...] = option((), TASKS, auto="none", name="TASK")
+    questions: int | None = option(None, QUESTIONS, auto="all", least=1)
+    context: int | None = option(None, CONTEXT, auto=CONTEXT_AUTO, least=2, panel=ADVANCED)
+    stride: int | None = option(None, "Tokens the window moves by", auto="the context", least=1, panel=ADVANCED)
+    dtype: DType = option("auto", DTYPE, panel=ADVANCED)
     device: str = option("cpu", DEVICE, form=DEVICES)
 
 
@@ -212,24 +203,18 @@ class EvalOptions(Options):
 class ExportOptions(Options):
     """How numbers are stored in a GGUF."""
 
-    type: str = option(
-        "auto",
-        "Of matrices: f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0; auto is the checkpoint's own, or f16.",
-        form=r"[A-Za-z0-9_]{1,16}",
-    )
-    tokenizer_pre: str = option("auto", "How llama.cpp cuts text before merges: llama-bpe, qwen2; auto finds it.")
+    type: str = option("auto", "Of the GGUF, such as f16, q8_0 or q4_0", form=r"[A-Za-z0-9_]{1,16}", panel=OUTPUT)
+    tokenizer_pre: str = option("auto", "Of the GGUF: how text is cut, as qwen2", panel=OUTPUT)
 
 
 @dataclass(frozen=True)
 class GenerateOptions(Options):
     """How models make text."""
 
-    tokens: int = option(256, "At most so many new tokens.", least=1)
-    temperature: float = option(
-        0.0, "0 takes the most probable token, more draws: at 1 as probable as the model says.", least=0, below=100
-    )
-    seed: int = option(0, SEED, least=0, below=SEEDS)
-    dtype: DType = option("auto", DTYPE)
+    tokens: int = option(256, "At most so many new tokens", least=1)
+    temperature: float = option(0.0, "0: the likeliest token; more draws", least=0, below=100)
+    seed: int = option(0, SEED, least=0, below=SEEDS, panel=ADVANCED)
+    dtype: DType = option("auto", DTYPE, panel=ADVANCED)
     device: str = option("cpu", DEVICE, form=DEVICES)
 
     def __post_init__(self) -> None:
@@ -245,8 +230,6 @@ class GenerateOptions(Options):
 class TuneOptions(Options):
     """Which calls of the kernels are tuned."""
 
-    tokens: tuple[int, ...] = option(
-        (1, 8, 32, 64, 128, 512, 2048, 8192), "Tokens of a call, the most important last.", least=1
-    )
+    tokens: tuple[int, ...] = option((1, 8, 32, 64, 128, 512, 2048, 8192), "Tokens of a call", least=1)
     device: str = option("cuda", DEVICE, form=DEVICES)
-    backward: bool = option(True, "Tune the backward pass as well.")
+    backward: bool = option(True, "Tune the backward pass as well", panel=ADVANCED)

@@ -28,6 +28,8 @@ PLAN_SCHEMA = "moeify.plan/2"
 # What the rows of hard routers were multiplied with before plans said it.
 OLD_ROUTER_SCALE = 2.0**-10
 # What a plan's header says beside layout, options and diagnostics.
+# What to do about a plan whose numbers do not fit each other.
+DAMAGED = "the file is damaged: split the model again"
 HEADER_TYPES = {"source": str, "family": str, "target": str, "calibration": dict, "version": str}
 
 
@@ -46,7 +48,10 @@ class Layout:
     def __post_init__(self) -> None:
         numbers = (self.num_experts, self.num_shared, self.num_active, *self.dense_layers)
         if wrong := [number for number in numbers if type(number) is not int]:
-            raise UsageError(f"a layout has the number {wrong[0]!r}, expected whole numbers")
+            raise UsageError(
+                f"a layout has the number {wrong[0]!r}, expected whole numbers",
+                "a layout has numbers of experts, shared and active ones, and layers",
+            )
         if self.num_experts < 2:
             raise UsageError(f"{self.num_experts} experts are not a mixture", "--experts takes 2 or more")
         if not 1 <= self.num_active <= self.num_experts:
@@ -141,11 +146,15 @@ class LayerPlan(Readable):
     def check(self, layout: Layout) -> None:
         """Raise InputError unless every expert has exactly its share of neurons."""
         if self.labels_F.ndim != 1 or self.labels_F.dtype != torch.int16 or int(self.labels_F.min()) < SHARED:
-            raise InputError(f"layer {self.layer} of the plan has no int16 labels of {SHARED} and up, one a neuron")
+            raise InputError(
+                f"layer {self.layer} of the plan has no int16 labels of {SHARED} and up, one a neuron", DAMAGED
+            )
         width = layout.expert_width(self.labels_F.numel())
         if self.layer in layout.dense_layers:
             if (self.labels_F != SHARED).any():
-                raise InputError(f"layer {self.layer} of the plan is dense, but not all of its labels are {SHARED}")
+                raise InputError(
+                    f"layer {self.layer} of the plan is dense, but not all of its labels are {SHARED}", DAMAGED
+                )
             return
         counts = torch.bincount(self.labels_F.long() + 1, minlength=layout.num_routed + 1)
         expected = torch.tensor([layout.num_shared * width] + [width] * layout.num_routed)
@@ -161,9 +170,9 @@ class LayerPlan(Readable):
         rows = 0 if self.router_RD is None else self.router_RD.shape[0]
         expected = 0 if layout.is_static or self.layer in layout.dense_layers else layout.num_routed
         if rows != expected:
-            raise InputError(f"layer {self.layer} of the plan has {rows} router rows, expected {expected}")
+            raise InputError(f"layer {self.layer} of the plan has {rows} router rows, expected {expected}", DAMAGED)
         if self.router_RD is not None and not self.router_RD.isfinite().all():
-            raise InputError(f"layer {self.layer} of the plan has a router with NaN or infinite values")
+            raise InputError(f"layer {self.layer} of the plan has a router with NaN or infinite values", DAMAGED)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """What a safetensors file holds of it, by name; diagnostics are left to the caller."""

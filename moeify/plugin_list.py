@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from moeify.errors import UsageError
+from moeify import plugins
+from moeify.errors import unknown
 from moeify.readable import Readable
 from moeify.words import DEFINITIONS
 
@@ -41,8 +42,8 @@ def listing(kind: str) -> Listing:
     if kind == "words":
         return Listing(kind, DEFINITIONS)
     if kind not in PLUGINS:
-        raise UsageError(f"no list of {kind!r}", f"one of: {', '.join((*PLUGINS, 'recipes', 'words'))}")
-    files = sorted((Path(__file__).parent / PLUGINS[kind]).glob("[!_]*.py"))
+        raise unknown("something that can be listed", kind, (*PLUGINS, "recipes", "words"))
+    files = plugins.files(PLUGINS[kind])
     first = {file.stem: (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")[0] for file in files}
     return Listing(kind, first)
 

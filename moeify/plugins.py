@@ -2,9 +2,30 @@
 
 import importlib
 import pkgutil
+from pathlib import Path
 from typing import Any
 
-from moeify.errors import UsageError
+from moeify.errors import unknown
+
+# One of a folder's, with its article.
+SINGULAR = {
+    "families": "a family",
+    "targets": "a target",
+    "engines": "an engine",
+    "partition": "a partition",
+    "routers": "a router",
+    "strategies": "a strategy",
+}
+
+
+def names_in(folder: str) -> list[str]:
+    """As `names`, of a folder of moeify such as `partition`; does not import the folder itself either."""
+    return [file.stem for file in files(folder)]
+
+
+def files(folder: str) -> list[Path]:
+    """Those in a folder of moeify, such as `partition`; imports nothing, not even the folder."""
+    return sorted((Path(__file__).parent / folder).glob("[!_]*.py"))
 
 
 def names(package: str) -> list[str]:
@@ -23,5 +44,5 @@ def load(package: str, name: str, attribute: str, *default: Any) -> Any:
     known = names(package)
     kind = package.rsplit(".", maxsplit=1)[-1]
     if name not in known:
-        raise UsageError(f"no {kind} named {name!r}", f"one of: {', '.join(known)}")
+        raise unknown(SINGULAR.get(kind, f"a {kind}"), name, known)
     return getattr(importlib.import_module(f"{package}.{name}"), attribute, *default)

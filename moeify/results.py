@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 from moeify.cache import check_place, disk_errors, intact, replacing
-from moeify.errors import InputError, UsageError
+from moeify.errors import InputError, unknown
 
 Result = TypeVar("Result")
 
@@ -64,7 +64,7 @@ def find_kind(name: str) -> type[Any]:
         UsageError: there is no such schema.
     """
     if name not in KINDS:
-        raise UsageError(f"no schema named {name!r}", f"one of: {', '.join(KINDS)}")
+        raise unknown("a schema", name, KINDS)
     module, _, attribute = KINDS[name].rpartition(".")
     kind: type[Any] = getattr(importlib.import_module(module), attribute)
     return kind
@@ -133,7 +133,7 @@ def check_replaceable(file: Path, kind: "type[Any] | str") -> None:
         if not file.exists() or (file.is_file() and not file.stat().st_size):
             return
         if not file.is_file():
-            raise InputError(f"{file} is no file", "choose another name")
+            raise InputError(f"{file} is not a file", "choose another name")
         if isinstance(kind, str):
             with file.open("rb") as opened:
                 is_of_kind = kind.encode() in opened.read(BEGINNING_BYTES)

@@ -23,6 +23,13 @@ def test_environment_names_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("MOEIFY_CACHE", str(tmp_path))
     assert cache_dir() == tmp_path
     monkeypatch.delenv("MOEIFY_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_dir() == tmp_path / "xdg" / "moeify"
+    # Its specification has relative paths ignored.
+    for nothing in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", nothing)
+        assert cache_dir() == Path.home() / ".cache" / "moeify"
+    monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path.home() / ".cache" / "moeify"
 
 
@@ -264,6 +271,7 @@ def test_without_a_home_the_cache_must_be_named(monkeypatch: pytest.MonkeyPatch)
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.delenv("MOEIFY_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", classmethod(nowhere))
     with pytest.raises(InputError, match="no home folder") as caught:
         cache.cache_dir()

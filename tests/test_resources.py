@@ -97,7 +97,7 @@ def test_other_errors_stay_what_they_are(error: Exception) -> None:
 
 def test_errors_of_moeify_stay_what_they_are() -> None:
     with pytest.raises(UsageError, match="Cannot allocate memory"), disk_errors(Path()):
-        raise UsageError("Cannot allocate memory")
+        raise UsageError("Cannot allocate memory", "none")
 
 
 def test_a_file_that_was_read_is_named_itself(tmp_path: Path) -> None:

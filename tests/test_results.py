@@ -206,7 +206,7 @@ def test_a_bad_place_for_a_result_is_refused_before_the_work(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("years of work")
-    with pytest.raises(InputError, match=r"is no file|cannot write") as caught:
+    with pytest.raises(InputError, match=r"is not a file|cannot write") as caught:
         check_writable(Path(place), Evaluation)
     assert caught.value.hint
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -9,26 +9,21 @@ from typing import Any
 
 import torch
 
-from moeify.errors import UsageError
+from moeify.errors import UsageError, unknown
+from moeify.models.device import find_device
 
 
 def device_by_name(name: str) -> torch.device:
-    """A device: auto is cuda if there is one, cpu otherwise.
+    """A device that can be timed, a CUDA device with its number.
 
     Raises:
-        UsageError: it is not there.
+        UsageError: it is not there, or is another kind.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    hint = "--device takes auto, cpu, cuda or cuda:1"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"no device named {name!r}", hint) from error
-    if device.type == "cuda" and device.index is None and torch.cuda.is_available():
+    device = find_device(name)
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"{name!r} is not a device that is timed", "--device takes auto, cpu, cuda or cuda:1")
+    if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    if device.type != "cpu" and not (device.type == "cuda" and (device.index or 0) < torch.cuda.device_count()):
-        raise UsageError(f"device {name} is not there", hint)
     return device
 
 
@@ -42,7 +37,7 @@ def dtype_by_name(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     found = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16)}
     if name not in found:
-        raise UsageError(f"no dtype named {name!r}", f"--dtype takes auto, {', '.join(found)}")
+        raise unknown("a dtype", name, ["auto", *found], "--dtype takes")
     return found[name]
 
 

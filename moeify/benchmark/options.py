@@ -3,9 +3,20 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moeify.command_line import Options, option
+from moeify.command_line import ADVANCED, Options, option
 from moeify.errors import UsageError
-from moeify.options import CONTEXT, DATA, DEVICE, DEVICES, DTYPE, QUESTIONS, TASKS, DType, FileType
+from moeify.options import (
+    CONTEXT,
+    CONTEXT_AUTO,
+    DATA,
+    DEVICE,
+    DEVICES,
+    DTYPE,
+    QUESTIONS,
+    TASKS,
+    DType,
+    FileType,
+)
 
 Section = Literal["quality", "speed", "memory", "experts"]
 Implementation = Literal["eager", "batched_mm", "grouped_mm", "moeify"]
@@ -13,30 +24,32 @@ Routing = Literal["uniform", "zipf"]
 Pass = Literal["forward", "training"]
 EngineName = Literal["transformers", "llama.cpp"]
 
+TIMING, LLAMA_CPP = "Timing", "llama.cpp"
+
 
 @dataclass(frozen=True)
 class BenchOptions(Options):
     """What is measured of whole models."""
 
-    data: tuple[str, ...] = option(("builtin-heldout",), DATA)
-    tokens: int = option(8192, "At most so many tokens of each text, in whole blocks.", least=1)
-    context: int | None = option(None, CONTEXT, least=1)
-    tasks: tuple[str, ...] = option((), TASKS, commas=True)
-    questions: int | None = option(None, QUESTIONS, least=1)
-    batch: tuple[int, ...] = option((1, 8), "Sequences at once, such as 1,8.", least=1)
-    prompt: tuple[int, ...] = option((), "Tokens of a prompt; 128,512 where all models take them.", least=1)
-    implementation: tuple[Implementation, ...] = option((), "Of experts, such as eager,grouped_mm; all that run.")
-    roofline: bool = option(False, "Measure the machine and compare times with it.")
-    skip: tuple[Section, ...] = option((), "Leave a section out.")
-    seconds_per_row: float = option(
-        2.0, "How long one model on one implementation is timed on one phase of one regime.", least=0
+    data: tuple[str, ...] = option(("builtin-heldout",), DATA, name="TEXT")
+    tokens: int = option(8192, "At most so many tokens of each text", least=1)
+    tasks: tuple[str, ...] = option((), TASKS, auto="none", name="TASK")
+    questions: int | None = option(None, QUESTIONS, auto="all", least=1)
+    context: int | None = option(None, CONTEXT, auto=CONTEXT_AUTO, least=1, panel=ADVANCED)
+    batch: tuple[int, ...] = option((1, 8), "Sequences at once", least=1)
+    prompt: tuple[int, ...] = option((), "Tokens of a prompt", auto="128,512", least=1)
+    implementation: tuple[Implementation, ...] = option(
+        (), "Of experts, such as eager", auto="all that run", panel=TIMING
     )
-    engine: tuple[EngineName, ...] = option(("transformers",), "What runs the models: transformers, llama.cpp or both.")
-    type: tuple[FileType, ...] = option(("q8_0",), "Of the GGUF files that llama.cpp gets of folders.")
-    rounds: int = option(3, "How often llama.cpp times each file, in turn with the others.", least=3)
-    threads: tuple[int, ...] = option((), "Of llama.cpp, such as 1,8; one and all cores.", least=1)
-    limit_seconds: float = option(900.0, "Stop a program of llama.cpp that takes longer.", above=0)
-    dtype: DType = option("auto", DTYPE)
+    roofline: bool = option(False, "Measure the machine, compare times with it", panel=TIMING)
+    skip: tuple[Section, ...] = option((), "Leave out quality, speed, memory or experts")
+    seconds_per_row: float = option(2.0, "How long each number is timed", least=0, panel=TIMING)
+    engine: tuple[EngineName, ...] = option(("transformers",), "transformers, llama.cpp")
+    type: tuple[FileType, ...] = option(("q8_0",), "Of the GGUF files it gets of folders", panel=LLAMA_CPP)
+    rounds: int = option(3, "How often each file is timed, in turn", least=3, panel=LLAMA_CPP)
+    threads: tuple[int, ...] = option((), "How many", auto="one and all cores", least=1, panel=LLAMA_CPP)
+    limit_seconds: float = option(900.0, "Stop a program that takes longer", above=0, panel=LLAMA_CPP)
+    dtype: DType = option("auto", DTYPE, panel=ADVANCED)
     device: str = option("auto", DEVICE, form=DEVICES)
 
     def __post_init__(self) -> None:
@@ -49,16 +62,14 @@ class BenchOptions(Options):
 class LayerBenchOptions(Options):
     """What is measured of one layer."""
 
-    cases: tuple[str, ...] = option(
-        (), "Shapes, such as llama3-8b-8/2 or 64x256-8/2+2; without any, those of real models.", commas=True
+    cases: tuple[str, ...] = option((), "Shapes, such as 64x256-8/2+2", auto="of real models")
+    tokens: tuple[int, ...] = option(
+        (1, 2, 4, 8, 32, 64, 128, 512, 2048, 8192), "Tokens of a call", auto="1,2,4 ... 8192", least=1
     )
-    tokens: tuple[int, ...] = option((1, 2, 4, 8, 32, 64, 128, 512, 2048, 8192), "Tokens of a call.", least=1)
-    routings: tuple[Routing, ...] = option(("uniform", "zipf"), "How tokens choose experts.")
-    passes: tuple[Pass, ...] = option(("forward", "training"), "forward, or training (forward and backward).")
-    peers: tuple[str, ...] = option(
-        (), "Implementations, such as moeify,dense,grouped_mm; all that are installed.", commas=True
-    )
-    seconds_per_row: float = option(0.3, "How long an implementation is timed on a case.", least=0)
-    limit_seconds: float | None = option(None, "Begin no case after that; the most important ones come first.", least=0)
-    dtype: DType = option("auto", DTYPE)
+    routings: tuple[Routing, ...] = option(("uniform", "zipf"), "How tokens choose")
+    passes: tuple[Pass, ...] = option(("forward", "training"), "forward, training")
+    peers: tuple[str, ...] = option((), "Such as moeify,dense,eager", auto="all installed")
+    seconds_per_row: float = option(0.3, "How long each number is timed", least=0)
+    limit_seconds: float | None = option(None, "Begin no case after that", least=0)
+    dtype: DType = option("auto", DTYPE, panel=ADVANCED)
     device: str = option("auto", DEVICE, form=DEVICES)

@@ -26,7 +26,7 @@ from moeify.check.trials import Control, Trial, Trials
 from moeify.command_line import names_of, several
 from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.data.text import evaluation_tokens
-from moeify.errors import UsageError, kept_when_interrupted
+from moeify.errors import UsageError, kept_when_interrupted, unknown
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import CompareOptions, Names, SplitOptions, Track
 from moeify.progress import Resumed, shown
@@ -119,7 +119,7 @@ def methods(experts: int) -> dict[str, Method]:
         "MoEfication": Method({"partition": "kmeans", "router": "mlp", **peer}, num_shared=lambda _: 0),
         "CMoE": Method({"partition": "marker", "router": "representative", **peer}, num_shared=half),
         "energy clusters + refit": Method({"partition": "energy"}, num_shared=half),
-        **{f"moeify, {count} experts": Method({"experts": count}) for count in sorted({experts, 8, 32, 128})},
+        **{f"moeify {count} experts": Method({"experts": count}) for count in sorted({experts, 8, 32, 128})},
     }
 
 
@@ -218,11 +218,11 @@ def _check(budgets: Sequence[float], data: Sequence[str]) -> None:
 def _check_experts(experts: int, budgets: Sequence[float], only: Sequence[str]) -> None:
     """Raise UsageError unless there are such methods, and whole numbers of experts meet the budgets."""
     known = methods(experts)
-    if unknown := [name for name in only if name not in known]:
-        raise UsageError(f"no method named {unknown[0]!r}", f"one of: {', '.join(known)}")
+    if strange := [name for name in only if name not in known]:
+        raise unknown("a method", strange[0], known)
     if missed := [budget for budget in budgets if not (budget * experts).is_integer()]:
         works = ", ".join(f"{count / experts:g}" for count in range(1, experts))
-        raise UsageError(f"{missed[0]:g} of {experts} experts is no whole number", f"--budget takes {works}")
+        raise UsageError(f"{missed[0]:g} of {experts} experts is not a whole number", f"--budget takes {works}")
 
 
 @dataclass(frozen=True, eq=False)

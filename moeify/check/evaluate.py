@@ -1,6 +1,6 @@
 """How well one or several models do their job, side by side on the same data; the measure follows from their inputs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,11 +10,11 @@ from moeify.check.perplexity import EvalResult, Perplexity
 from moeify.check.tasks import Tasks
 from moeify.check.tasks_results import TaskResult
 from moeify.command_line import names_of
-from moeify.convert.prepare import check_device
 from moeify.families import Modality
 from moeify.kernels import register
 from moeify.models import stock
 from moeify.models.config import load_config
+from moeify.models.device import find_device
 from moeify.models.files import locate
 from moeify.options import DType, EvalOptions, Names, Track
 from moeify.progress import shown
@@ -47,18 +47,21 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "cpu", **argum
     Args:
         model: a folder, a .gguf file, a hub id or `builtin`.
         dtype: `auto` keeps the checkpoint's.
-        device: where to put it.
+        device: where to put it; auto is cuda if there is one.
         arguments: passed on to `from_pretrained`.
 
     Raises:
-        InputError: it cannot be read, or there is no such device.
+        UsageError: there is no such device here, or no such dtype.
+        InputError: the model cannot be read.
 
     Example:
         model = moeify.load("my-moe")
         print(model(input_ids).logits.shape)
     """
+    EvalOptions(dtype=dtype)  # type: ignore[arg-type]
+    place = find_device(device)
     loaded: Any = stock.load(locate(str(model), shown), dtype=dtype, **arguments)
-    loaded = loaded.to(device).eval()
+    loaded = loaded.to(place).eval()
     chosen = "experts_implementation" in arguments or not loaded._can_set_experts_implementation()
     if loaded.device.type in ("cuda", "cpu") and not chosen:
         register()
@@ -114,7 +117,7 @@ def measure(models: Sequence[str], options: EvalOptions, *, track: Track[Any] = 
         InputError: a model, text or task cannot be read, or two models cut a text into different tokens.
     """
     paths = {model: locate(model, track) for model in models}
-    check_device(options.device)
+    find_device(options.device)
     perplexity = MEASURES[_modality(paths)](paths, options)
     tasks = Tasks(options.tasks, options.questions, track)
     results = []

@@ -17,8 +17,8 @@ from transformers import GenerationConfig, TextStreamer
 
 from moeify.check.evaluate import load
 from moeify.command_line import names_of
-from moeify.convert.prepare import check_device
 from moeify.errors import InputError, first_line
+from moeify.models.device import find_device
 from moeify.models.files import locate
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import GenerateOptions, Names, Track, untracked
@@ -228,7 +228,7 @@ def generate(
         print([one.text for one in result.generations])
     """
     models, options = names_of(models), GenerateOptions.chosen(options, choices)
-    check_device(options.device)
+    find_device(options.device)
     # A name that is wrong is said before the first model speaks.
     for name in models:
         locate(name, track)

@@ -107,7 +107,10 @@ class Perplexity:
         if context < 2:
             raise InputError(f"a context of {context} leaves nothing to predict", "--context takes 2 or more")
         if context > limit:
-            raise InputError(f"context {context} is longer than the {limit} tokens that all models take")
+            raise InputError(
+                f"context {context} is longer than the {limit} tokens that all models take",
+                f"--context takes up to {limit} for these models",
+            )
         stride = options.stride or context
         if not 1 <= stride <= context:
             raise InputError(f"stride {stride} does not fit a context of {context}", f"--stride takes 1 to {context}")

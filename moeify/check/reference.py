@@ -43,7 +43,10 @@ class Reference(DenseModel):
         tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         absent = sorted(set(source.shapes) - set(tensors))
         if absent:
-            raise InputError(f"{type(model).__name__} of transformers has no {absent[0]}, which moeify reads of it")
+            raise InputError(
+                f"{type(model).__name__} of transformers has no {absent[0]}, which moeify reads of it",
+                "install a version of transformers that constraints.txt names",
+            )
         known = {part.name: getattr(source, part.name) for part in fields(DenseModel) if part.init}
         return cls(**known, model=model, tensors=tensors)
 

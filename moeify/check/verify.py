@@ -116,7 +116,8 @@ def verify(
     if plan.family != source.family.model_type or len(plan.layers) != source.num_layers:
         raise InputError(
             f"{moe} was made from a {plan.family} of {len(plan.layers)} layers, "
-            f"{source.name} is a {source.family.model_type} of {source.num_layers}"
+            f"{source.name} is a {source.family.model_type} of {source.num_layers}",
+            f"name the dense model that it was split from: {plan.source}",
         )
     if plan.layout.is_static:
         raise InputError(f"{moe} is statically pruned: it has no experts to switch on", "`moeify eval` measures it")

@@ -34,6 +34,7 @@ from moeify.cli.commands.search import search_command
 from moeify.cli.commands.split import split_command
 from moeify.cli.commands.tune import tune_command
 from moeify.cli.commands.verify import verify_command
+from moeify.cli.help import Command, Description, Group, usage_error
 from moeify.command_line import quoted
 from moeify.errors import MoeifyError, MoeifyWarning, UsageError
 
@@ -63,11 +64,17 @@ COMMANDS: dict[str, Callable[..., None]] = {
 # Commands that load no model.
 LIGHT = ("report", "ls", "schema")
 
+FIRST_STEPS = (
+    "First steps: `moeify run quickstart`, then `moeify inspect MODEL`. Each command takes --help. "
+    "Work that is kept lies in $MOEIFY_CACHE, else in $XDG_CACHE_HOME/moeify, else in ~/.cache/moeify."
+)
+
 app = typer.Typer(
     name="moeify",
     help="Turn a dense Hugging Face transformer into a mixture-of-experts checkpoint that stock software loads.",
+    cls=Group,
+    epilog=FIRST_STEPS,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -102,7 +109,7 @@ def run_command(arguments: list[str], *, interrupted: Callable[[], bool] = lambd
         with warnings.catch_warnings():
             _show_warnings()
             _check_words(arguments)
-            code = app(args=arguments, standalone_mode=False)
+            code = app(args=arguments, prog_name="moeify", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort, InterruptionError) as error:
         return _interrupted(error, arguments)
     except typer.Exit as error:
@@ -165,10 +172,10 @@ def _report(error: Exception, *, debug: bool) -> int:
     from moeify.resources import resource_error
 
     if hasattr(error, "show") and hasattr(error, "exit_code"):
-        # The option parser's own errors word themselves, with the usage line.
-        text = io.StringIO()
-        error.show(text)
-        Renderer().lines(text.getvalue())
+        if type(error).__name__ == "NoArgsIsHelpError":
+            Renderer().lines(str(error))
+        else:
+            Renderer().error(UsageError(*usage_error(error)))
         return 2
     if debug:
         traceback_of(error)
@@ -219,7 +226,9 @@ def _with_room(command: Callable[..., None]) -> Callable[..., None]:
 
 
 for _name, _command in COMMANDS.items():
-    app.command(_name)(option.expanded(_interruptible(_command if _name in LIGHT else _with_room(_command))))
+    _run = option.expanded(_interruptible(_command if _name in LIGHT else _with_room(_command)))
+    _words = Description.of(_command)
+    app.command(_name, cls=Command, help=_words.text, short_help=_words.line, epilog=_words.example)(_run)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Arguments and options that are no part of a run's options, and how a command gets one parameter for each of those."""
 
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import Field, dataclass
 from functools import wraps
@@ -9,9 +10,24 @@ from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from moeify.command_line import Options, choices, fields, flag, help_text, is_repeated, item_type, option, parse
+from moeify.command_line import (
+    ADVANCED,
+    FIRST,
+    OUTPUT,
+    Options,
+    choices,
+    default_text,
+    fields,
+    flag,
+    is_repeated,
+    item_type,
+    option,
+    parse,
+    value_name,
+)
 from moeify.errors import UsageError
 from moeify.options import SplitOptions
+from moeify.plugins import names_in
 from moeify.version import __version__
 
 KINDS = "families targets engines partitions routers strategies recipes words"
@@ -21,10 +37,24 @@ KINDS = "families targets engines partitions routers strategies recipes words"
 class Output(Options):
     """What every command shows."""
 
-    json: bool = option(False, "Print exactly one JSON object.")
-    quiet: bool = option(False, "Print nothing but figures that were asked for, and errors.")
-    verbose: bool = option(False, "Show the libraries' own warnings.")
-    debug: bool = option(False, "Show the traceback of an error.")
+    json: bool = option(False, "Print exactly one JSON object", panel=OUTPUT)
+    quiet: bool = option(False, "Print nothing but figures and errors", short="-q", panel=OUTPUT)
+    verbose: bool = option(False, "Show the libraries' own warnings", short="-v", panel=ADVANCED)
+    debug: bool = option(False, "Show the traceback of an error", panel=ADVANCED)
+
+
+@dataclass(frozen=True)
+class Exactness(Options):
+    """What `moeify verify` allows."""
+
+    tolerance: float = option(1e-4, "Largest difference of a logit", least=0)
+
+
+@dataclass(frozen=True)
+class Worse(Options):
+    """What `moeify bench` allows beside an earlier result."""
+
+    threshold: float = option(1.05, "How many times worse than it is allowed", above=0, panel=OUTPUT)
 
 
 @dataclass(frozen=True)
@@ -51,9 +81,9 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def call(**values: Any) -> None:
         for name, (kind, chosen) in taken.items():
-            words = {field.name: values.pop(field.name) for field in chosen}
-            repeated = {field.name: parse(field, words[field.name]) for field in chosen if is_repeated(field)}
-            values[name] = kind(**{**words, **repeated})
+            words = {field: values.pop(field.name) for field in chosen}
+            given = {field: word for field, word in words.items() if word is not None and word != []}
+            values[name] = kind(**{field.name: _value(field, word) for field, word in given.items()})
         command(**values)
 
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -61,18 +91,37 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+def _value(field: Field[Any], words: Any) -> Any:
+    """The value of an option from what stands on the command line."""
+    if isinstance(words, bool):
+        return words
+    return parse(field, words) if is_repeated(field) else parse(field, [words])[0]
+
+
 def _parameter(field: Field[Any]) -> inspect.Parameter:
-    """An option of the command line."""
-    repeated, default = is_repeated(field), field.default
-    # Without a name of its own a switch that is on gets one to turn it off.
-    names = [] if default is True else [flag(field.name)]
-    # A list is read from words, but its items are numbers or names.
-    metavar = f"<{'|'.join(choices(field)) or item_type(field).__name__}>" if repeated else None
-    shown = not (default is None or default is False or default == ())
-    info = typer.Option(*names, help=help_text(field), show_default=shown, metavar=metavar)
-    kind: Any = Annotated[list[str] if repeated else field.type, info]
-    value = [str(item) for item in default] if isinstance(default, tuple) else default
-    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=value, annotation=kind)
+    """An option of the command line; its words are read by `parse`, and what is left out keeps its default."""
+    names = [flag(field.name), *([field.metadata["short"]] if field.metadata["short"] else [])]
+    folder = field.metadata["plugin"]
+    known = choices(field) or (names_in(folder) if folder else ())
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in known if name.startswith(incomplete)]
+
+    kind: Any = bool if item_type(field) is bool else list[str] if is_repeated(field) else str | None
+    if kind is bool and field.default is True:
+        names = [f"{flag(field.name)}/{flag(f'no_{field.name}')}"]
+    info = typer.Option(
+        *names,
+        help=field.metadata["text"],
+        show_default=default_text(field) or False,
+        metavar=value_name(field) or None,
+        rich_help_panel=field.metadata["panel"],
+        autocompletion=complete if known else None,
+    )
+    default = field.default if kind is bool else [] if is_repeated(field) else None
+    return inspect.Parameter(
+        field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info]
+    )
 
 
 def beside(model: str, suffix: str) -> Path:
@@ -81,12 +130,19 @@ def beside(model: str, suffix: str) -> Path:
     Raises:
         UsageError: the model has no name.
     """
-    name = Path(model).name
+    path = Path(model)
+    name = path.parent.name if path.suffix in (".safetensors", ".json") else path.name
     if name in ("", ".."):
         name = Path(model).resolve().name
     if not name:
         raise UsageError(f"{model} has no name that {suffix} could be added to", "say with -o where to write")
     return Path(f"{name}-{suffix}")
+
+
+def is_there(model: str) -> bool:
+    """Whether a model that was named before can be named again from this folder."""
+    on_the_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model)
+    return model == "builtin" or bool(on_the_hub) or (model != "" and Path(model).expanduser().exists())
 
 
 def _version(show: bool) -> None:
@@ -95,82 +151,68 @@ def _version(show: bool) -> None:
         raise typer.Exit
 
 
-Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")]
+def _argument(name: str, text: str) -> Any:
+    return typer.Argument(help=text, metavar=name, show_default=False)
+
+
+def _option(*names: str, text: str, name: str | None = None, panel: str = FIRST, default: str = "") -> Any:
+    """An option that is no field of a dataclass; the arguments are those of `moeify.command_line.option`."""
+    return typer.Option(*names, help=text, metavar=name, rich_help_panel=panel, show_default=default or False)
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version")]
 
 # What is read.
-Model = Annotated[str, typer.Argument(help="Folder, .gguf file, hub id or `builtin`.", show_default=False)]
-Models = Annotated[list[str], typer.Argument(help="Checkpoints, the reference first.", show_default=False)]
-Speakers = Annotated[list[str], typer.Argument(help="Models, dense or converted.", show_default=False)]
-Moe = Annotated[str, typer.Argument(help="The converted checkpoint.", show_default=False)]
-Benched = Annotated[list[str], typer.Argument(help="Converted checkpoints.", show_default=False)]
-Exported = Annotated[str, typer.Argument(help="What `moeify split` wrote, or a dense model.", show_default=False)]
-Student = Annotated[str, typer.Argument(help="What `moeify split` wrote, or a dense model.", show_default=False)]
-Recipe = Annotated[str, typer.Argument(help="YAML file or name (moeify ls recipes).", show_default=False)]
-Kind = Annotated[str, typer.Argument(help=f"One of: {KINDS}.", show_default=False)]
-SchemaName = Annotated[
-    str, typer.Argument(help="What stands between `moeify.` and `/1` in a result.", show_default=False)
-]
-RunDir = Annotated[Path, typer.Argument(help="Folder with the results of moeify bench.", show_default=False)]
-DenseModel = Annotated[str, typer.Option(help="The model it came from.", show_default=False)]
-Teacher = Annotated[str, typer.Option(help="The dense model it shall follow.", show_default=False)]
-Against = Annotated[
-    list[str], typer.Option(help="The dense model they came from; repeat it for further ones.", show_default=False)
-]
-Searched = Annotated[
-    list[Path],
-    typer.Option(help="Results of `moeify search -o FILE.json` as further rows; repeat it.", show_default=False),
-]
-Baseline = Annotated[
-    Path | None, typer.Option(help="An earlier bench.json; what is worse gives exit code 4.", show_default=False)
-]
-Threshold = Annotated[float, typer.Option(help="How many times worse than the baseline something may be.")]
-Tolerance = Annotated[float, typer.Option(help="Largest logit difference in float32, all experts on.")]
-Overrides = Annotated[
-    list[str], typer.Option("--set", help="Override a key: split.experts=16; repeat it.", show_default=False)
-]
-Prompt = Annotated[str | None, typer.Option(help="The text to continue; without it stdin is read.", show_default=False)]
-InTemplate = Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")]
-System = Annotated[
-    str | None, typer.Option(help="What the models are told before the first message.", show_default=False)
-]
+MODEL = "A folder, .gguf file, hub id or `builtin`"
+Model = Annotated[str, _argument("MODEL", MODEL)]
+Models = Annotated[list[str], _argument("MODELS...", "Checkpoints, the reference first")]
+Speakers = Annotated[list[str], _argument("MODELS...", "Dense or converted")]
+Moe = Annotated[str, _argument("MOE", "The converted checkpoint")]
+Benched = Annotated[list[str], _argument("MODELS...", "Converted checkpoints")]
+Exported = Annotated[str, _argument("MODEL", "What moeify split wrote, or a dense model")]
+Student = Exported
+Recipe = Annotated[str, _argument("RECIPE", "YAML file, or a name: moeify ls recipes")]
+Kind = Annotated[str, _argument("KIND", "families, targets, engines, partitions, ...")]
+SchemaName = Annotated[str, _argument("NAME", "Of a result's schema, without moeify. and /1")]
+RunDir = Annotated[Path, _argument("RUN_DIR", "Folder with the results of moeify bench")]
+DenseModel = Annotated[str, _option(text="The model it came from", name="MODEL")]
+Teacher = Annotated[str, _option(text="The dense model it shall follow", name="MODEL")]
+Against = Annotated[list[str], _option(text="The dense model, then further ones", name="MODEL,...")]
+Searched = Annotated[list[str], _option(text="Results of moeify search as further rows", name="FILE,...")]
+Baseline = Annotated[Path | None, _option(text="A bench.json; what is worse exits with 4", name="FILE", panel=OUTPUT)]
+Overrides = Annotated[list[str], _option("--set", text="Such as split.experts=16; again for more", name="KEY=VALUE")]
+Prompt = Annotated[str | None, _option(text="The text to continue", name="TEXT", default="stdin")]
+InTemplate = Annotated[bool, _option("--chat", text="Put the prompt into the chat template")]
+System = Annotated[str | None, _option(text="What models are told first", name="TEXT")]
 
 # What is written.
-Out = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write.", show_default=False)]
+OUT = ("--out", "-o")
+Out = Annotated[Path | None, _option(*OUT, text="Where to write", name="PATH", panel=OUTPUT)]
 SearchOut = Annotated[
-    Path | None,
-    typer.Option("--out", "-o", help="FILE.json; the frontier is drawn beside it as FILE.svg.", show_default=False),
+    Path | None, _option(*OUT, text="FILE.json; FILE.svg is drawn beside it", name="FILE", panel=OUTPUT)
 ]
 RecipeOut = Annotated[
-    Path | None, typer.Option("--out", "-o", help="FILE.yaml; NAME-recipe.yaml in this folder.", show_default=False)
+    Path | None, _option(*OUT, text="FILE.yaml; a recipe", name="FILE", panel=OUTPUT, default="MODEL-recipe.yaml")
 ]
 CompareOut = Annotated[
-    Path | None,
-    typer.Option("--out", "-o", help="FILE.json; a run that was stopped goes on from it.", show_default=False),
+    Path | None, _option(*OUT, text="FILE.json; a stopped run goes on from it", name="FILE", panel=OUTPUT)
 ]
-LayerOut = Annotated[
-    Path | None, typer.Option("--out", "-o", help="FILE.json; written after every case.", show_default=False)
-]
+LayerOut = Annotated[Path | None, _option(*OUT, text="FILE.json; written after every case", name="FILE", panel=OUTPUT)]
 ReportOut = Annotated[
     Path | None,
-    typer.Option(
-        "--out",
-        "-o",
-        help="FILE.html, or FILE.md for a pull request; RUN_DIR/report.html.",
-        show_default=False,
-    ),
+    _option(*OUT, text="FILE.html; FILE.md for pull requests", name="FILE", panel=OUTPUT, default="in RUN_DIR"),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result once the new one is complete.")]
-GGUF = Annotated[Path, typer.Option("--gguf", help="FILE.gguf to write.", show_default=False)]
+Overwrite = Annotated[bool, _option("--overwrite", text="Replace an earlier result, at the end", panel=OUTPUT)]
+GGUF = Annotated[Path, _option("--gguf", text="FILE.gguf to write", name="FILE", panel=OUTPUT)]
 AlsoGGUF = Annotated[
-    Path | None, typer.Option("--gguf", help="FILE.gguf to write as well, for llama.cpp.", show_default=False)
+    Path | None, _option("--gguf", text="FILE.gguf to write too, for llama.cpp", name="FILE", panel=OUTPUT)
 ]
-Report = Annotated[bool, typer.Option("--report", help="Show what was measured in every layer.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show plan and estimates, write nothing.")]
+Report = Annotated[bool, _option("--report", text="Show what was measured in every layer", panel=OUTPUT)]
+DryRun = Annotated[bool, _option("--dry-run", text="Show plan and estimates, write nothing", panel=OUTPUT)]
 PushToHub = Annotated[
-    str | None,
-    typer.Option("--push-to-hub", metavar="REPO", help="Upload the result to USER/NAME.", show_default=False),
+    str | None, _option("--push-to-hub", text="Upload the result to the hub", name="USER/NAME", panel=OUTPUT)
 ]
-Private = Annotated[bool, typer.Option("--private", help="A new repository on the hub is private.")]
+Private = Annotated[bool, _option("--private", text="As a private repository", panel=OUTPUT)]
 
 # Parts of a split's options.
 InspectOptions = Annotated[SplitOptions, Only(("experts",))]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from moeify.check.generate import Conversation, GenerateResult, Generation, Speaker
 from moeify.cli.render import Renderer
-from moeify.convert.prepare import check_device
 from moeify.errors import InputError, MoeifyError, UsageError, warn
+from moeify.models.device import find_device
 from moeify.options import GenerateOptions
 
 # More is no prompt that a model takes.
@@ -59,7 +59,7 @@ def talk(
 
     At a terminal an error or Ctrl-C ends an answer, not the conversation; Ctrl-C at the prompt ends that as well.
     """
-    check_device(options.device)
+    find_device(options.device)
     speakers = [Speaker.open(name, options, renderer.track) for name in models]
     for speaker in speakers:
         if not speaker.has_template:

@@ -76,7 +76,10 @@ def inspect(model: str | Path | DenseModel, *, experts: int | None = None, track
     neurons, hidden, layers = dense.num_neurons, dense.hidden_size, dense.num_layers
     counts = expert_counts(neurons, dense.dtype)
     if not counts:
-        raise InputError(f"FFNs of {neurons} neurons do not divide into 2 to {MAX_EXPERTS} experts that can run")
+        raise InputError(
+            f"FFNs of {neurons} neurons do not divide into 2 to {MAX_EXPERTS} experts that can run",
+            "no number of experts works for this model",
+        )
     fits = tuple(_fit(dense, name, experts or preferred_counts(neurons, dense.dtype)[0]) for name in targets.names())
     # A number that does not work is looked at in the one that would be taken.
     options = SplitOptions(experts=experts if experts in counts else None)

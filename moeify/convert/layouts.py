@@ -77,7 +77,10 @@ def choose_layout(
     needed = max(options.active or 0, options.shared or 0, 2)
     counts = preferred_counts(dense.num_neurons, dtype)
     if not counts:
-        raise InputError(f"FFNs of {dense.num_neurons} neurons do not divide into 2 to {MAX_EXPERTS} experts that run")
+        raise InputError(
+            f"FFNs of {dense.num_neurons} neurons do not divide into 2 to {MAX_EXPERTS} experts that run",
+            "no number of experts works for this model",
+        )
     enough = [n for n in counts if n >= needed] or counts[:1]
     for experts in enough:
         try:

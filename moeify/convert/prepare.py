@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moeify import engines, partition, routers
+from moeify import engines, partition, routers, targets
 from moeify.calibration.stream import HiddenStream
 from moeify.convert.estimate import Estimate, count_parameters, estimate
 from moeify.convert.layer import LayerFit
@@ -19,6 +19,7 @@ from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter, check_fits, router_scale
 from moeify.models import stock
 from moeify.models.dense import DenseModel, open_dense
+from moeify.models.device import find_device
 from moeify.models.ffn import FFNWeights, pack
 from moeify.options import SplitOptions, Track
 from moeify.plan import Layout, SplitPlan, load_plan
@@ -123,7 +124,7 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
     _check_method(options, writable=writable)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     layout, target, reason = choose_layout(dense, options, dtype, writable=writable)
-    check_device(options.device)
+    options = replace(options, device=str(find_device(options.device)))
     if len(dense.num_of_dtype) > 1:
         kinds = listing([f"{count:,} as {kind}" for kind, count in dense.num_of_dtype.items()])
         warn(f"tensors are stored in several types, {kinds}: all are written as {str(dtype).removeprefix('torch.')}")
@@ -137,6 +138,11 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         saved = replace(saved, layers=tuple(layers))
     _check_dense_layers(layout, dense.num_layers)
     _check_width(layout, dense.num_neurons, dtype, writable=writable)
+    if writable and layout.num_active == layout.num_experts:
+        warn(
+            f"{layout.num_active} of {layout.num_experts} experts are active for every token, which saves nothing: "
+            f"with fewer, such as --active {max(1, layout.num_experts * 3 // 4)}, a token takes less time"
+        )
     context = _context(dense, options)
     options = replace(
         options,
@@ -146,7 +152,9 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         context=context,
     )
     if not options.static:
-        options = replace(options, shared=layout.num_shared, target=target.model_type)
+        # What is only measured may have the dense model's own architecture.
+        name = target.model_type if target.model_type in targets.names() else options.target
+        options = replace(options, shared=layout.num_shared, target=name)
     return Prepared(dense, options, layout, target, reason, saved, dtype)
 
 
@@ -287,15 +295,6 @@ def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype, *, writab
             f"of stock transformers takes multiples of {multiple}",
             hint,
         )
-
-
-def check_device(device: str) -> None:
-    """Raise UsageError unless there is such a device here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        raise UsageError(f"no device {device} here", f"--device takes {', '.join(found)}") from error
 
 
 def _check_plan(plan: SplitPlan, dense: DenseModel) -> None:

@@ -39,7 +39,9 @@ def _layouts_cut_alike(prepared: Prepared, budget: float) -> list[Layout]:
     experts, target = prepared.layout.num_experts, prepared.target
     active = math.floor(budget * experts + TOLERANCE)
     if not 0 < active < experts:
-        raise UsageError(f"a budget of {budget:.3g} is no number of {experts} experts", "raise --budget or --experts")
+        raise UsageError(
+            f"a budget of {budget:.3g} is not a whole number of {experts} experts", "raise --budget or --experts"
+        )
     least = next((n for n in range(active) if _runs(prepared, Layout(experts, n, active))), None)
     shares = {math.ceil(share * active) for share in SHARED} if target.holds_shared else {0}
     layouts = [Layout(experts, n, active) for n in sorted({*shares, *(() if least is None else (least,))})]

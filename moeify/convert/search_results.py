@@ -41,5 +41,5 @@ def searched_rows(files: Sequence[Path]) -> Mapping[str, Mapping[str, Any]]:
     rows = {}
     for file in files:
         options = read(file, SearchResult, "moeify search -o FILE.json").options
-        rows[f"moeify, {options['experts']} experts, searched ({file.stem})"] = options
+        rows[f"moeify {options['experts']} experts searched ({file.stem})"] = options
     return rows

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from moeify import plugins
-from moeify.errors import UsageError
+from moeify.errors import unknown
 from moeify.plan import Layout
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def named(name: str) -> Engine:
         engine = find(file)
         if name.lower() in (file, engine.name.lower()):
             return engine
-    raise UsageError(f"no engine named {name!r}", f"engines: {', '.join(find(file).name for file in names())}")
+    raise unknown("an engine", name, [find(file).name for file in names()])
 
 
 def judge(shape: Shape, known: Iterable[str]) -> tuple[Verdict, ...]:

@@ -108,7 +108,7 @@ def caution(shape: Shape) -> str:
     width = shape.expert_width
     if width % BLOCK:
         return (
-            f"experts of {width} neurons are no multiple of {BLOCK}, so no quantised type takes the rows of their "
+            f"experts of {width} neurons are not a multiple of {BLOCK}, so no quantised type takes the rows of their "
             "down_proj, which stay f16"
         )
     if width < NARROW:
@@ -120,7 +120,7 @@ def note(shape: Shape) -> str:
     notes = []
     width = shape.expert_width
     if width % K_BLOCK and not width % BLOCK:
-        notes.append(f"K-quants fall back to simpler types for down_proj, {width} is no multiple of {K_BLOCK}")
+        notes.append(f"K-quants fall back to simpler types for down_proj, {width} is not a multiple of {K_BLOCK}")
     if shape.target in GRAPHS and shape.layout.num_routed_active > most_active(shape, NO_FLASH):
         notes.append("it aborts with flash attention off")
     return "; ".join(notes)

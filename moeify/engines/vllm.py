@@ -15,7 +15,9 @@ def note(shape: Shape) -> str:
     width = shape.expert_width
     if width % TILE:
         return f"experts of {width} neurons leave tiles of {TILE} columns in its kernels partly empty"
-    return f"{width} neurons are no multiple of {FAST_TILE}: not by FlashInfer's kernels" if width % FAST_TILE else ""
+    return (
+        f"{width} neurons are not a multiple of {FAST_TILE}: not by FlashInfer's kernels" if width % FAST_TILE else ""
+    )
 
 
 TESTED = "0.32.0 on a CPU, float32: same greedy tokens and perplexity for every target; widths from source; 2026-11-26"

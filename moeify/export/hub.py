@@ -33,7 +33,7 @@ def check_push(repo: str) -> None:
         InputError: the hub is out of reach, knows no token, or the token may not write there.
     """
     if not is_hub_id(repo):
-        raise UsageError(f"--push-to-hub {repo} is no name on the hub", "expected USER/NAME or ORGANISATION/NAME")
+        raise UsageError(f"--push-to-hub {repo} is not a name on the hub", "expected USER/NAME or ORGANISATION/NAME")
     with _reaching(repo):
         user = HfApi().whoami()
     owner, name = repo.split("/", maxsplit=1)[0], str(user.get("name"))

@@ -71,9 +71,9 @@ def _place_of(out: Path) -> Path:
     try:
         place, here, is_folder = out.resolve(), Path.cwd().resolve(), parent.is_dir()
     except (ValueError, RuntimeError, OSError) as error:
-        raise UsageError(f"{out} is no path: {error}", "choose another -o") from error
+        raise UsageError(f"{out} is not a path: {error}", "choose another -o") from error
     if not is_folder:
-        raise UsageError(f"{out} leads through {parent.parent}, which is no folder", "choose another -o")
+        raise UsageError(f"{out} leads through {parent.parent}, which is not a folder", "choose another -o")
     if here.is_relative_to(place):
         raise UsageError(
             f"{out} is the folder that you are in, or one around it, and a result takes the whole place of its folder",
@@ -122,7 +122,7 @@ def read_record(file: Path) -> dict[str, Any]:
     record = json.loads(file.read_text())
     files = record.get("files", []) if isinstance(record, dict) else None
     if not isinstance(files, list) or not str(record.get("schema")).startswith("moeify.record/"):
-        raise ValueError(f"{file} is no record")
+        raise ValueError(f"{file} is not a record")
     return dict(record)
 
 

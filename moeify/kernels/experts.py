@@ -115,7 +115,7 @@ def unsupported(self: Any, hidden_states: Tensor, autocast: torch.dtype | None =
         return "torch.compile takes no branches" if torch.compiler.is_compiling() else None
     aligned = ALIGNMENT_BYTES // (autocast or weights.dtype).itemsize
     if hidden_states.shape[-1] % aligned or width % aligned:
-        return f"a hidden size of {hidden_states.shape[-1]} and a width of {width} are no multiples of {aligned}"
+        return f"a hidden size of {hidden_states.shape[-1]} and a width of {width} are not multiples of {aligned}"
     return None
 
 

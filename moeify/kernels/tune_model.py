@@ -64,7 +64,7 @@ def tune_model(
     """
     model, tokens = str(model), several(tokens)
     if not torch.cuda.is_available():
-        raise InputError("there is no CUDA device here, and the kernels run on nothing else")
+        raise InputError("there is no CUDA device here, and kernels are tuned for one", "a CPU needs no tuning")
     where, shape = torch.device(device), experts_shape(model)
     launches = sum(len(keys_of(shape, count, backward=False)) for count in tokens)
     launches += sum(len(keys_of(shape, count, backward=True)) for count in tokens if count > launch.DECODE_TOKENS)
@@ -93,7 +93,10 @@ def experts_shape(model: str) -> Shape:
     found = modules[0]
     reason = experts.unsupported_module(found)
     if reason is not None:
-        raise InputError(f"the kernels do not run the experts of {model}: {reason}")
+        raise InputError(
+            f"the kernels do not run the experts of {model}: {reason}",
+            "transformers runs them as eager, batched_mm or grouped_mm; nothing is to be tuned",
+        )
     num_experts, _, dim = experts.first_projection(found).shape
     return Shape(
         dim=dim,

@@ -177,7 +177,7 @@ def _check_declared(file: Path, declared: Mapping[str, Any], config_class: Any) 
     for name, value in declared.items():
         # They would replace what the config does.
         if name.startswith("__") or name == "attribute_map" or callable(getattr(config_class, name, None)):
-            raise InputError(f"{file}: {shown(name)} is no field of a config", "remove it from the file")
+            raise InputError(f"{file}: {shown(name)} is not a field of a config", "remove it from the file")
         _check_extra(file, name, value)
     _check_types(file, declared, config_class)
     _check_numbers(file, declared, config_class)
@@ -294,7 +294,7 @@ def _check_relations(file: Path, config: Any) -> None:
     heads, keys = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     if isinstance(heads, int) and isinstance(keys, int) and heads % keys:
         raise InputError(
-            f"{file}: num_attention_heads is {heads}, which is no multiple of num_key_value_heads, {keys}",
+            f"{file}: num_attention_heads is {heads}, which is not a multiple of num_key_value_heads, {keys}",
             "every head of keys and values serves equally many others",
         )
     for name in ACTIVATIONS:

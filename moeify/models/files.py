@@ -30,7 +30,7 @@ HUB_PATTERNS = ["*.safetensors", INDEX_FILE, "config.json", "generation_config.j
 
 
 def locate(model: str, track: Track[Any] = untracked) -> Path:
-    """The local folder of a model: itself, the embedded one, a converted GGUF or a downloaded snapshot."""
+    """The local folder of a model: itself, that of a file in it, the embedded one, a GGUF's or a downloaded one's."""
     path = Path(model).expanduser()
     if model == "builtin":
         from moeify.models.builtin import builtin_model
@@ -42,7 +42,10 @@ def locate(model: str, track: Track[Any] = untracked) -> Path:
         return from_gguf(gguf)
     if _kind(path) == "folder":
         return path
-    if _kind(path) or model.startswith((".", "/", "~")) or model.count("/") != 1:
+    if _kind(path) == "file":
+        return _folder_of(path)
+    is_file = path.suffix in (".safetensors", ".gguf", ".json")
+    if _kind(path) or is_file or model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise InputError(f"no model at {model}", "give a folder, a .gguf file, a hub id (org/name) or `builtin`")
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
@@ -51,6 +54,22 @@ def locate(model: str, track: Track[Any] = untracked) -> Path:
             f"{model} is neither a local folder nor a hub model that can be reached: {first_line(error)}",
             "check the name and the network; a private model needs `hf auth login`",
         ) from error
+
+
+def _folder_of(file: Path) -> Path:
+    """The folder of the model that a file is part of, as other programs are given it.
+
+    Raises:
+        InputError: it is part of none, or of another model than the one that stands in its folder.
+    """
+    folder, hint = file.parent, "give the model's folder, a .gguf file, a hub id (org/name) or `builtin`"
+    if file.name in (INDEX_FILE, "config.json"):
+        return folder
+    if file.suffix == ".safetensors":
+        if file in find_shards(folder).values():
+            return folder
+        raise InputError(f"{file} is not one of the files of the model in {folder}", hint)
+    raise InputError(f"{file} is not a model", hint)
 
 
 def gguf_of(path: Path) -> Path | None:

@@ -70,7 +70,7 @@ class Report:
         """Say which tensors the model does not have."""
         if self.unexpected:
             warn(
-                f"{len(self.unexpected):,} tensors are no part of the model, the first is "
+                f"{len(self.unexpected):,} tensors are not part of the model, the first is "
                 f"{printable(self.unexpected[0])}: they are left out, as transformers does"
             )
 

@@ -76,7 +76,7 @@ def read_marker(out: Path, name: str) -> Marker | None:
         return None
     marker = intact(file, read) if file.is_file() else None
     if marker is None:
-        raise InputError(f"{file} is no marker of this version of moeify", "move it away, or choose another -o")
+        raise InputError(f"{file} is not a marker of this version of moeify", "move it away, or choose another -o")
     return marker
 
 

@@ -14,6 +14,7 @@ bench: {batch: [1]}                          # the options of `moeify bench`: be
 limits: {max_ratio: 1.5, beats: [static], max_decode_time: 1.0}
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -34,16 +35,26 @@ from pydantic import (
 
 from moeify.benchmark.models.results import Phase
 from moeify.benchmark.options import BenchOptions
-from moeify.command_line import check_text, several
-from moeify.errors import InputError, UsageError
+from moeify.command_line import Options, check_text, fields, is_repeated, several
+from moeify.errors import InputError, UsageError, nearest, unknown
 from moeify.options import CompareOptions, EvalOptions, SplitOptions
+from moeify.plugin_list import listing as entries
 from moeify.plugin_list import recipe_folders
 from moeify.recipes.names import MAIN, PathPart, check_different
 from moeify.recipes.plain_yaml import load_yaml
 from moeify.training.options import FinetuneOptions
+from moeify.words import listing
 
 # Shaped like the recipe, so that errors name the place in it.
 _CONTROLS = TypeAdapter(dict[str, dict[str, SplitOptions]])
+# Sections that have a command's options, under its name.
+SECTIONS: dict[str, type[Options]] = {
+    "split": SplitOptions,
+    "finetune": FinetuneOptions,
+    "compare": CompareOptions,
+    "eval": EvalOptions,
+    "bench": BenchOptions,
+}
 NOT_STATIC = ("budget", "dense_layers", "mixing", "temperature", "fusion")
 
 
@@ -120,7 +131,7 @@ class Recipe(Strict):
     def _name_the_section(cls, value: Any, validate: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         """Options refuse values by their names on the command line, which several sections share."""
         try:
-            return validate(value)
+            return validate(_with_lists(SECTIONS[str(info.field_name)], value))
         except UsageError as error:
             raise UsageError(f"{info.field_name}: {error}", error.hint) from error
 
@@ -134,6 +145,17 @@ class Recipe(Strict):
     def trained(self) -> tuple[str, ...]:
         """The splits that are fine-tuned."""
         return (MAIN, *self.finetune_controls) if self.finetune else ()
+
+
+def _with_lists(kind: type[Options], values: Any) -> Any:
+    """The values of a section, with a list of one item where an item stands alone."""
+    if not isinstance(values, Mapping):
+        return values
+    lists = {field.name for field in fields(kind) if is_repeated(field)}
+    return {
+        key: [value] if key in lists and isinstance(value, str | int | float) else value
+        for key, value in values.items()
+    }
 
 
 def find_recipe(name: str) -> Path:
@@ -164,9 +186,13 @@ def load_recipe(path: str | Path, overrides: str | Sequence[str] = (), *, out: s
     try:
         data = path.read_bytes() if path.is_file() else None
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        raise InputError(
+            f"cannot read {path}: {error.strerror}", "a recipe is a YAML file; see `moeify ls recipes`"
+        ) from error
     if data is None:
-        raise InputError(f"no recipe at {path}", "`moeify ls recipes` lists those that come with moeify")
+        similar = nearest(path.stem, entries("recipes").entries)
+        question = f"did you mean {similar}? " if similar else ""
+        raise InputError(f"no recipe at {path}", f"{question}`moeify ls recipes` lists those that come with moeify")
     values = load_yaml(data, str(path))
     if not isinstance(values, dict):
         raise InputError(
@@ -190,18 +216,20 @@ def load_recipe(path: str | Path, overrides: str | Sequence[str] = (), *, out: s
 def _check_sections(path: Path, recipe: Recipe) -> None:
     """Raise UsageError if a section needs another one."""
     if recipe.eval is None and (recipe.limits.beats or recipe.limits.max_ratio is not None):
-        raise UsageError(f"{path}: limits on perplexity need an eval section")
+        raise UsageError(f"{path}: limits on perplexity need an eval section", "add: eval: {}")
     timed = recipe.bench is not None and "speed" not in recipe.bench.skip and "transformers" in recipe.bench.engine
     if recipe.limits.max_times and not timed:
-        raise UsageError(f"{path}: limits on times need a bench section that measures speed in transformers")
+        raise UsageError(
+            f"{path}: limits on times need a bench section that measures speed in transformers", "add: bench: {}"
+        )
     if recipe.limits.max_logit_difference is not None and not recipe.verify:
-        raise UsageError(f"{path}: limits.max_logit_difference needs verify: true")
+        raise UsageError(f"{path}: limits.max_logit_difference needs verify: true", "leave verify out")
     for key, names in (("limits.beats", recipe.limits.beats), ("finetune_controls", recipe.finetune_controls)):
-        unknown = [name for name in names if name not in recipe.controls]
-        if unknown:
-            raise UsageError(f"{path}: {key} names {unknown[0]!r}, which is not among the controls")
+        if strange := [name for name in names if name not in recipe.controls]:
+            told = unknown("a control", strange[0], recipe.controls)
+            raise UsageError(f"{path}: {key}: {told}", told.hint if recipe.controls else "add it under controls")
     if recipe.finetune_controls and recipe.finetune is None:
-        raise UsageError(f"{path}: finetune_controls needs a finetune section")
+        raise UsageError(f"{path}: finetune_controls needs a finetune section", "add: finetune: {}")
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -227,8 +255,30 @@ def _named(path: Path, error: ValidationError) -> UsageError:
     """The first mistake: its place, what is expected there, and the value."""
     first = error.errors(include_url=False)[0]
     # Keys are marked by a word of pydantic's own.
-    where = ".".join(str(part) for part in first["loc"] if part != "[key]")
-    return UsageError(f"{path}: {where}: {first['msg'].removeprefix('Value error, ')}, found {first['input']!r:.100}")
+    where = [str(part) for part in first["loc"] if part != "[key]"]
+    message = f"{path}: {'.'.join(where)}: {first['msg'].removeprefix('Value error, ')}, found {first['input']!r:.100}"
+    if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+        what = f"a key of {'.'.join(where[:-1])}" if where[1:] else "a section of a recipe"
+        told = unknown(what, where[-1], _keys(where[:-1]))
+        place = f"{'.'.join(where)}: " if where[1:] else ""
+        return UsageError(f"{path}: {place}{told}", told.hint)
+    if first["type"] == "missing":
+        return UsageError(f"{path}: {'.'.join(where)} is missing", f"every recipe has {listing(list(_needed()))}")
+    similar = nearest(str(first["input"]), re.findall(r"'(.+?)'", first["msg"])) if "'" in first["msg"] else ""
+    command = where[0] if where[0] in SECTIONS else "split" if where[0] == "controls" else "run"
+    question = f"did you mean {similar}? " if similar else ""
+    return UsageError(message, f"{question}`moeify {command} --help` says what its options take")
+
+
+def _keys(place: Sequence[str]) -> list[str]:
+    """The keys that may stand at a place of a recipe."""
+    if not place or place[0] == "limits":
+        return list((Limits if place else Recipe).model_fields)
+    return [field.name for field in fields(SECTIONS.get(place[0], SplitOptions))]
+
+
+def _needed() -> list[str]:
+    return [name for name, field in Recipe.model_fields.items() if field.is_required()]
 
 
 def control_options(recipe: Recipe, name: str, control: Mapping[str, Any]) -> SplitOptions:
@@ -244,6 +294,8 @@ def control_options(recipe: Recipe, name: str, control: Mapping[str, Any]) -> Sp
         # A pruned model has FFNs of one width and nothing to weight.
         base = {key: value for key, value in base.items() if key not in NOT_STATIC}
     try:
-        return _CONTROLS.validate_python({"controls": {name: {**base, **control}}})["controls"][name]
+        return _CONTROLS.validate_python({"controls": {name: _with_lists(SplitOptions, {**base, **control})}})[
+            "controls"
+        ][name]
     except UsageError as error:
         raise UsageError(f"controls.{name}: {error}", error.hint) from error

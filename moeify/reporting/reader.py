@@ -104,7 +104,7 @@ def read_run(path: Path) -> RunFolder:
         InputError: no such folder, no benchmark in it, or a result of moeify that cannot be read.
     """
     if not path.is_dir():
-        what = "a file" if path.exists() else "no folder"
+        what = "a file" if path.exists() else "not a folder"
         raise InputError(f"{path} is {what}, expected the folder of a run", "name the folder that holds bench.json")
     sources: dict[str, list[Source[Any]]] = {name: [] for name in (*SINGLE, *SEVERAL)}
     others: list[str] = []

@@ -120,7 +120,7 @@ def tasks(bench: ModelBench) -> Table:
             ("task", lambda row: Cell(f"{Path(row.task).name} {row.metric}")),
             ("model", lambda row: Cell(row.model)),
             ("questions", lambda row: cell(row.num_questions, whole)),
-            ("score", lambda row: cell(row.score, f"{number(row.score_low)} to {number(row.score_high)}")),
+            ("score", lambda row: cell(row.score, note=f"{number(row.score_low)} to {number(row.score_high)}")),
             ("score - dense", difference),
             ("by chance", lambda row: cell(row.chance)),
         ],

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
@@ -32,6 +32,7 @@ from moeify.errors import UsageError
 from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel
+from moeify.models.device import find_device
 from moeify.options import Track
 from moeify.progress import shown
 from moeify.readable import Readable
@@ -128,6 +129,7 @@ def finetune(
         choices: single options by name, in place of those in `options`.
 
     Raises:
+        UsageError: there is no such device here.
         InputError: models, text or place are not usable; `out` is untouched.
         CheckError: the loss became NaN or infinite; the last good checkpoint is kept.
 
@@ -138,6 +140,7 @@ def finetune(
     moe, options = str(moe), FinetuneOptions.chosen(options, choices)
     out = check_out(Path(out), [moe, teacher], overwrite=overwrite)
     check_packages(options)
+    options = replace(options, device="cpu" if find_device(options.device).type == "cpu" else "cuda")
     processes = PartialState(cpu=options.device == "cpu", timeout=TIMEOUT)
     inputs = open_inputs(moe, teacher, options, track)
     check_is_no_model(out, inputs.path, inputs.teacher.path)

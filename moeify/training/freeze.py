@@ -28,11 +28,14 @@ def freeze_routers(model: Any) -> tuple[str, ...]:
     """
     model_type = str(model.config.model_type)
     if model_type not in targets.names():
-        raise InputError(f"{model_type} is no target of moeify", f"its targets are {', '.join(targets.names())}")
+        raise InputError(f"{model_type} is not a target of moeify", f"its targets are {', '.join(targets.names())}")
     ends = targets.find(model_type).frozen
     frozen = {name: parameter for name, parameter in model.named_parameters() if name.endswith(ends)}
     if not frozen:
-        raise InputError(f"the model has no parameter whose name ends in {' or '.join(ends)}")
+        raise InputError(
+            f"the model has no parameter whose name ends in {' or '.join(ends)}",
+            "it is not a model that moeify wrote, or its parameters were renamed",
+        )
     for parameter in frozen.values():
         parameter.requires_grad_(False)
     return tuple(frozen)

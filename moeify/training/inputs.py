@@ -77,7 +77,6 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
         open_dense(str(path), track)
     check_stages(plan, options.stage, path)
     dense = open_dense(teacher, track)
-    _check_device(options)
     context = _context(options, config, dense.config)
     tokenizer = load_tokenizer(path)
     _check_alike(moe, tokenizer, config, dense, options.data)
@@ -119,11 +118,6 @@ def _context(options: FinetuneOptions, *configs: Any) -> int:
             f"--context {min(DEFAULT_CONTEXT, limit)}",
         )
     return context
-
-
-def _check_device(options: FinetuneOptions) -> None:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("no CUDA device here", "--device cpu")
 
 
 def _check_alike(name: str, tokenizer: Any, config: Any, teacher: DenseModel, data: tuple[str, ...]) -> None:

@@ -210,17 +210,17 @@ def test_the_gate(dense: Path, split: Split, text: str, tmp_path: Path, capfd: p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "Missing argument"),
-        (["moe"], "Missing option '--against'"),
+        ([], "moeify bench needs MODELS..."),
+        (["moe"], "moeify bench needs --against MODEL,..."),
         (["moe", "--against", "dense", "--against", "moe"], "moe is named twice"),
         (["moe", "--against", "dense", "--batch", "many"], "--batch many: expected whole numbers"),
         (["moe", "--against", "dense", "--batch", ""], "--batch is empty"),
         (["moe", "--against", "dense", "--prompt", "0"], "--prompt 0 is out of range"),
-        (["moe", "--against", "dense", "--tokens", "1,2"], "Invalid value for '--tokens'"),
-        (["moe", "--against", "dense", "--skip", "everything"], "--skip everything is unknown"),
-        (["moe", "--against", "dense", "--implementation", "fast"], "--implementation fast is unknown"),
+        (["moe", "--against", "dense", "--tokens", "1,2"], "--tokens 1,2: expected whole number"),
+        (["moe", "--against", "dense", "--skip", "everything"], "'everything' is not a value of --skip"),
+        (["moe", "--against", "dense", "--implementation", "fast"], "'fast' is not a value of --implementation"),
         (["moe", "--against", "dense", "--threshold", "0.5"], "threshold 0.5 is less than one"),
-        (["moe", "--against", "dense", "--cases", "64x256-8/2"], "No such option"),
+        (["moe", "--against", "dense", "--cases", "64x256-8/2"], "'--cases' is not an option of moeify bench"),
     ],
     ids=" ".join,
 )

@@ -201,7 +201,7 @@ def test_folders_become_files_of_each_type(
     assert not any(file.exists() for file in places)
 
     def full(source: Path, file: Path, kind: str) -> Path:
-        raise DiskError("the disk is full")
+        raise DiskError("the disk is full", "none")
 
     monkeypatch.setattr(engine_run, "_export", full)
     with pytest.raises(DiskError, match="full"):
@@ -253,7 +253,7 @@ def test_files_that_do_not_compare_are_refused(programs: Path, dense: Path, moe:
     refused(lambda: bench([str(broken)], [str(dense)], OPTIONS), "truncated or no GGUF")
     refused(lambda: bench([str(moe)], [str(dense)], BenchOptions(engine=("llama.cpp",), context=65)), "models take 64")
     refused(lambda: bench([str(moe), str(moe)], [str(dense)], OPTIONS), "named twice")
-    refused(lambda: BenchOptions(engine=("vllm",)), "--engine vllm is unknown")  # type: ignore[arg-type]
+    refused(lambda: BenchOptions(engine=("vllm",)), "'vllm' is not a value of --engine")  # type: ignore[arg-type]
     refused(lambda: BenchOptions(rounds=2), "--rounds 2 is out of range")
 
 

@@ -345,7 +345,7 @@ def test_a_peer_that_cannot_run_or_is_wrong_is_reported(monkeypatch: pytest.Monk
 
 
 def test_an_unknown_peer_is_named_with_those_there_are() -> None:
-    with pytest.raises(UsageError, match="no peer named 'vllm'") as caught:
+    with pytest.raises(UsageError, match="'vllm' is not a peer") as caught:
         find_peers(["dense", "vllm"])
     assert "grouped_mm" in caught.value.hint
     assert [found.name for found in find_peers(["eager", "dense"])] == ["dense", "eager"]

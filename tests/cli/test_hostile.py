@@ -194,7 +194,7 @@ def test_errors_warnings_and_tracebacks(name: str, capfd: pytest.CaptureFixture[
     Renderer().error(InputError(f"no {name}", f"not {name}"))
     Renderer().warning(name)
     assert len(capfd.readouterr().err.splitlines()) == 3
-    traceback_of(InputError(name))
+    traceback_of(InputError(name, "none"))
     err = capfd.readouterr().err
     assert err.startswith("Traceback") or "InputError" in err
     assert not RAW.search(err)
@@ -205,7 +205,7 @@ def test_lines_of_libraries_are_printable(monkeypatch: pytest.MonkeyPatch, capfd
         warnings.simplefilter("always")
         warnings.warn("library \x1b[2J", UserWarning, stacklevel=1)
         warn("ours \x1b[2J")
-        raise UsageError("end")
+        raise UsageError("end", "none")
 
     monkeypatch.setattr(plugin_list, "listing", listing)
     assert run_command(["ls", "targets"]) == 2

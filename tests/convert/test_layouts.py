@@ -110,7 +110,7 @@ def test_an_engine_that_must_run_it_moves_active_experts_to_the_shared_part() ->
 
 
 def test_engines_that_are_none_and_pruned_models() -> None:
-    with pytest.raises(UsageError, match="no engine named 'onnx'"):
+    with pytest.raises(UsageError, match="'onnx' is not an engine"):
         choose(dense_of("llama", **SMOLLM2), engine="onnx")
     with pytest.raises(UsageError, match="--static writes a dense model"):
         SplitOptions(static=True, engine="vLLM")

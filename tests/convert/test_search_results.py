@@ -57,9 +57,9 @@ def test_rows_are_read_back_as_options_of_a_split(result: SearchResult, tmp_path
     write_frontier(result, tmp_path / "a.json", DRAWING)
     write_frontier(other, tmp_path / "b.json", DRAWING)
     rows = searched_rows([tmp_path / "a.json", tmp_path / "b.json"])
-    assert list(rows) == ["moeify, 8 experts, searched (a)", "moeify, 8 experts, searched (b)"]
+    assert list(rows) == ["moeify 8 experts searched (a)", "moeify 8 experts searched (b)"]
     assert list(rows.values()) == [result.options, other.options]
-    assert SplitOptions(**rows["moeify, 8 experts, searched (a)"]).dense_layers == (0,)
+    assert SplitOptions(**rows["moeify 8 experts searched (a)"]).dense_layers == (0,)
     assert searched_rows([]) == {}
 
 

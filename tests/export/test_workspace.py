@@ -298,7 +298,7 @@ def test_nothing_that_the_weights_library_left_behind_gets_into_the_result(out: 
 
 
 def test_a_refusal_leaves_nothing_that_the_run_began(out: Path) -> None:
-    for error in (InputError("bad weights"), UsageError("bad option")):
+    for error in (InputError("bad weights", "none"), UsageError("bad option", "none")):
         with pytest.raises(type(error)), Workspace(out, JOB, overwrite=False) as work:
             work.save_layer(LAYER)
             raise error
@@ -307,7 +307,7 @@ def test_a_refusal_leaves_nothing_that_the_run_began(out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [DiskError("full"), KeyboardInterrupt(), CheckError("loss is NaN"), ZeroDivisionError()]
+    "error", [DiskError("full", "none"), KeyboardInterrupt(), CheckError("loss is NaN", "none"), ZeroDivisionError()]
 )
 def test_what_is_finished_stays_after_anything_else(out: Path, error: BaseException) -> None:
     with pytest.raises(type(error)), Workspace(out, JOB, overwrite=False) as work:
@@ -321,7 +321,7 @@ def test_a_refusal_keeps_what_an_earlier_run_finished(out: Path) -> None:
     with Workspace(out, JOB, overwrite=False) as work:
         work.save_layer(LAYER)
     with pytest.raises(InputError), Workspace(out, JOB, overwrite=False) as work:
-        raise InputError("bad weights")
+        raise InputError("bad weights", "none")
     with Workspace(out, JOB, overwrite=False) as work:
         assert work.load_layer(3) is not None
         work.discard()

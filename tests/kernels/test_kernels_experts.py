@@ -404,7 +404,7 @@ def test_rows_that_are_no_multiples_of_16_bytes_are_refused(
                 module._parameters[name] = torch.empty(shape, dtype=dtype, device="cuda")
         module._parameters["down_proj"] = torch.empty(3, dim, width, dtype=dtype, device="cuda")
         reason = experts.unsupported(module, torch.empty(5, dim, dtype=dtype, device="cuda"))
-    expected = f"a hidden size of {dim} and a width of {width} are no multiples of {16 // dtype.itemsize}"
+    expected = f"a hidden size of {dim} and a width of {width} are not multiples of {16 // dtype.itemsize}"
     assert reason == (expected if is_refused else None)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from moeify.convert.pipeline import split
 from moeify.errors import InputError
 from moeify.models.dense import DenseModel, open_dense
+from moeify.models.files import locate
 from moeify.options import SplitOptions
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -230,7 +231,16 @@ def test_path_where_nothing_is(refused: Refused, model: str) -> None:
 
 
 def test_file_that_is_no_model(dense: Path, refused: Refused) -> None:
-    refused(dense / "config.json", "no model at")
+    refused(dense / "tokenizer.json", "tokenizer.json is not a model")
+    (dense / "other.safetensors").write_bytes((dense / "model.safetensors").read_bytes())
+    refused(dense / "other.safetensors", "other.safetensors is not one of the files of the model in")
+    refused("no/model.safetensors", "no model at no/model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_of_a_model_stands_for_its_folder(dense: Path, name: str) -> None:
+    assert locate(str(dense / name)) == dense
+    assert open_dense(dense / name).fingerprint() == open_dense(dense).fingerprint()
 
 
 def test_hub_ids_without_a_network(tmp_path: Path) -> None:

@@ -172,10 +172,10 @@ def test_tensors_that_transformers_leaves_out_are_said(dense: Path) -> None:
     open_dense(str(dense))
     store(dense, tensors | extra | {"model.layers.0.a\x1b.weight": torch.ones(4), "z": torch.ones(4)})
     with pytest.warns(
-        MoeifyWarning, match=r"2 tensors are no part of the model, the first is model\.layers\.0\.a\\x1b"
+        MoeifyWarning, match=r"2 tensors are not part of the model, the first is model\.layers\.0\.a\\x1b"
     ):
         open_dense(str(dense))
-    with pytest.warns(MoeifyWarning, match="2 tensors are no part"):
+    with pytest.warns(MoeifyWarning, match="2 tensors are not part"):
         load(str(dense))
 
 

@@ -97,10 +97,10 @@ def test_a_recipe_holds_the_defaults_of_the_command_line(write: Write) -> None:
     ("sections", "pattern"),
     [
         ({"splitt": {}}, "splitt"),
-        ({"split": {"expert": 8}}, r"split\.expert"),
-        ({"eval": {"datas": []}}, r"eval\.datas"),
-        ({"limits": {"max_ration": 1}}, r"limits\.max_ration"),
-        ({"controls": {"static": {"statik": True}}}, r"controls\.(static\.)?statik"),
+        ({"split": {"expert": 8}}, "'expert' is not a key of split"),
+        ({"eval": {"datas": []}}, "'datas' is not a key of eval"),
+        ({"limits": {"max_ration": 1}}, "'max_ration' is not a key of limits"),
+        ({"controls": {"static": {"statik": True}}}, r"'statik' is not a key of controls\.static"),
         ({"split": {"experts": "eight"}}, r"split\.experts.*'eight'"),
         ({"split": {"tokens": None}}, r"split\.tokens"),
         ({"split": {"dtype": "int8"}}, r"split\.dtype.*'int8'"),
@@ -123,8 +123,42 @@ def test_a_recipe_holds_the_defaults_of_the_command_line(write: Write) -> None:
     ],
 )
 def test_a_mistake_is_named(write: Write, sections: dict[str, Any], pattern: str) -> None:
-    with pytest.raises(UsageError, match=pattern):
+    with pytest.raises(UsageError, match=pattern) as caught:
         load_recipe(write(**sections))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("sections", "question"),
+    [
+        ({"splitt": {}}, "did you mean split? there are version, "),
+        ({"split": {"exprts": 8}}, "did you mean experts? there are experts, shared, "),
+        ({"bench": {"bacth": [1]}}, "did you mean batch? there are data, "),
+        ({"limits": {"beat": []}}, "did you mean beats? there are max_ratio, "),
+        ({"controls": {"a": {"partitoin": "x"}}}, "did you mean partition? there are experts, "),
+        (
+            {"controls": {"static": {"static": True}}, "finetune_controls": ["statc"], "finetune": {}},
+            "did you mean static? ",
+        ),
+        ({"split": {"partition": "kmean"}}, "did you mean kmeans? there are contiguous, "),
+        ({"split": {"mixing": "sofmax"}}, "did you mean softmax? `moeify split --help` says "),
+        ({"finetune": {"stage": "layer"}}, "did you mean layers? `moeify finetune --help` says "),
+        ({"split": {"budget": 60}}, "did you mean 0.6? --budget takes "),
+        ({"model": None}, "every recipe has version, model and out"),
+    ],
+)
+def test_what_was_mistyped_is_asked_back(write: Write, sections: dict[str, Any], question: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(write(**sections))
+    assert caught.value.hint.startswith(question)
+
+
+def test_one_item_is_a_list_of_one(write: Write) -> None:
+    recipe = load_recipe(write(eval={"data": "a.txt"}, bench={"batch": 1}, controls={"c": {"calibration": "b.txt"}}))
+    assert recipe.eval is not None
+    assert recipe.bench is not None
+    assert (recipe.eval.data, recipe.bench.batch) == (("a.txt",), (1,))
+    assert control_options(recipe, "c", recipe.controls["c"]).calibration == ("b.txt",)
 
 
 @pytest.mark.parametrize("content", ["", "- a\n- b", "a: [", "\x00", "just words"])
@@ -139,6 +173,9 @@ def test_a_recipe_that_is_not_there(name: str) -> None:
     with pytest.raises(InputError, match="no recipe at") as caught:
         load_recipe(find_recipe(name))
     assert "moeify ls recipes" in caught.value.hint
+    with pytest.raises(InputError) as caught:
+        load_recipe(find_recipe("quikstart"))
+    assert caught.value.hint.startswith("did you mean quickstart? ")
 
 
 def test_code_in_a_recipe_is_never_run(tmp_path: Path) -> None:
@@ -164,7 +201,7 @@ def test_overrides(write: Write) -> None:
     ("override", "pattern"),
     [
         ("split.experts", "split.experts"),
-        ("split.expert=4", r"split\.expert"),
+        ("split.expert=4", "'expert' is not a key of split"),
         ("split.experts=many", r"split\.experts.*'many'"),
         ("split.experts.more=4", r"split\.experts"),
         ("model.name=x", "model"),

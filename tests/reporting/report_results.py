@@ -264,7 +264,7 @@ def row(method: str, budget: float, perplexity: float) -> Row:
 
 def write_others(folder: Path) -> None:
     """What other commands leave in a run's folder."""
-    rows = [("dense", 1.0, 36.0), ("CMoE", 0.5, 98.0), ("random", 0.5, 1990.0), ("moeify, 32 experts", 0.5, 70.0)]
+    rows = [("dense", 1.0, 36.0), ("CMoE", 0.5, 98.0), ("random", 0.5, 1990.0), ("moeify 32 experts", 0.5, 70.0)]
     greedy = [
         Point("greedy", share, round((54.8 + share * 79.6) * MILLION), Layout(32, 4, 16, (0,)), 0.1, 0.1, perplexity)
         for share, perplexity in ((0.75, 44.0), (0.5, 60.0), (0.4, 80.0))

@@ -518,7 +518,7 @@ def test_a_number_that_is_none_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_wrong_place(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no folder"):
+    with pytest.raises(InputError, match="is not a folder"):
         report(tmp_path / "nowhere")
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="is a file"):
@@ -564,9 +564,7 @@ def test_the_command_prints_the_headline(folder: Path, tmp_path: Path, capfd: py
 def test_the_command_of_a_split_is_told_again() -> None:
     options = {"experts": 16, "dense_layers": [0, 29], "refit": False, "static": False, "calibration": ["a b", "c"]}
     found = split_command({**options, "unknown": 3, "seed": 0, "budget": 0.5}, "some/model", Path("out"))
-    assert found == (
-        "moeify split some/model --experts 16 --dense-layers 0,29 --no-refit --calibration 'a b' --calibration c -o out"
-    )
+    assert found == ("moeify split some/model --experts 16 --dense-layers 0,29 --no-refit --calibration 'a b,c' -o out")
 
 
 def test_everything_the_page_needs_is_packaged() -> None:

@@ -389,7 +389,7 @@ def test_a_teacher_of_another_shape_is_refused(cut: Cut, taught: Path, tmp_path:
         ({"stage": ("full", "layers")}, "must be the first"),
         ({"hidden": 1.0, "cache_teacher": True}, "cache holds only"),
         ({"learning_rate": float("nan")}, "--learning-rate nan"),
-        ({"device": "cuda:1"}, "--device cuda:1"),
+        ({"device": "cuda:1"}, "'cuda:1' is not a value of --device"),
         ({"z_loss": float("nan")}, "--z-loss nan"),
     ],
 )

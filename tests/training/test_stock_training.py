@@ -140,5 +140,5 @@ def test_freeze_routers_does_what_the_card_says(name: str, convert: Convert) -> 
 
 
 def test_freeze_routers_refuses_a_model_without_them(taught: Path) -> None:
-    with pytest.raises(InputError, match="llama is no target of moeify"):
+    with pytest.raises(InputError, match="llama is not a target of moeify"):
         freeze_routers(stock.load(taught))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moeify.benchmark.ceilings import Ceilings
 from moeify.benchmark.options import LayerBenchOptions
-from moeify.errors import UsageError
+from moeify.errors import UsageError, unknown
 
 # The popularity of the expert of rank r is 1 / r^ZIPF_EXPONENT.
 ZIPF_EXPONENT = 1.0
@@ -45,11 +45,19 @@ class Shape:
 
     def __post_init__(self) -> None:
         if not (self.hidden and self.width and self.slices):
-            raise UsageError(f"{self.name}: hidden size, width and slices are 1 or more")
+            raise UsageError(
+                f"{self.name}: hidden size, width and slices are 1 or more", "write a case like 64x256-8/2"
+            )
         if self.width % self.slices:
-            raise UsageError(f"{self.name}: width {self.width} does not divide into {self.slices} slices")
+            raise UsageError(
+                f"{self.name}: width {self.width} does not divide into {self.slices} slices",
+                "the number of slices divides the width: 64x256-8/2",
+            )
         if not 0 < self.active <= self.num_experts:
-            raise UsageError(f"{self.name}: {self.active} of {self.num_experts} routed experts cannot be active")
+            raise UsageError(
+                f"{self.name}: {self.active} of {self.num_experts} routed experts cannot be active",
+                "the last numbers are active of all slices, then + shared ones: 64x256-8/2+2",
+            )
 
     @property
     def num_experts(self) -> int:
@@ -108,9 +116,7 @@ def parse_shape(name: str) -> Shape:
     model, separator, cut = name.rpartition("-")
     match = _CUT.fullmatch(f"{_MODELS.get(model, model)}{separator}{cut}")
     if match is None:
-        raise UsageError(
-            f"no case named {name!r}", f"there are {', '.join(SHAPES)}, and any written like 64x256-8/2 or 64x256-8/2+2"
-        )
+        raise unknown("a case", name, SHAPES, "write one like 64x256-8/2 or 64x256-8/2+2, or name one of")
     hidden, width, slices, shared, active = (int(number or 0) for number in match.groups())
     return Shape(name, hidden, width, slices, shared, active)
 

@@ -234,4 +234,6 @@ def _check_device(timer: Timer, peer: Peer, case: Case, reason: str) -> None:
     try:
         timer.wait()
     except RuntimeError as error:
-        raise DeviceError(f"{peer.name} broke the device on {case.name}: {reason}") from error
+        raise DeviceError(
+            f"{peer.name} broke the device on {case.name}: {reason}", f"leave {peer.name} out with --peers"
+        ) from error

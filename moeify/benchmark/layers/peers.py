@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from moeify.benchmark.layers.cases import Batch, Layer
-from moeify.errors import UsageError
+from moeify.errors import unknown
 
 # batch -> output_TD
 Forward = Callable[[Batch], Tensor]
@@ -71,9 +71,8 @@ def find_peers(names: Sequence[str]) -> list[Peer]:
     Raises:
         UsageError: there is no such peer.
     """
-    unknown = [name for name in names if name not in PEERS]
-    if unknown:
-        raise UsageError(f"no peer named {unknown[0]!r}", f"there are {', '.join(PEERS)}")
+    if strange := [name for name in names if name not in PEERS]:
+        raise unknown("a peer", strange[0], PEERS)
     return [found for name, found in PEERS.items() if name in names or not names]
 
 

@@ -181,13 +181,19 @@ def _experts(model: nn.Module, config: Any) -> Experts | None:
         return None
     chosen = getattr(config, "num_experts_per_tok", None)
     if not chosen:
-        raise InputError(f"the config of {config.model_type} does not say how many experts a token uses")
+        raise InputError(
+            f"the config of {config.model_type} does not say how many experts a token uses",
+            "only models whose config has num_experts_per_tok are measured",
+        )
     sizes = {
         (_num_experts(module), sum(parameter.numel() for parameter in module.parameters()))
         for module in modules.values()
     }
     if len(sizes) > 1:
-        raise InputError(f"the layers of this {config.model_type} have experts of different sizes: {sorted(sizes)}")
+        raise InputError(
+            f"the layers of this {config.model_type} have experts of different sizes: {sorted(sizes)}",
+            "only models with experts of one size are measured",
+        )
     ((num_routed, parameters),) = sizes
     each = parameters // num_routed
     first = min(modules)

@@ -2,7 +2,7 @@
 
 from moeify.benchmark.options import BenchOptions
 from moeify.cli import options as option
-from moeify.command_line import command_line
+from moeify.command_line import command_line, items
 from moeify.errors import CheckError
 
 
@@ -12,12 +12,18 @@ def bench_command(
     against: option.Against,
     options: BenchOptions,
     baseline: option.Baseline = None,
-    threshold: option.Threshold = 1.05,
+    worse: option.Worse,
     out: option.Out = None,
     overwrite: option.Overwrite = False,
     output: option.Output,
 ) -> None:
-    """Measure size, quality, speed and memory of converted models beside the dense one they came from."""
+    """Measure size, quality, speed and memory beside the dense model.
+
+    Converted models beside the dense one that they came from; with -o, `moeify report` makes a page of it.
+
+    Example:
+        moeify bench my-moe --against builtin --batch 1 --prompt 64 -o my-bench
+    """
     from moeify.benchmark.models.run import bench
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.bench import model_bench_tables
@@ -25,20 +31,20 @@ def bench_command(
     renderer = renderer_for(output)
     result = bench(
         models,
-        against,
+        items(against),
         options,
         out=out,
         overwrite=overwrite,
         baseline=baseline,
-        threshold=threshold,
+        threshold=worse.threshold,
         track=renderer.track,
     )
     renderer.result(result, *model_bench_tables(result), next_step=command_line("report", str(out)) if out else "")
-    worse = result.regressions.worse if result.regressions else []
-    if worse:
-        count = "1 number is" if len(worse) == 1 else f"{len(worse)} numbers are"
+    numbers = result.regressions.worse if result.regressions else []
+    if numbers:
+        count = "1 number is" if len(numbers) == 1 else f"{len(numbers)} numbers are"
         raise CheckError(
-            f"{count} worse than in {baseline}, the first: {worse[0].what} of {worse[0].row} is "
-            f"{worse[0].ratio:.2f} times what it was",
-            f"--threshold allows {threshold:g}",
+            f"{count} worse than in {baseline}, the first: {numbers[0].what} of {numbers[0].row} is "
+            f"{numbers[0].ratio:.2f} times what it was",
+            f"--threshold allows {worse.threshold:g}",
         )

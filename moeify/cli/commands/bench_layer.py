@@ -12,7 +12,11 @@ def bench_layer_command(
     overwrite: option.Overwrite = False,
     output: option.Output,
 ) -> None:
-    """Time one FFN or MoE layer on every implementation that is installed."""
+    """Time one FFN or MoE layer on every implementation.
+
+    Example:
+        moeify bench-layer --cases llama3-8b-8/2 --tokens 1,64
+    """
     from moeify.benchmark.layers.cases import cases
     from moeify.benchmark.layers.run import layer_bench
     from moeify.cli.render import renderer_for

@@ -7,7 +7,13 @@ from moeify.options import GenerateOptions
 def chat_command(
     models: option.Speakers, *, system: option.System = None, options: GenerateOptions, output: option.Output
 ) -> None:
-    """Talk to dense and converted models; every line is a message, /new begins anew, /quit or the end of input ends."""
+    """Talk to dense and converted models, side by side.
+
+    Every line is a message, /new begins anew, /quit or the end of input ends.
+
+    Example:
+        moeify chat builtin my-moe
+    """
     from moeify.check.generate import ChatResult
     from moeify.cli.render import renderer_for
     from moeify.cli.talk import talk

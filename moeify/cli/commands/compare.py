@@ -1,6 +1,9 @@
 """`moeify compare`: methods side by side."""
 
+from pathlib import Path
+
 from moeify.cli import options as option
+from moeify.command_line import items
 from moeify.options import CompareOptions
 
 
@@ -13,7 +16,13 @@ def compare_command(
     out: option.CompareOut = None,
     output: option.Output,
 ) -> None:
-    """Measure methods side by side in one run: dense, oracle, static pruning, published methods, ours."""
+    """Measure methods side by side in one run.
+
+    Dense, neuron oracle, static pruning, published methods and ours, on the same tokens.
+
+    Example:
+        moeify compare builtin --budget 0.5 --method CMoE,static
+    """
     from moeify.check.compare import compare
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.compare import compare_tables
@@ -29,7 +38,7 @@ def compare_command(
         tasks=options.tasks,
         questions=options.questions,
         only=options.method,
-        further=searched_rows(searched),
+        further=searched_rows([Path(file) for file in items(searched)]),
         out=out,
         track=renderer.track,
     )

@@ -5,7 +5,11 @@ from moeify.options import EvalOptions
 
 
 def eval_command(models: option.Models, *, options: EvalOptions, output: option.Output) -> None:
-    """Measure perplexity and speed of one or several models on the same text, and how they answer tasks."""
+    """Measure perplexity, speed and answers on the same text.
+
+    Example:
+        moeify eval builtin my-moe --data text.txt
+    """
     from moeify.check.evaluate import measure
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.eval import eval_tables

@@ -15,7 +15,13 @@ def export_command(
     private: option.Private = False,
     output: option.Output,
 ) -> None:
-    """Write a checkpoint as one GGUF file, which llama.cpp runs; needs nothing of llama.cpp."""
+    """Write a checkpoint as one GGUF file, which llama.cpp runs.
+
+    Needs nothing of llama.cpp.
+
+    Example:
+        moeify export my-moe --gguf my-moe.gguf --type q8_0
+    """
     from moeify.cli.push import check_push, push
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.export import export_table
@@ -27,6 +33,7 @@ def export_command(
     renderer = renderer_for(output)
     check_push(push_to_hub, private=private)
     result = export_gguf(model, gguf, options, overwrite=overwrite, track=renderer.track)
-    step = command_line("verify", str(gguf), dense=result.dense) if result.dense else ""
+    # The dense model may have been named from another folder.
+    step = command_line("verify", str(gguf), dense=result.dense) if option.is_there(result.dense) else ""
     renderer.result(result, export_table(result), next_step=step)
     push(renderer, result.file, push_to_hub, private=private)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from moeify.cli import options as option
 from moeify.command_line import command_line
+from moeify.options import EvalOptions
 from moeify.training.options import FinetuneOptions
 
 
@@ -19,7 +20,14 @@ def finetune_command(
     private: option.Private = False,
     output: option.Output,
 ) -> None:
-    """Train a converted or pruned checkpoint to do what the dense model does; resumes where it was stopped."""
+    """Train a converted or pruned model to do what the dense one does.
+
+    Stages: layers fits routers and down_proj of each layer, router trains routers alone, lora low-rank updates,
+    full everything. A run that was stopped goes on.
+
+    Example:
+        moeify finetune my-moe --teacher builtin --tokens 16384 -o my-moe-tuned
+    """
     from moeify.cli.push import check_push, push
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.finetune import finetune_table
@@ -31,6 +39,8 @@ def finetune_command(
     check_push(push_to_hub, private=private)
     folder = out or option.beside(moe, "finetuned")
     result = finetune(moe, teacher, folder, options, overwrite=overwrite, track=renderer.track)
-    renderer.result(result, finetune_table(result), next_step=command_line("eval", teacher, moe, str(folder)))
+    measure = EvalOptions(options.eval_data, device=options.device)
+    step = command_line("eval", teacher, moe, str(folder), measure)
+    renderer.result(result, finetune_table(result), next_step=step)
     if first:
         push(renderer, folder, push_to_hub, private=private)

@@ -12,7 +12,13 @@ def generate_command(
     options: GenerateOptions,
     output: option.Output,
 ) -> None:
-    """Continue a prompt with dense and converted models, one after another."""
+    """Continue a prompt with dense and converted models.
+
+    One model after another.
+
+    Example:
+        moeify generate builtin my-moe --prompt "The module" --tokens 16
+    """
     from moeify.check.generate import generate
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.generate import generate_table

@@ -15,7 +15,11 @@ def init_command(
     overwrite: option.Overwrite = False,
     output: option.Output,
 ) -> None:
-    """Write a commented recipe for this model and machine, from what `inspect` and `plan` find."""
+    """Write a commented recipe for this model and machine.
+
+    Example:
+        moeify init builtin -o my-recipe.yaml
+    """
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.init import init_table
     from moeify.recipes.init import init

@@ -6,7 +6,13 @@ from moeify.options import MachineOptions, SplitOptions
 
 
 def plan_command(model: option.Model, *, options: MachineOptions, output: option.Output) -> None:
-    """Count what a token reads from GPU memory and from RAM, dense and split, and what speed that allows."""
+    """Find the layout for a machine: memory, and a bound on its speed.
+
+    Counts what a token reads from GPU memory and from RAM, dense and split. What is not named is measured here.
+
+    Example:
+        moeify plan builtin --vram 0 --ram-bandwidth 50
+    """
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.plan import plan_tables
     from moeify.convert.machine_plan import plan_for_machine

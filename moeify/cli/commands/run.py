@@ -14,7 +14,13 @@ def run_recipe_command(
     dry_run: option.DryRun = False,
     output: option.Output,
 ) -> None:
-    """Run a recipe: split, controls, verify, eval, limits. Finished stages are skipped."""
+    """Run a recipe: split, controls, verify, train, measure, limits.
+
+    Finished stages are skipped.
+
+    Example:
+        moeify run quickstart --set split.experts=16
+    """
     from moeify.benchmark.models.run import FILE as BENCH_FILE
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.run import run_preview_table, run_tables

@@ -15,7 +15,13 @@ def search_command(
     out: option.SearchOut = None,
     output: option.Output,
 ) -> None:
-    """Choose under a budget which layers stay dense and how the others are cut; resumes where it was stopped."""
+    """Choose which layers stay dense and how the others are cut.
+
+    Under a budget; a search that was stopped goes on.
+
+    Example:
+        moeify search builtin --experts 8 --budget 0.6
+    """
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.search import search_tables
     from moeify.convert.search import search

@@ -3,7 +3,7 @@
 from moeify.cli import options as option
 from moeify.command_line import command_line
 from moeify.errors import UsageError
-from moeify.options import ExportOptions, SplitOptions
+from moeify.options import EvalOptions, ExportOptions, SplitOptions
 
 
 def split_command(
@@ -20,7 +20,11 @@ def split_command(
     private: option.Private = False,
     output: option.Output,
 ) -> None:
-    """Cut every FFN into experts and write a native mixture-of-experts checkpoint."""
+    """Cut every FFN into experts and write an MoE checkpoint.
+
+    Example:
+        moeify split builtin --experts 8 --active 4 -o my-moe
+    """
     from moeify.cli.push import check_push, push
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.export import export_table
@@ -34,7 +38,7 @@ def split_command(
     check_push(push_to_hub, private=private, dry_run=dry_run)
     if dry_run:
         plan = preview(model, options, track=renderer.track)
-        step = command_line("split", model, options, export, out=out, gguf=gguf, overwrite=overwrite)
+        step = command_line("split", model, options, export, out=out, gguf=gguf, overwrite=overwrite, report=report)
         renderer.result(plan, preview_table(plan), next_step=step)
         return
     folder = out or option.beside(model, "static" if options.static else "moe")
@@ -53,7 +57,8 @@ def split_command(
         tables.append(layers_table(result.plan))
     if result.gguf is not None:
         tables.append(export_table(result.gguf))
-    evaluate, verify = command_line("eval", model, str(folder)), command_line("verify", str(folder), dense=model)
+    evaluate = command_line("eval", model, str(folder), EvalOptions(device=options.device))
+    verify = command_line("verify", str(folder), dense=model)
     renderer.result(result, *tables, next_step=evaluate if options.static else verify)
     for written in (folder, gguf):
         if written is not None:

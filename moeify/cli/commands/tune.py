@@ -7,7 +7,13 @@ from moeify.options import TuneOptions
 
 
 def tune_command(model: option.Moe, *, options: TuneOptions, output: option.Output) -> None:
-    """Find the fastest kernel launches for a model's experts on this GPU, and keep them."""
+    """Find the fastest kernel launches for this GPU.
+
+    Of a model's experts; they are kept for this GPU.
+
+    Example:
+        moeify tune my-moe
+    """
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.tune import tune_table
     from moeify.kernels.tune_model import tune_model

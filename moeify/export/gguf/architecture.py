@@ -36,9 +36,15 @@ def format_of(config: Any) -> GGUFFormat:
         )
     activation = getattr(config, "hidden_act", form.activation)
     if activation != form.activation:
-        raise InputError(f"llama.cpp's {form.architecture} computes {form.activation}, this model has {activation}")
+        raise InputError(
+            f"llama.cpp's {form.architecture} computes {form.activation}, this model has {activation}",
+            "llama.cpp cannot run it; transformers and vLLM do",
+        )
     if reason := form.refuse(config):
-        raise InputError(f"llama.cpp's {form.architecture} cannot run this checkpoint: {reason}")
+        raise InputError(
+            f"llama.cpp's {form.architecture} cannot run this checkpoint: {reason}",
+            "split the model again with --engine llama.cpp",
+        )
     return form
 
 

@@ -199,7 +199,7 @@ def _prepare(source: _Source, options: ExportOptions, file: Path, track: Track[A
     add_name(writer, printable(Path(source.name).name))
     if content.fallback:
         warn(
-            f"rows of {listing(content.fallback)} are no whole blocks of {content.type}: these tensors, "
+            f"rows of {listing(content.fallback)} are not whole blocks of {content.type}: these tensors, "
             f"{percent(content.fallback_share)} of all weights, are stored as f16"
         )
     return writer, content

@@ -63,7 +63,7 @@ def check_type(name: str, model: str, file: Path, shapes: Mapping[str, tuple[int
     widths = sorted({shape[-1] for shape in shapes.values() if len(shape) > 1 and shape[-1] % K_BLOCK})
     odd = ""
     if widths and "_K" in name.upper():
-        odd = f"; rows of {listing(widths)} numbers are no multiples of {K_BLOCK} and get larger types there"
+        odd = f"; rows of {listing(widths)} numbers are not multiples of {K_BLOCK} and get larger types there"
     whole = str(file.with_name(f"{file.stem}-f16.gguf"))
     raise UsageError(
         f"--type {name} is written by llama.cpp's llama-quantize only{odd}",

@@ -81,7 +81,10 @@ def add_rotation(writer: gguf.GGUFWriter, config: PretrainedConfig, architecture
         return {}
     if kind in ("llama3", "yarn"):
         return _factors(writer, config, architecture, values, dim)
-    raise InputError(f"llama.cpp has no rotary embeddings of the kind {on_one_line(kind)}")
+    raise InputError(
+        f"llama.cpp has no rotary embeddings of the kind {on_one_line(kind)}",
+        "llama.cpp cannot run it; transformers does",
+    )
 
 
 def _values(config: Any) -> Mapping[str, Any]:
@@ -95,7 +98,8 @@ def _values(config: Any) -> Mapping[str, Any]:
         return values
     found = f"those of {listing(list(values))}" if values else "none"
     raise InputError(
-        f"a GGUF is written of models with one kind of rotary embeddings for all layers; this has {on_one_line(found)}"
+        f"a GGUF is written of models with one kind of rotary embeddings for all layers; this has {on_one_line(found)}",
+        "llama.cpp cannot run it; transformers does",
     )
 
 
@@ -145,7 +149,9 @@ def _two_sets(
     original = int(values["original_max_position_embeddings"])
     sets = {LONG: values["long_factor"], SHORT: values["short_factor"]}
     if wrong := next((f for f in sets.values() if len(f) != dim // 2), None):
-        raise InputError(f"{len(wrong)} factors of rotary embeddings, expected {dim // 2}")
+        raise InputError(
+            f"{len(wrong)} factors of rotary embeddings, expected {dim // 2}", "config.json is damaged: fetch it again"
+        )
     warn(
         f"llama.cpp takes the factors of long texts whenever its context (-c) is above {original:,} tokens, "
         "transformers only for longer texts"

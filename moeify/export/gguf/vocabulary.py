@@ -118,7 +118,10 @@ def copy_vocabulary(writer: gguf.GGUFWriter, source: Path) -> None:
             if (value := _value(field)) != []:
                 writer.add_key_value(key, value, field.types[0], field.types[-1] if len(field.types) > 1 else None)
     except (ValueError, IndexError, KeyError, OSError, OverflowError) as error:
-        raise InputError(f"{source}: the gguf package cannot read its tokenizer: {first_line(error)}") from error
+        raise InputError(
+            f"{source}: the gguf package cannot read its tokenizer: {first_line(error)}",
+            "the tokenizer's files are damaged, or newer than the gguf package: pip install -U gguf",
+        ) from error
 
 
 def _value(field: Any) -> Any:

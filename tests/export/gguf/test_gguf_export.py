@@ -199,7 +199,7 @@ def test_a_static_checkpoint_is_exported(make_dense: MakeDense, calibration_file
 
 
 def test_llama_quantizes_types_are_refused_with_its_command(granite_moe: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"rows of 16 and 64 numbers are no multiples of 256") as caught:
+    with pytest.raises(UsageError, match=r"rows of 16 and 64 numbers are not multiples of 256") as caught:
         export_gguf(granite_moe, tmp_path / "m.gguf", ExportOptions(type="q4_k_m"))
     assert f"llama-quantize {tmp_path / 'm-f16.gguf'} {tmp_path / 'm.gguf'} Q4_K_M" in caught.value.hint
     with pytest.raises(UsageError, match="--type q9_9 is unknown"):

@@ -1,0 +1,25 @@
+"""Devices by their names: which are here, and which one `auto` is."""
+
+import torch
+
+from moeify.errors import UsageError
+
+
+def find_device(name: str) -> torch.device:
+    """A device of this machine; auto is cuda if there is one, cpu otherwise.
+
+    Raises:
+        UsageError: there is none of that name, or torch was built without it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        # Some names are known to every torch and work with one that was built for them.
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        here = ["auto", "cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise UsageError(
+            f"{name!r:.100} is not a device of this machine", f"--device takes {', '.join(here)} here"
+        ) from error
+    return device
