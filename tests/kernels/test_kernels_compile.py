@@ -65,7 +65,8 @@ def hopper(request: pytest.FixtureRequest, compiler: Compiler, wide: Rows) -> Ro
 
 
 def products(rows: Rows) -> Rows:
-    return [row for row in rows if "INNER" in row]
+    """Those of matrices with matrices; one token has none."""
+    return [row for row in rows if "INNER" in row and "ROWS" in row]
 
 
 def test_no_register_is_spilled(hopper: Rows) -> None:
@@ -110,7 +111,8 @@ def test_weights_come_through_the_copy_engine_where_asked(hopper: Rows, request:
 def test_other_devices_and_dtypes_compile(target: int, dtype: str, compiler: Compiler, wide: Rows) -> None:
     options = ["--target", str(target), "--dtype", dtype, "--width", "448", "--tokens", "1", "33", "8192"]
     rows = compiler.rows(*options)
-    assert {"decode_up_kernel", "up_kernel", "expert_matmul_kernel", "weight_grad_kernel"} < {r["kernel"] for r in rows}
+    kernels = {"single_up_kernel", "decode_up_kernel", "up_kernel", "expert_matmul_kernel", "weight_grad_kernel"}
+    assert kernels < {row["kernel"] for row in rows}
     assert max(row["shared_bytes"] for row in rows) <= SHARED_BYTES[target]
 
 
