@@ -169,8 +169,9 @@ def parse(field: dataclasses.Field[Any], words: Sequence[str]) -> tuple[Any, ...
     try:
         return tuple(kind(part) if kind in NUMBERS else part for part in parts)
     except ValueError as error:
-        name, what = flag(field.name), f"{NUMBERS[kind]}s" if is_repeated(field) else NUMBERS[kind]
-        example = f"write {name} 1,8 or {name} 1 {name} 8" if is_repeated(field) else f"write {name} 8"
+        name, what = flag(field.name), f"{NUMBERS[kind]}s" if is_repeated(field) else f"a {NUMBERS[kind]}"
+        one = "0.5" if field.metadata["below"] == 1 else "8"
+        example = f"write {name} {one}" if one == "0.5" or not is_repeated(field) else f"write {name} 1,8"
         raise UsageError(f"{name} {' '.join(words)}: expected {what}", example) from error
 
 

@@ -211,7 +211,7 @@ class ExportOptions(Options):
 class GenerateOptions(Options):
     """How models make text."""
 
-    tokens: int = option(256, "At most so many new tokens", least=1)
+    tokens: int | None = option(None, "At most so many new tokens", auto="256, or what fits", least=1)
     temperature: float = option(0.0, "0: the likeliest token; more draws", least=0, below=100)
     seed: int = option(0, SEED, least=0, below=SEEDS, panel=ADVANCED)
     dtype: DType = option("auto", DTYPE, panel=ADVANCED)

@@ -251,7 +251,7 @@ def test_a_value_out_of_range_is_refused(kind: type[Options], values: dict[str, 
     ("name", "words", "message"),
     [
         ("tokens", ["1", "many"], "--tokens 1 many: expected whole numbers"),
-        ("limit_seconds", ["soon"], "--limit-seconds soon: expected number"),
+        ("limit_seconds", ["soon"], "--limit-seconds soon: expected a number"),
     ],
 )
 def test_a_word_that_is_no_number_is_refused(name: str, words: list[str], message: str) -> None:

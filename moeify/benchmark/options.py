@@ -47,7 +47,7 @@ class BenchOptions(Options):
     engine: tuple[EngineName, ...] = option(("transformers",), "transformers, llama.cpp")
     type: tuple[FileType, ...] = option(("q8_0",), "Of the GGUF files it gets of folders", panel=LLAMA_CPP)
     rounds: int = option(3, "How often each file is timed, in turn", least=3, panel=LLAMA_CPP)
-    threads: tuple[int, ...] = option((), "How many", auto="one and all cores", least=1, panel=LLAMA_CPP)
+    threads: tuple[int, ...] = option((), "That it uses", auto="one and all cores", least=1, panel=LLAMA_CPP)
     limit_seconds: float = option(900.0, "Stop a program that takes longer", above=0, panel=LLAMA_CPP)
     dtype: DType = option("auto", DTYPE, panel=ADVANCED)
     device: str = option("auto", DEVICE, form=DEVICES)

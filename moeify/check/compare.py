@@ -18,6 +18,7 @@ from torch import Tensor
 from moeify.cache import cache_dir, check_place, digest, once
 from moeify.check.baselines import NeuronOracle, fit_bias_compensated
 from moeify.check.bootstrap import perplexity_of, perplexity_ratio
+from moeify.check.calibrated import warn_of_kind
 from moeify.check.perplexity import warn_of_few, whole_blocks
 from moeify.check.tasks import Tasks
 from moeify.check.tasks_results import TaskResult
@@ -176,6 +177,7 @@ def compare(
     asked = Tasks(several(tasks), questions, track)
     base = replace(options, dtype="float32")
     dense = open_dense(model, track)
+    warn_of_kind({dense.name: options.calibration}, data)
     prepared = prepare(dense, base, writable=False)
     experts = prepared.layout.num_experts
     base = replace(base, experts=experts)

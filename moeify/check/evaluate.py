@@ -1,11 +1,12 @@
 """How well one or several models do their job, side by side on the same data; the measure follows from their inputs."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from moeify import families
+from moeify.check.calibrated import calibrated_on, warn_of_kind
 from moeify.check.perplexity import EvalResult, Perplexity
 from moeify.check.tasks import Tasks
 from moeify.check.tasks_results import TaskResult
@@ -120,10 +121,13 @@ def measure(models: Sequence[str], options: EvalOptions, *, track: Track[Any] = 
     find_device(options.device)
     perplexity = MEASURES[_modality(paths)](paths, options)
     tasks = Tasks(options.tasks, options.questions, track)
+    own = {name: calibrated_on(path) for name, path in paths.items()}
+    warn_of_kind(own, options.data)
     results = []
     for name in models:
         model = load(name, dtype=options.dtype, device=options.device)
-        results += [perplexity(model, name, source, track) for source in options.data]
+        rows = [perplexity(model, name, source, track) for source in options.data]
+        results += [replace(row, calibrated_on=own[name]) for row in rows]
         tasks.ask(model, name, paths[name], track)
         del model
     return Evaluation(tuple(results), tasks.results())

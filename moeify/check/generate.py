@@ -25,6 +25,8 @@ from moeify.options import GenerateOptions, Names, Track, untracked
 from moeify.progress import shown
 from moeify.readable import Readable
 
+# At most so many, where nobody says how many.
+NEW_TOKENS = 256
 # Takes a piece of text as soon as it is certain.
 Show = Callable[[str], None]
 Message = dict[str, str]
@@ -136,7 +138,7 @@ class Speaker:
         Raises:
             InputError: there are no tokens, they do not fit into the model, or it computes no numbers.
         """
-        self._check_room(len(ids))
+        num_new = self._num_new(len(ids))
         stream = _Stream(self.tokenizer, show)
         sampled = self.options.temperature > 0
         began = time.perf_counter()
@@ -148,7 +150,7 @@ class Speaker:
                 attention_mask=torch.ones_like(ids_1T),
                 streamer=stream,
                 generation_config=GenerationConfig(
-                    max_new_tokens=self.options.tokens,
+                    max_new_tokens=num_new,
                     do_sample=sampled,
                     # The distribution as it is: no cut at 50 tokens, which is transformers' default.
                     **({"temperature": self.options.temperature, "top_k": 0} if sampled else {}),
@@ -166,16 +168,20 @@ class Speaker:
             ended=bool(new) and new[-1] in _tokens(self.model.generation_config.eos_token_id),
         )
 
-    def _check_room(self, num_tokens: int) -> None:
-        if not num_tokens:
+    def _num_new(self, num_prompt: int) -> int:
+        """At most so many tokens are made: as many as were asked for, or as fit."""
+        if not num_prompt:
             raise InputError(f"the prompt has no tokens for {self.name}", "write a word")
-        room = getattr(self.model.config, "max_position_embeddings", None)
-        if isinstance(room, int) and num_tokens + self.options.tokens > room:
-            raise InputError(
-                f"{num_tokens:,} tokens of the prompt and {self.options.tokens:,} new ones are more than the {room:,} "
-                f"that {self.name} takes",
-                "ask for fewer with --tokens, or shorten the prompt",
-            )
+        wanted, room = self.options.tokens or NEW_TOKENS, getattr(self.model.config, "max_position_embeddings", None)
+        if not isinstance(room, int) or num_prompt + wanted <= room:
+            return wanted
+        if self.options.tokens is None and num_prompt < room:
+            return room - num_prompt
+        raise InputError(
+            f"{num_prompt:,} tokens of the prompt and {self.options.tokens or 1:,} new ones are more than the {room:,} "
+            f"that {self.name} takes",
+            "ask for fewer with --tokens, shorten the prompt, or in a chat begin anew with /new",
+        )
 
 
 @dataclass

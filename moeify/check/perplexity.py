@@ -41,6 +41,7 @@ class EvalResult(Readable):
         tokens_per_second: tokens that went through the model, repeated context included.
         sha256: of the token ids.
         context, stride: tokens in a window, and how far it moves; None in results of versions that did not say.
+        calibrated_on: the texts that the model was calibrated or trained on by moeify; none if it was not.
     """
 
     model: str
@@ -51,6 +52,7 @@ class EvalResult(Readable):
     sha256: str
     context: int | None = None
     stride: int | None = None
+    calibrated_on: tuple[str, ...] = ()
 
 
 def whole_blocks(source: str, ids_T: Tensor, context: int, *, least: int = 1) -> Tensor:

@@ -192,7 +192,7 @@ SearchOut = Annotated[
     Path | None, _option(*OUT, text="FILE.json; FILE.svg is drawn beside it", name="FILE", panel=OUTPUT)
 ]
 RecipeOut = Annotated[
-    Path | None, _option(*OUT, text="FILE.yaml; a recipe", name="FILE", panel=OUTPUT, default="MODEL-recipe.yaml")
+    Path | None, _option(*OUT, text="FILE.yaml to write", name="FILE", panel=OUTPUT, default="MODEL-recipe.yaml")
 ]
 CompareOut = Annotated[
     Path | None, _option(*OUT, text="FILE.json; a stopped run goes on from it", name="FILE", panel=OUTPUT)
@@ -212,7 +212,7 @@ DryRun = Annotated[bool, _option("--dry-run", text="Show plan and estimates, wri
 PushToHub = Annotated[
     str | None, _option("--push-to-hub", text="Upload the result to the hub", name="USER/NAME", panel=OUTPUT)
 ]
-Private = Annotated[bool, _option("--private", text="As a private repository", panel=OUTPUT)]
+Private = Annotated[bool, _option("--private", text="A new repository is private", panel=OUTPUT)]
 
 # Parts of a split's options.
 InspectOptions = Annotated[SplitOptions, Only(("experts",))]

@@ -13,6 +13,7 @@ from moeify.convert.estimate import Estimate, count_parameters, estimate
 from moeify.convert.layer import LayerFit
 from moeify.convert.layouts import ROW_BYTES, choose_layout, expert_counts, verdicts
 from moeify.convert.machine_plan import for_machine
+from moeify.data.documents import BUILTIN
 from moeify.data.text import TokenBlocks, calibration_blocks, sample_from_model
 from moeify.errors import InputError, UsageError, warn
 from moeify.experts.mixing import Mixing
@@ -161,6 +162,11 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
 def calibration_text(prepared: Prepared) -> TokenBlocks:
     """The calibration tokens, checked against the model's vocabulary."""
     options, dense = prepared.options, prepared.dense
+    if set(options.calibration) <= set(BUILTIN) and dense.name != "builtin":
+        warn(
+            f"{dense.name} is calibrated on Python's reference alone, and loses more on other text: "
+            "--calibration takes text like yours, several texts, and self"
+        )
 
     def sample(num_tokens: int, context: int, seed: int) -> Tensor:
         model: Any = stock.load(dense.path)

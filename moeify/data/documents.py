@@ -25,6 +25,8 @@ from moeify.errors import InputError, MoeifyError, UsageError
 from moeify.models.builtin import builtin_documents
 
 FOLDER_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
+# Python's reference, in two parts: one kind of text.
+BUILTIN = ("builtin", "builtin-heldout")
 KINDS = (
     "a text, .jsonl, .json or .parquet file, a folder of them, org/name on the hub, builtin, builtin-heldout or self"
 )
@@ -40,7 +42,7 @@ def read_documents(source: str) -> Iterator[str]:
         UsageError: the source is `self`, which is sampled and not read.
         InputError: nothing is there, or it is not text; the file and the line or byte are named.
     """
-    if source in ("builtin", "builtin-heldout"):
+    if source in BUILTIN:
         return iter(builtin_documents(heldout=source == "builtin-heldout"))
     if source == "self":
         raise UsageError("the source self can only calibrate, it is not a text to read", "name a text, or `builtin`")

@@ -60,7 +60,7 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int], 
         cut = f"the {layout.num_active} that contribute most are kept, the others are gone (static pruning)"
     else:
         cut = (
-            f"{layout.num_shared} are always on, {layout.num_routed_active} of the other {layout.num_routed} "
+            f"{layout.num_shared} always run, {layout.num_routed_active} of the other {layout.num_routed} "
             "are chosen for each token"
         )
     which = "every feed-forward layer"

@@ -190,7 +190,8 @@ def load_recipe(path: str | Path, overrides: str | Sequence[str] = (), *, out: s
             f"cannot read {path}: {error.strerror}", "a recipe is a YAML file; see `moeify ls recipes`"
         ) from error
     if data is None:
-        similar = nearest(path.stem, entries("recipes").entries)
+        beside = path.with_name(f"{path.name}.yaml")
+        similar = str(beside) if beside.is_file() else nearest(path.stem, entries("recipes").entries)
         question = f"did you mean {similar}? " if similar else ""
         raise InputError(f"no recipe at {path}", f"{question}`moeify ls recipes` lists those that come with moeify")
     values = load_yaml(data, str(path))

@@ -1,5 +1,6 @@
 """The answers of a report: what was lost, what was gained, and whether to use a model, for each kind of reader."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -76,8 +77,9 @@ def answers(facts: Facts, command: str, folder: Path) -> Answers:
 
 def _reading(facts: Facts, reader: str, concerns: Concerns, command: str, folder: Path) -> Reading:
     if not any(concerns(facts, regime) for regime in facts.regimes):
-        out = quoted(["-o", f"{folder}-more"])
-        return Reading(reader, Advice("unknown", "Not measured."), f"{command} {out}")
+        # The last -o counts, but a reader would wonder about two.
+        plain, out = re.sub(r" (-o|--out) ('[^']*'|\S+)| --overwrite", "", command), quoted(["-o", f"{folder}-more"])
+        return Reading(reader, Advice("unknown", "Not measured."), f"{plain} {out}")
 
     def part(regimes: tuple[Verdict, ...]) -> tuple[Verdict, ...]:
         return tuple(regime for regime in regimes if concerns(facts, regime))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from moeify.benchmark.models.results import Interval
 from moeify.command_line import command_line
+from moeify.errors import UsageError
 from moeify.readable import Readable
 from moeify.reporting.answers import Answers, answers
 from moeify.reporting.facts import Facts, demonstration, facts_of, of_kind, speeds
@@ -20,6 +21,7 @@ from moeify.reporting.reader import read_run
 from moeify.results import check_writable, write_text
 
 PAGE = "report.html"
+PAGES = (".html", ".htm")
 SUMMARY = ".md"
 # Say that a page, or a summary, was written by moeify.
 GENERATOR, SUMMARY_GENERATOR = '<meta name="generator" content="moeify', "<!-- written by moeify report -->"
@@ -80,6 +82,7 @@ def report(run_dir: str | Path, out: str | Path | None = None) -> ReportResult:
             if its name ends in .md.
 
     Raises:
+        UsageError: the page's name ends in something else.
         InputError: no such folder, no benchmark in it, a result that cannot be read, or a place that cannot be written.
 
     Example:
@@ -89,6 +92,8 @@ def report(run_dir: str | Path, out: str | Path | None = None) -> ReportResult:
     run = read_run(folder)
     out = folder / PAGE if out is None else Path(out)
     markdown = out.suffix == SUMMARY
+    if out.suffix not in (SUMMARY, *PAGES):
+        raise UsageError(f"{out} is not the name of a page", "-o takes FILE.html, or FILE.md for a pull request")
     generator = SUMMARY_GENERATOR if markdown else GENERATOR
     check_writable(out, generator)
     bench = run.bench.value

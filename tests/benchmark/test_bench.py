@@ -216,7 +216,7 @@ def test_the_gate(dense: Path, split: Split, text: str, tmp_path: Path, capfd: p
         (["moe", "--against", "dense", "--batch", "many"], "--batch many: expected whole numbers"),
         (["moe", "--against", "dense", "--batch", ""], "--batch is empty"),
         (["moe", "--against", "dense", "--prompt", "0"], "--prompt 0 is out of range"),
-        (["moe", "--against", "dense", "--tokens", "1,2"], "--tokens 1,2: expected whole number"),
+        (["moe", "--against", "dense", "--tokens", "1,2"], "--tokens 1,2: expected a whole number"),
         (["moe", "--against", "dense", "--skip", "everything"], "'everything' is not a value of --skip"),
         (["moe", "--against", "dense", "--implementation", "fast"], "'fast' is not a value of --implementation"),
         (["moe", "--against", "dense", "--threshold", "0.5"], "threshold 0.5 is less than one"),

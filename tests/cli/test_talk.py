@@ -71,6 +71,15 @@ def test_a_prompt_may_be_piped_in(taught: Path, capsys: Any, monkeypatch: pytest
     assert run_command(["generate", str(taught), *FEW]) == 2
 
 
+def test_without_a_number_of_tokens_as_many_are_made_as_fit(taught: Path, capsys: Any) -> None:
+    assert run_command(["generate", str(taught), "--prompt", "The class", "--json"]) == 0
+    (one,) = json.loads(capsys.readouterr().out)["generations"]
+    # The model takes 64.
+    assert one["num_prompt_tokens"] + one["num_tokens"] == 64 or one["ended"]
+    assert run_command(["generate", str(taught), "--prompt", "The class", "--tokens", "64", "--quiet"]) == 3
+    assert "/new" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("lines", "answers"),
     [("one\ntw\xf6\n", 2), ("one\n/quit\ntwo\n", 1), ("\n \none\n/new\none", 2), ("", 0), ("/exit", 0)],

@@ -359,7 +359,7 @@ def test_the_card_says_what_it_is_and_how_to_make_it_again(
     assert f"`{dense}`" in card
     assert "`GraniteMoeSharedForCausalLM`" in card
     assert f"{plain.num_parameters:,} parameters, {plain.num_active_parameters:,} of them used for a token" in card
-    assert "2 are always on, 4 of the other 6 are chosen for each token" in card
+    assert "2 always run, 4 of the other 6 are chosen for each token" in card
     assert plain.plan.calibration["sha256"] in card
     line = next(line for line in card.splitlines() if line.startswith("moeify split"))
     arguments = line.replace("-o OUT", f"-o {plain.out.with_name('again')} --quiet").split()[1:]

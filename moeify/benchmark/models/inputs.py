@@ -16,6 +16,7 @@ from moeify.benchmark.models.anatomy import Anatomy, anatomy
 from moeify.benchmark.models.results import Kind, Model
 from moeify.benchmark.models.sizes import active_share, parts_of
 from moeify.benchmark.options import BenchOptions
+from moeify.check.calibrated import calibrated_on
 from moeify.check.perplexity import DEFAULT_CONTEXT, whole_blocks
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
@@ -102,6 +103,7 @@ def model_of(one: Entrant, dense_ffn: int, *, context: int, element_bytes: int) 
         active_share=share,
         parts=parts_of(one.anatomy, context=context, element_bytes=element_bytes),
         bytes_on_disk=sum(file.stat().st_size for file in set(find_shards(one.path).values())),
+        calibrated_on=calibrated_on(one.path),
     )
 
 

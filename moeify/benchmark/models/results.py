@@ -65,6 +65,7 @@ class Model:
         load_peak_memory_bytes, peak_memory_bytes: of a process that only loads it, and that also runs the largest
             speed case; resident on a CPU, allocated on CUDA.
         memory_reason: why one of them is None although it was asked for.
+        calibrated_on: the texts that it was calibrated or trained on by moeify; none if it was not.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Model:
     load_peak_memory_bytes: int | None = None
     peak_memory_bytes: int | None = None
     memory_reason: str = ""
+    calibrated_on: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from moeify.benchmark.models.speed import measure_speed, prompts
 from moeify.benchmark.models.verdicts import verdicts
 from moeify.benchmark.options import BenchOptions, Section
 from moeify.benchmark.timing import timer_for
+from moeify.check.calibrated import warn_of_kind
 from moeify.check.evaluate import load
 from moeify.check.perplexity import warn_of_few
 from moeify.check.tasks import Tasks
@@ -198,6 +199,7 @@ def _measure(
         for one in track(entrants, "loading", len(entrants))
     }
     if "quality" not in options.skip:
+        warn_of_kind({Path(model.path).name: model.calibrated_on for model in result.models}, texts.blocks)
         for source, ids_BC in texts.blocks.items():
             warn_of_few(source, ids_BC.numel() - len(ids_BC))
         result.quality = measure_quality(

@@ -6,7 +6,7 @@ from pathlib import Path
 from moeify.benchmark.engines import table as engines
 from moeify.benchmark.grid import Grid
 from moeify.benchmark.models.results import PARTS, Model, ModelBench, Speed, Verdict
-from moeify.words import between, fixed
+from moeify.words import between, fixed, listing
 
 DENSE = "dense"
 # So many models stand beside the dense one in a table of sizes: more do not fit a terminal.
@@ -45,6 +45,11 @@ def notes(result: ModelBench) -> list[str]:
         bandwidth = result.ceilings.copy_bytes_per_second / 1e9
         rate = result.ceilings.matmul_flops_per_second / 1e12
         lines.append(f"measured in this run: copy {bandwidth:,.1f} GB/s, matrix product {rate:,.2f} TFLOP/s")
+    lines += [
+        f"{model.name} was calibrated on {listing(model.calibrated_on)}"
+        for model in result.models
+        if model.calibrated_on
+    ]
     lines += [
         f"{model.name}: memory not known, {model.memory_reason}" for model in result.models if model.memory_reason
     ]

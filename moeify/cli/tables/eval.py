@@ -9,7 +9,7 @@ from rich.table import Table
 from moeify.cli.tables.columns import DataTable
 from moeify.cli.tables.tasks import short_names, tasks_tables
 from moeify.cli.tables.words import windows
-from moeify.words import explained
+from moeify.words import explained, listing
 
 if TYPE_CHECKING:
     from moeify.check.evaluate import Evaluation
@@ -44,4 +44,11 @@ def eval_table(results: "Sequence[EvalResult]") -> DataTable:
 def _notes(results: "Sequence[EvalResult]") -> str:
     how = {windows(result.context, result.stride) for result in results if result.context}
     measured = f"; here {how.pop()}" if len(how) == 1 else ""
-    return f"{explained('perplexity')}{measured}\nratio: to the first model's perplexity on the same text"
+    short = short_names([result.model for result in results])
+    own = {result.model: listing(result.calibrated_on) for result in results if result.calibrated_on}
+    lines = [
+        f"{explained('perplexity')}{measured}",
+        "ratio: to the first model's perplexity on the same text",
+        *(f"{short[model]} was calibrated on {texts}" for model, texts in own.items()),
+    ]
+    return "\n".join(lines)
