@@ -295,7 +295,7 @@ def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
     elif type(value).__module__ == "torch":
         # torch.float32, torch.device("cuda:1")
         return str(value).removeprefix("torch.")
-    expected = f"a {NUMBERS[kind]}" if kind in NUMBERS else "True or False" if kind is bool else "text"
+    expected = f"a {NUMBERS[kind]}" if kind in NUMBERS else "True or False" if kind is bool else "a text"
     raise UsageError(f"{flag(field.name)} is {value!r:.60}, expected {expected}", f"give {field.name} {expected}")
 
 

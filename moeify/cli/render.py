@@ -28,8 +28,8 @@ from moeify.words import duration, on_one_line, printable
 
 # Without a terminal it prints a line this often instead.
 LOG_EVERY_S = 20.0
-# Results that lie on the disk: --quiet says nothing of them.
-WRITTEN = ("split", "finetune", "export", "tune", "report", "run")
+# Results that lie on the disk or were shown as they came: --quiet says nothing of them.
+SEEN = ("split", "finetune", "export", "tune", "report", "run", "init", "generate", "chat")
 
 
 class PlainConsole(Console):
@@ -180,7 +180,7 @@ class Renderer:
         if self._as_json:
             self.document(to_json(value))
             return
-        if self._quiet and schema_name(type(value)) in WRITTEN:
+        if self._quiet and schema_name(type(value)) in SEEN:
             return
         for table in tables:
             self._table(table)

@@ -139,7 +139,7 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         saved = replace(saved, layers=tuple(layers))
     _check_dense_layers(layout, dense.num_layers)
     _check_width(layout, dense.num_neurons, dtype, writable=writable)
-    if writable and layout.num_active == layout.num_experts:
+    if writable and layout.num_active == layout.num_experts and options.mixing != "soft":
         warn(
             f"{layout.num_active} of {layout.num_experts} experts are active for every token, which saves nothing: "
             f"with fewer, such as --active {max(1, layout.num_experts * 3 // 4)}, a token takes less time"

@@ -15,6 +15,7 @@ from moeify.errors import InputError
 from moeify.models.dense import open_dense
 from moeify.options import EvalOptions, MachineOptions, SplitOptions, Track, untracked
 from moeify.plan import Layout
+from moeify.readable import Readable
 from moeify.results import check_new, check_writable, write_text
 from moeify.words import duration, listing, on_one_line, percent, size
 
@@ -25,8 +26,8 @@ WIDTH = 100
 TRAINING_TOKENS = 2_000_000
 
 
-@dataclass(frozen=True)
-class InitResult:
+@dataclass(frozen=True, repr=False)
+class InitResult(Readable):
     """A recipe to begin with.
 
     Args:

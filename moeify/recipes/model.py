@@ -190,7 +190,7 @@ def load_recipe(path: str | Path, overrides: str | Sequence[str] = (), *, out: s
             f"cannot read {path}: {error.strerror}", "a recipe is a YAML file; see `moeify ls recipes`"
         ) from error
     if data is None:
-        beside = path.with_name(f"{path.name}.yaml")
+        beside = Path(f"{path}.yaml")
         similar = str(beside) if beside.is_file() else nearest(path.stem, entries("recipes").entries)
         question = f"did you mean {similar}? " if similar else ""
         raise InputError(f"no recipe at {path}", f"{question}`moeify ls recipes` lists those that come with moeify")
@@ -257,6 +257,9 @@ def _named(path: Path, error: ValidationError) -> UsageError:
     first = error.errors(include_url=False)[0]
     # Keys are marked by a word of pydantic's own.
     where = [str(part) for part in first["loc"] if part != "[key]"]
+    if not where:
+        # A key that is no text.
+        return UsageError(f"{path}: {first['msg']}, found {first['input']!r:.100}", "keys are the names of options")
     message = f"{path}: {'.'.join(where)}: {first['msg'].removeprefix('Value error, ')}, found {first['input']!r:.100}"
     if first["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         what = f"a key of {'.'.join(where[:-1])}" if where[1:] else "a section of a recipe"

@@ -238,10 +238,20 @@ def test_files_of_another_kind(dense: str, made: dict[str, Path], tmp_path: Path
     assert "llama-perplexity" in caught.value.hint
 
 
-def test_the_command(dense: str, made: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    dense: str,
+    made: dict[str, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     file = str(write_gguf(made["mixtral"], tmp_path / "a.gguf"))
     assert run_command(["verify", file, "--dense", dense]) == 0
-    assert f"llama-perplexity -m {file}" in " ".join(capsys.readouterr().out.split())
+    # The next step needs llama.cpp.
+    monkeypatch.setattr("moeify.benchmark.engines.programs.find", lambda _: Path("llama-bench"))
+    assert run_command(["verify", file, "--dense", dense]) == 0
+    step = f"next: moeify bench {file} --engine llama.cpp --against {dense}"
+    assert step in " ".join(capsys.readouterr().out.split())
     bad = str(write_gguf(made["mixtral"], tmp_path / "b.gguf", change=swapped(DOWN_EXPS)))
     assert run_command(["verify", bad, "--dense", dense, "--json"]) == 4
     captured = capsys.readouterr()

@@ -84,7 +84,7 @@ def test_only_files_of_the_record_are_pushed(api: FakeApi, result: Path) -> None
 
 @pytest.mark.parametrize("repo", ["moe", "a/b/c", "ada/", "/moe", "ada/mo e", "../moe", "ada/a--b", "ada/moe.git"])
 def test_a_name_that_the_hub_cannot_have_is_wrong_usage(repo: str, api: FakeApi) -> None:
-    with pytest.raises(UsageError, match="no name on the hub") as caught:
+    with pytest.raises(UsageError, match="not a name on the hub") as caught:
         hub.check_push(repo)
     assert "USER/NAME" in caught.value.hint
 

@@ -98,13 +98,14 @@ def test_operands_stay_in_flight(hopper: Rows) -> None:
 def test_operands_come_sixteen_bytes_at_a_time(hopper: Rows) -> None:
     """Where weight gradients look rows up, the look-up itself has four."""
     for row in products(hopper):
-        assert row["copy_bytes"] == ([4, 16] if row["kernel"] == "weight_grad_kernel" else [16]), row
+        assert row["copy_bytes"] == [16] or (row["kernel"], row["copy_bytes"]) == ("weight_grad_kernel", [4, 16]), row
 
 
 def test_weights_come_through_the_copy_engine_where_asked(hopper: Rows, request: pytest.FixtureRequest) -> None:
-    asked = "bulk copies" in request.node.name
+    """The table asks for it where experts are narrow."""
     tall = [row for row in hopper if row["kernel"] in ("up_kernel", "expert_matmul_kernel") and row["ROWS"] == 128]
-    assert {row["bulk_copies"] > 0 for row in tall} == {asked}
+    asked = {"bulk copies": {True}, "narrow": {True, False}}.get(request.node.callspec.params["hopper"], {False})
+    assert {row["bulk_copies"] > 0 for row in tall} == asked
 
 
 @pytest.mark.parametrize(("target", "dtype"), [(80, "bfloat16"), (90, "float32"), (90, "float16"), (100, "bfloat16")])
