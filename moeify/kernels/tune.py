@@ -4,12 +4,12 @@ One kernel after the other is varied while the rest stays: the whole call is tim
 kernel and harms the next does not win.
 """
 
-import multiprocessing
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -216,18 +216,28 @@ def _replay(call: Callable[[], Any]) -> Callable[[], Any]:
 
 def compile_ahead(
     shape: Shape, tokens: Sequence[int], *, device: torch.device, backward: bool = True, processes: int
-) -> None:
+) -> int:
     """Compile what `tune` will try, in processes of their own, into triton's cache: compiling is most of its time.
 
     Args:
         shape, tokens, device, backward: as for `tune`.
         processes: how many; each takes about 2 GB of the device's memory.
+
+    Returns:
+        How many of them failed, for want of memory, say: `tune` compiles what they leave.
     """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        share = partial(_compile_share, shape, tuple(tokens), device, backward, processes)
-        for _ in pool.map(share, range(processes)):
-            pass
+    values = {**asdict(shape), "dtype": str(shape.dtype).removeprefix("torch.")}
+    job = json.dumps([values, list(tokens), str(device), backward, processes])
+    words = [sys.executable, "-m", __name__, job]
+    running = [
+        subprocess.Popen([*words, str(share)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for share in range(processes)
+    ]
+    try:
+        return sum(process.wait() != 0 for process in running)
+    finally:
+        for process in running:
+            process.kill()
 
 
 def _compile_share(
@@ -245,3 +255,13 @@ def _compile_share(
                     call = call or _call(shape, count, device, backward=back)
                     with suppress(*CANNOT_RUN), launching({key: launch}):
                         call()
+
+
+def _main(job: str, share: str) -> None:
+    values, tokens, device, backward, shares = json.loads(job)
+    shape = Shape(**{**values, "dtype": getattr(torch, values["dtype"])})
+    _compile_share(shape, tokens, torch.device(device), backward, shares, int(share))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,5 +1,6 @@
 """Finds the fastest kernel launches for a model's experts on this machine; every later process here uses them."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,14 +9,17 @@ from typing import Any
 import torch
 
 from moeify.command_line import several
-from moeify.errors import InputError
+from moeify.errors import InputError, warn
 from moeify.kernels import experts, launch
-from moeify.kernels.tune import Shape, Tuned, keys_of, tune
+from moeify.kernels.tune import Shape, Tuned, compile_ahead, keys_of, tune
 from moeify.models.config import empty_model, load_config
 from moeify.models.files import locate
 from moeify.options import Track, TuneOptions
 from moeify.progress import shown
 from moeify.readable import Readable
+
+# That compile at once; each takes about 2 GB of the device's memory.
+PROCESSES = 8
 
 
 @dataclass(frozen=True, repr=False)
@@ -68,6 +72,10 @@ def tune_model(
     where, shape = torch.device(device), experts_shape(model)
     launches = sum(len(keys_of(shape, count, backward=False)) for count in tokens)
     launches += sum(len(keys_of(shape, count, backward=True)) for count in tokens if count > launch.DECODE_TOKENS)
+    # Compiling takes most of the time, and one process does it one by one.
+    processes = min(os.cpu_count() or 1, PROCESSES)
+    if failed := compile_ahead(shape, tokens, device=where, backward=backward, processes=processes):
+        warn(f"{failed} of {processes} processes that compile ahead failed: tuning takes longer")
     found = []
     for tuned in track(tune(shape, tokens, device=where, backward=backward), f"tuning for {device}", launches):
         found.append(tuned)

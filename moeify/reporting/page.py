@@ -58,7 +58,7 @@ def render(run: RunFolder, subjects: Sequence[tuple[Facts, Answers]], *, command
         models=tables.models(measured),
         evaluations=tables.evaluations(run),
         comparison=tables.comparison(run),
-        tasks=tables.tasks(bench),
+        tasks=tables.of_grid("tasks", benchmark.tasks(bench)),
         verdicts=tables.verdicts(measured),
         frontier=drawings.frontier(run),
         speeds=drawings.speeds(measured),

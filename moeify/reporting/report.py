@@ -8,6 +8,7 @@ The page needs no network and no other file: it can be sent around.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import starmap
 from pathlib import Path
 
 from moeify.benchmark.models.results import Interval
@@ -20,9 +21,7 @@ from moeify.reporting.page import render
 from moeify.reporting.reader import read_run
 from moeify.results import check_writable, write_text
 
-PAGE = "report.html"
-PAGES = (".html", ".htm")
-SUMMARY = ".md"
+PAGE, PAGES, SUMMARY = "report.html", (".html", ".htm"), ".md"
 # Say that a page, or a summary, was written by moeify.
 GENERATOR, SUMMARY_GENERATOR = '<meta name="generator" content="moeify', "<!-- written by moeify report -->"
 
@@ -94,16 +93,14 @@ def report(run_dir: str | Path, out: str | Path | None = None) -> ReportResult:
     markdown = out.suffix == SUMMARY
     if out.suffix not in (SUMMARY, *PAGES):
         raise UsageError(f"{out} is not the name of a page", "-o takes FILE.html, or FILE.md for a pull request")
-    generator = SUMMARY_GENERATOR if markdown else GENERATOR
+    bench, generator = run.bench.value, SUMMARY_GENERATOR if markdown else GENERATOR
     check_writable(out, generator)
-    bench = run.bench.value
     moes = [facts_of(bench, model) for model in of_kind(bench, "moe")]
     subjects = [(facts, answers(facts, bench.command, run.path)) for facts in moes]
     page = render(run, subjects, command=command, markdown=markdown)
     write_text(page, out, generator)
-    headlines = tuple(_headline(*subject) for subject in subjects)
     notes = (*filter(None, [demonstration(bench)]), *run.notes)
-    return ReportResult(out, out.stat().st_size, headlines, run.sources, notes)
+    return ReportResult(out, out.stat().st_size, tuple(starmap(_headline, subjects)), run.sources, notes)
 
 
 def _headline(facts: Facts, said: Answers) -> Headline:

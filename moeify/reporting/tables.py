@@ -10,7 +10,6 @@ from typing import TypeVar
 from moeify.benchmark.grid import Grid
 from moeify.benchmark.models import table as benchmark
 from moeify.benchmark.models.results import Interval, LayerExperts, Model, ModelBench, Verdict
-from moeify.check.tasks_results import TaskResult
 from moeify.reporting.facts import Facts, active_parameters, parameters, read_for_token
 from moeify.reporting.reader import RunFolder, Training
 from moeify.words import count, duration, factor, number, percent, size
@@ -101,32 +100,6 @@ def speed(row: Verdict) -> Interval:
     return Interval(*(1 / (time or row.time_over_dense) for time in times))
 
 
-def tasks(bench: ModelBench) -> Table:
-    """Each model's score on each task, and its distance to the dense model's on the same questions."""
-
-    def signed(value: float) -> str:
-        return f"{value:+.3f}"
-
-    def difference(row: TaskResult) -> Cell:
-        if row.model == bench.models[0].name:
-            return Cell(MISSING)
-        return cell(row.difference, signed, f"{signed(row.difference_low)} to {signed(row.difference_high)}")
-
-    return table(
-        "tasks",
-        "Tasks, with 95 % intervals",
-        bench.tasks,
-        [
-            ("task", lambda row: Cell(f"{Path(row.task).name} {row.metric}")),
-            ("model", lambda row: Cell(row.model)),
-            ("questions", lambda row: cell(row.num_questions, whole)),
-            ("score", lambda row: cell(row.score, note=f"{number(row.score_low)} to {number(row.score_high)}")),
-            ("score - dense", difference),
-            ("by chance", lambda row: cell(row.chance)),
-        ],
-    )
-
-
 def _ratio(ratio: Interval | None) -> Cell:
     return Cell(MISSING) if ratio is None else cell(ratio.value, factor, f"{factor(ratio.low)} to {factor(ratio.high)}")
 
@@ -190,10 +163,12 @@ def verdicts(all_facts: Sequence[Facts]) -> Table:
 
 def all_numbers(bench: ModelBench) -> list[Table]:
     """The tables that `moeify bench` prints."""
-    return [_of_grid(f"numbers-{index}", grid) for index, grid in enumerate(benchmark.grids(bench))]
+    return [of_grid(f"numbers-{index}", grid) for index, grid in enumerate(benchmark.grids(bench))]
 
 
-def _of_grid(key: str, grid: Grid) -> Table:
+def of_grid(key: str, grid: Grid) -> Table:
+    """A table of `moeify bench`."""
+
     def cells(line: tuple[str, ...]) -> tuple[Cell, ...]:
         named = zip(line, grid.columns, strict=True)
         return tuple(Cell(text or MISSING, is_number=name not in grid.words) for text, name in named)

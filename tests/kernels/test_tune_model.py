@@ -75,6 +75,20 @@ def test_what_the_device_cannot_run_is_counted_and_passed_over() -> None:
     assert first.tried > first.failed
 
 
+def test_processes_that_fail_to_compile_ahead_are_counted() -> None:
+    impossible = replace(SHAPE, num_ranks=SHAPE.num_experts + 1)
+    assert tune.compile_ahead(impossible, [1], device=CPU, backward=False, processes=1) == 1
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_shares_cover_all_that_will_be_tried(share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Launch] = []
+    monkeypatch.setattr(tune, "moe_ffn", lambda *_, **__: seen.append(current("single_down/1/narrow")))
+    tune._compile_share(SHAPE, [1], CPU, False, 2, share)
+    tried = [one for key in keys_of(SHAPE, 1, backward=False) for one in tune.candidates(key, current(key))]
+    assert len(seen) == (len(tried) + share) // 2
+
+
 @pytest.mark.parametrize(("tokens", "calls"), [(2, 1), (70, 2)])
 def test_the_calls_that_are_timed_compute_there_and_back(tokens: int, calls: int) -> None:
     outputs: dict[int, Any] = {}

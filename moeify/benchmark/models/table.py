@@ -19,7 +19,7 @@ def grids(result: ModelBench) -> list[Grid]:
     """In the order in which they are shown; those without lines are left out."""
     dense, *others = result.models
     sizes = [_compression([dense, *others[first : first + BESIDE]]) for first in range(0, len(others), BESIDE)]
-    quality = [*_quality(result), _against_static(result), _tasks(result)]
+    quality = [*_quality(result), _against_static(result), tasks(result)]
     measured = [*quality, *_speed(result), *engines.grids(result), _experts(result)]
     tables = [*sizes, *measured, _changes(result)]
     return [grid for grid in tables if grid.lines]
@@ -144,7 +144,7 @@ def _against_static(result: ModelBench) -> Grid:
     )
 
 
-def _tasks(result: ModelBench) -> Grid:
+def tasks(result: ModelBench) -> Grid:
     """Scores, and their difference to the dense model's on the same questions."""
     lines = tuple(
         (
