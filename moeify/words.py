@@ -9,6 +9,10 @@ from collections.abc import Sequence
 UNITS = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 # What tables, `moeify ls words` and the report say of a word.
 DEFINITIONS = {
+    "/dense": "time over the dense model's; less than 1 is faster",
+    "/floor": "time over the least that this machine's bandwidth and arithmetic allow",
+    "95 %": "interval in which the value lies with 95 %, by drawing blocks or questions again",
+    "acc": "share of questions whose right choice is the likeliest; acc_norm: the likeliest a character",
     "active": "runs for a token; shared experts are active for every one",
     "dense": "not cut: every token uses all neurons",
     "energy": "squared norm of an FFN's output; kept is the share that the active experts give, before the refit",
@@ -16,6 +20,7 @@ DEFINITIONS = {
     "expert": "a slice as an FFN of its own, shared or routed",
     "gain reached": "of what the oracle keeps more than static pruning, the share that the router keeps",
     "gap closed": "share of the way from static pruning with refit (0 %) to the dense model (100 %), in log-perplexity",
+    "hit": "share of the experts that the batch used",
     "KL": "how far the next token's distribution is from the dense model's, in nats; 0 is equal",
     "load": "share of the tokens for which an expert is active; its entropy is 1 if all have the same",
     "oracle": "a choice that knows every expert's output; no router with as many experts does better",
@@ -27,6 +32,8 @@ DEFINITIONS = {
     "shared": "always on, runs for every token",
     "slice": "an equal part of the neurons of an FFN",
     "static": "plain pruning: the same neurons for every token, the others dropped; what a split has to beat",
+    "to first": "difference to the first model's score on the same questions",
+    "top 1": "share of positions where the likeliest next token is the dense model's",
 }
 # Control, format, surrogate and unassigned characters, and separators of lines and paragraphs.
 UNPRINTABLE = frozenset(("Cc", "Cf", "Cs", "Cn", "Zl", "Zp"))

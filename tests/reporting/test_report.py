@@ -26,7 +26,7 @@ from moeify.check.tasks_results import TaskResult
 from moeify.cli.app import run_command
 from moeify.convert.search import Point as Choice
 from moeify.convert.search import SearchResult
-from moeify.errors import InputError
+from moeify.errors import InputError, UsageError
 from moeify.plan import Layout
 from moeify.reporting import drawings, experts, plots, tables
 from moeify.reporting.facts import facts_of, quality_of
@@ -438,14 +438,21 @@ def test_tasks_have_a_table_where_there_are_any(tmp_path: Path) -> None:
             name, "data/arc.jsonl", "acc", 200, score, score - 0.1, score + 0.1, score - 0.5, -0.15, -0.05, 0.25
         )
         found.tasks.append(task)
-    rows = [[cell.text for cell in row] for row in tables.tasks(found).rows]
-    assert rows[1] == ["arc.jsonl acc", "moe-50", "200", "0.400", "-0.100", "0.250"]
-    assert rows[0][4] == tables.MISSING
     results.write(tmp_path, found)
-    assert "-0.150 to -0.050" in report(tmp_path).out.read_text()
+    for place in (None, tmp_path / "summary.md"):
+        page = report(tmp_path, place).out.read_text().replace("\\", "")
+        assert all(text in page for text in ("arc.jsonl acc", "0.400", "-0.100", "-0.150 -0.050"))
     found.tasks.clear()
     results.write(tmp_path, found)
-    assert "Tasks, with" not in report(tmp_path).out.read_text()
+    assert "arc.jsonl" not in report(tmp_path).out.read_text()
+
+
+def test_a_page_has_a_name_of_its_kind(tmp_path: Path) -> None:
+    results.write(tmp_path, results.smollm2(2, 4))
+    with pytest.raises(UsageError, match=r"page.pdf is not the name of a page") as caught:
+        report(tmp_path, tmp_path / "page.pdf")
+    assert "FILE.html" in str(caught.value.hint)
+    assert not (tmp_path / "page.pdf").exists()
 
 
 def test_several_mixtures(tmp_path: Path) -> None:

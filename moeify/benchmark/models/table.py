@@ -129,7 +129,7 @@ def _quality(result: ModelBench) -> Iterator[Grid]:
         )
         title = f"quality on {Path(data).name}, {rows[0].num_tokens:,} tokens in blocks of {result.context}"
         columns = ("model", "perplexity", "ratio", "95 %", "KL, nats", "95 %", "top 1")
-        yield Grid(title, columns, lines, WORDS)
+        yield Grid(title, columns, lines, WORDS, explained=("KL", "top 1", "95 %"))
 
 
 def _against_static(result: ModelBench) -> Grid:
@@ -159,7 +159,8 @@ def tasks(result: ModelBench) -> Grid:
     )
     counts = {f"{row.num_questions:,} of {Path(row.task).name}": None for row in result.tasks}
     title = f"tasks, questions: {', '.join(counts)}"
-    return Grid(title, ("task", "model", "score", "95 %", "- dense", "95 %"), lines, WORDS)
+    columns = ("task", "model", "score", "95 %", "- dense", "95 %")
+    return Grid(title, columns, lines, WORDS, num_keys=2, explained=("acc",))
 
 
 def _speed(result: ModelBench) -> Iterator[Grid]:
@@ -180,7 +181,7 @@ def _speed(result: ModelBench) -> Iterator[Grid]:
                 )
                 lines.append((*cells, fixed(row.time_over_floor, 1)) if floor else cells)
         columns = ("model", "on", "ms", "tokens/s", "/dense", "95 %", "hit", *floor)
-        yield Grid(regime, columns, tuple(lines), WORDS, num_keys=2)
+        yield Grid(regime, columns, tuple(lines), WORDS, num_keys=2, explained=("/dense", *floor, "hit"))
 
 
 def _experts(result: ModelBench) -> Grid:

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from moeify.cli.tables.columns import DataTable
 from moeify.cli.tables.words import key_value_table
+from moeify.words import explained
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,8 +36,12 @@ def model_bench_tables(result: "ModelBench") -> tuple[Table, ...]:
 
 
 def _grid_tables(grids: "Sequence[Grid]") -> Iterator[Table]:
+    told: set[str] = set()
     for grid in grids:
-        table = DataTable(grid.title, grid.columns, words=grid.words, num_keys=grid.num_keys)
+        # Each word once.
+        notes = explained(*(word for word in grid.explained if word not in told))
+        told.update(grid.explained)
+        table = DataTable(grid.title, grid.columns, words=grid.words, num_keys=grid.num_keys, notes=notes)
         for line in grid.lines:
             table.add_row(*line)
         yield table

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from moeify.cli.tables.columns import DataTable
+from moeify.words import explained
+
 if TYPE_CHECKING:
     from moeify.check.tasks_results import TaskResult
-
-
-WIDTH = 80
 
 
 def tasks_tables(results: "Sequence[TaskResult]") -> tuple[Table, ...]:
@@ -24,11 +24,10 @@ def _table(results: "Sequence[TaskResult]", short: dict[str, str]) -> Table:
     first, *others = results
     chance = "" if first.chance is None else f", {first.chance:.3f} by chance"
     title = f"{Path(first.task).name}, {first.metric}: {first.num_questions:,} questions{chance}"
-    # A title is as wide as its table.
-    table = Table(title=title, title_justify="left", min_width=min(len(title), WIDTH))
-    table.add_column("model", overflow="fold", min_width=20)
-    for column in ("score", "95 %", "to first", "95 %")[: 4 if others else 2]:
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = ("model", "score", "95 %", "to first", "95 %")[: 5 if others else 3]
+    words = ("acc", "95 %", "to first") if others else ("acc", "95 %")
+    known = first.metric in ("acc", "acc_norm")
+    table = DataTable(title, columns, words=("model",), notes=explained(*words[0 if known else 1 :]))
     for result in results:
         cells = [short[result.model], f"{result.score:.3f}", f"{result.score_low:.3f} {result.score_high:.3f}"]
         if result is not first:
