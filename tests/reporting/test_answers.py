@@ -194,6 +194,7 @@ def test_what_was_not_measured_comes_with_a_command_that_measures_it(capfd: pyte
         assert reading.advice.level == "unknown"
         # Understood to the end: models of these names are not there, which is another error than a wrong option.
         assert run_command(shlex.split(reading.command)[1:]) in (2, 3)
+        assert shlex.split(reading.command).count("-o") <= 1
         said = capfd.readouterr().err
         assert "option" not in said, said
     small = missing["A GPU that the model does not fit"]
