@@ -204,7 +204,7 @@ def test_a_shared_option_has_one_spelling_and_one_meaning(option: str) -> None:
     files = {
         name for name in found if option == "out" and name in ("search", "compare", "bench-layer", "init", "report")
     }
-    assert all(found[name].help.startswith(("FILE.json; ", "FILE.html; ", "FILE.yaml; ")) for name in files)
+    assert all(found[name].help.startswith(("FILE.json; ", "FILE.html; ", "FILE.yaml ")) for name in files)
     # That of a plan is what an engine keeps of a conversation, as in llama.cpp's -c, and no block of text.
     # Training runs on one device of a kind, which torchrun chooses.
     other = {"context": {"plan", "init"}, "device": {"finetune"}}.get(option, set())
