@@ -136,7 +136,8 @@ class SplitOptions(Options):
     refit_to: RefitTo = option("ffn", "Restores: ffn (its output), stream", panel=METHOD)
     target: str = option("auto", "MoE architecture: moeify ls targets", plugin="targets")
     engine: str | None = option(None, "Only what llama.cpp, vLLM or SGLang runs", panel=METHOD)
-    calibration: tuple[str, ...] = option(("builtin",), f"{DATA}, self", name="TEXT")
+    # What a model's size decides: convert/prepare.py.
+    calibration: tuple[str, ...] = option((), f"{DATA}, self", auto="self,builtin", name="TEXT")
     tokens: int = option(16384, "Calibration tokens; a search: 8,192")
     context: int | None = option(None, CONTEXT, auto=CONTEXT_AUTO, least=1, panel=ADVANCED)
     seed: int = option(0, SEED, least=0, below=SEEDS, panel=ADVANCED)

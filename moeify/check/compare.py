@@ -177,8 +177,8 @@ def compare(
     asked = Tasks(several(tasks), questions, track)
     base = replace(options, dtype="float32")
     dense = open_dense(model, track)
-    warn_of_kind({dense.name: options.calibration}, data)
     prepared = prepare(dense, base, writable=False)
+    warn_of_kind({dense.name: prepared.options.calibration}, data)
     experts = prepared.layout.num_experts
     base = replace(base, experts=experts)
     _check_experts(experts, budgets, only)

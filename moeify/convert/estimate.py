@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 # Split time over the time of one dense forward pass over the calibration tokens.
 TIME_FACTOR = 4.0
+# Time of a token that the model writes itself over that of one it reads.
+OWN_TEXT_FACTOR = 5.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,8 @@ def estimate(prepared: "Prepared") -> Estimate:
     """Time, memory and size of a prepared split."""
     dense, writer = prepared.dense, prepared.writer
     tokens = prepared.options.tokens if prepared.needs_text else 0
+    texts = prepared.options.calibration
+    own = tokens * texts.count("self") // len(texts)
     hidden, neurons = dense.hidden_size, dense.num_neurons
     rate = matmul_rate(prepared.options.device)
     largest_layer = 4 * sum(
@@ -62,10 +66,12 @@ def estimate(prepared: "Prepared") -> Estimate:
     streams = 4 * 4 * tokens * hidden * (2 if prepared.options.refit_to == "stream" else 1)
     written = sum(t.numel() * t.element_size() for t in writer.shapes().values())
     writing = 2 * min(SHARD_BYTES, written) + 2 * largest_layer
+    # The stock model, which writes.
+    whole = dense.num_parameters * dense.dtype.itemsize if own else 0
     return Estimate(
-        duration_s=TIME_FACTOR * forward_flops(dense, tokens) / rate,
+        duration_s=(TIME_FACTOR * forward_flops(dense, tokens) + OWN_TEXT_FACTOR * forward_flops(dense, own)) / rate,
         peak_memory_bytes=process_bytes()
-        + max(2 * largest_layer + max(grams, sample) + 2 * activations + streams, writing),
+        + max(2 * largest_layer + max(grams, sample) + 2 * activations + streams, writing, whole),
         checkpoint_bytes=written,
         matmul_flops_per_second=rate,
     )

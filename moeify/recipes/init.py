@@ -11,6 +11,7 @@ import yaml
 
 from moeify.convert.inspection import Inspection, inspect
 from moeify.convert.machine_plan import MachinePlan, plan_for_machine
+from moeify.convert.prepare import default_texts
 from moeify.errors import InputError
 from moeify.models.dense import open_dense
 from moeify.options import EvalOptions, MachineOptions, SplitOptions, Track, untracked
@@ -86,7 +87,8 @@ def init(
     choice = _choice(inspection, plan)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path("runs") / (out.stem.removesuffix("-recipe") or out.stem)
-    lines = _lines(model, folder, inspection, choice, device)
+    texts = default_texts(dense, SplitOptions())
+    lines = _lines(model, folder, inspection, choice, device=device, texts=texts)
     write_text("\n".join([HEADER, *lines]) + "\n", out, HEADER)
     return InitResult(model, out, choice.target, choice.layout, device, choice.reason)
 
@@ -107,7 +109,9 @@ def _choice(inspection: Inspection, plan: MachinePlan) -> _Choice:
     return _Choice(exact[0], inspection.layout, reason)
 
 
-def _lines(model: str, folder: Path, facts: Inspection, choice: _Choice, device: str) -> Iterator[str]:
+def _lines(
+    model: str, folder: Path, facts: Inspection, choice: _Choice, *, device: str, texts: tuple[str, ...]
+) -> Iterator[str]:
     """The recipe, section by section."""
     estimate = facts.estimate
     yield from _comment(
@@ -132,7 +136,7 @@ def _lines(model: str, folder: Path, facts: Inspection, choice: _Choice, device:
     else:
         yield from _keys({"static": True}, "prune: a smaller dense model")
         yield from _keys({"active": layout.num_active}, f"slices are kept, {percent(layout.active_share)} of the FFN")
-    yield from _keys({"calibration": ["builtin"]}, "better: text like yours, a .txt, .jsonl or .parquet file or folder")
+    yield from _keys({"calibration": list(texts)}, "better: text like yours, a .txt, .jsonl or .parquet file or folder")
     yield from _keys({"tokens": SplitOptions.tokens, **on}, "of it; 16,384 or more")
     if choice.target:
         yield ""

@@ -1,5 +1,6 @@
 """A model that is measured on the kind of text that it was calibrated on: said in every result, and warned of."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import moeify
 from moeify.check.calibrated import calibrated_on, of_one_kind, warn_of_kind
 from moeify.check.evaluate import measure
 from moeify.cli.tables.eval import eval_table
+from moeify.convert.estimate import estimate
+from moeify.convert.prepare import default_texts, prepare
 from moeify.errors import MoeifyWarning
+from moeify.models.dense import open_dense
 from moeify.options import EvalOptions, SplitOptions
 
 SIZES: dict[str, Any] = {"intermediate_size": 64, "max_position_embeddings": 64}
@@ -68,4 +72,30 @@ def test_eval_says_what_each_model_was_calibrated_on(moe: Path, calibration_file
 
 def test_a_split_on_the_embedded_text_alone_is_warned_of(make_dense: MakeDense, tmp_path: Path) -> None:
     with pytest.warns(MoeifyWarning, match="is calibrated on Python's reference alone, and loses more on other text"):
-        moeify.split(make_dense("llama", **SIZES), tmp_path / "moe", experts=4, tokens=1024, track=moeify.untracked)
+        moeify.split(
+            make_dense("llama", **SIZES),
+            tmp_path / "moe",
+            experts=4,
+            tokens=1024,
+            calibration="builtin",
+            track=moeify.untracked,
+        )
+
+
+def test_half_of_the_default_is_the_models_own_text(make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = open_dense(str(make_dense("llama", **SIZES)))
+    assert prepare(dense, SplitOptions(experts=4)).options.calibration == ("self", "builtin")
+    assert prepare(dense, SplitOptions(experts=4, calibration=("builtin",))).options.calibration == ("builtin",)
+    # Not of the embedded model, of too few tokens, or of a model that takes long to write.
+    assert default_texts(replace(dense, name="builtin"), SplitOptions()) == ("builtin",)
+    assert default_texts(dense, SplitOptions(tokens=64)) == ("builtin",)
+    monkeypatch.setattr("moeify.convert.prepare.OWN_TEXT_PARAMETERS", 1000)
+    assert default_texts(dense, SplitOptions()) == ("builtin",)
+
+
+def test_its_own_text_takes_time(make_dense: MakeDense) -> None:
+    dense = open_dense(str(make_dense("llama", **SIZES)))
+    own, other = (
+        estimate(prepare(dense, SplitOptions(experts=4, calibration=texts))) for texts in (("self",), ("builtin",))
+    )
+    assert own.duration_s > other.duration_s

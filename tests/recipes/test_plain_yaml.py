@@ -70,7 +70,7 @@ MUTATIONS = [
     *("version: 2", "version: '1'", "version: null", "version: .nan", f"version: {'9' * 30}"),
     *("split: {experts: .nan}", "split: {experts: .inf}", "split: {experts: 8.5}", f"split: {{experts: {'9' * 400}}}"),
     *("split: {tokens: 1.0e+30}", "split: {budget: .nan}", "split: {budget: .inf}", "split: {temperature: -.inf}"),
-    *("split: {calibration: []}", "split: {calibration: ['']}", 'split: {calibration: ["a\\0b"]}', "split: {plan: ''}"),
+    *("split: {calibration: ['']}", 'split: {calibration: ["a\\0b"]}', "split: {plan: ''}"),
     *("split: {calibration: [[a]]}", "split: {device: ''}", "split: {device: meta}", "split: {seed: -1}", "split: 5"),
     *("split: {dense_layers: [a]}", f"split: {{dense_layers: [{'9' * 30}]}}", "split: {target: ' '}", "split: {0: 1}"),
     *("controls: {a: {}, A: {}}", "controls: {1: {}}", "controls: {null: {}}", "controls: {a: null}", "controls: [a]"),
