@@ -189,7 +189,6 @@ def test_what_this_model_cannot_do_is_refused(run: Run, tmp_path: Path, changed:
         ({"static": True, "shared": 2}, "--static"),
         ({"static": True, "target": "mixtral"}, "--static"),
         ({"static": True, "plan": "plan"}, "--static and --plan"),
-        ({"calibration": ()}, "--calibration is empty"),
         ({"calibration": ("builtin", "builtin")}, "named 2 times"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**64}, "seed"),
