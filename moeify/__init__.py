@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from moeify.options import ExportOptions, GenerateOptions, MachineOptions, SplitOptions, untracked
     from moeify.plan import SplitPlan, load_plan
     from moeify.recipes.model import Recipe, load_recipe
-    from moeify.recipes.run import RunPreview, RunResult, preview_run, run
+    from moeify.recipes.preview import RunPreview, preview_run
+    from moeify.recipes.run import RunResult, run
     from moeify.reporting.report import ReportResult, report
     from moeify.training.finetune import FinetuneResult, finetune
     from moeify.training.freeze import freeze_routers
@@ -169,10 +170,12 @@ _HOMES = {
         "Recipe",
         "load_recipe",
     ),
-    "recipes.run": (
+    "recipes.preview": (
         "RunPreview",
-        "RunResult",
         "preview_run",
+    ),
+    "recipes.run": (
+        "RunResult",
         "run",
     ),
     "reporting.report": (

@@ -45,7 +45,7 @@ KINDS: Mapping[str, str] = {
     "record": "moeify.reporting.reader.Record",
     "init": "moeify.recipes.init.InitResult",
     "run": "moeify.recipes.run.RunResult",
-    "run-preview": "moeify.recipes.run.RunPreview",
+    "run-preview": "moeify.recipes.preview.RunPreview",
     "ls": "moeify.plugin_list.Listing",
 }
 # Properties that stand in the JSON beside the fields.

@@ -6,14 +6,18 @@ from typing import Any, NamedTuple
 
 from typer.core import TyperCommand, TyperGroup
 
-from moeify.command_line import ADVANCED, FIRST, OUTPUT
+from moeify.command_line import ADVANCED, FIRST, OUTPUT, fields, flag
 from moeify.errors import unknown
+from moeify.options import MachineOptions
 
 DEFAULTS = "Defaults stand in [brackets]."
 LISTS = " A list is one word with commas, or the option again."
 EXAMPLE = "\nExample:\n"
 # Wider than any option, so that none is put on a line of its own.
 WIDEST = 40
+
+# Words of `split --for`, which are options of `plan`.
+MACHINE = [flag(field.name) for field in fields(MachineOptions)]
 
 
 class Description(NamedTuple):
@@ -103,6 +107,8 @@ def usage_error(error: Any) -> tuple[str, str]:
         names = [name for one in context.command.get_params(context) for name in (*one.opts, *one.secondary_opts)]
         told = unknown(f"an option of {path}", option, [name for name in names if name.startswith("--")])
         similar = told.hint.partition("? ")[0] if "? " in told.hint else ""
+        if path.endswith(" split") and option in MACHINE:
+            similar = f"did you mean --for {option.removeprefix('--')}=..."
         return str(told), f"{similar}? {hint}" if similar else hint
     parameter = getattr(error, "param", None)
     if parameter is not None and type(error).__name__ == "MissingParameter":

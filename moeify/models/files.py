@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from moeify.errors import InputError, first_line
+from moeify.errors import InputError, first_line, nearest
 from moeify.models.companions import COMPANION_PATTERNS
 from moeify.options import Track, untracked
 from moeify.words import printable
@@ -46,7 +46,7 @@ def locate(model: str, track: Track[Any] = untracked) -> Path:
         return _folder_of(path)
     is_file = path.suffix in (".safetensors", ".gguf", ".json")
     if _kind(path) or is_file or model.startswith((".", "/", "~")) or model.count("/") != 1:
-        raise InputError(f"no model at {model}", "give a folder, a .gguf file, a hub id (org/name) or `builtin`")
+        raise InputError(f"no model at {model}", _hint(path))
     try:
         return Path(snapshot_download(model, allow_patterns=HUB_PATTERNS))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -54,6 +54,17 @@ def locate(model: str, track: Track[Any] = untracked) -> Path:
             f"{model} is neither a local folder nor a hub model that can be reached: {first_line(error)}",
             "check the name and the network; a private model needs `hf auth login`",
         ) from error
+
+
+def _hint(path: Path) -> str:
+    """What stands beside a path that is not there, or the embedded model, if it has nearly that name."""
+    try:
+        beside = [entry.name for entry in path.parent.iterdir()]
+    except OSError:
+        beside = []
+    similar = nearest(path.name, [*beside, "builtin"])
+    question = f"did you mean {path.with_name(similar)}? " if similar else ""
+    return f"{question}give a folder, a .gguf file, a hub id (org/name) or `builtin`"
 
 
 def _folder_of(file: Path) -> Path:

@@ -1,6 +1,5 @@
 """Running a recipe: its stages in a fixed order, finished ones skipped, limits last."""
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -21,8 +20,7 @@ from moeify.check.tasks_results import TaskResult
 from moeify.check.verify import TOLERANCE, VerifyReport, verify
 from moeify.command_line import command_line
 from moeify.convert.pipeline import split
-from moeify.convert.prepare import Preview, preview
-from moeify.errors import UsageError, warn
+from moeify.errors import UsageError
 from moeify.export.record import RECORD_FILE
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import Announce, SplitOptions, Track, untracked
@@ -30,7 +28,6 @@ from moeify.progress import said, shown
 from moeify.readable import Readable
 from moeify.recipes import markers
 from moeify.recipes.cards import note_quality
-from moeify.recipes.estimate import Estimates, StagePreview, free_bytes
 from moeify.recipes.folder import HEADER, RECIPE_FILE, RUN_FILE, check_folder, recipe_text
 from moeify.recipes.limits import Limit, check_quality, check_times, judged
 from moeify.recipes.lines import Lines
@@ -39,7 +36,6 @@ from moeify.recipes.model import Recipe, control_options, load_recipe
 from moeify.recipes.names import BENCH, COMPARE, EVAL, MAIN, TRAINED, VERIFY
 from moeify.results import check_replaceable, write, write_text
 from moeify.training.finetune import check_packages, finetune
-from moeify.words import size
 
 # Options that a split settles or counts anew: a record does not hold them as they were given.
 SETTLED = ("experts", "shared", "active", "budget", "dense_layers", "target", "context")
@@ -59,32 +55,6 @@ class RunResult(Readable):
     @property
     def passed(self) -> bool:
         return all(limit.passed for limit in self.limits) and (self.verify is None or self.verify.passed)
-
-
-@dataclass(frozen=True, repr=False)
-class RunPreview(Readable):
-    """What a run would do.
-
-    Args:
-        out: its folder.
-        splits: by folder, what each would do and cost.
-        stages: all stages in their order.
-        free_bytes: on the disk of `out`.
-    """
-
-    out: Path
-    splits: Mapping[str, Preview]
-    stages: tuple[StagePreview, ...]
-    free_bytes: int
-
-    @property
-    def duration_s(self) -> float:
-        """Of all that is not finished, as far as it is known."""
-        return sum(stage.duration_s for stage in self.stages if not math.isnan(stage.duration_s))
-
-    @property
-    def disk_bytes(self) -> int:
-        return sum(stage.disk_bytes for stage in self.stages)
 
 
 def run(
@@ -115,10 +85,10 @@ def run(
         result = moeify.run("quickstart", "split.experts=16", out="runs/sixteen")
         assert result.passed
     """
-    recipe = _loaded(recipe, overrides, out)
-    out, splits = recipe.out, _splits(recipe)
+    recipe = loaded(recipe, overrides, out)
+    out, splits = recipe.out, all_splits(recipe)
     further = [*(name + TRAINED for name in recipe.trained), *_further(recipe)]
-    stages = _Stages(recipe, open_dense(recipe.model, track), Lines((*splits, *further), track, announce))
+    stages = Stages(recipe, open_dense(recipe.model, track), Lines((*splits, *further), track, announce))
     stages.check(splits, overwrite=overwrite)
     stages.lines.begin(recipe.model, out)
     for name, options in splits.items():
@@ -142,7 +112,7 @@ def run(
     return result
 
 
-def _loaded(recipe: Recipe | str | Path, overrides: Sequence[str] | str, out: str | Path | None) -> Recipe:
+def loaded(recipe: Recipe | str | Path, overrides: Sequence[str] | str, out: str | Path | None) -> Recipe:
     """The recipe of a file or name.
 
     Raises:
@@ -161,7 +131,7 @@ def _further(recipe: Recipe) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Stages:
+class Stages:
     """The stages of a recipe whose results stay in its folder.
 
     Args:
@@ -319,44 +289,11 @@ class _Stages:
     @property
     def _judged(self) -> list[str]:
         """The folders that are benchmarked: of the main split, and of the controls that are pruned."""
-        static = [name for name, options in _splits(self.recipe).items() if options.static]
+        static = [name for name, options in all_splits(self.recipe).items() if options.static]
         return [judged(self.recipe, name) for name in (MAIN, *static)]
 
 
-def preview_run(
-    recipe: Recipe | str | Path,
-    overrides: Sequence[str] | str = (),
-    *,
-    out: str | Path | None = None,
-    overwrite: bool = False,
-    track: Track[Any] = shown,
-) -> RunPreview:
-    """Settle what the run would do and cost, as far as that is known before it; reads headers, writes nothing.
-
-    Args:
-        recipe, overrides, out, overwrite, track: as of `run`.
-
-    Raises:
-        InputError, UsageError: as the run would before its first split.
-
-    Example:
-        for name, split in moeify.preview_run("quickstart").splits.items():
-            print(name, split.estimate.duration_s)
-    """
-    recipe = _loaded(recipe, overrides, out)
-    splits = _splits(recipe)
-    stages = _Stages(recipe, open_dense(recipe.model, track), Lines((), track, said))
-    stages.check(splits, overwrite=overwrite)
-    finished = tuple(name for name, options in splits.items() if stages.has_split(name, options))
-    previews = {name: preview(stages.dense, options) for name, options in splits.items()}
-    estimates = Estimates(recipe, stages.dense, previews, finished).stages()
-    plan = RunPreview(recipe.out, previews, tuple(estimates), free_bytes(recipe.out))
-    if plan.disk_bytes > plan.free_bytes:
-        warn(f"{recipe.out} needs about {size(plan.disk_bytes)}, {size(plan.free_bytes)} are free on its disk")
-    return plan
-
-
-def _splits(recipe: Recipe) -> dict[str, SplitOptions]:
+def all_splits(recipe: Recipe) -> dict[str, SplitOptions]:
     """All that are made, by folder."""
     controls = {name: control_options(recipe, name, control) for name, control in recipe.controls.items()}
     return {MAIN: recipe.split, **controls}

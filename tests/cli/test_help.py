@@ -100,6 +100,7 @@ MISTYPED = {
     "split m --router ridg": "'ridg' is not a router|did you mean ridge? ",
     "split m --target mixtrl": "'mixtrl' is not a target|did you mean mixtral? ",
     "split m --mixing sofmax": "'sofmax' is not a value of --mixing|did you mean softmax? --mixing takes hard, ",
+    "split m --vram 6GB": "'--vram' is not an option of moeify split|did you mean --for vram=...?",
     "split m --for vrm=6GB": "--for 'vrm=6GB': 'vrm=6GB' is unknown|did you mean vram? write --for vram=6GB",
     "split m --budget 60": "--budget 60.0 is out of range|did you mean 0.6? --budget takes more than 0 and less than 1",
     "split m --experts many": "--experts many: expected a whole number|write --experts 8",

@@ -13,7 +13,8 @@ from moeify.errors import InputError
 from moeify.options import MachineOptions
 from moeify.recipes.init import HEADER, init
 from moeify.recipes.model import load_recipe
-from moeify.recipes.run import preview_run, run
+from moeify.recipes.preview import preview_run
+from moeify.recipes.run import run
 
 # Told, so that nothing has to be measured.
 MACHINE = MachineOptions(vram="0", ram="8GB", ram_bandwidth=20)

@@ -15,10 +15,11 @@ from moeify.cli.app import run_command
 from moeify.errors import InputError
 from moeify.recipes import markers
 from moeify.recipes.model import Recipe, load_recipe
+from moeify.recipes.preview import preview_run
 
 # The package binds the name `run` to the function.
 stages_module = importlib.import_module("moeify.recipes.run")
-run, preview_run = stages_module.run, stages_module.preview_run
+run = stages_module.run
 BENCH = {"tokens": 128, "prompt": [8], "batch": [1], "seconds_per_row": 0.01, "skip": ["memory", "experts", "quality"]}
 
 Make = Callable[..., Recipe]

@@ -24,7 +24,8 @@ def run_recipe_command(
     from moeify.benchmark.models.run import FILE as BENCH_FILE
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.run import run_preview_table, run_tables
-    from moeify.recipes.run import preview_run, run
+    from moeify.recipes.preview import preview_run
+    from moeify.recipes.run import run
 
     renderer = renderer_for(output)
     if dry_run:

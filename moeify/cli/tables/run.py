@@ -11,7 +11,8 @@ from moeify.cli.tables.tasks import tasks_tables
 from moeify.words import duration, size
 
 if TYPE_CHECKING:
-    from moeify.recipes.run import RunPreview, RunResult
+    from moeify.recipes.preview import RunPreview
+    from moeify.recipes.run import RunResult
 
 
 def run_tables(run: "RunResult") -> tuple[Table, ...]:
