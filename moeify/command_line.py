@@ -6,7 +6,6 @@ renders the command that repeats a run. Imports nothing heavy.
 """
 
 import dataclasses
-import difflib
 import math
 import numbers
 import os
@@ -91,11 +90,8 @@ class Options:
             UsageError: there is no such option, or a value is not possible.
         """
         known = [field.name for field in fields(cls)]
-        for name in choices:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"one of: {', '.join(known)}"
-                raise UsageError(f"{name!r} is not an option of {cls.__name__}", hint)
+        if strange := [name for name in choices if name not in known]:
+            raise unknown(f"an option of {cls.__name__}", strange[0], known)
         given = {} if options is None else {name: getattr(options, name) for name in known}
         return cls(**{**given, **choices})
 

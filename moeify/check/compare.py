@@ -19,6 +19,7 @@ from moeify.cache import cache_dir, check_place, digest, once
 from moeify.check.baselines import NeuronOracle, fit_bias_compensated
 from moeify.check.bootstrap import perplexity_of, perplexity_ratio
 from moeify.check.calibrated import warn_of_kind
+from moeify.check.methods import REFERENCE, Method, methods
 from moeify.check.perplexity import warn_of_few, whole_blocks
 from moeify.check.tasks import Tasks
 from moeify.check.tasks_results import TaskResult
@@ -35,22 +36,6 @@ from moeify.readable import Readable
 from moeify.results import check_writable, write
 
 DENSE = "dense"
-REFERENCE = "static + refit"
-
-
-@dataclass(frozen=True)
-class Method:
-    """One row of the table: a split's options, or a control that no split can write.
-
-    Args:
-        options: of the split, beside budget and calibration.
-        control: `oracle` or `bias`, instead of a split.
-        num_shared: given the number of active experts; None leaves it to the layout.
-    """
-
-    options: Mapping[str, Any]
-    control: str = ""
-    num_shared: Callable[[int], int] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,38 +75,6 @@ class Comparison(Readable):
     calibration: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     tasks: tuple[TaskResult, ...] = ()
-
-
-def methods(experts: int) -> dict[str, Method]:
-    """What is compared, by name; published methods with their own parts only.
-
-    Peers get hard unit weights, without which they collapse untrained, and no refit. Where they train a router, theirs
-    is fitted to the calibration tokens (MoEfication's MLP) or has the experts' centroids for rows (LLaMA-MoE). CMoE
-    shares half of the active experts, LLaMA-MoE v2 one.
-    """
-
-    def half(active: int) -> int:
-        return active // 2
-
-    def one(active: int) -> int:
-        # Of a single active expert nothing would be routed.
-        return min(1, active - 1)
-
-    # The refit's options do not concern them, so that they need not be measured again when those change.
-    peer = {"refit": False, "refit_to": "ffn"}
-    return {
-        "neuron oracle": Method({}, control="oracle"),
-        "static": Method({"static": True, **peer}),
-        REFERENCE: Method({"static": True}),
-        "static + bias (FLAP)": Method({}, control="bias"),
-        "random": Method({"partition": "random", "router": "ridge", **peer}, num_shared=half),
-        "LLaMA-MoE": Method({"partition": "random", "router": "centroid", **peer}, num_shared=lambda _: 0),
-        "LLaMA-MoE v2": Method({"partition": "gradient", "router": "centroid", **peer}, num_shared=one),
-        "MoEfication": Method({"partition": "kmeans", "router": "mlp", **peer}, num_shared=lambda _: 0),
-        "CMoE": Method({"partition": "marker", "router": "representative", **peer}, num_shared=half),
-        "energy clusters + refit": Method({"partition": "energy"}, num_shared=half),
-        **{f"moeify {count} experts": Method({"experts": count}) for count in sorted({experts, 8, 32, 128})},
-    }
 
 
 def compare(

@@ -14,14 +14,13 @@ A SOURCE is one of
 A word above comes first, then the disk, then the hub: `./builtin` is a file of that name.
 """
 
-import difflib
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moeify.errors import InputError, MoeifyError, UsageError
+from moeify.errors import InputError, MoeifyError, UsageError, nearest
 from moeify.models.builtin import builtin_documents
 
 FOLDER_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
@@ -64,8 +63,8 @@ def _missing_error(source: str, path: Path) -> InputError:
     if path.exists():
         return InputError(f"{source} is neither a file nor a folder", f"A source is {KINDS}")
     near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, [*near, "builtin", "builtin-heldout", "self"], n=1)
-    guess = f"did you mean {path.with_name(close[0]) if close[0] in near else close[0]}? " if close else ""
+    similar = nearest(path.name, [*near, *BUILTIN, "self"])
+    guess = f"did you mean {path.with_name(similar) if similar in near else similar}? " if similar else ""
     return InputError(f"there is no text source {source}", f"{guess}A source is {KINDS}")
 
 

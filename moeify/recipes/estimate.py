@@ -14,7 +14,7 @@ from pathlib import Path
 
 from moeify.benchmark.machine import device_by_name
 from moeify.benchmark.models.inputs import PROMPTS
-from moeify.check.compare import methods
+from moeify.check.methods import methods
 from moeify.check.tasks_local import SUFFIXES, open_questions
 from moeify.convert.estimate import TIME_FACTOR, forward_flops, matmul_rate, process_bytes
 from moeify.convert.prepare import Preview

@@ -13,7 +13,8 @@ import torch
 from conftest import MakeDense
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moeify.check.compare import DENSE, REFERENCE, Comparison, Method, Row, _at, methods
+from moeify.check.compare import DENSE, Comparison, Row, _at
+from moeify.check.methods import REFERENCE, Method, methods
 from moeify.check.trials import Trials
 from moeify.cli.app import run_command
 from moeify.cli.tables.compare import compare_tables
