@@ -68,7 +68,7 @@ class Launch:
 
 # Experts up to so wide have launches of their own, where a key ends in /narrow: the product with `down` has few steps
 # then, and most of its time goes into what it writes. 8,192 tokens forward, wide and narrow launches: width 224 2,050
-# and 1,950 us, 256 1,722 and 1,719, 384 1,308 and 1,343 (H200, 2026-11-26).
+# and 1,950 us, 256 1,722 and 1,719, 384 1,308 and 1,343 (H200, clock of tune.py, 2026-11-26).
 NARROW = 256
 
 # Keys are kernel/rows. Measured on an H200 with triton 3.6 (kernels/README.md); compiled for sm_90 with triton 3.6 and
