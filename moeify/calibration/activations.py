@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from moeify.calibration.overflow import LARGEST, check_activations
+from moeify.calibration.share import ALONE, Share
+from moeify.calibration.store import IN_MEMORY, Store, stretches, widened
 from moeify.models.ffn import CHUNK_TOKENS, FFNWeights
 
 # Hidden activations stay in memory up to this size and are recomputed for every pass beyond it.
@@ -37,9 +39,13 @@ class Activations:
         self._weights_TR: Tensor | None = None
         self._width = 0
         self._kept: list[Tensor] | None = None
-        num_bytes = inputs_TD.shape[0] * ffn.num_neurons * inputs_TD.element_size()
+        num_bytes = inputs_TD.shape[0] * ffn.num_neurons * ffn.up_FD.element_size()
         if num_bytes <= keep_bytes:
-            self._kept = [ffn.hidden(inputs_TD[rows]) for rows in self._rows()]
+            self._kept = [self._hidden(rows) for rows in self._rows()]
+
+    @property
+    def num_tokens(self) -> int:
+        return self._inputs_TD.shape[0]
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield (token rows, hidden) for all tokens in order."""
@@ -47,8 +53,7 @@ class Activations:
             if self._kept is not None:
                 yield rows, self._kept[i]
             else:
-                hidden_TF = self._reordered(self._ffn.hidden(self._inputs_TD[rows]))
-                yield rows, self._masked(hidden_TF, rows)
+                yield rows, self._masked(self._reordered(self._hidden(rows)), rows)
 
     def reorder(self, order_F: Tensor) -> None:
         """Put the columns into this order of neurons; fewer than all drops the rest."""
@@ -63,15 +68,23 @@ class Activations:
             for hidden_TF, rows in zip(self._kept, self._rows(), strict=True):
                 self._masked(hidden_TF, rows)
 
+    def outputs(self, down_DF: Tensor, store: Store = IN_MEMORY, bias_D: Tensor | None = None) -> Tensor:
+        """outputs_TD of a down_proj with this order of columns."""
+        parts = (hidden_TF @ down_DF.T for _, hidden_TF in self.chunks())
+        return store.collect((part if bias_D is None else part.add_(bias_D) for part in parts), self.num_tokens)
+
     def _rows(self) -> list[slice]:
-        return [slice(i, i + CHUNK_TOKENS) for i in range(0, self._inputs_TD.shape[0], CHUNK_TOKENS)]
+        return list(stretches(self.num_tokens, CHUNK_TOKENS))
+
+    def _hidden(self, rows: slice) -> Tensor:
+        return self._ffn.hidden(widened(self._inputs_TD, rows, self._ffn.up_FD.device))
 
     def _reordered(self, hidden_TF: Tensor) -> Tensor:
         return hidden_TF if self._order_F is None else hidden_TF.index_select(1, self._order_F)
 
     def _masked(self, hidden_TF: Tensor, rows: slice) -> Tensor:
         if self._weights_TR is not None:
-            weights_TR = self._weights_TR[rows].to(hidden_TF.dtype)
+            weights_TR = self._weights_TR[rows].to(hidden_TF)
             num_routed = weights_TR.shape[1]
             routed = hidden_TF[:, -num_routed * self._width :].unflatten(1, (num_routed, self._width))
             routed.mul_(weights_TR[:, :, None])
@@ -86,8 +99,8 @@ class ActivationStats:
         weight_T: min(1, CLIP_NORM * median norm / norm) of each token's dense output.
         energy_F: mean over tokens of the squared contribution, tokens weighted by weight_T.
         massive_F: True for neurons that make up massive activations.
-        outputs_TD: the dense FFN's outputs, without a bias of down_proj.
-        inputs_ND: what the FFN sees on a sample of tokens.
+        outputs_TD: the dense FFN's outputs, without a bias of down_proj, as the store holds them.
+        inputs_ND: what the FFN sees on a sample of tokens, of all processes together.
         contribution_NF: what each neuron adds on them, weight * h_j * ||W_down[:, j]||, with the sign of h_j.
         gradient_ND: gradient of the language modelling loss by the FFN's output on them, if it was asked for.
     """
@@ -108,6 +121,8 @@ def measure(
     *,
     seed: int,
     gradient_GD: Tensor | None = None,
+    store: Store = IN_MEMORY,
+    share: Share = ALONE,
 ) -> ActivationStats:
     """Collect the statistics of one layer in two passes over its activations.
 
@@ -120,34 +135,36 @@ def measure(
         activations: of these inputs, all neurons in order.
         seed: of the sample.
         gradient_GD: gradients for the first G tokens, which then are the sample.
+        store: holds the outputs.
+        share: whose tokens these are.
 
     Raises:
         InputError: what the neurons do cannot be computed with.
     """
-    outputs_TD = torch.cat([hidden_TF @ ffn.down_DF.T for _, hidden_TF in activations.chunks()])
+    outputs_TD = activations.outputs(ffn.down_DF, store)
     check_activations(outputs_TD, f"layer {ffn.layer}: the outputs of its FFN")
-    norm_T = outputs_TD.norm(dim=1)
-    median = norm_T.median()
+    norm_T = torch.cat([_norms(outputs_TD, rows, ffn) for rows in stretches(activations.num_tokens)])
+    median = share.gather(norm_T).median()
     weight_T = (CLIP_NORM * median / norm_T.clamp(min=torch.finfo(norm_T.dtype).tiny)).clamp(max=1)
-    num_tokens = outputs_TD.shape[0]
+    before, num_tokens = share.place(activations.num_tokens)
     if gradient_GD is None:
         generator = torch.Generator().manual_seed(seed)
         sample_N = torch.randperm(num_tokens, generator=generator)[: sample_size(ffn.num_neurons)].sort().values
     else:
         sample_N = torch.arange(gradient_GD.shape[0])
-    sample_N = sample_N.to(norm_T.device)
+    sample_N = sample_N[(sample_N >= before) & (sample_N < before + activations.num_tokens)] - before
     column_norm_F = ffn.down_DF.norm(dim=0)
     energy_F = torch.zeros_like(column_norm_F)
     massive_F = torch.zeros_like(column_norm_F, dtype=torch.bool)
-    contributions = []
+    contributions = [column_norm_F.new_empty(0, ffn.num_neurons)]
     for rows, hidden_TF in activations.chunks():
         energy_F += weight_T[rows].square() @ hidden_TF.square()
-        inside = (sample_N >= rows.start) & (sample_N < rows.stop)
-        local_N = sample_N[inside] - rows.start
+        local_N = (sample_N[(sample_N >= rows.start) & (sample_N < rows.stop)] - rows.start).to(hidden_TF.device)
         contributions.append(hidden_TF[local_N].mul_(weight_T[rows][local_N, None]))
         massive_T = (norm_T[rows] > MASSIVE_NORM * median).nonzero().squeeze(1)
-        share = (hidden_TF[massive_T] * column_norm_F).abs() / norm_T[rows][massive_T, None]
-        massive_F |= (share > MASSIVE_SHARE).any(dim=0)
+        share_TF = (hidden_TF[massive_T] * column_norm_F).abs() / norm_T[rows][massive_T, None]
+        massive_F |= (share_TF > MASSIVE_SHARE).any(dim=0)
+    energy_F = share.sum(energy_F)
     # Of the activations alone as well: the refit adds up their squares.
     check_activations(energy_F, f"layer {ffn.layer}: the squares of its neurons", LARGEST**2)
     energy_F = energy_F * column_norm_F.square() / num_tokens
@@ -155,12 +172,17 @@ def measure(
     return ActivationStats(
         weight_T=weight_T,
         energy_F=energy_F,
-        massive_F=massive_F,
+        massive_F=share.max(massive_F.to(torch.uint8)).bool(),
         outputs_TD=outputs_TD,
-        inputs_ND=inputs_TD[sample_N],
-        contribution_NF=torch.cat(contributions).mul_(column_norm_F),
+        inputs_ND=share.gather(widened(inputs_TD, sample_N, ffn.up_FD.device)),
+        contribution_NF=share.gather(torch.cat(contributions).mul_(column_norm_F)),
         gradient_ND=gradient_GD,
     )
+
+
+def _norms(outputs_TD: Tensor, rows: slice, ffn: FFNWeights) -> Tensor:
+    norm_T: Tensor = widened(outputs_TD, rows, ffn.up_FD.device).norm(dim=1)
+    return norm_T
 
 
 def sample_size(num_neurons: int) -> int:

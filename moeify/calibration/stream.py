@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 
 from moeify.calibration.blocks import Arrived, Block, Call, Passage, copy_sharing
 from moeify.calibration.overflow import LARGEST, check_activations
+from moeify.calibration.store import IN_MEMORY, Store, stretches
 from moeify.families import Sites
 from moeify.models.ffn import CHUNK_TOKENS
 
@@ -50,6 +51,7 @@ class HiddenStream:
         inputs: what the stock model is called with, by name: tensors of B blocks, such as `input_ids` of C tokens each.
         device: where the arithmetic runs.
         dtype: in which it runs; float32 unless there is a reason.
+        store: holds the hidden states, and what the FFNs see of them.
     """
 
     def __init__(
@@ -58,9 +60,11 @@ class HiddenStream:
         inputs: Mapping[str, Tensor],
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
+        *,
+        store: Store = IN_MEMORY,
     ) -> None:
         self._model, self._sites = model, model.sites
-        self._device, self._dtype = torch.device(device), dtype
+        self._device, self._dtype, self._store = torch.device(device), dtype, store
         self._num_blocks = len(next(iter(inputs.values())))
         self._layer = 0
         self._hidden_BCD, self._arguments = self._enter(inputs)
@@ -83,15 +87,17 @@ class HiddenStream:
         """
         block, self._layer = self._load(layer), layer
         if block.kind not in self._adds_up:
-            self._adds_up[block.kind] = block.adds_up(self._hidden_BCD[:1])
+            self._adds_up[block.kind] = block.adds_up(self._at(slice(0, 1)))
         self._waiting = None if self._adds_up[block.kind] else block
-        inputs = []
-        for rows in self._chunks(self._hidden_BCD):
-            residual_BCD = block(self._hidden_BCD[rows], None)
-            if self.adds_up:
-                self._hidden_BCD[rows] = residual_BCD
-            inputs.append(block.take_inputs().flatten(0, 1))
-        inputs_TD = torch.cat(inputs)
+
+        def inputs() -> Iterator[Tensor]:
+            for rows in self._chunks(self._hidden_BCD):
+                residual_BCD = block(self._at(rows), None)
+                if self.adds_up:
+                    self._hidden_BCD[rows] = residual_BCD
+                yield block.take_inputs().flatten(0, 1)
+
+        inputs_TD = self._store.collect(inputs(), len(self.residual()))
         check_activations(inputs_TD, f"layer {layer}: the inputs of its FFN")
         return inputs_TD
 
@@ -102,10 +108,9 @@ class HiddenStream:
         Raises:
             InputError: the hidden states behind it cannot be computed with.
         """
-        if self.adds_up:
-            self._hidden_BCD += outputs_TD.view_as(self._hidden_BCD)
-        else:
-            self._hidden_BCD = self.behind(outputs_TD, 0)
+        outputs_BCD = outputs_TD.view_as(self._hidden_BCD)
+        for rows in self._chunks(outputs_BCD):
+            self._hidden_BCD[rows] = self._behind(rows, self._widened(outputs_BCD[rows]))
         check_activations(self._hidden_BCD, f"layer {self._layer}: the hidden states behind it")
 
     @torch.no_grad()
@@ -117,10 +122,15 @@ class HiddenStream:
             first: number of the first of these blocks.
         """
         outputs_BCD = outputs_ED.view(-1, *self._hidden_BCD.shape[1:])
-        hidden_BCD, block = self._hidden_BCD[first : first + len(outputs_BCD)], self._waiting
-        if block is None:
-            return hidden_BCD + outputs_BCD
-        return torch.cat([block(hidden_BCD[rows], outputs_BCD[rows]) for rows in self._chunks(outputs_BCD)])
+        pieces = [
+            self._behind(slice(first + rows.start, first + rows.stop), self._widened(outputs_BCD[rows]))
+            for rows in self._chunks(outputs_BCD)
+        ]
+        return torch.cat(pieces)
+
+    def _behind(self, rows: slice, outputs_BCD: Tensor) -> Tensor:
+        hidden_BCD = self._at(rows)
+        return hidden_BCD + outputs_BCD if self._waiting is None else self._waiting(hidden_BCD, outputs_BCD)
 
     @torch.no_grad()
     def pass_through(self, layer: int, ffn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -129,7 +139,7 @@ class HiddenStream:
         return self.residual()
 
     def residual(self) -> Tensor:
-        """residual_TD, the stream as it is now."""
+        """residual_TD, the stream as it is now, where and in the type in which the store holds it."""
         return self._hidden_BCD.flatten(0, 1)
 
     def fork(self, residual_TD: Tensor) -> "HiddenStream":
@@ -159,8 +169,8 @@ class HiddenStream:
         base = outer.base_model
         base.set_input_embeddings(nn.Identity())
         self._fill(base, f"{outer.base_model_prefix}." if base is not outer else "")
-        for hidden_1CD in self._hidden_BCD.split(1):
-            passages[-1].gives = hidden_1CD
+        for block in range(self._num_blocks):
+            passages[-1].gives = hidden_1CD = self._at(slice(block, block + 1))
             normed_1CD = base(inputs_embeds=hidden_1CD, use_cache=False)[0]
             check_activations(normed_1CD * steepest, "behind the last layer: the logits, by their bound,", LARGEST**2)
 
@@ -192,8 +202,8 @@ class HiddenStream:
         outer.set_input_embeddings(nn.Identity())
         self._fill(outer, "")
         for block in blocks:
-            passages[-1].gives = self._hidden_BCD[block][None]
-            yield outer(inputs_embeds=self._hidden_BCD[block][None], use_cache=False).logits[0]
+            passages[-1].gives = hidden_1CD = self._at(slice(block, block + 1))
+            yield outer(inputs_embeds=hidden_1CD, use_cache=False).logits[0]
 
     @torch.no_grad()
     def _enter(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
@@ -210,14 +220,17 @@ class HiddenStream:
             return passages[0].hidden_BCD
 
         # With one block, so that what is noted fits any number of them.
-        hidden_BCD = enter(slice(0, 1)).repeat(self._num_blocks, 1, 1)
+        first_1CD = enter(slice(0, 1))
         calls = [passage.call for passage in passages]
         passages[0].stops = True
-        for rows in self._chunks(hidden_BCD):
-            with contextlib.suppress(Arrived):
-                enter(rows)
-            hidden_BCD[rows] = passages[0].hidden_BCD
-        return hidden_BCD, calls
+
+        def hidden() -> Iterator[Tensor]:
+            for rows in self._chunks(first_1CD.expand(self._num_blocks, -1, -1)):
+                with contextlib.suppress(Arrived):
+                    enter(rows)
+                yield passages[0].hidden_BCD
+
+        return self._store.collect(hidden(), self._num_blocks), calls
 
     def _look_up(self, base: Any, prefix: str, ids_BC: Tensor) -> Tensor:
         """Give the model the embeddings that the text uses, and return the ids by which it finds them there.
@@ -259,8 +272,14 @@ class HiddenStream:
         self._assign(module, {name: f"{prefix}.{name}" for name in module.state_dict()})
         return block
 
+    def _at(self, rows: slice) -> Tensor:
+        """Hidden states of some blocks as they are computed with."""
+        return self._widened(self._hidden_BCD[rows])
+
+    def _widened(self, stored: Tensor) -> Tensor:
+        return stored.to(self._device, self._dtype)
+
     @staticmethod
     def _chunks(hidden_BCD: Tensor) -> Iterator[slice]:
         """Blocks that go through the model at once."""
-        step = max(1, CHUNK_TOKENS // hidden_BCD.shape[1])
-        return (slice(start, start + step) for start in range(0, len(hidden_BCD), step))
+        return stretches(len(hidden_BCD), max(1, CHUNK_TOKENS // hidden_BCD.shape[1]))

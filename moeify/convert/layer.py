@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moeify.calibration.activations import Activations, ActivationStats, measure
+from moeify.calibration.activations import KEEP_BYTES, Activations, ActivationStats, measure
+from moeify.calibration.share import ALONE, Share
+from moeify.calibration.store import IN_MEMORY, Store, stretches, widened
 from moeify.convert.refit import refit
 from moeify.experts.mixing import Mixing, choose_experts
 from moeify.export.writer import check_fits
@@ -26,7 +28,13 @@ SMALLEST_GAIN = 0.001
 
 @dataclass(frozen=True)
 class LayerFit:
-    """The methods and numbers that are the same for every layer."""
+    """The methods and numbers that are the same for every layer.
+
+    Args:
+        layout, partition, router, mixing, refit, dtype, seed: as the options say.
+        store: holds what is as long as the text.
+        share: whose tokens these are.
+    """
 
     layout: Layout
     partition: Partition
@@ -35,6 +43,8 @@ class LayerFit:
     refit: bool
     dtype: torch.dtype
     seed: int
+    store: Store = IN_MEMORY
+    share: Share = ALONE
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class ConvertedFFN:
         plan: labels, and down_proj if it was refit.
         layout, mixing: of the whole model.
         router: None in a static plan.
+        store: holds the outputs.
     """
 
     ffn: FFNWeights
@@ -53,23 +64,25 @@ class ConvertedFFN:
     layout: Layout
     mixing: Mixing
     router: Router | None
+    store: Store = IN_MEMORY
 
     def __call__(self, inputs_TD: Tensor) -> Tensor:
         """outputs_TD, which for the calibration tokens are bit for bit what `fit_layer` returned."""
-        activations = Activations(self.ffn, inputs_TD)
-        order = active_neurons(self.plan, self.layout).to(inputs_TD.device)
+        activations = _activations(self.ffn, inputs_TD, self.store)
+        order = active_neurons(self.plan, self.layout).to(self.ffn.up_FD.device)
         activations.reorder(order)
         if self.router is not None:
-            weights_TR = self.mixing.weights(self.router(inputs_TD), self.layout)
+            scores_TR = _scores(self.router, self.ffn, inputs_TD, self.store)
+            weights_TR = _weights(self.mixing, scores_TR, self.layout, self.store)
             activations.mask(weights_TR, self.layout.expert_width(self.ffn.num_neurons))
         down_DF = self.ffn.down_DF if self.plan.down_DF is None else self.plan.down_DF.to(self.ffn.down_DF)
-        return self.ffn.with_bias(_outputs(activations, down_DF[:, order]))
+        return activations.outputs(down_DF[:, order], self.store, self.ffn.down_bias_D)
 
 
 def converted(ffn: FFNWeights, plan: LayerPlan, fit: LayerFit) -> ConvertedFFN:
     """The FFN of a plan that was decided earlier."""
     router = None if plan.router_RD is None else LinearRouter(plan.router_RD)
-    return ConvertedFFN(ffn, plan, fit.layout, fit.mixing, router)
+    return ConvertedFFN(ffn, plan, fit.layout, fit.mixing, router, fit.store)
 
 
 def fit_layer(
@@ -99,15 +112,31 @@ def fit_layer(
     """
     if ffn.layer in fit.layout.dense_layers:
         labels_F = torch.full((ffn.num_neurons,), SHARED, dtype=torch.int16)
-        whole = ConvertedFFN(ffn, LayerPlan(ffn.layer, labels_F, None), fit.layout, fit.mixing, None)
+        whole = ConvertedFFN(ffn, LayerPlan(ffn.layer, labels_F, None), fit.layout, fit.mixing, None, fit.store)
         return whole, whole(inputs_TD)
+    activations = _activations(ffn, inputs_TD, fit.store)
+    plan, router, down_DF = _decide(ffn, inputs_TD, activations, fit, saved, gradient_GD=gradient_GD, goal_TD=goal_TD)
+    outputs_TD = activations.outputs(down_DF, fit.store, ffn.down_bias_D)
+    return ConvertedFFN(ffn, plan, fit.layout, fit.mixing, router, fit.store), outputs_TD
+
+
+def _decide(
+    ffn: FFNWeights,
+    inputs_TD: Tensor,
+    activations: Activations,
+    fit: LayerFit,
+    saved: LayerPlan | None,
+    *,
+    gradient_GD: Tensor | None,
+    goal_TD: Tensor | None,
+) -> tuple[LayerPlan, Router | None, Tensor]:
+    """The plan, its router, and down_proj in the order of the activations, which then are those of the plan."""
     seed = fit.seed + ffn.layer
-    activations = Activations(ffn, inputs_TD)
-    stats = measure(ffn, inputs_TD, activations, seed=seed, gradient_GD=gradient_GD)
-    labels_F = saved.labels_F if saved else fit.partition(ffn, stats, fit.layout, seed=seed)
+    stats = measure(ffn, inputs_TD, activations, seed=seed, gradient_GD=gradient_GD, store=fit.store, share=fit.share)
+    labels_F = saved.labels_F if saved else fit.share.first(lambda: fit.partition(ffn, stats, fit.layout, seed=seed))
     plan = LayerPlan(ffn.layer, labels_F, saved.router_RD if saved else None)
     plan.check(fit.layout)
-    order = active_neurons(plan, fit.layout).to(inputs_TD.device)
+    order = active_neurons(plan, fit.layout).to(ffn.up_FD.device)
     activations.reorder(order)
     down_DF = ffn.down_DF[:, order]
     diagnostics = _static_diagnostics(stats, fit.layout)
@@ -118,7 +147,8 @@ def fit_layer(
         diagnostics |= _oracle_gain(diagnostics)
     refit_DF = None
     if fit.refit:
-        result = refit(activations, _refit_goal(ffn, stats, goal_TD), down_DF, stats.weight_T, seed=seed)
+        goal_TD, bias_D = (stats.outputs_TD, None) if goal_TD is None else (goal_TD, ffn.down_bias_D)
+        result = refit(activations, goal_TD, down_DF, stats.weight_T, seed=seed, less_D=bias_D, share=fit.share)
         down_DF = result.down_DF.to(fit.dtype).to(down_DF.dtype)
         refit_DF = ffn.down_DF.to(fit.dtype, copy=True)
         refit_DF[:, order] = down_DF.to(fit.dtype)
@@ -127,12 +157,13 @@ def fit_layer(
             "refit_strength": result.strength,
             "error_without_refit": result.error_before,
             "error_with_refit": result.error_after,
+            "error_with_half_the_tokens": result.error_of_half,
+            "error_with_twice_the_tokens": result.error_of_twice,
         }
     if isinstance(router, LinearRouter):
         plan = replace(plan, router_RD=router.rows_RD.cpu())
     plan = replace(plan, down_DF=None if refit_DF is None else refit_DF.cpu(), diagnostics=diagnostics)
-    outputs_TD = ffn.with_bias(_outputs(activations, down_DF))
-    return ConvertedFFN(ffn, plan, fit.layout, fit.mixing, router), outputs_TD
+    return plan, router, down_DF
 
 
 def _route(
@@ -149,26 +180,38 @@ def _route(
 
     Columns of down_DF are in the order of the activations.
     """
-    norms_TR = _expert_norms(activations, down_DF, fit.layout) * stats.weight_T[:, None]
+    norms_TR = _expert_norms(activations, down_DF, stats.weight_T, fit)
     if plan.router_RD is not None:
         router: Router = LinearRouter(plan.router_RD)
     else:
-        task = RoutingTask(ffn, plan.labels_F, fit.layout, stats, inputs_TD, norms_TR, fit.seed + ffn.layer)
-        router = _exportable(fit.router(task), inputs_TD, fit.dtype)
+        task = RoutingTask(ffn, plan.labels_F, fit.layout, stats, inputs_TD, norms_TR, fit.seed + ffn.layer, fit.share)
+        router = _exportable(fit.router(task), ffn, inputs_TD, fit)
         if isinstance(router, LinearRouter):
             check_fits(f"the router of layer {ffn.layer}", router.rows_RD)
-    scores_TR = router(inputs_TD)
+    scores_TR = _scores(router, ffn, inputs_TD, fit.store)
     shared_energy = stats.energy_F[plan.neurons(SHARED).to(stats.energy_F.device)].sum()
-    found = _router_diagnostics(norms_TR, choose_experts(scores_TR, fit.layout), shared_energy, fit.layout)
-    activations.mask(fit.mixing.weights(scores_TR, fit.layout), fit.layout.expert_width(ffn.num_neurons))
+    found = _router_diagnostics(norms_TR, scores_TR, shared_energy, fit)
+    weights_TR = _weights(fit.mixing, scores_TR, fit.layout, fit.store)
+    activations.mask(weights_TR, fit.layout.expert_width(ffn.num_neurons))
     return router, found
 
 
-def _refit_goal(ffn: FFNWeights, stats: ActivationStats, goal_TD: Tensor | None) -> Tensor:
-    """What down_proj alone is to give: the bias stays as it is."""
-    if goal_TD is None:
-        return stats.outputs_TD
-    return goal_TD if ffn.down_bias_D is None else goal_TD - ffn.down_bias_D
+def _activations(ffn: FFNWeights, inputs_TD: Tensor, store: Store) -> Activations:
+    """What is on a disk because memory is short is computed again for every pass."""
+    return Activations(ffn, inputs_TD, KEEP_BYTES if store.folder is None else 0)
+
+
+def _scores(router: Router, ffn: FFNWeights, inputs_TD: Tensor, store: Store) -> Tensor:
+    """scores_TR of all tokens."""
+    device = ffn.up_FD.device
+    parts = (router(widened(inputs_TD, rows, device)) for rows in stretches(len(inputs_TD)))
+    return store.collect(parts, len(inputs_TD), exact=True)
+
+
+def _weights(mixing: Mixing, scores_TR: Tensor, layout: Layout, store: Store) -> Tensor:
+    """weights_TR of all tokens."""
+    parts = (mixing.weights(scores_TR[rows], layout) for rows in stretches(len(scores_TR)))
+    return store.collect(parts, len(scores_TR), exact=True)
 
 
 def active_neurons(plan: LayerPlan, layout: Layout) -> Tensor:
@@ -177,21 +220,25 @@ def active_neurons(plan: LayerPlan, layout: Layout) -> Tensor:
     return torch.cat([plan.neurons(SHARED), *(plan.neurons(expert) for expert in experts)])
 
 
-def _expert_norms(activations: Activations, down_DF: Tensor, layout: Layout) -> Tensor:
+def _expert_norms(activations: Activations, down_DF: Tensor, weight_T: Tensor, fit: LayerFit) -> Tensor:
     """norms_TR: the norm of what each routed expert would add to the output, its neurons' columns taken as orthogonal.
 
     That is cheaper than the products, and on SmolLM2-135M the routers fitted to either kept the same energy.
     """
+    layout = fit.layout
     routed = slice(down_DF.shape[1] * layout.num_shared // layout.num_experts, None)
     square_n = down_DF[:, routed].square().sum(dim=0)
-    rows = [
-        (hidden_TF[:, routed].square() * square_n).unflatten(1, (layout.num_routed, -1)).sum(dim=2)
-        for _, hidden_TF in activations.chunks()
-    ]
-    return torch.cat(rows).sqrt()
+
+    def norms(rows: slice, hidden_TF: Tensor) -> Tensor:
+        squares_TR = (hidden_TF[:, routed].square() * square_n).unflatten(1, (layout.num_routed, -1)).sum(dim=2)
+        norms_TR: Tensor = squares_TR.sqrt() * weight_T[rows, None]
+        return norms_TR
+
+    parts = (norms(rows, hidden_TF) for rows, hidden_TF in activations.chunks())
+    return fit.store.collect(parts, activations.num_tokens, exact=True)
 
 
-def _exportable(router: Router, inputs_TD: Tensor, dtype: torch.dtype) -> Router:
+def _exportable(router: Router, ffn: FFNWeights, inputs_TD: Tensor, fit: LayerFit) -> Router:
     """A linear router as it is written: scores centred over experts and at most ROUTER_LIMIT on the calibration tokens.
 
     Neither changes the ranking.
@@ -199,9 +246,11 @@ def _exportable(router: Router, inputs_TD: Tensor, dtype: torch.dtype) -> Router
     if not isinstance(router, LinearRouter):
         return router
     rows_RD = router.rows_RD - router.rows_RD.mean(dim=0)
-    largest = (inputs_TD @ rows_RD.T).abs().max()
+    parts = (widened(inputs_TD, rows, ffn.up_FD.device) @ rows_RD.T for rows in stretches(len(inputs_TD)))
+    largest = fit.share.max(torch.stack([part_TR.abs().max() for part_TR in parts]).max())
     # A silent FFN leaves zeros, which stay zeros.
-    return LinearRouter((rows_RD * (ROUTER_LIMIT / largest.clamp(min=1e-30))).to(dtype))
+    rows_RD = (rows_RD * (ROUTER_LIMIT / largest.clamp(min=1e-30))).to(fit.dtype)
+    return LinearRouter(fit.share.first(lambda: rows_RD))
 
 
 def _static_diagnostics(stats: ActivationStats, layout: Layout) -> dict[str, float]:
@@ -214,13 +263,21 @@ def _static_diagnostics(stats: ActivationStats, layout: Layout) -> dict[str, flo
     }
 
 
-def _router_diagnostics(norms_TR: Tensor, keep_TR: Tensor, shared_energy: Tensor, layout: Layout) -> dict[str, float]:
+def _router_diagnostics(norms_TR: Tensor, scores_TR: Tensor, shared_energy: Tensor, fit: LayerFit) -> dict[str, float]:
     """Energy that the router's choices keep, that of an oracle which knows the norms, and the load of the experts."""
-    energy_TR = norms_TR.square()
-    chosen = (energy_TR * keep_TR).sum() / len(energy_TR)
-    best = (energy_TR * choose_experts(norms_TR, layout)).sum() / len(energy_TR)
-    total = shared_energy + energy_TR.sum() / len(energy_TR)
-    load_R = keep_TR.float().mean(dim=0)
+    layout, share = fit.layout, fit.share
+    _, num_tokens = share.place(len(norms_TR))
+    # Of the choices, the oracle's, and all.
+    energies, load_R = shared_energy.new_zeros(3), shared_energy.new_zeros(layout.num_routed)
+    for rows in stretches(len(norms_TR)):
+        norms_tR, scores_tR = (array[rows].to(shared_energy.device) for array in (norms_TR, scores_TR))
+        energy_tR, keep_tR = norms_tR.square(), choose_experts(scores_tR, layout)
+        best = (energy_tR * choose_experts(norms_tR, layout)).sum()
+        energies += torch.stack([(energy_tR * keep_tR).sum(), best, energy_tR.sum()])
+        load_R += keep_tR.to(load_R.dtype).sum(dim=0)
+    chosen, best, routed = share.sum(energies) / num_tokens
+    total = shared_energy + routed
+    load_R = share.sum(load_R) / num_tokens
     probability_R = load_R / load_R.sum()
     entropy = -(probability_R * probability_R.clamp(min=torch.finfo(torch.float32).tiny).log()).sum()
     return {
@@ -248,7 +305,3 @@ def _oracle_gain(found: Mapping[str, float]) -> dict[str, float]:
 def _share(part: Tensor, whole: Tensor) -> float:
     """One of a silent FFN, which loses nothing."""
     return float(part / whole) if whole > 0 else 1.0
-
-
-def _outputs(activations: Activations, down_DF: Tensor) -> Tensor:
-    return torch.cat([hidden_TF @ down_DF.T for _, hidden_TF in activations.chunks()])

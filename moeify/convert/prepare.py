@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from moeify import engines, partition, routers, targets
+from moeify.calibration.share import ALONE, Share
+from moeify.calibration.store import IN_MEMORY, Store
 from moeify.calibration.stream import HiddenStream
 from moeify.convert.estimate import Estimate, count_parameters, estimate
 from moeify.convert.layer import LayerFit
@@ -79,7 +81,7 @@ class Prepared:
     def needs_text(self) -> bool:
         return self.saved_plan is None or self.options.refit
 
-    def fit(self, layout: Layout | None = None) -> LayerFit:
+    def fit(self, layout: Layout | None = None, store: Store = IN_MEMORY, share: Share = ALONE) -> LayerFit:
         """How to decide a layer; in another layout than the one that was settled, if one is given."""
         options = self.options
         return LayerFit(
@@ -90,6 +92,8 @@ class Prepared:
             refit=options.refit,
             dtype=self.dtype,
             seed=options.seed,
+            store=store,
+            share=share,
         )
 
     def ffn(self, layer: int) -> FFNWeights:
@@ -99,9 +103,9 @@ class Prepared:
             check_fits(name, tensor)
         return rounded.map(lambda tensor: tensor.to(self.options.device, torch.float32))
 
-    def stream(self, ids_BC: Tensor) -> HiddenStream:
+    def stream(self, ids_BC: Tensor, store: Store = IN_MEMORY) -> HiddenStream:
         """Hidden states of a text, in front of the first block."""
-        return HiddenStream(self.dense, {"input_ids": ids_BC}, self.options.device)
+        return HiddenStream(self.dense, {"input_ids": ids_BC}, self.options.device, store=store)
 
 
 def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) -> Prepared:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from moeify.calibration.activations import Activations
+from moeify.calibration.share import ALONE, Share
+from moeify.calibration.store import widened
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 START = STRENGTHS.index(0.3)
@@ -32,15 +34,31 @@ class Refit:
         down_DF: columns in the order of the activations.
         strength: the chosen regularisation.
         error_before, error_after: squared error of the FFN output relative to the dense output, held-out tokens.
+        error_of_half: the same after a fit to half as many tokens.
     """
 
     down_DF: Tensor
     strength: float
     error_before: float
     error_after: float
+    error_of_half: float
+
+    @property
+    def error_of_twice(self) -> float:
+        """Expected of a fit to twice as many tokens: what a fit of noise costs falls with their number."""
+        return self.error_after - (self.error_of_half - self.error_after) / 2
 
 
-def refit(activations: Activations, outputs_TD: Tensor, down_DF: Tensor, weight_T: Tensor, *, seed: int) -> Refit:
+def refit(
+    activations: Activations,
+    outputs_TD: Tensor,
+    down_DF: Tensor,
+    weight_T: Tensor,
+    *,
+    seed: int,
+    less_D: Tensor | None = None,
+    share: Share = ALONE,
+) -> Refit:
     """Fit down_proj to the dense outputs under the activations' mask.
 
     Args:
@@ -49,46 +67,65 @@ def refit(activations: Activations, outputs_TD: Tensor, down_DF: Tensor, weight_
         down_DF: the dense columns of these neurons.
         weight_T: weight of each token's error.
         seed: of the random projection.
+        less_D: a bias of down_proj, which is part of the outputs and stays as it is.
+        share: whose tokens these are.
     """
-    num_tokens, num_hidden = outputs_TD.shape
+    num_hidden = outputs_TD.shape[1]
+    before, num_tokens = share.place(activations.num_tokens)
     boundary = round(num_tokens * (1 - HELD_OUT_SHARE))
     columns = min(SKETCH_COLUMNS, num_hidden)
     sketch_DS = torch.randn(num_hidden, columns, generator=torch.Generator().manual_seed(seed)) / columns**0.5
     system: _Primal | _Dual
-    if num_tokens < down_DF.shape[1]:
+    # Rows of other processes are not here, sums over them are.
+    if num_tokens < down_DF.shape[1] and share.size == 1:
         system = _Dual(down_DF, num_tokens, boundary, sketch_DS.to(down_DF))
     else:
         system = _Primal(down_DF, boundary, sketch_DS.to(down_DF))
-    error = energy = 0.0
+    errors = torch.zeros(2, dtype=torch.float64)
     for rows, hidden_TF in activations.chunks():
         weight_T1 = weight_T[rows, None]
-        target_TD = outputs_TD[rows] * weight_T1
+        target_TD = widened(outputs_TD, rows, down_DF.device)
+        target_TD = (target_TD if less_D is None else target_TD - less_D) * weight_T1
         used_TF = hidden_TF * weight_T1
         residual_TD = target_TD - used_TF @ down_DF.T
-        system.add(rows.start, used_TF, residual_TD)
-        held_out = slice(max(boundary - rows.start, 0), None)
-        error += float(residual_TD[held_out].square().sum())
-        energy += float(target_TD[held_out].square().sum())
-    system.finish()
+        system.add(before + rows.start, used_TF, residual_TD)
+        held_out = slice(max(boundary - before - rows.start, 0), None)
+        errors += torch.stack([part[held_out].square().sum() for part in (residual_TD, target_TD)]).cpu()
+    error, energy = share.sum(errors).tolist()
+    system.finish(share)
     if energy == 0:
-        return Refit(down_DF, STRENGTHS[START], 0.0, 0.0)
-    strength = _best_strength(system)
+        return Refit(down_DF, STRENGTHS[START], 0.0, 0.0, 0.0)
+    return share.first(lambda: _solved(system, down_DF, error, energy))
+
+
+def _solved(system: "_Primal | _Dual", down_DF: Tensor, error: float, energy: float) -> Refit:
+    best = _best(system)
+    # Fewer tokens may need more.
+    best_of_half = _best(system, best, half=True)
     # All columns, now that it need not be computed for every strength: a sketch can claim more than there is to gain.
-    gain = system.gain(strength, exact=True)
-    return Refit(down_DF + system.solve(strength), strength, error / energy, (error - gain) / energy)
+    gain = system.gain(STRENGTHS[best], exact=True)
+    gain_of_half = system.gain(STRENGTHS[best_of_half], exact=True, half=True)
+    return Refit(
+        down_DF + system.solve(STRENGTHS[best]),
+        STRENGTHS[best],
+        error / energy,
+        (error - gain) / energy,
+        (error - gain_of_half) / energy,
+    )
 
 
-def _best_strength(system: "_Primal | _Dual") -> float:
-    """Walk along STRENGTHS from START while the held-out error falls."""
-    best, best_gain = START, system.gain(STRENGTHS[START])
+def _best(system: "_Primal | _Dual", start: int = START, *, half: bool = False) -> int:
+    """Walk along STRENGTHS from this one while the held-out error falls."""
+    best, best_gain = start, system.gain(STRENGTHS[start], half=half)
     for direction in (1, -1):
         while (
-            0 <= best + direction < len(STRENGTHS) and (further := system.gain(STRENGTHS[best + direction])) > best_gain
+            0 <= best + direction < len(STRENGTHS)
+            and (further := system.gain(STRENGTHS[best + direction], half=half)) > best_gain
         ):
             best, best_gain = best + direction, further
-        if best != START:
+        if best != start:
             break
-    return STRENGTHS[best]
+    return best
 
 
 class _Primal:
@@ -99,23 +136,33 @@ class _Primal:
         num_hidden, num_neurons = down_DF.shape
         self._fit_FF, self._held_FF = (down_DF.new_zeros(num_neurons, num_neurons) for _ in range(2))
         self._fit_FD, self._held_FD = (down_DF.new_zeros(num_neurons, num_hidden) for _ in range(2))
+        self._half: tuple[Tensor, Tensor] | None = None
 
     def add(self, start: int, used_TF: Tensor, residual_TD: Tensor) -> None:
+        if self._half is None and start + used_TF.shape[0] >= self._boundary // 2:
+            self._half = (self._fit_FF.clone(), self._fit_FD.clone())
+            self._add(*self._half, used_TF, residual_TD, slice(0, max(self._boundary // 2 - start, 0)))
         cut = min(max(self._boundary - start, 0), used_TF.shape[0])
-        for gram_FF, moment_FD, part in (
-            (self._fit_FF, self._fit_FD, slice(0, cut)),
-            (self._held_FF, self._held_FD, slice(cut, None)),
-        ):
-            _add_gram(gram_FF, used_TF[part])
-            moment_FD.addmm_(used_TF[part].T, residual_TD[part])
+        self._add(self._fit_FF, self._fit_FD, used_TF, residual_TD, slice(0, cut))
+        self._add(self._held_FF, self._held_FD, used_TF, residual_TD, slice(cut, None))
 
-    def finish(self) -> None:
-        for gram_FF in (self._fit_FF, self._held_FF):
+    @staticmethod
+    def _add(gram_FF: Tensor, moment_FD: Tensor, used_TF: Tensor, residual_TD: Tensor, part: slice) -> None:
+        _add_gram(gram_FF, used_TF[part])
+        moment_FD.addmm_(used_TF[part].T, residual_TD[part])
+
+    def finish(self, share: Share) -> None:
+        self._half = self._half or (self._fit_FF.clone(), self._fit_FD.clone())
+        for gram_FF, moment_FD in ((self._fit_FF, self._fit_FD), (self._held_FF, self._held_FD), self._half):
+            share.sum(gram_FF)
+            share.sum(moment_FD)
             gram_FF.triu_().add_(gram_FF.triu(1).T)
 
-    def gain(self, strength: float, *, exact: bool = False) -> float:
-        fit_FS = self._fit_FD if exact else self._fit_FD @ self._sketch_DS
-        delta_FS = _solve(self._fit_FF, fit_FS, strength * self._fit_FF.diagonal().mean())
+    def gain(self, strength: float, *, exact: bool = False, half: bool = False) -> float:
+        assert self._half is not None
+        gram_FF, moment_FD = self._half if half else (self._fit_FF, self._fit_FD)
+        fit_FS = moment_FD if exact else moment_FD @ self._sketch_DS
+        delta_FS = _solve(gram_FF, fit_FS, strength * gram_FF.diagonal().mean())
         check_FS = self._held_FD if exact else self._held_FD @ self._sketch_DS
         return float((delta_FS * (2 * check_FS - self._held_FF @ delta_FS)).sum())
 
@@ -140,11 +187,12 @@ class _Dual:
         self._used_TF[start : start + used_TF.shape[0]] = used_TF
         self._residual_TD[start : start + used_TF.shape[0]] = residual_TD
 
-    def finish(self) -> None:
+    def finish(self, share: Share) -> None:
+        assert share.size == 1
         self._gram_TT = self._used_TF @ self._used_TF.T
 
-    def gain(self, strength: float, *, exact: bool = False) -> float:
-        fit, held = slice(0, self._boundary), slice(self._boundary, None)
+    def gain(self, strength: float, *, exact: bool = False, half: bool = False) -> float:
+        fit, held = slice(0, self._boundary // 2 if half else self._boundary), slice(self._boundary, None)
         target_TS = self._residual_TD if exact else self._residual_TD @ self._sketch_DS
         weights_TS = _solve(self._gram_TT[fit, fit], target_TS[fit], strength * self._mean_diagonal(fit))
         found_TS = self._gram_TT[held, fit] @ weights_TS

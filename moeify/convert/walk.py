@@ -8,12 +8,14 @@
 Legend: T calibration tokens, E tokens that ride along, G tokens with gradients, D hidden size, B blocks of C tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moeify.calibration.activations import Activations
+from moeify.calibration.store import IN_MEMORY, Store, stretches, widened
 from moeify.convert.prepare import Prepared
 from moeify.errors import UsageError
 from moeify.models.ffn import FFNWeights
@@ -47,6 +49,7 @@ class CalibrationWalk:
         riding_BC: text that is only taken along.
         aside_BC: the same, in blocks of another length; it rides behind the other.
         gradients: gradient_GD of every layer, for methods that need them.
+        store: holds what is as long as the text.
     """
 
     def __init__(
@@ -57,12 +60,14 @@ class CalibrationWalk:
         *,
         aside_BC: Tensor | None = None,
         gradients: Sequence[Tensor] = (),
+        store: Store = IN_MEMORY,
     ) -> None:
         ids_BC = calibration_BC if riding_BC is None else torch.cat([calibration_BC, riding_BC])
         self._prepared, self._gradients, self._num_fit = prepared, gradients, calibration_BC.numel()
-        self.stream = prepared.stream(ids_BC)
-        self.aside = None if aside_BC is None else prepared.stream(aside_BC)
-        self._undisturbed = prepared.stream(calibration_BC) if prepared.options.refit_to == "stream" else None
+        self._store = store
+        self.stream = prepared.stream(ids_BC, store)
+        self.aside = None if aside_BC is None else prepared.stream(aside_BC, store)
+        self._undisturbed = prepared.stream(calibration_BC, store) if prepared.options.refit_to == "stream" else None
 
     def enter(self, layer: int) -> LayerInputs:
         """Go through the layer's attention; `leave` must follow."""
@@ -75,12 +80,24 @@ class CalibrationWalk:
                     "residual stream, so no output brings the stream back",
                     "--refit-to ffn works for every model",
                 )
-            goal_TD = self._undisturbed.pass_through(layer, ffn) - self.stream.residual()[: self._num_fit]
+            goal_TD = self._missing(self._undisturbed.pass_through(layer, self._dense(ffn)))
         gradient_GD = self._gradients[layer] if self._gradients else None
         riding_ED = inputs_TD[self._num_fit :]
         if self.aside is not None:
             riding_ED = torch.cat([riding_ED, self.aside.attend(layer)])
         return LayerInputs(ffn, inputs_TD[: self._num_fit], riding_ED, gradient_GD, goal_TD)
+
+    def _dense(self, ffn: FFNWeights) -> Callable[[Tensor], Tensor]:
+        """The FFN on inputs that the store holds."""
+        return lambda inputs_TD: Activations(ffn, inputs_TD, 0).outputs(ffn.down_DF, self._store, ffn.down_bias_D)
+
+    def _missing(self, goal_TD: Tensor) -> Tensor:
+        """What the stream lacks of another one, on the tokens that layers are fitted to."""
+        residual_TD, device = self.stream.residual(), torch.device(self._prepared.options.device)
+        parts = (
+            widened(goal_TD, rows, device) - widened(residual_TD, rows, device) for rows in stretches(len(goal_TD))
+        )
+        return self._store.collect(parts, len(goal_TD))
 
     def leave(self, outputs_TD: Tensor, riding_ED: Tensor | None = None) -> None:
         """Add what the FFN gives, for all tokens."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moeify import plugins
 from moeify.calibration.activations import ActivationStats
+from moeify.calibration.share import ALONE, Share
 from moeify.models.ffn import FFNWeights
 from moeify.plan import Layout
 
@@ -30,9 +31,10 @@ class RoutingTask:
         labels_F: the partition.
         layout: how many experts a token gets.
         stats: of the dense FFN.
-        inputs_TD: what the router will see.
+        inputs_TD: what the router will see; in bfloat16, and in the CPU's memory, if it lies on the disk.
         norms_TR: norm of what each routed expert would add to each token's output, times the token's weight.
         seed: of whatever is random.
+        share: whose tokens these are: sums over tokens are over those of all processes.
     """
 
     ffn: FFNWeights
@@ -42,6 +44,7 @@ class RoutingTask:
     inputs_TD: Tensor
     norms_TR: Tensor
     seed: int
+    share: Share = ALONE
 
 
 class Router(Protocol):

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from moeify.calibration.share import ALONE, Share
+
 BATCH_TOKENS = 512
 
 
@@ -16,8 +18,12 @@ def descend(
     rate: float,
     steps: int,
     seed: int,
+    share: Share = ALONE,
 ) -> None:
-    """AdamW in place on random minibatches, the rate falling linearly to zero; `loss` takes token numbers."""
+    """AdamW in place on random minibatches, the rate falling linearly to zero; `loss` takes token numbers.
+
+    Where processes share the tokens, the numbers are of all of them, and each one's loss is of its own among these.
+    """
     device = parameters[0].device
     generator = torch.Generator().manual_seed(seed)
     with torch.enable_grad():
@@ -29,6 +35,9 @@ def descend(
             optimizer.zero_grad()
             batch = torch.randint(num_tokens, (min(BATCH_TOKENS, num_tokens),), generator=generator)
             loss(batch.to(device)).backward()
+            for parameter in parameters:
+                if parameter.grad is not None:
+                    share.sum(parameter.grad)
             optimizer.step()
     for parameter in parameters:
         parameter.requires_grad = False

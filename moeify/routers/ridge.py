@@ -10,4 +10,5 @@ from moeify.routers import LinearRouter, RoutingTask
 
 def fit(task: RoutingTask) -> LinearRouter:
     """w = (X'X + penalty * tr(X'X)/D * I)^-1 X'(n - mean of n over experts)."""
-    return LinearRouter(rank(cholesky(task.inputs_TD), task.inputs_TD, task.norms_TR))
+    factor_DD = cholesky(task.inputs_TD, task.share, task.ffn.up_FD.device)
+    return LinearRouter(rank(factor_DD, task.inputs_TD, task.norms_TR, task.share))
