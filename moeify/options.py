@@ -25,6 +25,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Style = Literal["hard", "softmax", "soft"]
 Fusion = Literal["sum", "mean"]
 RefitTo = Literal["ffn", "stream"]
+Place = Literal["auto", "memory", "disk"]
 # Of a GGUF's matrices: those that can be written without llama.cpp, then those of llama-quantize.
 # What an export writes, and what llama.cpp has besides.
 FileType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -143,6 +144,7 @@ class SplitOptions(Options):
     seed: int = option(0, SEED, least=0, below=SEEDS, panel=ADVANCED)
     dtype: DType = option("auto", DTYPE, panel=ADVANCED)
     device: str = option("cpu", DEVICE, form=DEVICES)
+    hidden_states: Place = option("auto", "Held in: auto, memory, disk (bfloat16)", panel=ADVANCED)
     plan: str | None = option(None, "Partition and routers of a saved plan", name="PATH", panel=METHOD)
 
     def __post_init__(self) -> None:

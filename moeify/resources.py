@@ -32,6 +32,11 @@ UNITS = {"bytes": 1, **{f"{letter}iB": 1 << 10 * power for power, letter in enum
 # Address space that the libraries take before any work; with less they abort or never return. Measured: a split of the
 # embedded model passes with 2.0 GB and not with 1.7 GB (torch 2.13 for CPUs, transformers 5.23, 2026-11-25).
 LIBRARIES_BYTES = 2_200_000_000
+# Where Linux says what a container may use and uses, of both versions of control groups.
+CONTAINER_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 NETWORK_ERRORS = (ConnectionError, TimeoutError, InterruptedError, ChildProcessError)
 
 
@@ -119,6 +124,20 @@ def check_room(folder: Path, num_bytes: int) -> None:
             f"the disk of {folder} is too full: {size(num_bytes)} are needed ({free / 1e6:,.0f} MB free)",
             "make room and run the same command again: it goes on from what is finished",
         )
+
+
+def available_memory() -> int:
+    """Bytes that this process can still have without swapping: of the machine, or of its container."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    for limit, used in CONTAINER_FILES:
+        try:
+            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            # No container, or one without a limit, which is the word max.
+            continue
+    return max(0, available)
 
 
 def _speaks_of_memory(error: BaseException) -> bool:

@@ -9,7 +9,8 @@ Legend: B blocks of C tokens, T tokens.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -17,7 +18,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from moeify.errors import MoeifyError, UsageError
+from moeify.errors import InputError, MoeifyError, UsageError
 from moeify.models.ffn import CHUNK_TOKENS
 
 Value = TypeVar("Value")
@@ -97,7 +98,8 @@ class Share:
     def _tell(answer: list[Any]) -> list[Any]:
         import torch.distributed as processes
 
-        processes.broadcast_object_list(answer, src=0)
+        with _together():
+            processes.broadcast_object_list(answer, src=0)
         return answer
 
     def _gathered(self, value: Any) -> list[Any]:
@@ -106,7 +108,8 @@ class Share:
         import torch.distributed as processes
 
         values: list[Any] = [None] * self.size
-        processes.all_gather_object(values, value)
+        with _together():
+            processes.all_gather_object(values, value)
         return values
 
     def _reduce(self, values: Tensor, how: str) -> Tensor:
@@ -115,11 +118,25 @@ class Share:
         import torch.distributed as processes
 
         on_cpu = values.cpu().contiguous()
-        processes.all_reduce(on_cpu, op=getattr(processes.ReduceOp, how))
+        with _together():
+            processes.all_reduce(on_cpu, op=getattr(processes.ReduceOp, how))
         return values.copy_(on_cpu)
 
 
 ALONE = Share()
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """Talk to the other processes.
+
+    Raises:
+        InputError: one of them is gone.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError("another process of this run has stopped", "its own message says why") from error
 
 
 def joined() -> Share:

@@ -9,6 +9,7 @@ import torch
 from moeify.calibration.activations import KEEP_BYTES, sample_size
 from moeify.export.writer import SHARD_BYTES, MoEWriter
 from moeify.models.dense import DenseModel
+from moeify.resources import available_memory
 
 if TYPE_CHECKING:
     from moeify.convert.prepare import Prepared
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 TIME_FACTOR = 4.0
 # Time of a token that the model writes itself over that of one it reads.
 OWN_TEXT_FACTOR = 5.0
+# Of the memory that is free, for arrays as long as the text; a layer, its activations and grams take their part.
+MEMORY_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def estimate(prepared: "Prepared") -> Estimate:
     tokens = prepared.options.tokens if prepared.needs_text else 0
     texts = prepared.options.calibration
     own = tokens * texts.count("self") // len(texts)
-    hidden, neurons = dense.hidden_size, dense.num_neurons
+    neurons = dense.num_neurons
     rate = matmul_rate(prepared.options.device)
     largest_layer = 4 * sum(
         torch.Size(shape).numel() for name, shape in dense.shapes.items() if name.startswith(f"{dense.block(0)}.")
@@ -57,13 +60,15 @@ def estimate(prepared: "Prepared") -> Estimate:
     active = (
         neurons * prepared.layout.num_active // prepared.layout.num_experts if prepared.layout.is_static else neurons
     )
-    # Two moment matrices, one damped copy and its Cholesky factor; with few tokens the system is as small as they are.
-    primal, dual = 4 * 4 * active * active, 4 * tokens * (3 * tokens + active)
+    # Three moment matrices, one damped copy and its Cholesky factor; of few tokens the system is as small as they are.
+    primal, dual = 5 * 4 * active * active, 4 * tokens * (3 * tokens + active)
     grams = (dual if tokens < active else primal) if prepared.options.refit else 0
     activations = min(4 * tokens * neurons, KEEP_BYTES)
+    if place_of_text(prepared, streams := text_bytes(prepared)) == "disk":
+        # What is computed again for every pass need not be kept, and what lies on the disk need not stay in memory.
+        activations, streams = 0, 0
     # Contributions of the sample, their squares, and a copy while they are taken.
     sample = 3 * 4 * min(tokens, sample_size(neurons)) * neurons
-    streams = 4 * 4 * tokens * hidden * (2 if prepared.options.refit_to == "stream" else 1)
     written = sum(t.numel() * t.element_size() for t in writer.shapes().values())
     writing = 2 * min(SHARD_BYTES, written) + 2 * largest_layer
     # The stock model, which writes.
@@ -75,6 +80,23 @@ def estimate(prepared: "Prepared") -> Estimate:
         checkpoint_bytes=written,
         matmul_flops_per_second=rate,
     )
+
+
+def text_bytes(prepared: "Prepared") -> int:
+    """Of all arrays as long as the calibration text, in float32, where they are most."""
+    options, layout = prepared.options, prepared.layout
+    # The hidden states, what the FFN sees and what it gives; beside it the stream that a refit returns to.
+    wide = 6 if options.refit_to == "stream" else 3
+    # Norms, scores and weights of routed experts.
+    narrow = 0 if layout.is_static else 3 * layout.num_routed
+    return 4 * (options.tokens if prepared.needs_text else 0) * (wide * prepared.dense.hidden_size + narrow)
+
+
+def place_of_text(prepared: "Prepared", num_bytes: int) -> str:
+    """`memory` or `disk`: where arrays of so many bytes are held, unless the options say."""
+    if prepared.options.hidden_states != "auto":
+        return prepared.options.hidden_states
+    return "disk" if num_bytes > MEMORY_SHARE * available_memory() else "memory"
 
 
 def forward_flops(dense: DenseModel, tokens: int) -> float:

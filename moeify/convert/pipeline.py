@@ -5,6 +5,7 @@ Legend: T tokens, D hidden size.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ import transformers
 
 from moeify import partition
 from moeify.calibration.gradients import output_gradients
-from moeify.convert.estimate import count_parameters
+from moeify.calibration.share import ALONE, Share
+from moeify.calibration.store import IN_MEMORY, Store
+from moeify.convert.estimate import count_parameters, place_of_text, text_bytes
 from moeify.convert.layer import converted, fit_layer
+from moeify.convert.machine_plan import for_machine
 from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.convert.search import under_budget
+from moeify.convert.text_size import warn_of_few_tokens
 from moeify.convert.walk import CalibrationWalk
 from moeify.data.text import TokenBlocks
 from moeify.engines import Verdict
@@ -35,6 +40,7 @@ from moeify.progress import Resumed, said, shown
 from moeify.readable import Readable
 from moeify.resources import check_room, on_one_disk
 from moeify.version import __version__
+from moeify.words import size
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,6 +83,7 @@ def split(
     overwrite: bool = False,
     track: Track[Any] = shown,
     announce: Announce = said,
+    share: Share = ALONE,
     **choices: Any,
 ) -> SplitResult:
     """Convert a dense checkpoint into a native mixture-of-experts checkpoint.
@@ -89,7 +96,10 @@ def split(
         export: how numbers are stored in that.
         overwrite: replace an earlier result at `out` once the new one is complete.
         track: wraps long loops to show progress.
-        announce: told the expected time of the search for layers, if the options have a budget.
+        announce: told the expected time of the search for layers, if the options have a budget, and where hidden states
+            go.
+        share: this process's among those that share the calibration tokens, `moeify.calibration.share.joined()` under
+            torchrun; each makes the same call, the first one decides and writes.
         choices: single options by name, in place of those in `options`.
 
     Raises:
@@ -103,41 +113,89 @@ def split(
     """
     options = SplitOptions.chosen(options, choices)
     out = check_out(Path(out), [model], overwrite=overwrite)
-    dense = open_dense(model, track)
+    dense = _opened(model, track, share)
     check_is_no_model(out, dense.path)
     if options.budget is not None:
-        options = under_budget(dense, options, track, announce)
+        options = share.first(partial(under_budget, dense, options, track, announce))
+    if options.machine is not None:
+        # It measures.
+        options = share.first(partial(for_machine, dense, options))
     prepared = prepare(dense, options)
-    prepared.warn_of_engines()
-    gguf_bytes = _check_export(prepared, out, Path(gguf), export, overwrite=overwrite) if gguf is not None else 0
+    if share.is_first:
+        prepared.warn_of_engines()
+    to_gguf = None if gguf is None else Path(gguf)
+    gguf_bytes = share.first(lambda: _check_export(prepared, out, to_gguf, export, overwrite=overwrite))
     # Before any work: a tokenizer that would cut text otherwise is a refusal.
     companions = settle_companions(dense.path, prepared.writer.config_text())
-    blocks = calibration_text(prepared) if prepared.needs_text else None
+    blocks = share.first(lambda: calibration_text(prepared)) if prepared.needs_text else None
     calibration = asdict(blocks.provenance) if blocks else {}
-    with Workspace(out, _job(prepared, calibration), overwrite=overwrite) as workspace:
-        if not workspace.is_complete:
-            check_room(workspace.path, prepared.writer.num_bytes - workspace.num_bytes + gguf_bytes)
-            deciding = Resumed(decide_layers(prepared, blocks, workspace), workspace.num_layers)
-            layers = track(deciding, "splitting layers", prepared.dense.num_layers)
-            # The refit columns stay on disk until their shard is written.
-            kept = tuple(replace(layer, down_DF=None) for layer in layers)
-            companions.write(workspace)
-            _write(prepared, workspace, kept, calibration, track)
-            workspace.check_sources(prepared.dense.check_unchanged)
-        workspace.commit()
-    sizes = count_parameters(prepared.writer)
-    reason = prepared.target_reason
-    target = prepared.target.model_type
+    if share.is_first:
+        with Workspace(out, _job(prepared, calibration), overwrite=overwrite) as workspace:
+            if not share.first(lambda: workspace.is_complete):
+                check_room(workspace.path, prepared.writer.num_bytes - workspace.num_bytes + gguf_bytes)
+                store = share.first(lambda: _store(prepared, workspace, announce))
+                if store.folder is not None:
+                    calibration["hidden_states"] = "bfloat16"
+                deciding = Resumed(decide_layers(prepared, blocks, workspace, store, share), workspace.num_layers)
+                layers = track(deciding, "splitting layers", prepared.dense.num_layers)
+                # The refit columns stay on disk until their shard is written.
+                kept = tuple(replace(layer, down_DF=None) for layer in layers)
+                warn_of_few_tokens(kept, calibration.get("num_tokens", 0))
+                companions.write(workspace)
+                _write(prepared, workspace, kept, calibration, track)
+                workspace.check_sources(prepared.dense.check_unchanged)
+            workspace.commit()
+    elif not share.first(_none):
+        for _ in decide_layers(prepared, blocks, None, share.first(_none), share):
+            pass
+    # The others wait until all is written.
+    share.first(lambda: None)
     exported = None
-    if gguf is not None:
+    if gguf is not None and share.is_first:
         from moeify.export.gguf.export import export_gguf
 
         exported = export_gguf(out, gguf, export, overwrite=overwrite, track=track)
-    return SplitResult(out, target, reason, prepared.layout, *sizes, load_plan(out), prepared.engines, exported)
+    return SplitResult(
+        out,
+        prepared.target.model_type,
+        prepared.target_reason,
+        prepared.layout,
+        *count_parameters(prepared.writer),
+        load_plan(out),
+        prepared.engines,
+        exported,
+    )
 
 
-def _check_export(prepared: Prepared, out: Path, gguf: Path, options: ExportOptions | None, *, overwrite: bool) -> int:
+def _opened(model: str | Path | DenseModel, track: Track[Any], share: Share) -> DenseModel:
+    """The model; what has to be fetched, trained or converted for it is so once."""
+    opened: list[DenseModel] = []
+    share.first(lambda: opened.append(open_dense(model, track)))
+    return opened[0] if opened else open_dense(model, track)
+
+
+def _none(*_: int) -> Any:
+    """Stands where the first process decides."""
+
+
+def _store(prepared: Prepared, workspace: Workspace, announce: Announce) -> Store:
+    """Where hidden states are held; a run that goes on holds them where it began, for the same bits."""
+    num_bytes = text_bytes(prepared)
+    where = workspace.decided("hidden-states", lambda: place_of_text(prepared, num_bytes))
+    if where == "memory":
+        return IN_MEMORY
+    num_bytes //= 2
+    check_room(workspace.path, num_bytes)
+    announce(f"the hidden states of {prepared.options.tokens:,} tokens lie on the disk in bfloat16: {size(num_bytes)}")
+    return Store(workspace.path / "work")
+
+
+def _check_export(
+    prepared: Prepared, out: Path, gguf: Path | None, options: ExportOptions | None, *, overwrite: bool
+) -> int:
     """Find what can be wrong with a GGUF before the checkpoint is made; bytes that it takes on the same disk."""
+    if gguf is None:
+        return 0
     check_package()
     from moeify.export.gguf.export import check_split
 
@@ -168,28 +226,43 @@ def _write(
     workspace.write_record({"parameters": parameters, "active_parameters": active}, card)
 
 
-def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Workspace) -> Iterator[LayerPlan]:
-    """Yield a plan for each layer in order; layers finished earlier are replayed, not fitted again."""
+def decide_layers(
+    prepared: Prepared,
+    blocks: TokenBlocks | None,
+    workspace: Workspace | None,
+    store: Store = IN_MEMORY,
+    share: Share = ALONE,
+) -> Iterator[LayerPlan]:
+    """Yield a plan for each layer in order; layers finished earlier are replayed, not fitted again.
+
+    Args:
+        prepared: the model and its options.
+        blocks: the calibration text of all processes; None needs a saved plan.
+        workspace: keeps finished layers; only the first process has one.
+        store: holds what is as long as the text.
+        share: whose tokens are this process's own.
+    """
     saved = prepared.saved_plan
     if blocks is None:
         assert saved is not None
         yield from saved.layers
         return
-    fit, gradients = prepared.fit(), []
+    fit, gradients, ids_BC = prepared.fit(store=store, share=share), [], blocks.ids_BC
     if saved is None and partition.needs_gradients(prepared.options.partition):
-        gradients = output_gradients(prepared.dense, blocks.ids_BC, prepared.options.device)
-    walk = CalibrationWalk(prepared, blocks.ids_BC, gradients=gradients)
+        gradients = share.first(lambda: output_gradients(prepared.dense, ids_BC, prepared.options.device))
+    walk = CalibrationWalk(prepared, share.part(ids_BC), gradients=gradients, store=store)
     for layer in range(prepared.dense.num_layers):
         stage = walk.enter(layer)
-        plan = workspace.load_layer(layer)
+        plan: LayerPlan | None = share.first(partial(_none if workspace is None else workspace.load_layer, layer))
         if plan is None:
             again = saved.layers[layer] if saved else None
             fitted, outputs_TD = fit_layer(
                 stage.ffn, stage.inputs_TD, fit, again, gradient_GD=stage.gradient_GD, goal_TD=stage.goal_TD
             )
             plan = fitted.plan
-            workspace.check_sources(prepared.dense.check_unchanged)
-            workspace.save_layer(plan)
+            if workspace is not None:
+                workspace.check_sources(prepared.dense.check_unchanged)
+                workspace.save_layer(plan)
         else:
             outputs_TD = converted(stage.ffn, plan, fit)(stage.inputs_TD)
         walk.leave(outputs_TD)

@@ -39,6 +39,8 @@ from moeify.plan import PLAN_FILE, LayerPlan, SplitPlan
 from moeify.words import size
 
 NAMES_FILE = "work/names"
+# Files that say how the work is done.
+NO_RESULTS = ("job.json", "names", "hidden-states")
 
 
 class Workspace:
@@ -88,7 +90,7 @@ class Workspace:
 
     def _finished_bytes(self) -> int:
         """Of all that an interrupted run leaves to the next one."""
-        files = (path for path in self.path.rglob("*") if path.is_file() and path.name not in ("job.json", "names"))
+        files = (path for path in self.path.rglob("*") if path.is_file() and path.name not in NO_RESULTS)
         return sum(file.stat().st_size for file in files)
 
     def discard(self) -> None:
@@ -233,6 +235,13 @@ class Workspace:
         """The first thing in the folder that belongs neither to the result nor to the work."""
         names = strangers(self.path, {*self._files, *PATTERNS})
         return next((self.path / name for name in names if not _is_work(name)), None)
+
+    def decided(self, name: str, decide: Callable[[], str]) -> str:
+        """What the run that began here decided, or this one decides now."""
+        file = f"work/{name}"
+        if not self.has(file):
+            self.write_text(file, decide())
+        return (self.path / file).read_text()
 
     def save_layer(self, plan: LayerPlan) -> None:
         diagnostics = json.dumps(dict(plan.diagnostics))

@@ -1,5 +1,7 @@
 """`moeify split`: dense in, mixture of experts out."""
 
+from dataclasses import replace
+
 from moeify.cli import options as option
 from moeify.command_line import command_line
 from moeify.errors import UsageError
@@ -25,6 +27,7 @@ def split_command(
     Example:
         moeify split builtin --experts 8 --active 4 -o my-moe
     """
+    from moeify.calibration.share import joined
     from moeify.cli.push import check_push, push
     from moeify.cli.render import renderer_for
     from moeify.cli.tables.export import export_table
@@ -34,7 +37,9 @@ def split_command(
 
     if gguf is None and export != ExportOptions():
         raise UsageError("--type and --tokenizer-pre are of a GGUF, and none is written", "name one with --gguf")
-    renderer = renderer_for(output)
+    # Of several processes the first one speaks.
+    share = joined()
+    renderer = renderer_for(output if share.is_first else replace(output, json=False, quiet=True))
     check_push(push_to_hub, private=private, dry_run=dry_run)
     if dry_run:
         plan = preview(model, options, track=renderer.track)
@@ -51,7 +56,10 @@ def split_command(
         overwrite=overwrite,
         track=renderer.track,
         announce=renderer.note,
+        share=share,
     )
+    if not share.is_first:
+        return
     tables = [split_table(result)]
     if report:
         tables.append(layers_table(result.plan))
