@@ -1,5 +1,6 @@
 """What is settled before a calibration token is read: model, target, layout, numbers. Also what `--dry-run` shows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from moeify.targets import Target
 from moeify.words import listing
 
 DEFAULT_CONTEXT = 512
+# One source of fewer documents is text of one kind.
+FEW_DOCUMENTS = 8
 # Fewer tokens leave the refit and the routers undetermined in every model moeify knows.
 MIN_TOKENS = 1024
 # The one model that has no other text than Python's reference.
@@ -205,6 +208,7 @@ def calibration_text(prepared: Prepared) -> TokenBlocks:
         seed=options.seed,
         sample=sample,
     )
+    _warn_of_one_kind(options.calibration, blocks)
     largest = int(blocks.ids_BC.max())
     if largest >= dense.config.vocab_size:
         raise InputError(
@@ -212,6 +216,16 @@ def calibration_text(prepared: Prepared) -> TokenBlocks:
             "tokenizer and weights are not of the same model",
         )
     return blocks
+
+
+def _warn_of_one_kind(sources: Sequence[str], blocks: TokenBlocks) -> None:
+    """Of one source with few documents; that the embedded text is of one kind is said in other words."""
+    few = blocks.provenance.num_documents < FEW_DOCUMENTS
+    if len(sources) == 1 and few and not set(sources) <= {*BUILTIN, "self"}:
+        warn(
+            f"the calibration text is of one kind, documents in {sources[0]}: {blocks.provenance.num_documents}; "
+            "--calibration takes several texts, and self"
+        )
 
 
 @dataclass(frozen=True, repr=False)

@@ -6,6 +6,7 @@ from rich.table import Table
 
 from moeify.cli.tables.columns import DataTable
 from moeify.cli.tables.words import active_rows, engine_rows, key_value_table, layout_words
+from moeify.convert.text_size import text_need
 from moeify.words import duration, explained, size
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ def split_table(result: "SplitResult") -> Table:
         values = [d[key] for d in last if key in d]
         if values:
             rows.append((label, f"{sum(values) / len(values):.4f} (mean of {len(values)} layers)"))
+    if need := text_need(result.plan.layers):
+        tokens = result.plan.calibration.get("num_tokens", 0)
+        words = f"{need.half:.4f} of half, {need.all:.4f} of all, about {need.twice:.4f} of {2 * tokens:,}"
+        rows.append(("error by tokens", f"{words} ({-need.gain:+.0%})"))
     table = key_value_table("moeify split", rows)
     table.caption = "`moeify ls words` says what shared, routed, refit and oracle mean"
     return table
