@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from moeify.training.finetune import FinetuneResult, finetune
     from moeify.training.freeze import freeze_routers
     from moeify.training.options import FinetuneOptions
+    from moeify.training.within import TimedSplit, split_within
 
 __all__ = [
     "BenchOptions",
@@ -70,6 +71,7 @@ __all__ = [
     "SplitOptions",
     "SplitPlan",
     "SplitResult",
+    "TimedSplit",
     "TuneResult",
     "UsageError",
     "VerifyReport",
@@ -93,6 +95,7 @@ __all__ = [
     "run",
     "search",
     "split",
+    "split_within",
     "tune_model",
     "untracked",
     "verify",
@@ -188,6 +191,10 @@ _HOMES = {
     ),
     "training.freeze": ("freeze_routers",),
     "training.options": ("FinetuneOptions",),
+    "training.within": (
+        "TimedSplit",
+        "split_within",
+    ),
 }
 
 

@@ -29,6 +29,7 @@ KINDS: Mapping[str, str] = {
     "machine-plan": "moeify.convert.machine_plan.MachinePlan",
     "preview": "moeify.convert.prepare.Preview",
     "split": "moeify.convert.pipeline.SplitResult",
+    "timed-split": "moeify.training.within.TimedSplit",
     "search": "moeify.convert.search.SearchResult",
     "compare": "moeify.check.compare.Comparison",
     "finetune": "moeify.training.finetune.FinetuneResult",

@@ -110,6 +110,25 @@ def calibration_blocks(
     return TokenBlocks(blocks_BC, _provenance(" + ".join(sources), blocks_BC, num_documents, context, seed))
 
 
+def longest_text(
+    sources: Sequence[str], tokenizer: "PreTrainedTokenizerBase", *, num_tokens: int, context: int, seed: int
+) -> int:
+    """Tokens that `calibration_blocks` can draw from these sources, at most num_tokens.
+
+    Raises:
+        UsageError, InputError: as `calibration_blocks`.
+    """
+    shares = _shares(sources, num_tokens, context)
+    blocks = [
+        num_blocks
+        if source == "self"
+        else min(num_blocks, len(_draw_tokens(source, tokenizer, num_blocks * context, context, seed)[0]) // context)
+        for source, num_blocks in zip(sources, shares, strict=True)
+    ]
+    # Every source gives as many as any other.
+    return num_tokens if blocks == list(shares) else min(blocks) * len(blocks) * context
+
+
 def evaluation_tokens(
     source: str, tokenizer: "PreTrainedTokenizerBase", *, num_tokens: int | None = None
 ) -> TokenStream:

@@ -272,11 +272,11 @@ class Workspace:
             self.path.rename(self.out)
             cache.sync(self.out.parent)
         for former in self.out.parent.glob(f"{glob.escape(self.out.name)}.replaced-{cache.UNIQUE}"):
-            _remove_former(former)
+            remove_result(former)
 
 
-def _remove_former(folder: Path) -> None:
-    """Remove a former result; what appeared in it at the last moment keeps the folder."""
+def remove_result(folder: Path) -> None:
+    """Remove a result that is not needed any more; what appeared in it at the last moment keeps the folder."""
     record = intact(folder / RECORD_FILE, read_record) or {}
     if next(strangers(folder, record.get("files", [])), None) is None:
         shutil.rmtree(folder, ignore_errors=True)

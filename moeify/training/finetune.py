@@ -41,6 +41,7 @@ from moeify.training.inputs import Inputs, open_inputs
 from moeify.training.layers import check_shapes, fit_layers
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions, Stage
+from moeify.training.rate import settle_tokens
 from moeify.training.teacher import Blocks, Teacher, open_teacher
 from moeify.training.writer import write_trained
 from moeify.version import __version__
@@ -142,6 +143,8 @@ def finetune(
     check_packages(options)
     options = replace(options, device="cpu" if find_device(options.device).type == "cpu" else "cuda")
     processes = PartialState(cpu=options.device == "cpu", timeout=TIMEOUT)
+    if options.minutes is not None:
+        options = settle_tokens(moe, teacher, options, out=out, processes=processes, track=track)
     inputs = open_inputs(moe, teacher, options, track)
     check_is_no_model(out, inputs.path, inputs.teacher.path)
     workspace = Workspace(out, _job(inputs, options, processes.num_processes), overwrite=overwrite)

@@ -21,12 +21,20 @@ LEARNING_RATES = {"router": 1e-4, "lora": 1e-3, "full": 1e-4}
 
 
 @dataclass(frozen=True)
+class TimeOptions(Options):
+    """What a split may take in all."""
+
+    minutes: float | None = option(None, "Time in all: search, split and training", auto="no training", above=0)
+
+
+@dataclass(frozen=True)
 class FinetuneOptions(Options):
     """What to train, on what, and how."""
 
     stage: tuple[Stage, ...] = option(("layers", "full"), "In order; router, lora as well")
     data: tuple[str, ...] = option(("builtin",), DATA, name="TEXT")
     tokens: int = option(262_144, "Training tokens; every stage sees the same", least=1)
+    minutes: float | None = option(None, "In place of --tokens: as many as so many minutes allow", above=0)
     epochs: int = option(1, "How often each stage but layers sees them", least=1)
     # The stage holds their hidden states in memory.
     layer_tokens: int = option(65_536, "At most so many tokens for stage layers", least=1, panel=ADVANCED)
@@ -66,6 +74,10 @@ class FinetuneOptions(Options):
         super().__post_init__()
         if "layers" in self.stage[1:]:
             raise UsageError("layers must be the first stage", "it fits FFNs that are still the dense model's, cut")
+        if self.minutes is not None and "layers" in self.stage:
+            raise UsageError(
+                "--minutes counts steps of training, and the stage layers has none", "--stage full --minutes 60"
+            )
         if self.kl == self.lm == self.hidden == 0 and self.stage != ("layers",):
             raise UsageError("--kl, --lm and --hidden are all zero", "one of them must say what is to be learned")
         if self.hidden and self.cache_teacher:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from moeify.convert.pipeline import SplitResult
     from moeify.convert.prepare import Preview
     from moeify.plan import SplitPlan
+    from moeify.training.within import TimedSplit
 
 
 # What `split --report` shows of a layer.
@@ -62,6 +63,19 @@ def split_table(result: "SplitResult") -> Table:
     table = key_value_table("moeify split", rows)
     table.caption = "`moeify ls words` says what shared, routed, refit and oracle mean"
     return table
+
+
+def timed_table(result: "TimedSplit") -> Table:
+    """What was made in the time that was given, and what that went to."""
+    rows = [
+        ("written to", str(result.out)),
+        ("target", result.target),
+        ("layout", layout_words(result.layout)),
+        *active_rows(result.layout, result.num_layers, result.num_active_parameters, result.num_parameters),
+        ("calibration", f"{result.calibration_tokens:,} tokens"),
+        *((f"time of {stage}", duration(seconds)) for stage, seconds in result.seconds.items()),
+    ]
+    return key_value_table("moeify split", rows)
 
 
 def layers_table(plan: "SplitPlan") -> Table:

@@ -1,0 +1,169 @@
+"""How many tokens can be trained on in so many minutes: a few steps are timed, and nothing of them stays."""
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from moeify.cache import intact
+from moeify.data.text import longest_text
+from moeify.errors import UsageError
+from moeify.models.dense import DenseModel
+from moeify.options import Track, untracked
+from moeify.training.inputs import Inputs, open_inputs
+from moeify.training.model import Student
+from moeify.training.options import FinetuneOptions, Stage
+from moeify.training.stage import train_stage
+from moeify.training.teacher import open_teacher
+
+# The first step makes buffers and kernels.
+WARM_STEPS, TIMED_STEPS = 1, 3
+# What a step takes later is not exactly what it took now, and the result has to be written.
+RESERVE = 0.08
+# Minutes from one evaluation and checkpoint to the next.
+EVERY_MINUTES = 15
+# Text that is seen more often teaches little more (https://arxiv.org/abs/2305.16264).
+MOST_EPOCHS = 4
+# Fewer steps say nothing about a learning rate.
+FEWEST_STEPS = 8
+# Student forward and backward pass and the teacher's forward pass over both forward passes alone.
+STEP_OVER_EVALUATION = 2.0
+
+
+def settle_tokens(
+    moe: str,
+    teacher: str | Path | DenseModel,
+    options: FinetuneOptions,
+    *,
+    out: Path,
+    processes: PartialState,
+    track: Track[Any],
+) -> FinetuneOptions:
+    """The options with tokens, epochs and evaluations that fit into their minutes.
+
+    A run that goes on keeps what it began with, so that it ends with the same bits.
+
+    Args:
+        moe, teacher, options, track: as of `finetune`.
+        out: where the result will go.
+        processes: all of them train on what the first one settles.
+
+    Raises:
+        UsageError: the minutes are too few for FEWEST_STEPS steps.
+        InputError: as `open_inputs`.
+    """
+    settled = [_earlier(out, options) if processes.is_main_process else None]
+    broadcast_object_list(settled)
+    if settled[0] is None:
+        settled = [_measured(moe, teacher, options, out=out, processes=processes, track=track)]
+        broadcast_object_list(settled)
+    chosen = settled[0]
+    assert chosen is not None
+    return chosen
+
+
+def _earlier(out: Path, options: FinetuneOptions) -> FinetuneOptions | None:
+    """What an unfinished run at OUT settled for the same options."""
+    job = intact(out.with_name(f"{out.name}.partial") / "job.json", lambda file: json.loads(file.read_text()))
+    earlier = (job or {}).get("options", {})
+    names = ("tokens", "epochs", "every")
+    if not isinstance(earlier, dict) or any(name not in earlier for name in names):
+        return None
+    settled = replace(options, **{name: earlier[name] for name in names})
+    return settled if json.loads(json.dumps(asdict(settled))) == earlier else None
+
+
+def _measured(
+    moe: str,
+    teacher: str | Path | DenseModel,
+    options: FinetuneOptions,
+    *,
+    out: Path,
+    processes: PartialState,
+    track: Track[Any],
+) -> FinetuneOptions:
+    assert options.minutes is not None
+    began = time.perf_counter()
+    num_steps = WARM_STEPS + TIMED_STEPS + 1
+    # As many blocks as the steps take, whatever a block's length is: it is not known before the models are open.
+    step_blocks = options.batch * options.accumulate * int(processes.num_processes)
+    probe = replace(options, minutes=None, tokens=num_steps * step_blocks * (options.context or 512), every=1 << 30)
+    inputs = open_inputs(moe, teacher, probe, track)
+    opened = time.perf_counter() - began
+    step_tokens = step_blocks * inputs.ids_BC.shape[1]
+    step_s = sum(_step_seconds(inputs, probe, stage, out, processes) for stage in options.stage)
+    text_s = opened / inputs.ids_BC.numel() * step_tokens if "self" in options.data else 0.0
+    stages = max(1, round(options.minutes / EVERY_MINUTES)) if options.every is None else 0
+    evaluation_s = inputs.eval_BC.numel() / step_tokens * step_s / STEP_OVER_EVALUATION
+    left = options.minutes * 60 * (1 - RESERVE) - (time.perf_counter() - began) - opened
+    steps = math.floor((left - (1 + stages) * evaluation_s) / (step_s + text_s))
+    if steps < FEWEST_STEPS:
+        raise UsageError(
+            f"{options.minutes:g} minutes are too few for {FEWEST_STEPS} steps: one takes {step_s + text_s:.0f} s here",
+            f"--minutes takes {math.ceil(options.minutes + (FEWEST_STEPS - steps) * (step_s + text_s) / 60)} or more",
+        )
+    context = inputs.ids_BC.shape[1]
+    most = longest_text(
+        options.data, inputs.teacher.tokenizer(), num_tokens=steps * step_tokens, context=context, seed=options.seed
+    )
+    epochs = min(MOST_EPOCHS, max(1, steps * step_tokens // most)) if most else 1
+    tokens = min(most, steps * step_tokens // epochs)
+    every = options.every or math.ceil(tokens * epochs / step_tokens / stages)
+    return replace(options, tokens=tokens, epochs=epochs * options.epochs, every=every)
+
+
+def _step_seconds(inputs: Inputs, options: FinetuneOptions, stage: Stage, out: Path, processes: PartialState) -> float:
+    """Time of one step, the median of TIMED_STEPS; the student that made them is dropped."""
+    # As a run opens it, but that a cache would be of text that nobody trains on.
+    targets = open_teacher(
+        inputs.teacher,
+        [inputs.ids_BC, inputs.eval_BC[:1]],
+        device=str(processes.device),
+        half=options.precision == "bfloat16",
+        cached=False,
+        first=processes.is_main_process,
+        wait=processes.wait_for_everyone,
+        track=untracked,
+    )
+    clock = _Clock()
+    with tempfile.TemporaryDirectory(prefix=".moeify-", dir=out.parent) as folder, suppress(_EnoughError):
+        train_stage(
+            Student.open(inputs.path, inputs.plan),
+            targets,
+            stage,
+            options,
+            folder=Path(folder) / "steps",
+            logs=Path(folder) / "logs",
+            processes=processes,
+            track=clock.track,
+        )
+    return median(after - before for before, after in zip(clock.times, clock.times[1:], strict=False))
+
+
+class _EnoughError(Exception):
+    """Ends training before its first checkpoint."""
+
+
+class _Clock:
+    """Notes when steps end, and ends training once there are enough."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def track(self, items: Iterable[Any], _: str, __: int) -> Iterator[Any]:
+        # Asked for the first item where training begins, and for one more behind every step.
+        for number, item in enumerate(items):
+            if number >= WARM_STEPS:
+                self.times.append(time.perf_counter())
+            if len(self.times) > TIMED_STEPS:
+                raise _EnoughError
+            yield item
