@@ -144,12 +144,12 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Make
             folder = tmp_path_factory.mktemp(f"dense-{family}-")
             found = families.find(family)
             values = {
+                "tie_word_embeddings": True,
                 **found.tiny_values,
                 "vocab_size": len(tokenizer),
                 "max_position_embeddings": CONTEXT,
                 "bos_token_id": tokenizer.bos_token_id,
                 "eos_token_id": tokenizer.eos_token_id,
-                "tie_word_embeddings": True,
                 **overrides,
             }
             values[found.width] = overrides.get("intermediate_size", 64)

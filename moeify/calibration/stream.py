@@ -90,7 +90,7 @@ class HiddenStream:
             residual_BCD = block(self._hidden_BCD[rows], None)
             if self.adds_up:
                 self._hidden_BCD[rows] = residual_BCD
-            inputs.append(block.take_inputs().flatten(0, 1))
+            inputs.append(block.take_inputs().flatten(0, -2))
         inputs_TD = torch.cat(inputs)
         check_activations(inputs_TD, f"layer {layer}: the inputs of its FFN")
         return inputs_TD

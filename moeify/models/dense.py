@@ -58,7 +58,7 @@ class DenseModel:
 
     @property
     def activation(self) -> str:
-        return str(getattr(self.config, self.family.activation))
+        return self.family.activation_of(self.config)
 
     @property
     def sites(self) -> Sites:

@@ -205,7 +205,11 @@ def static_target(family: Family) -> Target:
         preference=0,
         holds_shared=True,
         engines=("everything that loads the dense model",),
-        config=lambda dense, layout, width: {**dense.config.to_dict(), family.width: layout.num_active * width},
+        config=lambda dense, layout, width: {
+            **dense.config.to_dict(),
+            **family.fixed,
+            family.width: layout.num_active * width,
+        },
         routed_fold=lambda layout: 1.0,
         ffn_tensors=lambda prefix, experts: pack(family.ffn, prefix, experts.shared),
         carry=lambda name, tensor, dense: {name: tensor},
