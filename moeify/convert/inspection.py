@@ -107,6 +107,6 @@ def _fit(dense: DenseModel, name: str, experts: int) -> TargetFit:
     """How a target fits the model, cut into so many experts."""
     target = targets.find(name)
     layout = resolve_layout(experts, None, None, holds_shared=target.holds_shared)
-    exactness = check_target(target, dense, layout)
+    exactness = check_target(target, dense, layout, dtype=dense.dtype)
     reason = exactness.reason or "known to " + ", ".join(("transformers", *target.engines))
     return TargetFit(name, exactness.exact, target.holds_shared, reason, exactness.difference)

@@ -3,4 +3,4 @@
 from moeify.families import Family, FFNFormat
 
 FUSED = "mlp.gate_up_proj"
-FAMILY = Family("glm", ffn=FFNFormat(gate=FUSED, up=FUSED, fused=True), tiny={"head_dim": 8})
+FAMILY = Family("glm", ffn=FFNFormat(gate=FUSED, up=FUSED, fused=True), rotates_pairs=True, tiny={"head_dim": 8})

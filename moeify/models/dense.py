@@ -103,7 +103,11 @@ class DenseModel:
     @cached_property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the first layer's FFN, which the converted checkpoint keeps."""
-        return FLOAT_DTYPES[self.stored[f"{self.block(0)}.{self.family.ffn.up}.weight"].dtype]
+        return self.dtype_of(f"{self.block(0)}.{self.family.ffn.up}.weight")
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Type of a stored tensor."""
+        return FLOAT_DTYPES[self.stored[name].dtype]
 
     @cached_property
     def num_of_dtype(self) -> dict[str, int]:
