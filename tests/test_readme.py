@@ -11,7 +11,7 @@ from command_process import Run, main
 from moeify import families, targets
 from moeify.convert.exactness import Twin, check_target, choose_target, make_twin
 from moeify.errors import InputError
-from moeify.plan import Layout, resolve_layout
+from moeify.plan import Layout
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -91,7 +91,7 @@ def test_the_table_of_targets_is_what_the_twins_say() -> None:
 
 
 def layout_for(target: str) -> Layout:
-    return resolve_layout(8, None, None, holds_shared=targets.find(target).holds_shared)
+    return targets.find(target).layout(8)
 
 
 def twin_of(family: str, **values: Any) -> Twin:

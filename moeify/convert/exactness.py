@@ -203,7 +203,7 @@ class Twin(DenseModel):
     tensors: Mapping[str, Tensor]
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return torch.float32
+        return self.tensors[name].dtype if name in self.tensors else torch.float32
 
     def get(self, names: Any) -> dict[str, Tensor]:
         return {name: self.tensors[name] for name in names}
@@ -228,18 +228,24 @@ def make_twin(values: Mapping[str, Any]) -> Twin:
     return Twin("twin", Path(), config, family, {}, files, tensors)
 
 
+@lru_cache(maxsize=8)
+def _twin(config: str) -> tuple[Twin, Tensor, Tensor, str]:
+    """A twin of this config, ids of a text, its logits for them, and what is wrong with it, or ""."""
+    twin = make_twin(json.loads(config))
+    ids_1C = torch.randint(3, int(twin.config.vocab_size), (1, CONTEXT), generator=torch.Generator().manual_seed(1))
+    return twin, ids_1C, *_logits(twin.config, twin.tensors, ids_1C)
+
+
 @lru_cache(maxsize=256)
 def _compare(target_name: str, config: str, layout: Layout) -> Exactness:
     """Convert the twin of this config and compare logits."""
     target = targets.find(target_name)
     try:
-        twin = make_twin(json.loads(config))
+        twin, ids_1C, dense_1CV, wrong = _twin(config)
 
         def experts_of(layer: int) -> SplitFFN:
             return slice_experts(twin.ffn(layer), _scattered(layer, twin, layout), layout)
 
-        ids_1C = torch.randint(3, int(twin.config.vocab_size), (1, CONTEXT), generator=torch.Generator().manual_seed(1))
-        dense_1CV, wrong = _logits(twin.config, twin.tensors, ids_1C)
         if wrong:
             return Exactness(False, f"the dense architecture itself {wrong}")
         writer = MoEWriter(twin, target, layout, torch.float32)

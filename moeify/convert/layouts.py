@@ -112,9 +112,10 @@ def _settle(
 
     def resolve(target: Target | None) -> Layout:
         active = experts if options.mixing == "soft" and not options.static else options.active
-        holds = target is None or target.holds_shared
-        layout = resolve_layout(experts, options.shared, active, holds_shared=holds, dense_layers=dense_layers)
-        if engine is None or target is None or options.shared is not None or not target.holds_shared:
+        if target is None:
+            return resolve_layout(experts, options.shared, active, holds_shared=True, dense_layers=dense_layers)
+        layout = target.layout(experts, options.shared, active, dense_layers)
+        if engine is None or options.shared is not None or not target.holds_shared:
             return layout
         return _with_few_routed(dense, engine, target, layout)
 

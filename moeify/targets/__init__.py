@@ -29,7 +29,7 @@ from moeify.families import Family, FFNFormat, GGUFFormat
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
 from moeify.options import Style
-from moeify.plan import Layout
+from moeify.plan import Layout, resolve_layout
 
 # A larger scale lets engines rank more choices as float64 does, and moves weights away from the one that a split is
 # fitted for. SmolLM2-135M, 4 of 8 experts, 8,192 tokens of Moby Dick that nothing was fitted to: choices of a token in
@@ -128,6 +128,7 @@ class Target:
         preference: the target with the lowest number is tried first: engines that load it, then whether shared experts
             are plain (no sigmoid to fold).
         holds_shared: has experts that are always on.
+        num_shared: how many of these it has, where that is no choice.
         engines: what else has the architecture in its sources; only transformers is tested here.
         engines_with_dense: those that also take models whose FFNs are not all experts; none means that transformers
             does not either.
@@ -174,6 +175,7 @@ class Target:
     gguf: GGUFFormat | None = None
     autocast: str = ""
     needs_float32: str = ""
+    num_shared: int | None = None
 
     @property
     def caution(self) -> str:
@@ -186,6 +188,13 @@ class Target:
         gate = self.modules.shared_gate
         router = f".{self.modules.router}.{self.modules.router_weight}"
         return (router, *([f".{gate}.weight"] if gate else []))
+
+    def layout(
+        self, experts: int, shared: int | None = None, active: int | None = None, dense_layers: tuple[int, ...] = ()
+    ) -> Layout:
+        """Fill in what is open, as this target has it."""
+        shared = self.num_shared if shared is None else shared
+        return resolve_layout(experts, shared, active, holds_shared=self.holds_shared, dense_layers=dense_layers)
 
     def known_to(self, layout: Layout) -> tuple[str, ...]:
         """Engines that know the architecture in such a layout."""
@@ -209,7 +218,7 @@ def carried(dense: DenseModel) -> dict[str, Any]:
 
 
 def sibling(dense: DenseModel, model_type: str) -> dict[str, Any]:
-    """Config values that a family's own MoE sibling shares with it, by their names; sizes of its FFN are the caller's."""
+    """Config values that a family's own MoE sibling shares with it by their names; an FFN's sizes are the caller's."""
     base = {part.name for part in fields(PreTrainedConfig)}
     shared = {part.name for part in fields(CONFIG_MAPPING[model_type])} - base
     values = {name: getattr(dense.config, name) for name in sorted(shared) if hasattr(dense.config, name)}
@@ -231,19 +240,15 @@ def refusal(
     target: Target, dense: DenseModel, layout: Layout, style: Style = "hard", dtype: torch.dtype = torch.float32
 ) -> str:
     """Why this layout, mixing or type, or a kind of FFN, rules `target` out before its twin is built, or ""."""
-    if not dense.ffn_shapes.is_plain_gated:
-        return "its experts have a gate and no biases, this model's FFNs are otherwise"
-    if style not in target.mixings:
-        return f"its experts' weights cannot be {style}"
-    if target.needs_float32 and dtype != torch.float32:
-        return f"{target.needs_float32} (use --dtype float32)"
-    if layout.dense_layers and not target.engines_with_dense:
-        return "has no dense layers"
-    if layout.num_shared and not target.holds_shared:
-        return "has no shared experts (use --shared 0)"
-    if layout.num_routed_active == 0:
-        return "nothing is routed (use --static for pruning)"
-    return target.refuse(dense, layout)
+    reasons = {
+        "its experts have a gate and no biases, this model's FFNs are otherwise": not dense.ffn_shapes.is_plain_gated,
+        f"its experts' weights cannot be {style}": style not in target.mixings,
+        f"{target.needs_float32} (use --dtype float32)": bool(target.needs_float32) and dtype != torch.float32,
+        "has no dense layers": bool(layout.dense_layers) and not target.engines_with_dense,
+        "has no shared experts (use --shared 0)": bool(layout.num_shared) and not target.holds_shared,
+        "nothing is routed (use --static for pruning)": layout.num_routed_active == 0,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "") or target.refuse(dense, layout)
 
 
 def static_target(family: Family) -> Target:

@@ -1,4 +1,4 @@
-"""FlexOlmo: OLMo 2 with experts: norms behind attention and FFN, no shared experts, softmax weights over all experts."""
+"""FlexOlmo: OLMo 2 with experts: norms behind attention and FFN, no shared experts, normalised weights."""
 
 from typing import Any
 

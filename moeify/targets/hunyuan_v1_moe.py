@@ -41,6 +41,7 @@ TARGET = Target(
     architecture="HunYuanMoEV1ForCausalLM",
     preference=12,
     holds_shared=True,
+    num_shared=1,
     engines=("vLLM",),
     mixings=("hard", "softmax", "soft"),
     normalised=True,

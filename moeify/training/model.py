@@ -65,9 +65,9 @@ class Student:
     def activation(self) -> str:
         """Of the FFNs; every target has it under the name that most families use."""
         config = self.model.config
-        return (
-            str(config.hidden_act) if self.target is not None else families.find(config.model_type).activation_of(config)
-        )
+        if self.target is not None:
+            return str(config.hidden_act)
+        return families.find(config.model_type).activation_of(config)
 
     @property
     def dense_ffn(self) -> FFNFormat:

@@ -52,7 +52,7 @@ LONG = {
 PLAIN = {"rope_type": "default", "rope_theta": THETA}
 # name: (family, target, values of the dense config); an empty target is static pruning.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    **{name: ("qwen3" if name == "qwen3_moe" else "llama", name, {}) for name in targets.names()},
+    **{name: (family_of(name), name, {}) for name in targets.names()},
     "qwen2": ("qwen2", "qwen2_moe", {}),
     "granite": ("granite", "granitemoeshared", {}),
     "mistral-window": ("mistral", "mixtral", {"sliding_window": 16}),

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDense
+from conftest import MakeDense, family_of
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -45,7 +45,7 @@ def convert(make_dense: MakeDense, calibration_file: Path, tmp_path_factory: pyt
 
     def make(target: str) -> Path:
         if target not in made:
-            dense = make_dense("qwen3" if target == "qwen3_moe" else "llama", hidden_size=64, intermediate_size=128)
+            dense = make_dense(family_of(target), hidden_size=64, intermediate_size=128)
             options = SplitOptions(8, active=4, target=target, tokens=2048, calibration=(str(calibration_file),))
             made[target] = split(str(dense), tmp_path_factory.mktemp("precision") / target, options).out
         return made[target]
