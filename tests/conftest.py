@@ -178,7 +178,7 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Make
             tokenizer.save_pretrained(folder)
             if family in ("qwen2", "qwen3_5_text"):
                 # As published ones are: of the class that transformers takes for a qwen2, whatever the files say.
-                AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+                AutoTokenizer.from_pretrained(folder, tokenizer_type="qwen2").save_pretrained(folder)
             made[key] = folder
         return made[key]
 

@@ -12,7 +12,9 @@ NAME = "dots1"
 def explain(dense: DenseModel) -> str:
     if not dense.attention.qk_norm:
         return "its attention always has a q/k norm"
-    return "its attention has no biases" if dense.attention.qkv_bias else ""
+    if dense.attention.qkv_bias != dense.attention.output_bias:
+        return "its attention has biases on q, k, v and o or on none"
+    return ""
 
 
 def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDense
+from conftest import MakeDense, family_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moeify import families, targets

@@ -67,7 +67,8 @@ def watched(model: Any, target: targets.Target, num_layers: int) -> Iterator[lis
         block = model.get_submodule(target.block(layer))
 
         def note_inputs(router: Any, given: Any, row: dict[str, Tensor] = row) -> None:
-            row["inputs"], row["weight"] = given[0].flatten(0, -2).float(), router.weight.float()
+            weight = router.get_parameter(target.modules.router_weight)
+            row["inputs"], row["weight"] = given[0].flatten(0, -2).float(), weight.float()
 
         def note_experts(_: Any, given: Any, row: dict[str, Tensor] = row) -> None:
             row["chosen"], row["weights"] = given[1], given[2].float()
