@@ -110,7 +110,8 @@ def _in_halves(tensor: Tensor, dense: DenseModel) -> Tensor:
     head_dim = dense.attention.head_dim
     rotated = int(head_dim * (dense.config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
     order = [*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, head_dim)]
-    return tensor.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1)
+    rows: Tensor = tensor.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1)
+    return rows
 
 
 def as_it_is(name: str, tensor: Tensor, dense: DenseModel) -> dict[str, Tensor]:

