@@ -14,9 +14,11 @@ from moeify.models.dense import DenseModel
 from moeify.plan import Layout
 from moeify.targets import Modules, Target, as_it_is, sibling
 from moeify.targets._layout import expert_tensors
-from moeify.targets.glm4_moe import AUTOCAST
 
 NAME = "lfm2_moe"
+AUTOCAST = """\
+Do not train or run it in 16 bits, neither under autocast nor with `dtype=torch.bfloat16`: all router scores become
+nearly equal there, and tokens go to other experts. `moeify finetune` keeps its routers in float32."""
 
 
 def refuse(dense: DenseModel, layout: Layout) -> str:
