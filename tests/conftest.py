@@ -30,6 +30,24 @@ from moeify.models.ffn import FFNWeights
 
 MakeDense = Callable[..., Path]
 
+# A family that a target represents exactly, where that is no llama.
+FAMILY_OF = {
+    "cohere2_moe": "cohere2",
+    "dots1": "qwen3",
+    "ernie4_5_moe": "ernie4_5",
+    "flex_olmo": "olmo2",
+    "hunyuan_v1_moe": "hunyuan_v1_dense",
+    "lfm2_moe": "lfm2",
+    "qwen3_5_moe_text": "qwen3_5_text",
+    "qwen3_moe": "qwen3",
+}
+
+
+def family_of(target: str) -> str:
+    """A family to try a target with."""
+    return FAMILY_OF.get(target, "llama")
+
+
 CONTEXT = 64
 # More than half a minute each on one core, longest first; the others follow in the order of their names.
 LONGEST = [
@@ -144,12 +162,12 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Make
             folder = tmp_path_factory.mktemp(f"dense-{family}-")
             found = families.find(family)
             values = {
+                "tie_word_embeddings": True,
                 **found.tiny_values,
                 "vocab_size": len(tokenizer),
                 "max_position_embeddings": CONTEXT,
                 "bos_token_id": tokenizer.bos_token_id,
                 "eos_token_id": tokenizer.eos_token_id,
-                "tie_word_embeddings": True,
                 **overrides,
             }
             values[found.width] = overrides.get("intermediate_size", 64)
@@ -158,9 +176,9 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Make
             fill(model, seed)
             model.to(getattr(torch, dtype)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            if family == "qwen2":
+            if family in ("qwen2", "qwen3_5_text"):
                 # As published ones are: of the class that transformers takes for a qwen2, whatever the files say.
-                AutoTokenizer.from_pretrained(folder).save_pretrained(folder)
+                AutoTokenizer.from_pretrained(folder, tokenizer_type="qwen2").save_pretrained(folder)
             made[key] = folder
         return made[key]
 

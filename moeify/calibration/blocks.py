@@ -51,7 +51,9 @@ class _Site:
         self.outputs_BCD: Tensor | None = None
 
     def give(self) -> Tensor:
-        return torch.zeros_like(self.inputs_BCD) if self.outputs_BCD is None else self.outputs_BCD
+        # Some blocks flatten what their FFN reads.
+        given = self.outputs_BCD
+        return torch.zeros_like(self.inputs_BCD) if given is None else given.view_as(self.inputs_BCD)
 
 
 class _Reader(nn.Module):

@@ -95,7 +95,7 @@ class HiddenStream:
                 residual_BCD = block(self._at(rows), None)
                 if self.adds_up:
                     self._hidden_BCD[rows] = residual_BCD
-                yield block.take_inputs().flatten(0, 1)
+                yield block.take_inputs().flatten(0, -2)
 
         inputs_TD = self._store.collect(inputs(), len(self.residual()))
         check_activations(inputs_TD, f"layer {layer}: the inputs of its FFN")

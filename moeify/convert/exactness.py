@@ -64,9 +64,11 @@ class Exactness:
     difference: float | None = None
 
 
-def check_target(target: Target, dense: DenseModel, layout: Layout, style: Style = "hard") -> Exactness:
-    """Whether `target` represents the model exactly in this layout; from its config alone."""
-    reason = targets.refusal(target, dense, layout, style)
+def check_target(
+    target: Target, dense: DenseModel, layout: Layout, style: Style = "hard", dtype: torch.dtype = torch.float32
+) -> Exactness:
+    """Whether `target` represents the model exactly in this layout and type; from its config alone."""
+    reason = targets.refusal(target, dense, layout, style, dtype)
     if reason:
         return Exactness(False, reason)
     config = json.dumps(twin_values(dense.config, dense.family), sort_keys=True, default=str)
@@ -78,7 +80,11 @@ def check_target(target: Target, dense: DenseModel, layout: Layout, style: Style
 
 
 def choose_target(
-    dense: DenseModel, resolve: Callable[[Target], Layout], style: Style = "hard", engine: Engine | None = None
+    dense: DenseModel,
+    resolve: Callable[[Target], Layout],
+    style: Style = "hard",
+    engine: Engine | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Target, Layout, str]:
     """The preferred target that represents the model exactly, its layout, and why it was taken.
 
@@ -89,6 +95,7 @@ def choose_target(
         resolve: gives the layout for a target.
         style: how the experts' outputs are weighted.
         engine: must run it.
+        dtype: of the checkpoint.
 
     Raises:
         InputError: there is none; the message gives each target's reason.
@@ -98,7 +105,7 @@ def choose_target(
     candidates = [targets.find(name) for name in targets.names()]
     for target in sorted(candidates, key=lambda target: not target.holds_shared):
         layout = resolve(target)
-        exactness = check_target(target, dense, layout, style)
+        exactness = check_target(target, dense, layout, style, dtype)
         if not exactness.exact:
             reasons.append(f"{target.model_type}: {exactness.reason}")
             continue
@@ -195,6 +202,9 @@ class Twin(DenseModel):
 
     tensors: Mapping[str, Tensor]
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype if name in self.tensors else torch.float32
+
     def get(self, names: Any) -> dict[str, Tensor]:
         return {name: self.tensors[name] for name in names}
 
@@ -218,18 +228,24 @@ def make_twin(values: Mapping[str, Any]) -> Twin:
     return Twin("twin", Path(), config, family, {}, files, tensors)
 
 
+@lru_cache(maxsize=8)
+def _twin(config: str) -> tuple[Twin, Tensor, Tensor, str]:
+    """A twin of this config, ids of a text, its logits for them, and what is wrong with it, or ""."""
+    twin = make_twin(json.loads(config))
+    ids_1C = torch.randint(3, int(twin.config.vocab_size), (1, CONTEXT), generator=torch.Generator().manual_seed(1))
+    return twin, ids_1C, *_logits(twin.config, twin.tensors, ids_1C)
+
+
 @lru_cache(maxsize=256)
 def _compare(target_name: str, config: str, layout: Layout) -> Exactness:
     """Convert the twin of this config and compare logits."""
     target = targets.find(target_name)
     try:
-        twin = make_twin(json.loads(config))
+        twin, ids_1C, dense_1CV, wrong = _twin(config)
 
         def experts_of(layer: int) -> SplitFFN:
             return slice_experts(twin.ffn(layer), _scattered(layer, twin, layout), layout)
 
-        ids_1C = torch.randint(3, int(twin.config.vocab_size), (1, CONTEXT), generator=torch.Generator().manual_seed(1))
-        dense_1CV, wrong = _logits(twin.config, twin.tensors, ids_1C)
         if wrong:
             return Exactness(False, f"the dense architecture itself {wrong}")
         writer = MoEWriter(twin, target, layout, torch.float32)

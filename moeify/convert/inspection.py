@@ -13,7 +13,7 @@ from moeify.engines import Verdict
 from moeify.errors import InputError
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track
-from moeify.plan import Layout, resolve_layout
+from moeify.plan import Layout
 from moeify.progress import shown
 from moeify.readable import Readable
 
@@ -106,7 +106,7 @@ def inspect(model: str | Path | DenseModel, *, experts: int | None = None, track
 def _fit(dense: DenseModel, name: str, experts: int) -> TargetFit:
     """How a target fits the model, cut into so many experts."""
     target = targets.find(name)
-    layout = resolve_layout(experts, None, None, holds_shared=target.holds_shared)
-    exactness = check_target(target, dense, layout)
+    layout = target.layout(experts)
+    exactness = check_target(target, dense, layout, dtype=dense.dtype)
     reason = exactness.reason or "known to " + ", ".join(("transformers", *target.engines))
     return TargetFit(name, exactness.exact, target.holds_shared, reason, exactness.difference)

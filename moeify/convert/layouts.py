@@ -73,7 +73,7 @@ def choose_layout(
         UsageError: the options contradict each other.
     """
     if options.experts is not None:
-        return _settle(dense, options, options.experts, writable=writable)
+        return _settle(dense, options, dtype, options.experts, writable=writable)
     needed = max(options.active or 0, options.shared or 0, 2)
     counts = preferred_counts(dense.num_neurons, dtype)
     if not counts:
@@ -84,7 +84,7 @@ def choose_layout(
     enough = [n for n in counts if n >= needed] or counts[:1]
     for experts in enough:
         try:
-            layout, target, reason = _settle(dense, options, experts, writable=writable)
+            layout, target, reason = _settle(dense, options, dtype, experts, writable=writable)
         except InputError:
             # Nothing else than the engine's limit depends on the number.
             if options.engine is None:
@@ -93,7 +93,7 @@ def choose_layout(
         if not any(verdict.refusal for verdict in verdicts(dense, target, layout)):
             return layout, target, reason
     # None is run by all engines that know its target.
-    return _settle(dense, options, enough[0], writable=writable)
+    return _settle(dense, options, dtype, enough[0], writable=writable)
 
 
 def verdicts(dense: DenseModel, target: Target, layout: Layout) -> tuple[engines.Verdict, ...]:
@@ -103,16 +103,19 @@ def verdicts(dense: DenseModel, target: Target, layout: Layout) -> tuple[engines
     return engines.judge(Shape.of(dense, target.model_type, layout), target.known_to(layout))
 
 
-def _settle(dense: DenseModel, options: SplitOptions, experts: int, *, writable: bool) -> tuple[Layout, Target, str]:
+def _settle(
+    dense: DenseModel, options: SplitOptions, dtype: torch.dtype, experts: int, *, writable: bool
+) -> tuple[Layout, Target, str]:
     """Layout and target for a number of experts."""
     engine = engines.named(options.engine) if options.engine else None
     dense_layers = tuple(sorted(set(options.dense_layers)))
 
     def resolve(target: Target | None) -> Layout:
         active = experts if options.mixing == "soft" and not options.static else options.active
-        holds = target is None or target.holds_shared
-        layout = resolve_layout(experts, options.shared, active, holds_shared=holds, dense_layers=dense_layers)
-        if engine is None or target is None or options.shared is not None or not target.holds_shared:
+        if target is None:
+            return resolve_layout(experts, options.shared, active, holds_shared=True, dense_layers=dense_layers)
+        layout = target.layout(experts, options.shared, active, dense_layers)
+        if engine is None or options.shared is not None or not target.holds_shared:
             return layout
         return _with_few_routed(dense, engine, target, layout)
 
@@ -122,7 +125,7 @@ def _settle(dense: DenseModel, options: SplitOptions, experts: int, *, writable:
         return layout, targets.static_target(dense.family), "static pruning keeps the dense architecture"
     if options.target == "auto":
         try:
-            target, layout, reason = choose_target(dense, resolve, options.mixing, engine)
+            target, layout, reason = choose_target(dense, resolve, options.mixing, engine, dtype)
         except InputError:
             if writable:
                 raise
@@ -130,7 +133,7 @@ def _settle(dense: DenseModel, options: SplitOptions, experts: int, *, writable:
         return layout, target, reason
     target = targets.find(options.target)
     layout = resolve(target)
-    exactness = check_target(target, dense, layout, options.mixing)
+    exactness = check_target(target, dense, layout, options.mixing, dtype)
     if not exactness.exact:
         raise InputError(
             f"{options.target} does not represent this model exactly: {exactness.reason}",

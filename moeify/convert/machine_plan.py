@@ -18,7 +18,7 @@ from moeify.convert.placement import Machine
 from moeify.errors import InputError, UsageError, warn
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import GGUFType, MachineOptions, SplitOptions, Track
-from moeify.plan import Layout, resolve_layout
+from moeify.plan import Layout
 from moeify.progress import shown
 from moeify.readable import Readable
 from moeify.targets import Target
@@ -126,7 +126,7 @@ def _target(dense: DenseModel) -> Target | None:
     """The preferred target that represents the model exactly and that the engine runs, or None."""
 
     def resolve(target: Target) -> Layout:
-        return resolve_layout(LEAST_EXPERTS, None, None, holds_shared=target.holds_shared)
+        return target.layout(LEAST_EXPERTS)
 
     try:
         return choose_target(dense, resolve, engine=engines.find(ENGINE))[0]

@@ -8,7 +8,7 @@ from moeify import engines, targets
 from moeify.convert.prepare import Prepared
 from moeify.engines import Shape
 from moeify.errors import InputError, UsageError
-from moeify.plan import Layout, resolve_layout
+from moeify.plan import Layout
 from moeify.strategies import TOLERANCE
 
 # Shares of a cut FFN that are active, as candidates.
@@ -68,8 +68,7 @@ def _layouts(prepared: Prepared) -> list[Layout]:
     """One layout for each share that the number of experts allows."""
     experts = prepared.layout.num_experts
     actives = sorted({round(share * experts) for share in SHARES} - {0, experts})
-    holds_shared = prepared.target.holds_shared
-    layouts = [resolve_layout(experts, None, active, holds_shared=holds_shared) for active in actives]
+    layouts = [prepared.target.layout(experts, active=active) for active in actives]
     held = prepared.layout.dense_layers
     layouts = [layout for layout in layouts if _runs(prepared, replace(layout, dense_layers=held))]
     if not layouts:

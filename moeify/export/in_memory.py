@@ -23,7 +23,7 @@ def moe_parameters(block: nn.Module, modules: Modules) -> dict[str, Any]:
     parts: dict[str, Any] = {
         "gate_up": experts.gate_up_proj,
         "down": experts.down_proj,
-        "router": block.get_submodule(modules.router).weight,
+        "router": block.get_submodule(modules.router).get_parameter(modules.router_weight),
     }
     if modules.shared and getattr(block, modules.shared.split(".")[0]) is not None:
         shared = block.get_submodule(modules.shared)

@@ -90,7 +90,9 @@ class MoEWriter:
         if self.target.untie:
             carried += self.dense.tied
         for name in carried:
-            yield name, self._carried(name, torch.empty(self._shape(name), device="meta"))
+            stored = self.dense.tied.get(name, name)
+            meta = torch.empty(self.dense.shapes[stored], dtype=self.dense.dtype_of(stored), device="meta")
+            yield name, self._carried(name, meta)
         whole = self.dense.ffn_shapes.map(lambda tensor: tensor.to(self.dtype))
         width, routed = self.layout.expert_width(whole.num_neurons), self.layout.num_routed
         router_RD = torch.empty(routed, whole.hidden_size, dtype=self.dtype, device="meta")
@@ -105,13 +107,10 @@ class MoEWriter:
             shapes = {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in extra.items()}
             yield None, shapes
 
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return self.dense.shapes[self.dense.tied.get(name, name)]
-
     def _carried(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
-        """What a tensor that belongs to no FFN becomes."""
+        """What a tensor that belongs to no FFN becomes; what the target makes wider stays so."""
         parts = self.target.carry(name, tensor, self.dense)
-        return {key: rows.to(self.dtype) for key, rows in parts.items()}
+        return {key: rows.to(self.dtype) if rows.dtype == tensor.dtype else rows for key, rows in parts.items()}
 
     def layer(self, layer: int, experts: SplitFFN) -> dict[str, Tensor]:
         """Names and values of one layer's experts, folds applied, router scaled."""

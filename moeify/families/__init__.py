@@ -107,7 +107,12 @@ class Family:
         read, write: the module of a block whose input is the FFN's input, and the one whose output is the FFN's output;
             the same one where the FFN is a module.
         ffn: how the matrices lie on disk.
-        activation, width: names of the activation and of the inner width in the config.
+        activation: name of the activation's field in the config; of a family whose config has none, the activation.
+        width: name of the inner width's field in the config.
+        fixed: further config values by which `width` is the inner width, whatever the model's own config makes of it.
+        rotates_pairs: its attention rotates neighbouring rows of a head's q and k, where llama rotates halves.
+        norm_offset: what its norms add to their weights.
+        embedding_scale: what its embeddings are multiplied with, given the config.
         modality: kind of the model's inputs.
         gguf: how llama.cpp has it; None if it does not, or nobody has tried.
         tiny: config values of a tiny model, beside TINY.
@@ -120,6 +125,10 @@ class Family:
     ffn: FFNFormat = field(default_factory=FFNFormat)
     activation: str = "hidden_act"
     width: str = "intermediate_size"
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    rotates_pairs: bool = False
+    norm_offset: float = 0.0
+    embedding_scale: Callable[[Any], float] = lambda config: getattr(config, "embedding_multiplier", 1.0)
     modality: Modality = "text"
     gguf: GGUFFormat | None = None
     tiny: Mapping[str, Any] = field(default_factory=dict)
@@ -127,6 +136,10 @@ class Family:
     @property
     def sites(self) -> Sites:
         return Sites(self.blocks, self.read, self.write)
+
+    def activation_of(self, config: Any) -> str:
+        """The activation's name in transformers."""
+        return str(getattr(config, self.activation, self.activation))
 
     @property
     def tiny_values(self) -> dict[str, Any]:

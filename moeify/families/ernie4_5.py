@@ -2,4 +2,4 @@
 
 from moeify.families import Family
 
-FAMILY = Family("ernie4_5", tiny={"head_dim": 8})
+FAMILY = Family("ernie4_5", rotates_pairs=True, tiny={"head_dim": 8})

@@ -2,4 +2,9 @@
 
 from moeify.families import Family
 
-FAMILY = Family("gemma", tiny={"head_dim": 8})
+FAMILY = Family(
+    "gemma",
+    norm_offset=1.0,
+    embedding_scale=lambda config: float(config.hidden_size**0.5),
+    tiny={"head_dim": 8},
+)

@@ -2,4 +2,4 @@
 
 from moeify.families import Family
 
-FAMILY = Family("helium", tiny={"head_dim": 8})
+FAMILY = Family("helium", rotates_pairs=True, tiny={"head_dim": 8})

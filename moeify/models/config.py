@@ -19,6 +19,7 @@ from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moeify import families
@@ -101,7 +102,7 @@ def empty_model(config: Any, *, buffers: bool) -> Any:
         InputError: transformers cannot build it.
     """
     try:
-        with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
+        with no_init_weights(), init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
     except Exception as error:
         place = f" of {Path(config.name_or_path) / CONFIG_FILE}" if config.name_or_path else ""

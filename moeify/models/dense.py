@@ -58,7 +58,7 @@ class DenseModel:
 
     @property
     def activation(self) -> str:
-        return str(getattr(self.config, self.family.activation))
+        return self.family.activation_of(self.config)
 
     @property
     def sites(self) -> Sites:
@@ -103,7 +103,11 @@ class DenseModel:
     @cached_property
     def dtype(self) -> torch.dtype:
         """Floating-point type of the first layer's FFN, which the converted checkpoint keeps."""
-        return FLOAT_DTYPES[self.stored[f"{self.block(0)}.{self.family.ffn.up}.weight"].dtype]
+        return self.dtype_of(f"{self.block(0)}.{self.family.ffn.up}.weight")
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Type of a stored tensor."""
+        return FLOAT_DTYPES[self.stored[name].dtype]
 
     @cached_property
     def num_of_dtype(self) -> dict[str, int]:

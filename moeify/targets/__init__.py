@@ -14,10 +14,13 @@ To add one, copy `mixtral.py`; nothing else is edited.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moeify import plugins
 from moeify.engines import Engine, Shape
@@ -26,7 +29,7 @@ from moeify.families import Family, FFNFormat, GGUFFormat
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
 from moeify.options import Style
-from moeify.plan import Layout
+from moeify.plan import Layout, resolve_layout
 
 # A larger scale lets engines rank more choices as float64 does, and moves weights away from the one that a split is
 # fitted for. SmolLM2-135M, 4 of 8 experts, 8,192 tokens of Moby Dick that nothing was fitted to: choices of a token in
@@ -64,24 +67,56 @@ CARRIED = (
 
 @dataclass(frozen=True)
 class Modules:
-    """Where stock transformers keeps the parts of one MoE layer, relative to the decoder layer; for `verify`."""
+    """Where stock transformers keeps the parts of one MoE layer, relative to the decoder layer; for `verify`.
+
+    Args:
+        experts, shared: modules.
+        router: module that gives the chosen experts and their weights; `router_weight` is its matrix.
+        shared_gate_up, shared_down: modules of the shared part.
+        shared_gate: the module that weights it.
+    """
 
     experts: str
     router: str
+    router_weight: str = "weight"
     shared: str = ""
     shared_gate_up: tuple[str, ...] = ()
     shared_down: str = ""
     shared_gate: str = ""
 
 
-def split_fused_attention(name: str, tensor: Tensor, dense: DenseModel) -> dict[str, Tensor]:
-    """Tensors besides FFNs as llama-like architectures name them: q, k and v of one matrix are taken apart."""
-    if ".self_attn.qkv_proj." not in name:
-        return {name: tensor}
-    queries = int(dense.config.num_attention_heads) * dense.attention.head_dim
-    keys = (tensor.shape[0] - queries) // 2
-    parts = tensor.split([queries, keys, keys])
-    return {name.replace("qkv_proj", f"{part}_proj"): rows for part, rows in zip("qkv", parts, strict=True)}
+def as_llama(name: str, tensor: Tensor, dense: DenseModel) -> dict[str, Tensor]:
+    """A tensor besides FFNs as llama-like architectures have it.
+
+    q, k and v of one matrix are taken apart. Rows of q and k that rotate as neighbouring pairs are put into halves, so
+    that row i and row i + n/2 are a pair. What a norm adds to its weight is added in float32: rounded to bfloat16 it
+    would be another number.
+    """
+    family = dense.family
+    if ".self_attn.qkv_proj." in name:
+        queries = int(dense.config.num_attention_heads) * dense.attention.head_dim
+        keys = (tensor.shape[0] - queries) // 2
+        parts = tensor.split([queries, keys, keys])
+        return {name.replace("qkv_proj", f"{part}_proj"): rows for part, rows in zip("qkv", parts, strict=True)}
+    if family.rotates_pairs and (".self_attn.q_proj." in name or ".self_attn.k_proj." in name):
+        return {name: _in_halves(tensor, dense)}
+    if family.norm_offset and tensor.ndim == 1 and name.endswith("norm.weight"):
+        return {name: tensor.float() + family.norm_offset}
+    return {name: tensor}
+
+
+def _in_halves(tensor: Tensor, dense: DenseModel) -> Tensor:
+    """Rows of q or k, or their biases, pairs apart by half of what rotates of a head."""
+    head_dim = dense.attention.head_dim
+    rotated = int(head_dim * (dense.config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
+    order = [*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, head_dim)]
+    rows: Tensor = tensor.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1)
+    return rows
+
+
+def as_it_is(name: str, tensor: Tensor, dense: DenseModel) -> dict[str, Tensor]:
+    """A tensor besides FFNs of a family whose own MoE sibling the target is."""
+    return {name: tensor}
 
 
 @dataclass(frozen=True)
@@ -94,6 +129,7 @@ class Target:
         preference: the target with the lowest number is tried first: engines that load it, then whether shared experts
             are plain (no sigmoid to fold).
         holds_shared: has experts that are always on.
+        num_shared: how many of these it has, where that is no choice.
         engines: what else has the architecture in its sources; only transformers is tested here.
         engines_with_dense: those that also take models whose FFNs are not all experts; none means that transformers
             does not either.
@@ -105,7 +141,7 @@ class Target:
         routed_fold: factor on the routed down_proj that undoes the architecture's expert weights.
         shared_fold: the same for the shared part.
         ffn_tensors: on-disk names of one MoE layer, given the block's name and its experts.
-        carry: on-disk names and values of a tensor that belongs to no FFN.
+        carry: on-disk names and values of a tensor that belongs to no FFN; one that it makes wider is written so.
         extra_tensors: further tensors one layer needs, as name -> shape, given the block's name; written as zeros.
         dense_ffn: how an FFN that is not cut lies on disk.
         untie: an engine needs lm_head.weight written out although the dense model ties it.
@@ -114,6 +150,7 @@ class Target:
         gguf: how llama.cpp has it; None if it does not.
         autocast: what mixed precision does to its routing and what to do instead, for the model card; "" where the same
             experts are chosen. A test measures it for every target.
+        needs_float32: why its routers work in float32 only, or "".
     """
 
     model_type: str
@@ -131,13 +168,15 @@ class Target:
     refuse: Callable[[DenseModel, Layout], str] = lambda dense, layout: ""
     explain: Callable[[DenseModel], str] = lambda dense: ""
     shared_fold: float = 1.0
-    carry: Callable[[str, Tensor, DenseModel], dict[str, Tensor]] = split_fused_attention
+    carry: Callable[[str, Tensor, DenseModel], dict[str, Tensor]] = as_llama
     extra_tensors: Callable[[str, DenseModel], Mapping[str, tuple[int, ...]]] = lambda prefix, dense: {}
     dense_ffn: FFNFormat = field(default_factory=FFNFormat)
     untie: bool = False
     blocks: str = "model.layers"
     gguf: GGUFFormat | None = None
     autocast: str = ""
+    needs_float32: str = ""
+    num_shared: int | None = None
 
     @property
     def caution(self) -> str:
@@ -147,8 +186,16 @@ class Target:
     @property
     def frozen(self) -> tuple[str, ...]:
         """How the names end, in the loaded model, of the parameters that training must leave alone."""
-        constants = (self.modules.router, self.modules.shared_gate)
-        return tuple(f".{module}.weight" for module in constants if module)
+        gate = self.modules.shared_gate
+        router = f".{self.modules.router}.{self.modules.router_weight}"
+        return (router, *([f".{gate}.weight"] if gate else []))
+
+    def layout(
+        self, experts: int, shared: int | None = None, active: int | None = None, dense_layers: tuple[int, ...] = ()
+    ) -> Layout:
+        """Fill in what is open, as this target has it."""
+        shared = self.num_shared if shared is None else shared
+        return resolve_layout(experts, shared, active, holds_shared=self.holds_shared, dense_layers=dense_layers)
 
     def known_to(self, layout: Layout) -> tuple[str, ...]:
         """Engines that know the architecture in such a layout."""
@@ -171,6 +218,14 @@ def carried(dense: DenseModel) -> dict[str, Any]:
     return {**values, "hidden_act": dense.activation}
 
 
+def sibling(dense: DenseModel, model_type: str) -> dict[str, Any]:
+    """Config values that a family's own MoE sibling shares with it by their names; an FFN's sizes are the caller's."""
+    base = {part.name for part in fields(PreTrainedConfig)}
+    shared = {part.name for part in fields(CONFIG_MAPPING[model_type])} - base
+    values = {name: getattr(dense.config, name) for name in sorted(shared) if hasattr(dense.config, name)}
+    return {**values, **carried(dense)}
+
+
 def names() -> list[str]:
     """All targets, the preferred ones first."""
     return sorted(plugins.names(__name__), key=lambda name: (find(name).preference, name))
@@ -182,19 +237,19 @@ def find(name: str) -> Target:
     return target
 
 
-def refusal(target: Target, dense: DenseModel, layout: Layout, style: Style = "hard") -> str:
-    """Why this layout and mixing, or a kind of FFN, rules `target` out before its twin is built, or ""."""
-    if not dense.ffn_shapes.is_plain_gated:
-        return "its experts have a gate and no biases, this model's FFNs are otherwise"
-    if style not in target.mixings:
-        return f"its experts' weights cannot be {style}"
-    if layout.dense_layers and not target.engines_with_dense:
-        return "has no dense layers"
-    if layout.num_shared and not target.holds_shared:
-        return "has no shared experts (use --shared 0)"
-    if layout.num_routed_active == 0:
-        return "nothing is routed (use --static for pruning)"
-    return target.refuse(dense, layout)
+def refusal(
+    target: Target, dense: DenseModel, layout: Layout, style: Style = "hard", dtype: torch.dtype = torch.float32
+) -> str:
+    """Why this layout, mixing or type, or a kind of FFN, rules `target` out before its twin is built, or ""."""
+    reasons = {
+        "its experts have a gate and no biases, this model's FFNs are otherwise": not dense.ffn_shapes.is_plain_gated,
+        f"its experts' weights cannot be {style}": style not in target.mixings,
+        f"{target.needs_float32} (use --dtype float32)": bool(target.needs_float32) and dtype != torch.float32,
+        "has no dense layers": bool(layout.dense_layers) and not target.engines_with_dense,
+        "has no shared experts (use --shared 0)": bool(layout.num_shared) and not target.holds_shared,
+        "nothing is routed (use --static for pruning)": layout.num_routed_active == 0,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "") or target.refuse(dense, layout)
 
 
 def static_target(family: Family) -> Target:
@@ -205,10 +260,14 @@ def static_target(family: Family) -> Target:
         preference=0,
         holds_shared=True,
         engines=("everything that loads the dense model",),
-        config=lambda dense, layout, width: {**dense.config.to_dict(), family.width: layout.num_active * width},
+        config=lambda dense, layout, width: {
+            **dense.config.to_dict(),
+            **family.fixed,
+            family.width: layout.num_active * width,
+        },
         routed_fold=lambda layout: 1.0,
         ffn_tensors=lambda prefix, experts: pack(family.ffn, prefix, experts.shared),
-        carry=lambda name, tensor, dense: {name: tensor},
+        carry=as_it_is,
         dense_ffn=family.ffn,
         blocks=family.blocks,
         gguf=family.gguf,

@@ -35,7 +35,7 @@ def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:
         **carried(dense),
         "attention_bias": dense.attention.qkv_bias,
         "attention_multiplier": getattr(dense.config, "attention_multiplier", dense.attention.head_dim**-0.5),
-        "embedding_multiplier": getattr(dense.config, "embedding_multiplier", 1.0),
+        "embedding_multiplier": dense.family.embedding_scale(dense.config),
         "residual_multiplier": getattr(dense.config, "residual_multiplier", 1.0),
         "logits_scaling": getattr(dense.config, "logits_scaling", 1.0),
         "intermediate_size": width,

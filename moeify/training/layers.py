@@ -269,7 +269,7 @@ def _stored(student: Student, layer: int, fitted: LayerFFN) -> dict[str, Tensor]
     down_RDf = routed_DF.unflatten(1, (num_routed, fitted.width)).transpose(0, 1) * routed_fold
     tensors = {
         f"{prefix}.{modules.experts}.down_proj": down_RDf.contiguous(),
-        f"{prefix}.{modules.router}.weight": fitted.router_RD.cpu() * student.scale,
+        f"{prefix}.{modules.router}.{modules.router_weight}": fitted.router_RD.cpu() * student.scale,
     }
     if shared_Ds.shape[1]:
         tensors[f"{prefix}.{modules.shared}.{modules.shared_down}.weight"] = (shared_Ds * shared_fold).contiguous()

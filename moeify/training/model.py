@@ -65,8 +65,9 @@ class Student:
     def activation(self) -> str:
         """Of the FFNs; every target has it under the name that most families use."""
         config = self.model.config
-        name = "hidden_act" if self.target is not None else families.find(config.model_type).activation
-        return str(getattr(config, name))
+        if self.target is not None:
+            return str(config.hidden_act)
+        return families.find(config.model_type).activation_of(config)
 
     @property
     def dense_ffn(self) -> FFNFormat:
@@ -90,7 +91,9 @@ class Student:
         return any(hasattr(router, SELECTION_BIAS) for router in self.routers)
 
     def router_weights(self) -> list[nn.Parameter]:
-        return [weight for router in self.routers if isinstance(weight := router.weight, nn.Parameter)]
+        if self.target is None:
+            return []
+        return [router.get_parameter(self.target.modules.router_weight) for router in self.routers]
 
     def trained_state(self) -> dict[str, Tensor]:
         """What training changes: parameters with a gradient, and selection biases."""
@@ -159,9 +162,9 @@ def keep_full_precision(router: nn.Module) -> None:
     router.forward = MethodType(_without_autocast, router)
 
 
-def _without_autocast(router: nn.Module, hidden: Tensor) -> Any:
+def _without_autocast(router: nn.Module, hidden: Tensor, *others: Any) -> Any:
     with torch.autocast(hidden.device.type, enabled=False):
-        return type(router).forward(router, hidden.to(router.get_parameter("weight").dtype))
+        return type(router).forward(router, hidden.to(next(router.parameters()).dtype), *others)
 
 
 def _inject_lora(student: Student, options: FinetuneOptions) -> Any:

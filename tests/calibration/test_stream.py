@@ -37,9 +37,12 @@ def stock_ffn(folder: Path, ids_BC: torch.Tensor) -> list[tuple[torch.Tensor, to
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     sites = families.find(model.config.model_type).sites
     for block in model.get_submodule(sites.blocks):
-        assert sites.read == sites.write
-        block.get_submodule(sites.read).register_forward_hook(
-            lambda _, inputs, output: seen.append((inputs[0].flatten(0, 1), output.flatten(0, 1)))
+        pair: list[torch.Tensor] = []
+        block.get_submodule(sites.read).register_forward_pre_hook(
+            lambda _, inputs, pair=pair: pair.append(inputs[0].flatten(0, -2))
+        )
+        block.get_submodule(sites.write).register_forward_hook(
+            lambda _, __, output, pair=pair: seen.append((pair[-1], output.flatten(0, -2)))
         )
     model(ids_BC)
     return seen

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDense
+from conftest import MakeDense, family_of
 from torch import Tensor
 
 from moeify import freeze_routers, targets
@@ -37,7 +37,8 @@ def convert(
 
     def make(target: str) -> Path:
         if target not in made:
-            dense = taught if target != "qwen3_moe" else make_dense("qwen3", hidden_size=64, intermediate_size=128)
+            family = family_of(target)
+            dense = taught if family == "llama" else make_dense(family, hidden_size=64, intermediate_size=128)
             options = SplitOptions(8, active=4, target=target, tokens=2048, calibration=(str(calibration_file),))
             made[target] = split(str(dense), tmp_path_factory.mktemp("stock") / target, options).out
         return made[target]

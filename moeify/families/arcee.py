@@ -1,0 +1,5 @@
+"""Arcee AFM: llama with squared ReLU and without a gate."""
+
+from moeify.families import Family, FFNFormat
+
+FAMILY = Family("arcee", ffn=FFNFormat(gate=None))
