@@ -14,7 +14,8 @@ from moeify.convert.layer import LayerFit
 from moeify.convert.layouts import ROW_BYTES, choose_layout, expert_counts, verdicts
 from moeify.convert.machine_plan import for_machine
 from moeify.data.documents import BUILTIN
-from moeify.data.text import TokenBlocks, calibration_blocks, sample_from_model
+from moeify.data.sampling import sample_from_model
+from moeify.data.text import TokenBlocks, calibration_blocks
 from moeify.errors import InputError, UsageError, warn
 from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter, check_fits, router_scale

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from moeify.check.perplexity import warn_of_few
 from moeify.data.documents import read_documents
-from moeify.data.text import calibration_blocks, evaluation_tokens, sample_from_model
+from moeify.data.sampling import sample_from_model
+from moeify.data.text import calibration_blocks, evaluation_tokens
 from moeify.errors import InputError, UsageError
 from moeify.models import stock
 from moeify.models.config import load_config
