@@ -21,7 +21,7 @@ from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter, check_fits, router_scale
 from moeify.models import stock
 from moeify.models.dense import DenseModel, open_dense
-from moeify.models.device import find_device
+from moeify.models.device import find_device, halves_are_fast
 from moeify.models.ffn import FFNWeights, pack
 from moeify.options import SplitOptions, Track
 from moeify.plan import Layout, SplitPlan, load_plan
@@ -190,7 +190,8 @@ def calibration_text(prepared: Prepared) -> TokenBlocks:
         )
 
     def sample(num_tokens: int, context: int, seed: int) -> Tensor:
-        model: Any = stock.load(dense.path)
+        half = halves_are_fast(options.device)
+        model: Any = stock.load(dense.path, dtype=torch.bfloat16 if half else torch.float32)
         return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=context, seed=seed)
 
     assert options.context is not None

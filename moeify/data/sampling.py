@@ -13,7 +13,8 @@ from moeify.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SAMPLE_BATCH = 32
+# Blocks that are written at once: reading the weights costs as much for one as for many.
+SAMPLE_BATCH = 64
 
 
 @torch.no_grad()
@@ -45,11 +46,18 @@ def sample_from_model(model: "PreTrainedModel", *, num_tokens: int, context: int
                     f"the model cannot write a text: its logits after {len(columns):,} tokens are not finite",
                     "its weights or its config.json are damaged: see what transformers itself computes with it",
                 )
-            chances_BV = logits_BV.softmax(-1)
-            columns.append(torch.multinomial(chances_BV, 1, generator=generator))
+            columns.append(_drawn(logits_BV, generator))
         blocks.append(torch.cat(columns, dim=1))
     model.train(training)
     return torch.cat(blocks)
+
+
+def _drawn(logits_BV: Tensor, generator: torch.Generator) -> Tensor:
+    """ids_B1: where one random number a block falls among the summed chances; `multinomial` draws V of them."""
+    sums_BV = logits_BV.softmax(-1).cumsum(-1, dtype=torch.float64)
+    # From (0, 1], so that a token without a chance is never met.
+    points_B1 = 1 - torch.rand(len(sums_BV), 1, dtype=torch.float64, generator=generator)
+    return torch.searchsorted(sums_BV, points_B1 * sums_BV[:, -1:])
 
 
 def _first_tokens(model: "PreTrainedModel", num_blocks: int, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""Devices by their names: which are here, and which one `auto` is."""
+"""Devices by their names: which are here, which one `auto` is, and what they are good at."""
 
 import torch
 
@@ -23,3 +23,12 @@ def find_device(name: str) -> torch.device:
             f"{name!r:.100} is not a device of this machine", f"--device takes {', '.join(here)} here"
         ) from error
     return device
+
+
+def halves_are_fast(device: str) -> bool:
+    """Whether bfloat16 products beat those in float32: on CUDA devices, and on CPUs with units for matrices (AMX)."""
+    if device != "cpu":
+        return device.startswith("cuda")
+    # Where torch was not built for x86 it may lack the question.
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and bool(supported())
