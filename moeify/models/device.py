@@ -26,7 +26,11 @@ def find_device(name: str) -> torch.device:
 
 
 def halves_are_fast(device: str) -> bool:
-    """Whether bfloat16 products beat those in float32: on CUDA devices, and on CPUs with units for matrices (AMX)."""
+    """Whether bfloat16 products beat those in float32: on CUDA devices, and on CPUs with units for matrices (AMX).
+
+    One core of an Intel Xeon, SmolLM2-135M, processor time (PyTorch 2.13, 2026-11-26): a step of 512 tokens of stage
+    `full`, 32 experts, 4.5 s in bfloat16 and 7.1 s in float32; 1,536 tokens of its own text 3.3 s and 6.1 s.
+    """
     if device != "cpu":
         return device.startswith("cuda")
     # Where torch was not built for x86 it may lack the question.
