@@ -17,13 +17,14 @@ from moeify.convert.layer import LayerFit
 from moeify.convert.layouts import ROW_BYTES, choose_layout, expert_counts, verdicts
 from moeify.convert.machine_plan import for_machine
 from moeify.data.documents import BUILTIN
-from moeify.data.text import TokenBlocks, calibration_blocks, sample_from_model
+from moeify.data.sampling import sample_from_model
+from moeify.data.text import TokenBlocks, calibration_blocks
 from moeify.errors import InputError, UsageError, warn
 from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter, check_fits, router_scale
 from moeify.models import stock
 from moeify.models.dense import DenseModel, open_dense
-from moeify.models.device import find_device
+from moeify.models.device import find_device, halves_are_fast
 from moeify.models.ffn import FFNWeights, pack
 from moeify.options import SplitOptions, Track
 from moeify.plan import Layout, SplitPlan, load_plan
@@ -196,7 +197,8 @@ def calibration_text(prepared: Prepared) -> TokenBlocks:
         )
 
     def sample(num_tokens: int, context: int, seed: int) -> Tensor:
-        model: Any = stock.load(dense.path)
+        half = halves_are_fast(options.device)
+        model: Any = stock.load(dense.path, dtype=torch.bfloat16 if half else torch.float32)
         return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=context, seed=seed)
 
     assert options.context is not None

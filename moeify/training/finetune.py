@@ -32,7 +32,7 @@ from moeify.errors import UsageError
 from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel
-from moeify.models.device import find_device
+from moeify.models.device import find_device, halves_are_fast
 from moeify.options import Track
 from moeify.progress import shown
 from moeify.readable import Readable
@@ -40,7 +40,7 @@ from moeify.results import read, to_json
 from moeify.training.inputs import Inputs, open_inputs
 from moeify.training.layers import check_shapes, fit_layers
 from moeify.training.model import Student
-from moeify.training.options import FinetuneOptions, Stage
+from moeify.training.options import Device, FinetuneOptions, Precision, Stage
 from moeify.training.rate import settle_tokens
 from moeify.training.teacher import Blocks, Teacher, open_teacher
 from moeify.training.writer import write_trained
@@ -141,7 +141,8 @@ def finetune(
     moe, options = str(moe), FinetuneOptions.chosen(options, choices)
     out = check_out(Path(out), [moe, teacher], overwrite=overwrite)
     check_packages(options)
-    options = replace(options, device="cpu" if find_device(options.device).type == "cpu" else "cuda")
+    device: Device = "cpu" if find_device(options.device).type == "cpu" else "cuda"
+    options = replace(options, device=device, precision=_precision(options.precision, device))
     processes = PartialState(cpu=options.device == "cpu", timeout=TIMEOUT)
     if options.minutes is not None:
         options = settle_tokens(moe, teacher, options, out=out, processes=processes, track=track)
@@ -164,6 +165,13 @@ def finetune(
         if processes.is_main_process:
             workspace.commit()
     return FinetuneResult(out, inputs.teacher.name, results)
+
+
+def _precision(precision: Precision, device: Device) -> Precision:
+    """What `auto` is, chosen once, so that a run that was killed goes on with it."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if halves_are_fast(device) else "float32"
 
 
 def check_packages(options: FinetuneOptions) -> None:
@@ -263,7 +271,7 @@ class _Stages:
             self.inputs.teacher,
             [self.inputs.ids_BC, self.inputs.eval_BC],
             device=str(self.processes.device),
-            half=options.precision == "bfloat16" or (options.precision == "auto" and options.device == "cuda"),
+            half=options.precision == "bfloat16",
             cached=options.cache_teacher,
             first=self.processes.is_main_process,
             wait=self.processes.wait_for_everyone,

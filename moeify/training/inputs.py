@@ -12,11 +12,13 @@ from torch import Tensor
 
 from moeify.check.perplexity import warn_of_few
 from moeify.data.documents import read_documents
-from moeify.data.text import calibration_blocks, evaluation_tokens, sample_from_model
+from moeify.data.sampling import sample_from_model
+from moeify.data.text import calibration_blocks, evaluation_tokens
 from moeify.errors import InputError, UsageError
 from moeify.models import stock
 from moeify.models.config import load_config
 from moeify.models.dense import DenseModel, open_dense
+from moeify.models.device import halves_are_fast
 from moeify.models.files import find_shards, locate
 from moeify.models.fingerprint import Fingerprint
 from moeify.models.tokenizer import load_tokenizer
@@ -82,7 +84,8 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
     _check_alike(moe, tokenizer, config, dense, options.data)
 
     def sample(num_tokens: int, length: int, seed: int) -> Tensor:
-        model: Any = stock.load(dense.path)
+        half = halves_are_fast(options.device)
+        model: Any = stock.load(dense.path, dtype=torch.bfloat16 if half else torch.float32)
         return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=length, seed=seed)
 
     blocks = calibration_blocks(

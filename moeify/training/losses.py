@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Logits that exist at once, on a CPU and on a GPU; the teacher's and gradients come beside them.
-CHUNK_LOGITS = (1 << 23, 1 << 26)
+# Logits that exist at once, in bytes, on a CPU and on a GPU; the teacher's are as many again, gradients take the
+# place of the student's.
+CHUNK_BYTES = (1 << 26, 1 << 27)
+# What is worked on at once in float32; on a CPU it should stay in the cache.
+CACHED_LOGITS = (1 << 18, 1 << 25)
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,9 @@ class TeacherHead:
     def of(cls, teacher: Any) -> "TeacherHead":
         return cls(teacher.get_output_embeddings().weight.detach(), 1 / getattr(teacher.config, "logits_scaling", 1.0))
 
-    def __call__(self, hidden_TD: Tensor) -> Tensor:
-        return (hidden_TD.to(self.weight_VD.dtype) @ self.weight_VD.T).float() * self.scale
+    def __call__(self, hidden_TD: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """logits_TV before `scale`, in the type of the head."""
+        return torch.mm(hidden_TD.to(self.weight_VD.dtype), self.weight_VD.T, out=out)
 
 
 class ScoringHead:
@@ -85,49 +89,78 @@ class _Scored(torch.autograd.Function):
         device = hidden_BCD.device.type
         # Cast here: autocast would keep a copy of the weights for every chunk.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-        head_VD = weight_VD.detach().to(dtype).requires_grad_(needs[1])
-        hidden_TD, its_TD = hidden_BCD[:, :-1].flatten(0, 1).to(dtype), teacher_BCD[:, :-1].flatten(0, 1)
-        targets_T = ids_BC[:, 1:].flatten()
+        hidden_TD, head_VD = hidden_BCD[:, :-1].flatten(0, 1).to(dtype), weight_VD.to(dtype)
+        targets_T, its_TD = ids_BC[:, 1:].flatten(), teacher_BCD[:, :-1].flatten(0, 1)
         grad_BCD = torch.zeros_like(hidden_BCD) if needs[0] else None
-        grad_VD = torch.zeros_like(weight_VD) if needs[1] else None
-        grads: list[Tensor] = []
-        parts: list[Tensor] = []
-        weight_2 = torch.tensor(weights, dtype=torch.float32, device=hidden_BCD.device)
-        step = max(1, CHUNK_LOGITS[device != "cpu"] // len(head_VD))
-        with torch.autocast(device, enabled=False), torch.set_grad_enabled(any(needs)):
+        grad_TD = torch.empty_like(hidden_TD) if needs[0] else None
+        grad_VD: Tensor | None = None
+        parts_T2 = torch.empty(len(targets_T), 2, device=device)
+        per_token = (weights[0] / len(targets_T), weights[1] / len(targets_T)) if any(needs) else None
+        step = _chunk_tokens(len(targets_T), head_VD[:, :1].nbytes, device)
+        # Memory that the system hands out anew for each chunk costs more than the arithmetic on it.
+        logits_TV = hidden_TD.new_empty(step, len(head_VD))
+        teacher_TV = logits_TV.new_empty(step, len(teacher.weight_VD), dtype=teacher.weight_VD.dtype)
+        with torch.autocast(device, enabled=False):
             for rows in (slice(start, start + step) for start in range(0, len(targets_T), step)):
-                chunk_TD = hidden_TD[rows].detach().requires_grad_(needs[0])
-                parts_T2 = _token_losses((chunk_TD @ head_VD.T).float(), teacher(its_TD[rows]), targets_T[rows])
-                parts.append(parts_T2.detach())
-                if any(needs):
-                    leaves = [leaf for leaf in (chunk_TD, head_VD) if leaf.requires_grad]
-                    torch.autograd.backward((parts_T2 @ weight_2).sum() / len(targets_T), inputs=leaves)
-                if chunk_TD.grad is not None:
-                    grads.append(chunk_TD.grad)
-                if grad_VD is not None and head_VD.grad is not None:
-                    grad_VD += head_VD.grad
-                    head_VD.grad = None
-        if grad_BCD is not None:
-            grad_BCD[:, :-1] = torch.cat(grads).view(*grad_BCD[:, :-1].shape)
-        context.save_for_backward(grad_BCD, grad_VD)
-        parts_B2 = torch.cat(parts).view(len(ids_BC), -1, 2).mean(dim=1)
+                chunk_TD = hidden_TD[rows]
+                some_TV, its_TV = logits_TV[: len(chunk_TD)], teacher_TV[: len(chunk_TD)]
+                torch.mm(chunk_TD, head_VD.T, out=some_TV)
+                teacher(its_TD[rows], out=its_TV)
+                parts_T2[rows] = _token_losses(some_TV, its_TV, teacher.scale, targets_T[rows], per_token)
+                if grad_TD is not None:
+                    torch.mm(some_TV, head_VD, out=grad_TD[rows])
+                if needs[1]:
+                    part_VD = some_TV.T @ chunk_TD
+                    grad_VD = part_VD.to(weight_VD.dtype) if grad_VD is None else grad_VD.add_(part_VD)
+        if grad_BCD is not None and grad_TD is not None:
+            grad_BCD[:, :-1] = grad_TD.view(*grad_BCD[:, :-1].shape)
+        context.grads = (grad_BCD, grad_VD)
+        parts_B2 = parts_T2.view(len(ids_BC), -1, 2).mean(dim=1)
         context.mark_non_differentiable(parts_B2)
-        return parts_B2.mean(dim=0) @ weight_2, parts_B2
+        return parts_B2.mean(dim=0) @ parts_B2.new_tensor(weights), parts_B2
 
     @staticmethod
     def backward(context: Any, *outputs: Any) -> tuple[Any, ...]:
-        found = (None if grad is None else grad * outputs[0].to(grad) for grad in context.saved_tensors)
-        return (*found, None, None, None, None)
+        # Scaled in place, so they are there once.
+        grads, context.grads = context.grads, None
+        return (*(None if grad is None else grad.mul_(outputs[0].to(grad)) for grad in grads), None, None, None, None)
 
 
-def _token_losses(logits_TV: Tensor, teacher_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """losses_T2: KL(teacher || student) and negative log-likelihood, in nats."""
-    student_TV = logits_TV.log_softmax(dim=1)
+def _chunk_tokens(num_tokens: int, logit_bytes: int, device: str) -> int:
+    """So many tokens at once: chunks of one size, or the last one would be slow."""
+    most = max(1, CHUNK_BYTES[device != "cpu"] // logit_bytes)
+    return -(-num_tokens // -(-num_tokens // most))
+
+
+def _token_losses(
+    logits_TV: Tensor, teacher_TV: Tensor, scale: float, targets_T: Tensor, weights: tuple[float, float] | None
+) -> Tensor:
+    """losses_T2: KL(teacher || student) and negative log-likelihood, in nats.
+
+    Args:
+        logits_TV: the student's; with `weights` the gradient of the sum, weighted so, takes their place.
+        teacher_TV: before `scale`.
+    """
     # Vocabularies padded to different sizes agree on the tokens that a tokenizer gives.
-    shared = min(student_TV.shape[1], teacher_TV.shape[1])
-    log_TV = teacher_TV.log_softmax(dim=1)[:, :shared]
-    divergence_T = (log_TV.exp() * (log_TV - student_TV[:, :shared])).sum(dim=1)
-    return torch.stack([divergence_T, -student_TV.gather(1, targets_T[:, None]).squeeze(1)], dim=1)
+    shared = min(logits_TV.shape[1], teacher_TV.shape[1])
+    losses_T2 = torch.empty(len(logits_TV), 2, device=logits_TV.device)
+    step = max(1, CACHED_LOGITS[logits_TV.device.type != "cpu"] // logits_TV.shape[1])
+    for rows in (slice(start, start + step) for start in range(0, len(logits_TV), step)):
+        student_RV = logits_TV[rows].log_softmax(dim=1, dtype=torch.float32)
+        log_RV = teacher_TV[rows].float().mul_(scale).log_softmax(dim=1)[:, :shared]
+        target_R1 = targets_T[rows, None]
+        chances_RV = log_RV.exp()
+        losses_T2[rows, 0] = (log_RV.sub_(student_RV[:, :shared]).mul_(chances_RV)).sum(dim=1)
+        losses_T2[rows, 1] = -student_RV.gather(1, target_R1).squeeze(1)
+        if weights is not None:
+            divergence, language = weights
+            # What the teacher gives to tokens that only it has pulls at nothing.
+            mass_R1 = chances_RV.sum(dim=1, keepdim=True).mul_(divergence).add_(language)
+            grad_RV = student_RV.exp_().mul_(mass_R1)
+            grad_RV[:, :shared].sub_(chances_RV, alpha=divergence)
+            grad_RV.scatter_add_(1, target_R1, torch.full_like(target_R1, -language, dtype=grad_RV.dtype))
+            logits_TV[rows] = grad_RV
+    return losses_T2
 
 
 def hidden_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Tensor:

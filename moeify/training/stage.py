@@ -96,7 +96,6 @@ def training_arguments(
     """
     every = min(options.every or -(-num_steps // 10), num_steps)
     on_cuda = options.device == "cuda"
-    half = options.precision == "bfloat16" or (options.precision == "auto" and on_cuda)
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=options.batch,
@@ -107,7 +106,7 @@ def training_arguments(
         lr_scheduler_type={"constant": "constant_with_warmup"}.get(options.schedule, options.schedule),
         warmup_steps=math.ceil(options.warmup * num_steps),
         max_grad_norm=CLIP_NORM,
-        bf16=half,
+        bf16=options.precision == "bfloat16",
         use_cpu=not on_cuda,
         seed=options.seed,
         data_seed=options.seed,

@@ -19,7 +19,7 @@ from moeify.calibration.overflow import LARGEST, check_activations
 from moeify.calibration.stream import HiddenStream
 from moeify.convert.layer import LayerFit, fit_layer
 from moeify.convert.pipeline import split
-from moeify.data.text import sample_from_model
+from moeify.data.sampling import sample_from_model
 from moeify.errors import InputError
 from moeify.experts.mixing import UNIT
 from moeify.models import stock

@@ -20,13 +20,21 @@ from moeify.models.files import find_shards
 from moeify.options import SplitOptions
 from moeify.plan import load_plan
 from moeify.training import losses as finetune_losses
-from moeify.training.finetune import FinetuneResult, finetune
+from moeify.training.finetune import FinetuneResult, _precision, finetune
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
 
 Cut = Callable[..., Path]
 OPTIONS = FinetuneOptions(
-    stage=("full",), tokens=16_384, context=64, batch=8, eval_tokens=2048, learning_rate=1e-3, every=16
+    stage=("full",),
+    tokens=16_384,
+    context=64,
+    batch=8,
+    eval_tokens=2048,
+    learning_rate=1e-3,
+    every=16,
+    # Tests compare numbers of different runs, on any machine.
+    precision="float32",
 )
 
 # Where no figure must have become better.
@@ -42,6 +50,8 @@ def cut(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Cut:
         key = repr((target, sorted(options.items())))
         if key not in made:
             values = {"experts": 8, "active": 4, "tokens": 4096, "context": 64, "target": target, **options}
+            # What a model writes itself depends on the machine's arithmetic.
+            values["calibration"] = ("builtin",)
             if values.get("static"):
                 del values["target"]
             made[key] = tmp_path_factory.mktemp("cut") / "moe"
@@ -223,6 +233,14 @@ def test_layer_outputs_can_be_followed_and_activations_recomputed(cut: Cut, taug
     logged = [entry["hidden"] for entry in _history(tmp_path / "plain") if "hidden" in entry]
     assert logged[-1] < logged[0]
     assert again.stages[0].after["kl"] == pytest.approx(plain.stages[0].after["kl"], rel=1e-3)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_precision_auto_takes_what_is_fast_here(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: fast)
+    assert _precision("auto", "cpu") == ("bfloat16" if fast else "float32")
+    assert _precision("auto", "cuda") == "bfloat16"
+    assert _precision("float32", "cuda") == "float32"
 
 
 def test_half_precision_arithmetic_trains_full_precision_weights(cut: Cut, taught: Path, tmp_path: Path) -> None:

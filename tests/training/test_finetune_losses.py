@@ -46,7 +46,8 @@ def plain(parts: dict[str, Any]) -> tuple[Tensor, Tensor]:
 def test_chunks_give_the_plain_losses_and_gradients(
     parts: dict[str, Any], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finetune_losses, "CHUNK_LOGITS", (chunk, chunk))
+    monkeypatch.setattr(finetune_losses, "CHUNK_BYTES", (4 * chunk,) * 2)
+    monkeypatch.setattr(finetune_losses, "CACHED_LOGITS", (chunk // 2,) * 2)
     divergence_B, language_B = plain(parts)
     wanted = 0.7 * divergence_B.mean() + 0.2 * language_B.mean()
     expected = torch.autograd.grad(3 * wanted, [parts["hidden"], parts["head"].weight])
@@ -62,11 +63,11 @@ def test_chunks_give_the_plain_losses_and_gradients(
 
 
 def test_logits_exist_a_few_tokens_at_a_time(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finetune_losses, "CHUNK_LOGITS", (5 * VOCABULARY,) * 2)
+    monkeypatch.setattr(finetune_losses, "CHUNK_BYTES", (4 * 5 * VOCABULARY,) * 2)
     seen: list[tuple[int, ...]] = []
     plain_losses = finetune_losses._token_losses
 
-    def note(logits_TV: Tensor, *others: Tensor) -> Tensor:
+    def note(logits_TV: Tensor, *others: Any) -> Tensor:
         seen.append(tuple(logits_TV.shape))
         return plain_losses(logits_TV, *others)
 
@@ -75,7 +76,21 @@ def test_logits_exist_a_few_tokens_at_a_time(parts: dict[str, Any], monkeypatch:
     scoring.targets = (parts["ids"], parts["its"], parts["teacher"])
     parts["head"](parts["hidden"])
     assert sum(rows for rows, _ in seen) == BLOCKS * (CONTEXT - 1)
-    assert max(rows for rows, _ in seen) == 5
+    assert max(rows for rows, _ in seen) <= 5
+    assert len(seen) == -(-BLOCKS * (CONTEXT - 1) // 5)
+
+
+@pytest.mark.parametrize("rows", [VOCABULARY - 3, VOCABULARY + 3])
+def test_vocabularies_padded_to_different_sizes(parts: dict[str, Any], rows: int) -> None:
+    teacher = TeacherHead(noise(rows, HIDDEN + 2, seed=4), 0.5)
+    parts["ids"].clamp_(max=VOCABULARY - 4)
+    logits = (parts["hidden"][:, :-1] @ parts["head"].weight.T).log_softmax(-1)[..., :rows]
+    its = (parts["its"][:, :-1] @ teacher.weight_VD.T * 0.5).log_softmax(-1)[..., :VOCABULARY]
+    expected = torch.autograd.grad((its.exp() * (its - logits)).sum(-1).mean(), parts["hidden"])
+    scoring = ScoringHead(parts["head"], kl=1, lm=0)
+    scoring.targets = (parts["ids"], parts["its"], teacher)
+    found = torch.autograd.grad(parts["head"](parts["hidden"])[:, 0].mean(), parts["hidden"])
+    torch.testing.assert_close(found, expected)
 
 
 def test_a_head_without_targets_gives_logits_again(parts: dict[str, Any]) -> None:
