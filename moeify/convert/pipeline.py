@@ -113,7 +113,8 @@ def split(
     # Before any work: a tokenizer that would cut text otherwise is a refusal.
     companions = settle_companions(dense.path, prepared.writer.config_text())
     blocks = calibration_text(prepared) if prepared.needs_text else None
-    calibration = asdict(blocks.provenance) if blocks else {}
+    saved = prepared.saved_plan
+    calibration = asdict(blocks.provenance) if blocks else dict(saved.calibration) if saved else {}
     with Workspace(out, _job(prepared, calibration), overwrite=overwrite) as workspace:
         if not workspace.is_complete:
             check_room(workspace.path, prepared.writer.num_bytes - workspace.num_bytes + gguf_bytes)

@@ -144,6 +144,11 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
             replace(layer, router_RD=None if layer.router_RD is None else layer.router_RD.to(dtype))
             for layer in saved.layers
         )
+        if not options.refit:
+            # No text is read: the plan's text stays the one it was calibrated on, but its errors are of another
+            # checkpoint, whose down_proj was refit.
+            options = replace(options, calibration=saved.options.calibration, tokens=saved.options.tokens)
+            layers = (replace(layer, diagnostics={}) for layer in layers)
         saved = replace(saved, layers=tuple(layers))
     _check_dense_layers(layout, dense.num_layers)
     _check_width(layout, dense.num_neurons, dtype, writable=writable)

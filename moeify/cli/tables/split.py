@@ -54,6 +54,8 @@ def split_table(result: "SplitResult") -> Table:
         values = [d[key] for d in last if key in d]
         if values:
             rows.append((label, f"{sum(values) / len(values):.4f} (mean of {len(values)} layers)"))
+    if not any(last):
+        rows.append(("layer error", "not measured: the plan was taken over, and no text was read"))
     table = key_value_table("moeify split", rows)
     table.caption = "`moeify ls words` says what shared, routed, refit and oracle mean"
     return table
