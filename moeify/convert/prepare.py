@@ -20,6 +20,7 @@ from moeify.errors import InputError, UsageError, warn
 from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter, check_fits, router_scale
 from moeify.models import stock
+from moeify.models.chat import chat_turns
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.device import find_device
 from moeify.models.ffn import FFNWeights, pack
@@ -194,14 +195,16 @@ def calibration_text(prepared: Prepared) -> TokenBlocks:
             "--calibration takes text like yours, several texts, and self"
         )
 
+    tokenizer = dense.tokenizer()
+
     def sample(num_tokens: int, context: int, seed: int) -> Tensor:
-        model: Any = stock.load(dense.path)
-        return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=context, seed=seed)
+        turns, model = chat_turns(tokenizer, dense.name), stock.load(dense.path).to(options.device)
+        return sample_from_model(model, num_tokens=num_tokens, context=context, seed=seed, turns=turns)
 
     assert options.context is not None
     blocks = calibration_blocks(
         options.calibration,
-        dense.tokenizer(),
+        tokenizer,
         num_tokens=options.tokens,
         context=options.context,
         seed=options.seed,
