@@ -20,7 +20,6 @@ from moeify.errors import InputError, UsageError, warn
 from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter, check_fits, router_scale
 from moeify.models import stock
-from moeify.models.chat import chat_turns
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.device import find_device
 from moeify.models.ffn import FFNWeights, pack
@@ -195,16 +194,16 @@ def calibration_text(prepared: Prepared) -> TokenBlocks:
             "--calibration takes text like yours, several texts, and self"
         )
 
-    tokenizer = dense.tokenizer()
-
     def sample(num_tokens: int, context: int, seed: int) -> Tensor:
-        turns, model = chat_turns(tokenizer, dense.name), stock.load(dense.path).to(options.device)
-        return sample_from_model(model, num_tokens=num_tokens, context=context, seed=seed, turns=turns)
+        # Without conversations, which fine-tuning has: with them SmolLM2-135M-Instruct (24 of 32 experts, 16,384
+        # tokens) had perplexity 75.6 and 23.0 on Moby-Dick and Wikipedia, without them 72.3 and 22.8.
+        model: Any = stock.load(dense.path)
+        return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=context, seed=seed)
 
     assert options.context is not None
     blocks = calibration_blocks(
         options.calibration,
-        tokenizer,
+        dense.tokenizer(),
         num_tokens=options.tokens,
         context=options.context,
         seed=options.seed,
