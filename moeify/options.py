@@ -196,6 +196,8 @@ class EvalOptions(Options):
     tokens: int = option(8192, "At most so many tokens of each text", least=2)
     tasks: tuple[str, ...] = option((), TASKS, auto="none", name="TASK")
     questions: int | None = option(None, QUESTIONS, auto="all", least=1)
+    # There are 32: check/loops.py.
+    answers: int = option(16, "Of chat models, looked at for loops", least=0, below=33)
     context: int | None = option(None, CONTEXT, auto=CONTEXT_AUTO, least=2, panel=ADVANCED)
     stride: int | None = option(None, "Tokens the window moves by", auto="the context", least=1, panel=ADVANCED)
     dtype: DType = option("auto", DTYPE, panel=ADVANCED)

@@ -23,8 +23,6 @@ from moeify.plan import resolve_layout
 pytestmark = [
     pytest.mark.real,
     pytest.mark.slow,
-    # transformers does not cut digits as the GGUF says.
-    pytest.mark.filterwarnings("ignore:smollm2-135m.gguf cuts text as smollm"),
 ]
 TOKENS = 2048
 

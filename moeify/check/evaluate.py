@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from moeify import families
 from moeify.check.calibrated import calibrated_on, warn_of_kind
+from moeify.check.loops import LoopResult, Loops
 from moeify.check.perplexity import EvalResult, Perplexity
 from moeify.check.tasks import Tasks
 from moeify.check.tasks_results import TaskResult
@@ -34,10 +35,11 @@ MEASURES: Mapping[Modality, Callable[[Mapping[str, Path], EvalOptions], Measure]
 
 @dataclass(frozen=True, repr=False)
 class Evaluation(Readable):
-    """All models on all texts and tasks, in the order they were measured."""
+    """All models on all texts and tasks, in the order they were measured; loops of those with a chat template."""
 
     results: tuple[EvalResult, ...]
     tasks: tuple[TaskResult, ...] = ()
+    loops: tuple[LoopResult, ...] = ()
 
 
 def load(model: str | Path, *, dtype: str = "auto", device: str = "cpu", **arguments: Any) -> Any:
@@ -101,12 +103,14 @@ def evaluate(
         dense, moe = moeify.evaluate(["builtin", "my-moe"], "builtin-heldout")
         print(moe.perplexity / dense.perplexity)
     """
-    options = EvalOptions(names_of(data), tokens=tokens, context=context, stride=stride, dtype=dtype, device=device)
+    options = EvalOptions(
+        names_of(data), tokens=tokens, context=context, stride=stride, dtype=dtype, device=device, answers=0
+    )
     return Rows[EvalResult](measure(names_of(models), options, track=track).results)
 
 
 def measure(models: Sequence[str], options: EvalOptions, *, track: Track[Any] = shown) -> Evaluation:
-    """Measure each model on each text, and have it answer each task.
+    """Measure each model on each text, and have it answer each task; models for chats answer some questions.
 
     Args:
         models: checkpoints; the first is what the others are compared with.
@@ -121,6 +125,7 @@ def measure(models: Sequence[str], options: EvalOptions, *, track: Track[Any] = 
     find_device(options.device)
     perplexity = MEASURES[_modality(paths)](paths, options)
     tasks = Tasks(options.tasks, options.questions, track)
+    loops = Loops(paths, options.answers)
     own = {name: calibrated_on(path) for name, path in paths.items()}
     warn_of_kind(own, options.data)
     results = []
@@ -129,8 +134,9 @@ def measure(models: Sequence[str], options: EvalOptions, *, track: Track[Any] = 
         rows = [perplexity(model, name, source, track) for source in options.data]
         results += [replace(row, calibrated_on=own[name]) for row in rows]
         tasks.ask(model, name, paths[name], track)
+        loops.ask(model, name, track)
         del model
-    return Evaluation(tuple(results), tasks.results())
+    return Evaluation(tuple(results), tasks.results(), loops.results())
 
 
 def _modality(paths: Mapping[str, Path]) -> Modality:

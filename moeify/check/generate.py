@@ -1,8 +1,7 @@
 """Text that models make, each from the same prompt: token by token, to whoever wants to see it grow.
 
 What a folder says of generation is not followed but for its end tokens: all models draw in the same way. A chat
-template of a folder is rendered only by `Speaker.chat_ids`, in jinja's sandbox as transformers does it: it sees the
-messages and nothing of the machine, but nothing stops one that never ends.
+template of a folder is rendered by models/chat.py.
 """
 
 import time
@@ -17,9 +16,11 @@ from transformers import GenerationConfig, TextStreamer
 
 from moeify.check.evaluate import load
 from moeify.command_line import names_of
-from moeify.errors import InputError, first_line
+from moeify.errors import InputError
+from moeify.models.chat import Message, conversation_ids, has_template
 from moeify.models.device import find_device
 from moeify.models.files import locate
+from moeify.models.generation import ends_of
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import GenerateOptions, Names, Track, untracked
 from moeify.progress import shown
@@ -29,9 +30,6 @@ from moeify.readable import Readable
 NEW_TOKENS = 256
 # Takes a piece of text as soon as it is certain.
 Show = Callable[[str], None]
-Message = dict[str, str]
-# Of a rendered conversation.
-LIMIT_CHARACTERS = 1 << 22
 
 
 def unseen(_: str) -> None:
@@ -97,14 +95,14 @@ class Speaker:
     @classmethod
     def of(cls, name: str, model: Any, tokenizer: Any, options: GenerateOptions) -> "Speaker":
         """The same of what is loaded already; the model's own generation settings are replaced."""
-        ends = _tokens(model.generation_config.eos_token_id) | _tokens(tokenizer.eos_token_id)
+        ends = ends_of(model, tokenizer)
         # transformers fills what is open in a call from here; caches, penalties and beams of a folder are not taken.
         model.generation_config = GenerationConfig(eos_token_id=sorted(ends) or None, pad_token_id=min(ends, default=0))
         return cls(name, model, tokenizer, options)
 
     @property
     def has_template(self) -> bool:
-        return bool(getattr(self.tokenizer, "chat_template", None))
+        return has_template(self.tokenizer)
 
     def text_ids(self, text: str) -> list[int]:
         """Tokens of a text that shall be continued."""
@@ -119,18 +117,7 @@ class Speaker:
         """
         if not self.has_template:
             return self.text_ids("".join(message["content"] for message in messages))
-        try:
-            text = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
-        except Exception as error:
-            # Templates raise what they like.
-            raise InputError(
-                f"the chat template of {self.name} does not take this conversation: {first_line(error)}",
-                "`moeify generate` continues a text without a template",
-            ) from error
-        if len(text) > LIMIT_CHARACTERS:
-            raise InputError(f"the chat template of {self.name} makes {len(text):,} characters", "begin anew")
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return conversation_ids(self.tokenizer, messages, self.name)
 
     def say(self, ids: Sequence[int], show: Show = unseen) -> Generation:
         """Continue the tokens; Ctrl-C passes through, and what was shown by then stays shown.
@@ -165,7 +152,7 @@ class Speaker:
             num_tokens=len(new),
             first_token_ms=first * 1000,
             tokens_per_second=(len(new) - 1) / (seconds - first) if len(new) > 1 else 0.0,
-            ended=bool(new) and new[-1] in _tokens(self.model.generation_config.eos_token_id),
+            ended=bool(new) and new[-1] in ends_of(self.model),
         )
 
     def _num_new(self, num_prompt: int) -> int:
@@ -271,11 +258,6 @@ class _Stream(TextStreamer):
         self.pieces.append(text)
         if text:
             self.show(text)
-
-
-def _tokens(value: Any) -> set[int]:
-    """One token, several or none, as a set."""
-    return {token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)}
 
 
 @contextmanager

@@ -128,7 +128,8 @@ def split(
     # Before any work: a tokenizer that would cut text otherwise is a refusal.
     companions = settle_companions(dense.path, prepared.writer.config_text())
     blocks = share.first(lambda: calibration_text(prepared)) if prepared.needs_text else None
-    calibration = asdict(blocks.provenance) if blocks else {}
+    saved = prepared.saved_plan
+    calibration = asdict(blocks.provenance) if blocks else dict(saved.calibration) if saved else {}
     if share.is_first:
         with Workspace(out, _job(prepared, calibration), overwrite=overwrite) as workspace:
             if not share.first(lambda: workspace.is_complete):

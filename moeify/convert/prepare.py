@@ -151,6 +151,11 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
             replace(layer, router_RD=None if layer.router_RD is None else layer.router_RD.to(dtype))
             for layer in saved.layers
         )
+        if not options.refit:
+            # No text is read: the plan's text stays the one it was calibrated on, but its errors are of another
+            # checkpoint, whose down_proj was refit.
+            options = replace(options, calibration=saved.options.calibration, tokens=saved.options.tokens)
+            layers = (replace(layer, diagnostics={}) for layer in layers)
         saved = replace(saved, layers=tuple(layers))
     _check_dense_layers(layout, dense.num_layers)
     _check_width(layout, dense.num_neurons, dtype, writable=writable)
@@ -197,8 +202,10 @@ def calibration_text(prepared: Prepared) -> TokenBlocks:
         )
 
     def sample(num_tokens: int, context: int, seed: int) -> Tensor:
-        half = halves_are_fast(options.device)
-        model: Any = stock.load(dense.path, dtype=torch.bfloat16 if half else torch.float32)
+        # Without conversations, which fine-tuning has: with them SmolLM2-135M-Instruct (24 of 32 experts, 16,384
+        # tokens) had perplexity 75.6 and 23.0 on Moby-Dick and Wikipedia, without them 72.3 and 22.8.
+        dtype = torch.bfloat16 if halves_are_fast(options.device) else torch.float32
+        model: Any = stock.load(dense.path, dtype=dtype)
         return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=context, seed=seed)
 
     assert options.context is not None

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from moeify.data.conversations import Conversations, leads
 from moeify.errors import InputError
+from moeify.models.chat import Turns
+from moeify.models.generation import ends_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +21,9 @@ SAMPLE_BATCH = 64
 
 
 @torch.no_grad()
-def sample_from_model(model: "PreTrainedModel", *, num_tokens: int, context: int, seed: int) -> Tensor:
+def sample_from_model(
+    model: "PreTrainedModel", *, num_tokens: int, context: int, seed: int, turns: Turns | None = None
+) -> Tensor:
     """Let the model write num_tokens // context blocks, each from its BOS token on, at temperature 1.
 
     Not `model.generate`: it fills in sampling settings from the model's generation_config (top-p, repetition penalty,
@@ -27,6 +32,11 @@ def sample_from_model(model: "PreTrainedModel", *, num_tokens: int, context: int
     A model without BOS starts from EOS, which stood before every document in training; one with neither starts every
     block from a random token, so that the blocks differ from the first token on (LLM-QAT, https://arxiv.org/abs/2305.17888).
 
+    Args:
+        model: on its device.
+        num_tokens, context, seed: how much, in blocks of how many tokens.
+        turns: of a model for chats; every second block is then a conversation with itself.
+
     Returns:
         ids_BC, int64 on the CPU; the same for the same seed on the same machine.
     """
@@ -34,8 +44,10 @@ def sample_from_model(model: "PreTrainedModel", *, num_tokens: int, context: int
     training = model.training
     model.train(False)
     blocks = []
+    ends = ends_of(model)
     for first_B1 in torch.split(_first_tokens(model, num_tokens // context, generator), SAMPLE_BATCH):
-        columns, cache = [first_B1], None
+        chats = Conversations(turns, ends, len(first_B1)) if turns and leads(turns, context) else None
+        columns, cache = [chats.follow(first_B1) if chats else first_B1], None
         for _ in range(context - 1):
             out = model(input_ids=columns[-1].to(model.device), past_key_values=cache, use_cache=True)
             cache = out.past_key_values
@@ -46,7 +58,8 @@ def sample_from_model(model: "PreTrainedModel", *, num_tokens: int, context: int
                     f"the model cannot write a text: its logits after {len(columns):,} tokens are not finite",
                     "its weights or its config.json are damaged: see what transformers itself computes with it",
                 )
-            columns.append(_drawn(logits_BV, generator))
+            drawn_B1 = _drawn(chats.temper(logits_BV) if chats else logits_BV, generator)
+            columns.append(chats.follow(drawn_B1) if chats else drawn_B1)
         blocks.append(torch.cat(columns, dim=1))
     model.train(training)
     return torch.cat(blocks)

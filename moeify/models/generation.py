@@ -31,6 +31,13 @@ def usable_generation(path: Path) -> bool:
     return False
 
 
+def ends_of(model: Any, tokenizer: Any = None) -> set[int]:
+    """The tokens by which a loaded model ends a text, as its folder says."""
+    values = (model.generation_config.eos_token_id, getattr(tokenizer, "eos_token_id", None))
+    tokens = [token for value in values for token in (value if isinstance(value, list) else [value])]
+    return {token for token in tokens if isinstance(token, int)}
+
+
 def default_generation(config: Any) -> GenerationConfig:
     """The defaults that a model's config implies."""
     return GenerationConfig.from_model_config(config)

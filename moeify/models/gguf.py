@@ -5,7 +5,6 @@ without a word are refused, because the folder would be another model. What cann
 """
 
 import hashlib
-import json
 import math
 import struct
 import tempfile
@@ -23,11 +22,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from moeify.cache import cache_dir, made_once
 from moeify.errors import InputError, first_line, warn
 from moeify.models.fingerprint import SAMPLE_BYTES
-from moeify.models.pretokenizers import PRE_TOKENIZERS, stages_of
+from moeify.models.pretokenizers import apply, named
 from moeify.models.stock import load_gguf, quiet
 from moeify.models.tokenizer import stock_tokenizer
 from moeify.words import listing, printable
 
+# Of the folder that is made: what an earlier moeify kept is made anew.
+FORMAT = 2
 # Of https://github.com/ggml-org/ggml/blob/master/docs/gguf.md: number of a value's type -> its format for struct.
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -109,7 +110,8 @@ def from_gguf(file: Path) -> Path:
             f"{file} is one of {parts} parts", f"join them: llama-gguf-split --merge {file.name} merged.gguf"
         )
     stat = file.stat()
-    key = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} {transformers.__version__}".encode() + header.content)
+    made_by = f"{transformers.__version__} {FORMAT}"
+    key = hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns} {made_by}".encode() + header.content)
     key.update(b"".join(header.samples))
     folder = cache_dir() / f"gguf-{key.hexdigest()[:16]}"
     if folder.is_dir():
@@ -136,7 +138,7 @@ def from_gguf(file: Path) -> Path:
     if (stat.st_size, stat.st_mtime_ns) != (file.stat().st_size, file.stat().st_mtime_ns):
         raise InputError(f"{file} changed while it was read", "run the same command again when nothing writes there")
     report.check(f"{file.name} ({header.architecture})")
-    _warn_of_cut(file, header, tokenizer)
+    _repair_cut(file, header, tokenizer)
     # transformers marks the dequantised model as quantised, which forbids saving it.
     values = {k: v for k, v in model.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     plain = AutoModelForCausalLM.from_config(type(model.config)(**values), dtype=model.dtype)
@@ -215,20 +217,21 @@ def _check_rotation(file: Path, header: Header, config: Any) -> None:
         )
 
 
-def _warn_of_cut(file: Path, header: Header, tokenizer: Any) -> None:
-    """Warn of a text that is cut otherwise before merges than the GGUF says, whose name for it transformers ignores."""
+def _repair_cut(file: Path, header: Header, tokenizer: Any) -> None:
+    """Let the tokenizer cut text before merges as the GGUF says, whose name for it transformers ignores.
+
+    Without it SmolLM2's GGUF (`smollm`) and its tokenizer.json differ in 18 of 13,575 tokens of builtin-heldout.
+    """
     name = header.metadata.get("tokenizer.ggml.pre")
     if name is None or header.metadata.get("tokenizer.ggml.model") != "gpt2":
         return
-    try:
-        made = stages_of(json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"])
-    except ValueError:
-        made = ()
-    if made not in (one.stages for one in PRE_TOKENIZERS if one.name == name):
-        warn(
-            f"{file.name} cuts text as {printable(name)}, which transformers does not read from a GGUF: some texts, "
-            f"such as long numbers, may become other tokens than in llama.cpp; {FROM_SAFETENSORS} to have the same"
-        )
+    if one := named(str(name)):
+        apply(one, tokenizer.backend_tokenizer)
+        return
+    warn(
+        f"{file.name} cuts text as {printable(name)}, which transformers does not read from a GGUF: some texts, "
+        f"such as long numbers, may become other tokens than in llama.cpp; {FROM_SAFETENSORS} to have the same"
+    )
 
 
 def _value(config: Any, names: tuple[str, ...]) -> Any:

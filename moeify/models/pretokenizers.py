@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Regex, pre_tokenizers
+
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 # Other spellings of the same. A possessive quantifier takes nothing here that the next part could take, and the longest
 # white space that ends with a line break is the same with one line break or several at its end.
@@ -85,6 +87,45 @@ PRE_TOKENIZERS = (
     PreTokenizer("deepseek-v3", DEEPSEEK_V3),
     PreTokenizer("minicpm5", MINICPM5, ignore_merges=True),
 )
+
+
+# Other names of the same, in the source of https://github.com/ggml-org/llama.cpp/commit/00ad355e.
+ALIASES: Mapping[str, str] = {
+    alias: name
+    for name, aliases in {
+        "gpt-2": "phi-2 gigachat a.x-4.0 mellum exaone4 modern-bert mpt olmo jais trillion granite-docling",
+        "smollm": "starcoder refact command-r codeshell exaone minerva-7b mellum2",
+        "llama-bpe": "llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",
+        "dbrx": "smaug-bpe glm4 chatglm-bpe",
+        "qwen2": "deepseek-r1-qwen kormo f2llmv2 megrez stablelm2 hunyuan solar-open grok-2",
+        "gpt-4o": "llama4 kanana2 talkie minimax-m2",
+        "deepseek-v3": "hunyuan-dense joyai-llm hy_v4",
+    }.items()
+    for alias in aliases.split()
+}
+
+
+def named(name: str) -> PreTokenizer | None:
+    """What llama.cpp does under a name; None for one that is not known here."""
+    return next((one for one in PRE_TOKENIZERS if one.name == ALIASES.get(name, name)), None)
+
+
+def apply(one: PreTokenizer, backend: Any) -> None:
+    """Let a byte-level BPE cut text as a name says; `stages_of` is the inverse.
+
+    Args:
+        one: how.
+        backend: a `tokenizers.Tokenizer`.
+    """
+    parts: list[Any] = []
+    for stage in one.stages:
+        if stage == DIGIT:
+            parts.append(pre_tokenizers.Digits(individual_digits=True))
+        elif stage != GPT2:
+            parts.append(pre_tokenizers.Split(Regex(stage), "isolated"))
+    parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=GPT2 in one.stages))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(parts) if len(parts) > 1 else parts[0]
+    backend.model.ignore_merges = one.ignore_merges
 
 
 def candidates(stages: tuple[str, ...]) -> tuple[PreTokenizer, ...]:

@@ -46,6 +46,13 @@ def _lines(model: str, evaluation: Evaluation) -> Iterator[str]:
             name = f"{on_one_line(task.metric)} of {_cell(task.task)}, {task.num_questions:,} questions"
             difference = f"{task.difference:+.3f} ({task.difference_low:+.3f} to {task.difference_high:+.3f})"
             yield f"| {name} | {task.score - task.difference:.3f} | {task.score:.3f} | {difference} |"
+    first = {row.model: row for row in evaluation.loops}
+    if model in first and evaluation.loops[0].model != model:
+        answered = evaluation.loops[0]
+        for what in ("loops", "endless"):
+            own, dense_count = getattr(first[model], what), getattr(answered, what)
+            name = f"{what} in {answered.num_answers} answers of at most {answered.limit_tokens} tokens"
+            yield f"| {name} | {dense_count} | {own} | {own - dense_count:+d} |"
 
 
 def _cell(path: str) -> str:

@@ -14,6 +14,7 @@ from moeify.benchmark.options import BenchOptions
 from moeify.cache import digest
 from moeify.check.compare import compare
 from moeify.check.evaluate import Evaluation, measure
+from moeify.check.loops import LoopResult
 from moeify.check.perplexity import EvalResult
 from moeify.check.tasks import Tasks
 from moeify.check.tasks_results import TaskResult
@@ -51,6 +52,7 @@ class RunResult(Readable):
     evals: tuple[EvalResult, ...]
     limits: tuple[Limit, ...]
     tasks: tuple[TaskResult, ...] = ()
+    loops: tuple[LoopResult, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -106,7 +108,8 @@ def run(
             note_quality(out / name, evaluation)
     speeds = stages.bench() if recipe.bench else None
     limits = (*check_quality(recipe, report, evaluation.results), *check_times(recipe, speeds))
-    result = RunResult(out, tuple(stages.skipped), report, evaluation.results, limits, evaluation.tasks)
+    measured = (evaluation.results, limits, evaluation.tasks, evaluation.loops)
+    result = RunResult(out, tuple(stages.skipped), report, *measured)
     write_text(recipe_text(recipe), out / RECIPE_FILE, HEADER)
     write(result, out / RUN_FILE)
     return result

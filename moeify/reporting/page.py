@@ -58,6 +58,7 @@ def render(run: RunFolder, subjects: Sequence[tuple[Facts, Answers]], *, command
         models=tables.models(measured),
         evaluations=tables.evaluations(run),
         comparison=tables.comparison(run),
+        loops=tables.loops(run),
         tasks=tables.of_grid("tasks", benchmark.tasks(bench)),
         verdicts=tables.verdicts(measured),
         frontier=drawings.frontier(run),

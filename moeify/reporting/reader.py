@@ -19,6 +19,8 @@ from moeify.results import find_kind, load_json, parse
 
 if TYPE_CHECKING:
     from moeify.check.compare import Comparison
+    from moeify.check.evaluate import Evaluation
+    from moeify.check.loops import LoopResult
     from moeify.convert.search import SearchResult
     from moeify.recipes.run import RunResult
     from moeify.training.finetune import StageHistory
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 MENTIONS_SCHEMA = re.compile(rb'"moeify\.[a-z-]+/\d+"')
 # Of the first the newest counts, of the others each checkpoint has its own.
-SINGLE, SEVERAL = ("bench", "compare", "search", "run"), ("finetune-history", "finetune", "record")
+SINGLE, SEVERAL = ("bench", "compare", "search", "run", "eval"), ("finetune-history", "finetune", "record")
 
 
 @dataclass(frozen=True, repr=False)
@@ -76,7 +78,7 @@ class RunFolder:
 
     Args:
         path: the folder.
-        bench, compared, searched, ran: the newest of each.
+        bench, compared, searched, ran, evaluated: the newest of each.
         tuned, records: of each checkpoint.
         notes: a sentence about every result that was left out.
     """
@@ -86,14 +88,22 @@ class RunFolder:
     compared: Source["Comparison"] | None
     searched: Source["SearchResult"] | None
     ran: Source["RunResult"] | None
+    evaluated: Source["Evaluation"] | None
     tuned: tuple[Training, ...]
     records: tuple[Source[Record], ...]
     notes: tuple[str, ...]
 
     @property
+    def loops(self) -> "tuple[LoopResult, ...]":
+        """How answers end, of the recipe's models, or of those that were evaluated alone."""
+        measured = (self.ran.value.loops if self.ran else (), self.evaluated.value.loops if self.evaluated else ())
+        return next(filter(None, measured), ())
+
+    @property
     def sources(self) -> Mapping[str, str]:
         """Kind -> file, of what counts once."""
-        single = {"bench": self.bench, "compare": self.compared, "search": self.searched, "run": self.ran}
+        newest = (self.bench, self.compared, self.searched, self.ran, self.evaluated)
+        single = dict(zip(SINGLE, newest, strict=True))
         return {kind: source.file for kind, source in single.items() if source is not None}
 
 
@@ -123,13 +133,13 @@ def read_run(path: Path) -> RunFolder:
         message = f"{path} holds no model benchmark (moeify.bench/1), found: {seen or 'no result of moeify'}"
         raise InputError(message, command_line("bench", "MOE", against="MODEL", out=path))
     notes: list[str] = []
-    bench, compared, searched, ran = (_newest(name, sources[name], notes) for name in SINGLE)
+    bench, compared, searched, ran, evaluated = (_newest(name, sources[name], notes) for name in SINGLE)
     assert bench is not None
     _check_bench(path / bench.file, bench.value)
     tuned, records = tuple(_trainings(path, sources)), tuple(sources["record"])
     # What is measured later goes beside it, under its name.
     path = path if path.name not in ("", "..") else path.resolve()
-    return RunFolder(path, bench, compared, searched, ran, tuned, records, (*notes, *others))
+    return RunFolder(path, bench, compared, searched, ran, evaluated, tuned, records, (*notes, *others))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -124,6 +124,22 @@ def evaluations(run: RunFolder) -> Table | None:
     )
 
 
+def loops(run: RunFolder) -> Table:
+    """How the answers of chat models end."""
+    return table(
+        "loops",
+        "Answers to a few questions, the likeliest token each time; a loop says the same three times in a row or more",
+        run.loops,
+        [
+            ("model", lambda row: Cell(Path(row.model).name or row.model)),
+            ("answers", lambda row: cell(row.num_answers, whole)),
+            ("in a loop", lambda row: cell(row.loop_rate, percent)),
+            ("without an end", lambda row: cell(row.endless_rate, percent, f"of {row.limit_tokens} tokens")),
+            ("repeats", lambda row: cell(row.repeat_rate, percent)),
+        ],
+    )
+
+
 def comparison(run: RunFolder) -> Table | None:
     """Other methods on other texts, each against static pruning at its budget; None without any."""
     if run.compared is None:

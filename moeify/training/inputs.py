@@ -16,6 +16,7 @@ from moeify.data.sampling import sample_from_model
 from moeify.data.text import calibration_blocks, evaluation_tokens
 from moeify.errors import InputError, UsageError
 from moeify.models import stock
+from moeify.models.chat import chat_turns
 from moeify.models.config import load_config
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.device import halves_are_fast
@@ -84,9 +85,9 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
     _check_alike(moe, tokenizer, config, dense, options.data)
 
     def sample(num_tokens: int, length: int, seed: int) -> Tensor:
-        half = halves_are_fast(options.device)
-        model: Any = stock.load(dense.path, dtype=torch.bfloat16 if half else torch.float32)
-        return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=length, seed=seed)
+        dtype = torch.bfloat16 if halves_are_fast(options.device) else torch.float32
+        turns, model = chat_turns(tokenizer, dense.name), stock.load(dense.path, dtype=dtype).to(options.device)
+        return sample_from_model(model, num_tokens=num_tokens, context=length, seed=seed, turns=turns)
 
     blocks = calibration_blocks(
         options.data, tokenizer, num_tokens=options.tokens, context=context, seed=options.seed, sample=sample

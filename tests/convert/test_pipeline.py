@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeify import routers
+from moeify.cli.tables.split import split_table
 from moeify.convert.pipeline import SplitResult, split
 from moeify.convert.prepare import calibration_text, prepare, preview
 from moeify.errors import MoeifyWarning, UsageError
@@ -146,6 +147,13 @@ def test_a_saved_plan_without_refit_needs_no_text(run: Run) -> None:
     first = run(refit=False)
     again = run(refit=False, plan=str(first.out), calibration=("/no/such/text",))
     assert all(torch.equal(tensor, weights(first.out)[name]) for name, tensor in weights(again.out).items())
+    # Its routers saw the first text, and nothing was measured of this checkpoint.
+    assert again.plan.options.calibration == first.plan.options.calibration
+    assert again.plan.calibration == first.plan.calibration
+    assert first.plan.layers[0].diagnostics
+    assert not any(layer.diagnostics for layer in again.plan.layers)
+    values = list(split_table(again).columns[1].cells)
+    assert values[-1] == "not measured: the plan was taken over, and no text was read"
 
 
 @pytest.mark.parametrize("refit", [True, False])

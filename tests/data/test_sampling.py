@@ -1,5 +1,6 @@
 """Text that a model writes itself."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from moeify.data.conversations import Conversations
 from moeify.data.sampling import sample_from_model
+from moeify.models.chat import Turns
 
 
 @pytest.fixture(scope="module")
@@ -65,3 +68,29 @@ def test_sampled_blocks_can_train(make_model: Callable[..., LlamaForCausalLM]) -
     ids_BC = sample_from_model(model, num_tokens=8, context=4, seed=0)
     assert not ids_BC.is_inference()
     model(input_ids=ids_BC, labels=ids_BC).loss.backward()
+
+
+TURNS = Turns(opening=(10, 11), answer=(20, 21), next=(30, 31))
+
+
+def test_conversations_go_on_as_the_template_says() -> None:
+    chats = Conversations(TURNS, {4}, num_rows=2)
+    drawn = [1, 1, 5, 4, 1, 1, 6, 4, 1, 7, 20, 1, 8, 30, 1, 9]
+    rows = torch.cat([chats.follow(torch.tensor([[1], [token]])) for token in drawn], dim=1)
+    assert rows[0].tolist() == [1] * len(drawn)
+    # A question ends as the template says, an answer by the token that the model ended it with.
+    assert rows[1].tolist() == [10, 11, 5, 20, 21, 1, 6, 4, 31, 7, 20, 21, 8, 30, 31, 9]
+
+
+def test_every_second_block_is_a_conversation(make_model: Callable[..., LlamaForCausalLM]) -> None:
+    model = make_model(bos_token_id=3, eos_token_id=4)
+    ids_BC = sample_from_model(model, num_tokens=6 * 40, context=40, seed=0, turns=TURNS)
+    assert ids_BC[::2, 0].tolist() == [3] * 3
+    assert ids_BC[1::2, :2].tolist() == [[10, 11]] * 3
+    follows = {(20, 21), (4, 31), (30, 31), (10, 11)}
+    for row in ids_BC[1::2].tolist():
+        pairs = set(itertools.pairwise(row))
+        assert not {pair for pair in pairs if pair[0] == 4} - follows
+    # A block without room for one stays free.
+    short = [sample_from_model(model, num_tokens=48, context=12, seed=0, turns=turns) for turns in (TURNS, None)]
+    assert torch.equal(*short)

@@ -149,7 +149,6 @@ def test_llama_cpp_is_timed(programs: Path, moe: Callable[[str], Path], trained:
 
 
 @pytest.mark.real
-@pytest.mark.filterwarnings("ignore:smollm2-135m.gguf cuts text as smollm")
 @pytest.mark.parametrize("kind", ["f16", "q8_0"])
 def test_a_real_model_runs(kind: str, programs: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     inputs, work = tmp_path_factory.mktemp("inputs"), tmp_path_factory.mktemp("smollm2")

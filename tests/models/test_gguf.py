@@ -13,7 +13,7 @@ import torch
 from conftest import MakeDense
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moeify.errors import InputError, MoeifyWarning
 from moeify.models.dense import open_dense
@@ -279,13 +279,34 @@ def test_values_that_change_nothing(changed: Callable[..., Path], recwarn: pytes
     assert not [entry for entry in recwarn if entry.category is MoeifyWarning]
 
 
-@pytest.mark.parametrize("name", ["smollm", "a name of next year"])
-def test_a_text_that_is_cut_otherwise_is_said(changed: Callable[..., Path], name: str) -> None:
-    def other(writer: Any) -> None:
+def named(name: str) -> Change:
+    def change(writer: Any) -> None:
         writer.kv_data[0]["tokenizer.ggml.pre"].value = name
 
-    with pytest.warns(MoeifyWarning, match=rf"changed\.gguf cuts text as {name}, which transformers does not read"):
-        open_dense(str(changed(other)))
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"),
+    [
+        ("gpt-2", ["x", "=", "1234567", "!!", "\n\n"]),
+        ("smollm", ["x", "=", *"1234567", "!!", "\n\n"]),
+        ("llama3", ["x", "=", "123", "456", "7", "!!\n\n"]),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_text_is_cut_as_the_file_says(changed: Callable[..., Path], name: str, pieces: list[str]) -> None:
+    """transformers reads no `tokenizer.ggml.pre` and cuts every text as GPT-2 does."""
+    folder = from_gguf(changed(named(name)))
+    backend = AutoTokenizer.from_pretrained(folder).backend_tokenizer
+    cut = [backend.decoder.decode([piece]) for piece, _ in backend.pre_tokenizer.pre_tokenize_str("x=1234567!!\n\n")]
+    assert cut == pieces
+    assert backend.model.ignore_merges is (name == "llama3")
+
+
+def test_a_cut_that_nobody_here_knows_is_said(changed: Callable[..., Path]) -> None:
+    with pytest.warns(MoeifyWarning, match=r"changed\.gguf cuts text as a name of next year, which transformers does"):
+        open_dense(str(changed(named("a name of next year"))))
 
 
 def test_values_that_nobody_here_knows_are_said(changed: Callable[..., Path]) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from moeify.check.evaluate import Evaluation
+from moeify.check.loops import LoopResult
 from moeify.check.perplexity import EvalResult
 from moeify.check.tasks_results import TaskResult
 from moeify.recipes.cards import note_quality
@@ -14,7 +15,8 @@ def evaluation(model: str, perplexity: float) -> Evaluation:
     task = TaskResult(model, "/here/arc.jsonl", "acc", 200, 0.4, 0.3, 0.5, -0.1, -0.15, -0.05, 0.25)
     other = EvalResult("other", "/here/a|b.txt", 99.0, 100, 1.0, "")
     dense = EvalResult("d", "/here/a|b.txt", 20.0, 100, 1.0, "")
-    return Evaluation((dense, EvalResult(model, "/here/a|b.txt", perplexity, 100, 1.0, ""), other), (task,))
+    loops = (LoopResult("d", 16, 900, 256, 2, 5, 0.2), LoopResult(model, 16, 900, 256, 6, 4, 0.4))
+    return Evaluation((dense, EvalResult(model, "/here/a|b.txt", perplexity, 100, 1.0, ""), other), (task,), loops)
 
 
 def test_quality_stands_before_the_limits_and_is_replaced(tmp_path: Path) -> None:
@@ -24,6 +26,8 @@ def test_quality_stands_before_the_limits_and_is_replaced(tmp_path: Path) -> Non
     card = file.read_text()
     assert "| perplexity of `a\\|b.txt`, 100 tokens | 20.00 | 25.00 | 1.250 |" in card
     assert "| acc of `arc.jsonl`, 200 questions | 0.500 | 0.400 | -0.100 (-0.150 to -0.050) |" in card
+    assert "| loops in 16 answers of at most 256 tokens | 2 | 6 | +4 |" in card
+    assert "| endless in 16 answers of at most 256 tokens | 5 | 4 | -1 |" in card
     assert "99.00" not in card
     assert "/here" not in card
     assert card.index("so\n") < card.index("## Measured") < card.index("## Limits")

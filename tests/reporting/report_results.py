@@ -27,6 +27,7 @@ from moeify.benchmark.models.results import (
     Verdict,
 )
 from moeify.check.compare import Comparison, Row
+from moeify.check.loops import LoopResult
 from moeify.check.perplexity import EvalResult
 from moeify.convert.search import Point, SearchResult
 from moeify.plan import Layout
@@ -38,6 +39,10 @@ from moeify.results import to_json
 from moeify.training.finetune import FinetuneHistory, StageHistory
 
 MILLION = 1_000_000
+LOOPS = (
+    LoopResult("smollm2-135m.gguf", 16, 2700, 256, 3, 7, 0.29),
+    LoopResult("run/moe", 16, 3600, 256, 9, 12, 0.52),
+)
 WORDS = [
     " the",
     " of",
@@ -288,7 +293,7 @@ def write_others(folder: Path) -> None:
     results = {
         "compare.json": Comparison("smollm2-135m.gguf", tuple(row(*values) for values in rows), {}, {}),
         "search.json": SearchResult("smollm2-135m.gguf", 0.5, greedy[1], uniform, tuple(greedy), 40.0, {}),
-        "run.json": RunResult(folder, (), None, tuple(evaluations), (limit,)),
+        "run.json": RunResult(folder, (), None, tuple(evaluations), (limit,), loops=LOOPS),
         "moe-50/moeify.json": Record(job, 1, 1),
         "moe-50-finetuned/finetune.json": FinetuneHistory((stage,)),
         "static-50-finetuned/finetune.json": FinetuneHistory((control,)),

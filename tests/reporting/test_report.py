@@ -22,6 +22,7 @@ from report_results import bench
 from moeify import words
 from moeify.benchmark.models.results import ALL_TEXTS
 from moeify.benchmark.models.verdicts import verdicts
+from moeify.check.evaluate import Evaluation
 from moeify.check.tasks_results import TaskResult
 from moeify.cli.app import run_command
 from moeify.convert.search import Point as Choice
@@ -33,6 +34,7 @@ from moeify.reporting.facts import facts_of, quality_of
 from moeify.reporting.provenance import split_command
 from moeify.reporting.reader import read_run
 from moeify.reporting.report import report
+from moeify.results import to_json
 
 ROOT = Path(__file__).parents[2]
 
@@ -343,6 +345,22 @@ def test_a_run_of_a_recipe_is_done_again_by_its_recipe(tmp_path: Path) -> None:
     text = Page(report(folder).out.read_text()).text
     again = text[text.index("Do it again") :].split("\n")[1:3]
     assert again == [f"moeify run '{folder}/recipe.yaml' -o '{folder}-again'", f"moeify report '{folder}'"]
+
+
+def test_how_answers_end_is_shown_from_a_recipe_or_an_evaluation(tmp_path: Path) -> None:
+    results.write(tmp_path, results.smollm2(2, 4))
+    assert not tables.loops(read_run(tmp_path)).rows
+    assert "without an end" not in Page(report(tmp_path).out.read_text()).text
+    results.write_json(tmp_path / "eval.json", to_json(Evaluation((), loops=results.LOOPS)))
+    alone = tables.loops(read_run(tmp_path))
+    assert [[cell.text for cell in row] for row in alone.rows] == [
+        ["smollm2-135m.gguf", "16", "19 %", "44 %", "29 %"],
+        ["moe", "16", "56 %", "75 %", "52 %"],
+    ]
+    assert "without an end" in Page(report(tmp_path).out.read_text()).text
+    results.write_others(tmp_path)
+    (tmp_path / "eval.json").unlink()
+    assert tables.loops(read_run(tmp_path)) == alone
 
 
 def test_files_in_llama_cpp_have_rows_and_a_verdict(tmp_path: Path) -> None:

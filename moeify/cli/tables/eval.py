@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from moeify.cli.tables.columns import DataTable
+from moeify.cli.tables.loops import loops_tables
 from moeify.cli.tables.tasks import short_names, tasks_tables
 from moeify.cli.tables.words import windows
 from moeify.words import explained, listing
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 
 def eval_tables(evaluation: "Evaluation") -> tuple[Table, ...]:
-    """Perplexities, then tasks."""
-    return (eval_table(evaluation.results), *tasks_tables(evaluation.tasks))
+    """Perplexities, then tasks, then how answers end."""
+    return (eval_table(evaluation.results), *tasks_tables(evaluation.tasks), *loops_tables(evaluation.loops))
 
 
 def eval_table(results: "Sequence[EvalResult]") -> DataTable:

@@ -60,6 +60,8 @@ def split_table(result: "SplitResult") -> Table:
         tokens = result.plan.calibration.get("num_tokens", 0)
         words = f"{need.half:.4f} of half, {need.all:.4f} of all, about {need.twice:.4f} of {2 * tokens:,}"
         rows.append(("error by tokens", f"{words} ({-need.gain:+.0%})"))
+    if not any(last):
+        rows.append(("layer error", "not measured: the plan was taken over, and no text was read"))
     table = key_value_table("moeify split", rows)
     table.caption = "`moeify ls words` says what shared, routed, refit and oracle mean"
     return table
