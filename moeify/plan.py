@@ -79,6 +79,11 @@ class Layout:
         return self.num_routed_active == 0
 
     @property
+    def is_whole(self) -> bool:
+        """Nothing is cut away or routed: every slice is always on."""
+        return self.num_shared == self.num_experts
+
+    @property
     def active_share(self) -> float:
         """Share of a cut FFN that a token uses."""
         return self.num_active / self.num_experts
@@ -128,7 +133,7 @@ class LayerPlan(Readable):
     """Decisions for one layer.
 
     Args:
-        layer: index in the dense model.
+        layer: index in the dense model without the layers that are dropped.
         labels_F: int16, SHARED or the routed expert 0..R-1 that owns the neuron; one label each, so coverage holds by
             construction.
         router_RD: rows that score the routed experts, in the checkpoint's dtype and scaled so that no calibration

@@ -97,9 +97,8 @@ def fit_layer(
     Raises:
         InputError: what the neurons do cannot be computed with, or what was fitted does not fit the dtype.
     """
-    if ffn.layer in fit.layout.dense_layers:
-        labels_F = torch.full((ffn.num_neurons,), SHARED, dtype=torch.int16)
-        whole = ConvertedFFN(ffn, LayerPlan(ffn.layer, labels_F, None), fit.layout, fit.mixing, None)
+    if ffn.layer in fit.layout.dense_layers or fit.layout.is_whole:
+        whole = ConvertedFFN(ffn, whole_plan(ffn.layer, ffn.num_neurons), fit.layout, fit.mixing, None)
         return whole, whole(inputs_TD)
     seed = fit.seed + ffn.layer
     activations = Activations(ffn, inputs_TD)
@@ -133,6 +132,11 @@ def fit_layer(
     plan = replace(plan, down_DF=None if refit_DF is None else refit_DF.cpu(), diagnostics=diagnostics)
     outputs_TD = ffn.with_bias(_outputs(activations, down_DF))
     return ConvertedFFN(ffn, plan, fit.layout, fit.mixing, router), outputs_TD
+
+
+def whole_plan(layer: int, num_neurons: int) -> LayerPlan:
+    """Of a layer that stays as it is."""
+    return LayerPlan(layer, torch.full((num_neurons,), SHARED, dtype=torch.int16), None)
 
 
 def _route(

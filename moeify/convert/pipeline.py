@@ -14,7 +14,7 @@ import transformers
 from moeify import partition
 from moeify.calibration.gradients import output_gradients
 from moeify.convert.estimate import count_parameters
-from moeify.convert.layer import converted, fit_layer
+from moeify.convert.layer import converted, fit_layer, whole_plan
 from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.convert.search import under_budget
 from moeify.convert.walk import CalibrationWalk
@@ -172,8 +172,8 @@ def decide_layers(prepared: Prepared, blocks: TokenBlocks | None, workspace: Wor
     """Yield a plan for each layer in order; layers finished earlier are replayed, not fitted again."""
     saved = prepared.saved_plan
     if blocks is None:
-        assert saved is not None
-        yield from saved.layers
+        neurons = prepared.dense.num_neurons
+        yield from saved.layers if saved else (whole_plan(i, neurons) for i in range(prepared.dense.num_layers))
         return
     fit, gradients = prepared.fit(), []
     if saved is None and partition.needs_gradients(prepared.options.partition):

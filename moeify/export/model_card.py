@@ -100,7 +100,7 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int], 
 
 def _split_again(plan: SplitPlan) -> str:
     """The command that makes the checkpoint again: a budget has become a layout by now."""
-    options = replace(plan.options, budget=None, dense_layers=plan.layout.dense_layers)
+    options = replace(plan.options, budget=None)
     return command_line("split", plan.source, options, out="OUT")
 
 
