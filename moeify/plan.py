@@ -88,10 +88,15 @@ class Layout:
         """Share of a cut FFN that a token uses."""
         return self.num_active / self.num_experts
 
-    def model_share(self, num_layers: int) -> float:
-        """Share of all FFN parameters that a token uses."""
-        dense = len(self.dense_layers) / num_layers
-        return dense + (1 - dense) * self.active_share
+    def model_share(self, num_layers: int, num_dropped: int = 0) -> float:
+        """Share of all FFN parameters that a token uses.
+
+        Args:
+            num_layers: of the layout's model.
+            num_dropped: layers that the dense model had besides.
+        """
+        dense = len(self.dense_layers)
+        return (dense + (num_layers - dense) * self.active_share) / (num_layers + num_dropped)
 
     def expert_width(self, num_neurons: int) -> int:
         """Neurons in one slice.

@@ -271,7 +271,7 @@ class _Entries:
         """A split; its budget follows from its options if none is given."""
         dense = self.prepared.dense
         prepared = prepare(dense, options, writable=False)
-        share = prepared.layout.model_share(prepared.dense.num_layers) * prepared.dense.num_layers / dense.num_layers
+        share = prepared.layout.model_share(prepared.dense.num_layers, len(prepared.dense.dropped))
         inputs, measure = asdict(prepared.options), partial(self.trials.split, prepared)
         return _Entry(name, share if budget is None else budget, inputs, measure)
 

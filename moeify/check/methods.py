@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moeify.convert.depth import BY_DEPTH
 from moeify.convert.search_scores import Absent
 
 # What the others are compared with.
@@ -49,8 +50,8 @@ def methods(experts: int) -> dict[str, Method]:
         "static": Method({"static": True, **peer}),
         REFERENCE: Method({"static": True}),
         "static + bias (FLAP)": Method({}, control="bias"),
-        "static, by depth": Method({}, absent=Absent.LAYER),
-        "static, FFNs dropped": Method({}, absent=Absent.FFN),
+        BY_DEPTH: Method({}, absent=Absent.LAYER),
+        "static without FFNs": Method({}, absent=Absent.FFN),
         "random": Method({"partition": "random", "router": "ridge", **peer}, num_shared=half),
         "LLaMA-MoE": Method({"partition": "random", "router": "centroid", **peer}, num_shared=lambda _: 0),
         "LLaMA-MoE v2": Method({"partition": "gradient", "router": "centroid", **peer}, num_shared=one),

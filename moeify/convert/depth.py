@@ -27,6 +27,7 @@ from moeify.models.dense import DenseModel
 from moeify.options import SplitOptions, Track
 from moeify.strategies import TOLERANCE, Choice, Problem
 
+BY_DEPTH = "static by depth"
 # Candidates of a layer; between them a search has the cut one.
 STAYS, DROPPED = 0, 2
 # Text by which layers are chosen, as of a search.
@@ -106,7 +107,7 @@ def under_budget_by_depth(dense: DenseModel, options: SplitOptions, track: Track
             f"--budget takes {1 / dense.num_layers:.3g} or more",
         )
     whole = replace(options, budget=None, experts=2, active=2, tokens=max(DEPTH_TOKENS, options.context or 0))
-    prepared = prepare(dense, whole)
+    prepared = prepare(dense, whole, writable=False)
     gone, _ = choose_absent(prepared, calibration_text(prepared).ids_BC, Absent.LAYER, num_dropped, track)
     return replace(options, budget=None, drop_layers=gone)
 

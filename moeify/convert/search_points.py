@@ -14,7 +14,7 @@ from functools import cache
 import numpy as np
 
 from moeify import strategies, targets
-from moeify.convert.depth import DEPTH_TRIALS, DROPPED, STAYS, depth_problem, left_out
+from moeify.convert.depth import BY_DEPTH, DEPTH_TRIALS, DROPPED, STAYS, depth_problem, left_out
 from moeify.convert.estimate import count_parameters
 from moeify.convert.prepare import WHOLE_SLICES, Prepared
 from moeify.convert.search_layouts import affordable_layouts
@@ -25,7 +25,6 @@ from moeify.strategies import Choice, Problem
 
 # Candidates of a layer; the third one is DROPPED.
 CUT = 1
-BY_DEPTH = "static, by depth"
 
 
 @dataclass(frozen=True)
