@@ -20,12 +20,14 @@ from torch import Tensor
 
 from moeify import strategies
 from moeify.cache import cache_dir, digest, once
-from moeify.convert.prepare import Prepared, calibration_text, prepare
+from moeify.convert.prepare import DEFAULT_CONTEXT, MIN_TOKENS, WHOLE_SLICES, Prepared, calibration_text, prepare
 from moeify.convert.search_scores import Absent, Change, OutputCheck
+from moeify.data.documents import BUILTIN
 from moeify.errors import InputError, UsageError
 from moeify.models.dense import DenseModel
 from moeify.options import SplitOptions, Track
 from moeify.strategies import TOLERANCE, Choice, Problem
+from moeify.strategies._repair import FREE
 
 BY_DEPTH = "static by depth"
 # Candidates of a layer; between them a search has the cut one.
@@ -46,7 +48,9 @@ def depth_problem(losses: Sequence[float], budget: float, joint: Callable[[Choic
         trials: at most so many calls of that.
     """
     costs = np.tile([1.0, math.inf, 0.0], (len(losses), 1))
-    return Problem(costs, np.array([[0.0, math.inf, loss] for loss in losses]), budget, joint, trials, seed=0)
+    # What is free goes last: no more layers go than must.
+    table = np.array([[0.0, math.inf, max(loss, FREE)] for loss in losses])
+    return Problem(costs, table, budget, joint, trials, seed=0)
 
 
 def left_out(choice: Choice) -> tuple[int, ...]:
@@ -106,7 +110,10 @@ def under_budget_by_depth(dense: DenseModel, options: SplitOptions, track: Track
             f"a budget of {options.budget:g} leaves none of {dense.num_layers} layers",
             f"--budget takes {1 / dense.num_layers:.3g} or more",
         )
-    whole = replace(options, budget=None, experts=2, active=2, tokens=max(DEPTH_TOKENS, options.context or 0))
+    # A block of each text at least.
+    blocks = len(options.calibration or BUILTIN) * (options.context or DEFAULT_CONTEXT)
+    tokens = max(DEPTH_TOKENS, MIN_TOKENS, blocks)
+    whole = replace(options, budget=None, tokens=tokens, experts=WHOLE_SLICES, active=WHOLE_SLICES)
     prepared = prepare(dense, whole, writable=False)
     gone, _ = choose_absent(prepared, calibration_text(prepared).ids_BC, Absent.LAYER, num_dropped, track)
     return replace(options, budget=None, drop_layers=gone)

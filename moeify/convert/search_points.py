@@ -104,15 +104,15 @@ class Points:
         A single trial goes by predicted losses; of more, each layout gets one and the best layout the others.
         """
         point = self._best(budget, choose, name, trials, droppable=False)
-        if not self._droppable:
-            return point
-        other = self._best(budget, choose, name, trials, droppable=True)
-        # Where nothing is cut the other one is no mixture of experts.
-        return other if not other.layout.is_whole and other.divergence < point.divergence else point
+        assert point is not None
+        other = self._best(budget, choose, name, trials, droppable=True) if self._droppable else None
+        return point if other is None or not other.divergence < point.divergence else other
 
     def uniform(self, budget: float) -> Point:
         """Every layer cut alike."""
-        return self._best(budget, strategies.find("uniform"), "uniform", 1, droppable=False)
+        point = self._best(budget, strategies.find("uniform"), "uniform", 1, droppable=False)
+        assert point is not None
+        return point
 
     def by_depth(self, budget: float) -> Point | None:
         """The control: whole layers go, nothing else changes; None where no layer can go."""
@@ -123,13 +123,20 @@ class Points:
         problem = depth_problem(losses, budget, lambda choice: measure(None, choice).divergence, DEPTH_TRIALS)
         return self._point(BY_DEPTH, None, strategies.find("stepwise")(problem), measured=True)
 
-    def _best(self, budget: float, choose: strategies.Strategy, name: str, trials: int, *, droppable: bool) -> Point:
+    def _best(
+        self, budget: float, choose: strategies.Strategy, name: str, trials: int, *, droppable: bool
+    ) -> Point | None:
+        """None where the strategy only drops layers and cuts none."""
         affordable = affordable_layouts(self._layouts, budget)
         firsts = {i: choose(self._problem(i, budget, 1, droppable=droppable)) for i in affordable}
-        points = {i: self._point(name, i, choice, measured=trials > 1) for i, choice in firsts.items()}
+        cutting = {i: choice for i, choice in firsts.items() if CUT in choice or not droppable}
+        if not cutting:
+            return None
+        points = {i: self._point(name, i, choice, measured=trials > 1) for i, choice in cutting.items()}
         best = min(points, key=lambda i: points[i].divergence if trials > 1 else points[i].predicted)
         left = max(1, trials - len(affordable) + 1)
-        return self._point(name, best, choose(self._problem(best, budget, left, droppable=droppable)), measured=True)
+        choice = choose(self._problem(best, budget, left, droppable=droppable))
+        return self._point(name, best, choice if CUT in choice else firsts[best], measured=True)
 
     def _problem(self, i: int, budget: float, trials: int, *, droppable: bool) -> Problem:
         share = self._layouts[i].active_share
