@@ -39,7 +39,8 @@ def compare_tables(comparison: "Comparison") -> tuple[Table, ...]:
         by_text.add_row(row.method, f"{row.budget:.0%}", *(f"{value:,.1f}" for value in row.texts.values()))
     # The share of the FFN is not all that they save.
     saved = [
-        f"{row.method}, {row.budget:.0%}: layers gone with attention, keys, values: {row.diagnostics['dropped_layers']:.0f}"
+        f"{row.method}, {row.budget:.0%}: layers gone, with attention, keys, values: "
+        f"{row.diagnostics['dropped_layers']:.0f}"
         for row in comparison.rows
         if "dropped_layers" in row.diagnostics
     ]
