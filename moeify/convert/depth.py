@@ -12,6 +12,10 @@ Measured: SmolLM2-135M, KL to dense on 1,024 tokens of Wikipedia and Python's re
 search there lets no layer go, at 75 % nor at 50 % (2 cores of an Intel Xeon, 2026-11-26; `moeify search MODEL --experts
 32 --budget 0.75 --tokens 8192`).
 
+Of the controls it is a strong one: at 75 %, calibrated on 8,192 tokens of Wikipedia and Python's reference, perplexity
+on 12,288 tokens of Moby-Dick, State of the Union and other Wikipedia is 66.7 by depth and 62.4 of static pruning with
+refit (dense 30.8), on Moby-Dick alone 103.5 and 109.7, and it saves a quarter of attention and cache besides.
+
 Legend: L layers, B blocks of C tokens.
 """
 
