@@ -129,6 +129,7 @@ class SplitOptions(Options):
     budget: float | None = option(None, "Share of all FFNs per token; starts a search", above=0, below=1)
     machine: str | None = option(None, "Fit a machine instead, as moeify plan does", name="vram=6GB,ram=50")
     dense_layers: tuple[int, ...] = option((), "Layers whose FFN stays whole, such as 0,1,29", panel=METHOD)
+    drop_layers: tuple[int, ...] = option((), "Whole layers that go, such as 11,12", panel=METHOD)
     mixing: Style = option("hard", "Weights of experts: hard, softmax, soft", panel=METHOD)
     # Beyond these float32 knows no difference, or no scores.
     temperature: float = option(1.0, "Of softmax and soft mixing", above=0.0001, below=10_000, panel=METHOD)
@@ -159,7 +160,10 @@ class SplitOptions(Options):
             raise UsageError("--static and --plan exclude each other", "leave one of them out")
         if self.machine is not None:
             MachineOptions.of_text(self.machine)
-            chosen = ("experts", "shared", "active", "budget", "plan", "dense_layers", "static", "mixing", "engine")
+            chosen = (
+                *("experts", "shared", "active", "budget", "plan", "dense_layers", "drop_layers"),
+                *("static", "mixing", "engine"),
+            )
             default = {field.name: field.default for field in fields(type(self))}
             if given := [flag(name) for name in chosen if getattr(self, name) != default[name]]:
                 raise UsageError(
@@ -174,6 +178,7 @@ class SearchOptions(Options):
     budget: float = option(0.75, "Share of all FFNs per token", above=0, below=1)
     strategy: str = option("greedy", "Which layers: moeify ls strategies", plugin="strategies")
     trials: int = option(32, "Whole choices that may be measured", least=0)
+    depth: bool = option(True, "Whole layers may go, too")
 
 
 @dataclass(frozen=True)

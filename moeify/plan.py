@@ -79,14 +79,24 @@ class Layout:
         return self.num_routed_active == 0
 
     @property
+    def is_whole(self) -> bool:
+        """Nothing is cut away or routed: every slice is always on."""
+        return self.num_shared == self.num_experts
+
+    @property
     def active_share(self) -> float:
         """Share of a cut FFN that a token uses."""
         return self.num_active / self.num_experts
 
-    def model_share(self, num_layers: int) -> float:
-        """Share of all FFN parameters that a token uses."""
-        dense = len(self.dense_layers) / num_layers
-        return dense + (1 - dense) * self.active_share
+    def model_share(self, num_layers: int, num_dropped: int = 0) -> float:
+        """Share of all FFN parameters that a token uses.
+
+        Args:
+            num_layers: of the layout's model.
+            num_dropped: layers that the dense model had besides.
+        """
+        dense = len(self.dense_layers)
+        return (dense + (num_layers - dense) * self.active_share) / (num_layers + num_dropped)
 
     def expert_width(self, num_neurons: int) -> int:
         """Neurons in one slice.
@@ -128,7 +138,7 @@ class LayerPlan(Readable):
     """Decisions for one layer.
 
     Args:
-        layer: index in the dense model.
+        layer: index in the dense model without the layers that are dropped.
         labels_F: int16, SHARED or the routed expert 0..R-1 that owns the neuron; one label each, so coverage holds by
             construction.
         router_RD: rows that score the routed experts, in the checkpoint's dtype and scaled so that no calibration

@@ -74,7 +74,13 @@ def test_a_result_is_read_as_it_was_written_and_follows_its_schema(name: str, tm
 
 
 def test_properties_stand_beside_the_fields() -> None:
-    assert to_json(RESULTS["search"])["options"] == {"experts": 8, "shared": 1, "active": 4, "dense_layers": [0]}
+    assert to_json(RESULTS["search"])["options"] == {
+        "experts": 8,
+        "shared": 1,
+        "active": 4,
+        "dense_layers": [0],
+        "drop_layers": [],
+    }
     assert to_json(RESULTS["run"])["passed"] is True
 
 

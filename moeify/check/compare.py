@@ -19,6 +19,7 @@ from moeify.cache import cache_dir, check_place, digest, once
 from moeify.check.baselines import NeuronOracle, fit_bias_compensated
 from moeify.check.bootstrap import perplexity_of, perplexity_ratio
 from moeify.check.calibrated import warn_of_kind
+from moeify.check.depth_trials import DepthTrial
 from moeify.check.methods import REFERENCE, Method, methods
 from moeify.check.perplexity import warn_of_few, whole_blocks
 from moeify.check.tasks import Tasks
@@ -27,6 +28,7 @@ from moeify.check.tasks_rows import TaskRows
 from moeify.check.trials import Control, Trial, Trials
 from moeify.command_line import names_of, several
 from moeify.convert.prepare import Prepared, calibration_text, prepare
+from moeify.convert.search_scores import Absent
 from moeify.data.text import evaluation_tokens
 from moeify.errors import UsageError, kept_when_interrupted, unknown
 from moeify.models.dense import DenseModel, open_dense
@@ -140,8 +142,8 @@ def compare(
     check_place(cache_dir() / "compare" / "losses")
     rows = TaskRows.of(asked.questions(), dense.tokenizer(), int(dense.config.max_position_embeddings))
     trials = Trials(prepared, blocks.ids_BC, torch.cat(list(texts.values())), rows.ids_BC)
-    split = partial(_split, dense, trials)
-    entries = [*_entries(trials, split, base, budgets, only), *_further(split, base, further or {})]
+    rows_of = _Entries(prepared, trials, blocks.ids_BC, base)
+    entries = [*rows_of.known(budgets, only), *rows_of.further(further or {})]
     ids = [ids_BC.numpy() for ids_BC in (blocks.ids_BC, *texts.values())]
     waiting = Resumed(
         entries, sum(1 for _ in takewhile(lambda entry: entry.file(prepared, ids, rows).is_file(), entries))
@@ -215,10 +217,6 @@ class _Entry:
         return _Result(losses_B, values["diagnostics"], values["choices"])
 
 
-# Name, options and budget in, the row to be measured out.
-Split = Callable[..., _Entry]
-
-
 @dataclass(frozen=True)
 class _Result:
     """Mean losses of the evaluation blocks, float64, means of the fits' diagnostics, and likelihoods of the choices."""
@@ -228,39 +226,59 @@ class _Result:
     likelihoods: Sequence[float]
 
 
-def _entries(
-    trials: Trials, split: Split, base: SplitOptions, budgets: Sequence[float], only: Sequence[str]
-) -> Iterator[_Entry]:
-    """Dense, then the methods at each budget."""
-    assert base.experts is not None
-    yield _control(trials, DENSE, 1.0, DENSE)
-    for budget in budgets:
-        for name, method in methods(base.experts).items():
-            if name not in {*only, REFERENCE} if only else not _exists(method, budget, trials.num_neurons):
-                continue
-            if method.control:
-                yield _control(trials, name, budget, method.control)
-            else:
-                yield split(name, _at(budget, base, method), budget)
+@dataclass(frozen=True, eq=False)
+class _Entries:
+    """Makes the rows of one comparison.
 
+    Args:
+        prepared: the model.
+        trials: measure them.
+        ids_BC: the calibration text.
+        base: options that all splits share.
+    """
 
-def _further(split: Split, base: SplitOptions, further: Mapping[str, Mapping[str, Any]]) -> Iterator[_Entry]:
-    """Each further split, and static pruning with refit in the very layers that it cuts."""
-    for name, changes in further.items():
-        yield split(name, replace(base, **changes))
-        static = {**changes, "static": True, "shared": None}
-        yield split(f"{REFERENCE}, layers of {name}", replace(base, **static))
+    prepared: Prepared
+    trials: Trials
+    ids_BC: Tensor
+    base: SplitOptions
 
+    def known(self, budgets: Sequence[float], only: Sequence[str]) -> Iterator[_Entry]:
+        """Dense, then the methods at each budget."""
+        assert self.base.experts is not None
+        yield self._control(DENSE, 1.0, DENSE)
+        for budget in budgets:
+            for name, method in methods(self.base.experts).items():
+                if name not in {*only, REFERENCE} if only else not _exists(method, budget, self.trials.num_neurons):
+                    continue
+                if method.control:
+                    yield self._control(name, budget, method.control)
+                elif method.absent:
+                    yield self._by_depth(name, budget, method.absent)
+                else:
+                    yield self._split(name, _at(budget, self.base, method), budget)
 
-def _control(trials: Trials, name: str, budget: float, kind: str) -> _Entry:
-    return _Entry(name, budget, [kind, budget], partial(trials.control, CONTROLS[kind](budget)))
+    def further(self, splits: Mapping[str, Mapping[str, Any]]) -> Iterator[_Entry]:
+        """Each further split, and static pruning with refit in the very layers that it cuts."""
+        for name, changes in splits.items():
+            yield self._split(name, replace(self.base, **changes))
+            static = {**changes, "static": True, "shared": None}
+            yield self._split(f"{REFERENCE}, layers of {name}", replace(self.base, **static))
 
+    def _control(self, name: str, budget: float, kind: str) -> _Entry:
+        return _Entry(name, budget, [kind, budget], partial(self.trials.control, CONTROLS[kind](budget)))
 
-def _split(dense: DenseModel, trials: Trials, name: str, options: SplitOptions, budget: float | None = None) -> _Entry:
-    """A split; its budget follows from its options if none is given."""
-    prepared = prepare(dense, options, writable=False)
-    share = prepared.layout.model_share(dense.num_layers)
-    return _Entry(name, share if budget is None else budget, asdict(prepared.options), partial(trials.split, prepared))
+    def _split(self, name: str, options: SplitOptions, budget: float | None = None) -> _Entry:
+        """A split; its budget follows from its options if none is given."""
+        dense = self.prepared.dense
+        prepared = prepare(dense, options, writable=False)
+        share = prepared.layout.model_share(prepared.dense.num_layers, len(prepared.dense.dropped))
+        inputs, measure = asdict(prepared.options), partial(self.trials.split, prepared)
+        return _Entry(name, share if budget is None else budget, inputs, measure)
+
+    def _by_depth(self, name: str, budget: float, absent: Absent) -> _Entry:
+        trial = DepthTrial(self.prepared, self.ids_BC, self.base, absent, budget)
+        inputs = ["without", absent.value, budget, asdict(self.base)]
+        return _Entry(name, budget, inputs, partial(trial.measure, self.trials))
 
 
 def _at(budget: float, base: SplitOptions, method: Method) -> SplitOptions:

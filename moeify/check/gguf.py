@@ -44,7 +44,7 @@ def verify_gguf(file: str | Path, dense: str | Path | DenseModel, *, track: Trac
     if opened.num_layers != source.num_layers or source.ffn_shapes.gate_FD is None:
         raise InputError(
             f"{file} has {opened.num_layers} layers of gated experts, {source.name} is another model",
-            "name the dense model that it was split from",
+            "name the dense model that it was split from; where layers were dropped, verify the checkpoint's folder",
         )
     metadata, text = metadata_difference(opened, source), text_difference(opened, source)
     dtype = _dtype(opened, source)

@@ -4,6 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from moeify.convert.depth import BY_DEPTH
+from moeify.convert.search_scores import Absent
+
 # What the others are compared with.
 REFERENCE = "static + refit"
 
@@ -15,11 +18,13 @@ class Method:
     Args:
         options: of the split, beside budget and calibration.
         control: `oracle` or `bias`, instead of a split.
+        absent: what of some layers is left out, instead of a split.
         num_shared: given the number of active experts; None leaves it to the layout.
     """
 
     options: Mapping[str, Any]
     control: str = ""
+    absent: Absent | None = None
     num_shared: Callable[[int], int] | None = None
 
 
@@ -45,6 +50,8 @@ def methods(experts: int) -> dict[str, Method]:
         "static": Method({"static": True, **peer}),
         REFERENCE: Method({"static": True}),
         "static + bias (FLAP)": Method({}, control="bias"),
+        BY_DEPTH: Method({}, absent=Absent.LAYER),
+        "static without FFNs": Method({}, absent=Absent.FFN),
         "random": Method({"partition": "random", "router": "ridge", **peer}, num_shared=half),
         "LLaMA-MoE": Method({"partition": "random", "router": "centroid", **peer}, num_shared=lambda _: 0),
         "LLaMA-MoE v2": Method({"partition": "gradient", "router": "centroid", **peer}, num_shared=one),

@@ -15,6 +15,7 @@ from torch import Tensor
 from moeify.errors import InputError
 from moeify.models import stock
 from moeify.models.dense import DenseModel
+from moeify.models.shallow import cut_model
 
 # How much the same frequencies may differ when two classes compute them.
 FREQUENCY_TOLERANCE = 1e-6
@@ -40,6 +41,8 @@ class Reference(DenseModel):
             InputError: transformers reports missing tensors or other shapes, or has not what moeify would read.
         """
         model = stock.load(source.path).eval()
+        if source.dropped:
+            cut_model(model, source.family.blocks, source.dropped)
         tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         absent = sorted(set(source.shapes) - set(tensors))
         if absent:

@@ -8,6 +8,8 @@ dense columns of down_proj are put back (a refit changes them), router rows are 
 weight is exactly the architecture's constant) and every expert is switched on, with the fold for all of them. Its
 logits must then be the dense ones.
 
+Where whole layers were dropped, the dense model is the stock one with these blocks taken out of its list.
+
 Of a fine-tuned checkpoint it is checked what training left alone: with the stages `layers` and `router` all of the
 above but the experts' weights, otherwise keys, shapes, config, finite values and the routers of the plan.
 """
@@ -35,6 +37,7 @@ from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights
 from moeify.models.files import find_shards, locate
 from moeify.models.same_tokens import token_difference
+from moeify.models.shallow import without_layers
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track
 from moeify.plan import SHARED, LayerPlan, Layout, SplitPlan, load_plan
@@ -112,16 +115,17 @@ def verify(
         return verify_gguf(moe, dense, track=track)
     path = locate(str(moe))
     plan = load_plan(path)
-    source = open_dense(dense, track)
-    if plan.family != source.family.model_type or len(plan.layers) != source.num_layers:
+    source, dropped = open_dense(dense, track), plan.options.drop_layers
+    num_layers = len(plan.layers) + len(dropped)
+    if plan.family != source.family.model_type or num_layers != source.num_layers:
         raise InputError(
-            f"{moe} was made from a {plan.family} of {len(plan.layers)} layers, "
+            f"{moe} was made from a {plan.family} of {num_layers} layers, "
             f"{source.name} is a {source.family.model_type} of {source.num_layers}",
             f"name the dense model that it was split from: {plan.source}",
         )
     if plan.layout.is_static:
         raise InputError(f"{moe} is statically pruned: it has no experts to switch on", "`moeify eval` measures it")
-    target = targets.find(plan.target)
+    source, target = without_layers(source, dropped), targets.find(plan.target)
     ids = _tokens(source)
     hard = Mixing.of(plan.options).style == "hard" and not plan.trained
     # Before the other two models are in memory.

@@ -110,9 +110,9 @@ def fit_layer(
     Raises:
         InputError: what the neurons do cannot be computed with, or what was fitted does not fit the dtype.
     """
-    if ffn.layer in fit.layout.dense_layers:
-        labels_F = torch.full((ffn.num_neurons,), SHARED, dtype=torch.int16)
-        whole = ConvertedFFN(ffn, LayerPlan(ffn.layer, labels_F, None), fit.layout, fit.mixing, None, fit.store)
+    if ffn.layer in fit.layout.dense_layers or fit.layout.is_whole:
+        plan = whole_plan(ffn.layer, ffn.num_neurons)
+        whole = ConvertedFFN(ffn, plan, fit.layout, fit.mixing, None, fit.store)
         return whole, whole(inputs_TD)
     activations = _activations(ffn, inputs_TD, fit.store)
     plan, router, down_DF = _decide(ffn, inputs_TD, activations, fit, saved, gradient_GD=gradient_GD, goal_TD=goal_TD)
@@ -164,6 +164,11 @@ def _decide(
         plan = replace(plan, router_RD=router.rows_RD.cpu())
     plan = replace(plan, down_DF=None if refit_DF is None else refit_DF.cpu(), diagnostics=diagnostics)
     return plan, router, down_DF
+
+
+def whole_plan(layer: int, num_neurons: int) -> LayerPlan:
+    """Of a layer that stays as it is."""
+    return LayerPlan(layer, torch.full((num_neurons,), SHARED, dtype=torch.int16), None)
 
 
 def _route(

@@ -17,7 +17,7 @@ from moeify.calibration.gradients import output_gradients
 from moeify.calibration.share import ALONE, Share
 from moeify.calibration.store import IN_MEMORY, Store
 from moeify.convert.estimate import count_parameters, place_of_text, text_bytes
-from moeify.convert.layer import converted, fit_layer
+from moeify.convert.layer import converted, fit_layer, whole_plan
 from moeify.convert.machine_plan import for_machine
 from moeify.convert.prepare import Prepared, calibration_text, prepare
 from moeify.convert.search import under_budget
@@ -245,8 +245,8 @@ def decide_layers(
     """
     saved = prepared.saved_plan
     if blocks is None:
-        assert saved is not None
-        yield from saved.layers
+        neurons = prepared.dense.num_neurons
+        yield from saved.layers if saved else (whole_plan(i, neurons) for i in range(prepared.dense.num_layers))
         return
     fit, gradients, ids_BC = prepared.fit(store=store, share=share), [], blocks.ids_BC
     if saved is None and partition.needs_gradients(prepared.options.partition):

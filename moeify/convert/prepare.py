@@ -12,6 +12,7 @@ from moeify import engines, partition, routers, targets
 from moeify.calibration.share import ALONE, Share
 from moeify.calibration.store import IN_MEMORY, Store
 from moeify.calibration.stream import HiddenStream
+from moeify.convert.droppable import check_droppable
 from moeify.convert.estimate import Estimate, count_parameters, estimate
 from moeify.convert.layer import LayerFit
 from moeify.convert.layouts import ROW_BYTES, choose_layout, expert_counts, verdicts
@@ -26,6 +27,7 @@ from moeify.models import stock
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.device import find_device, halves_are_fast
 from moeify.models.ffn import FFNWeights, pack
+from moeify.models.shallow import kept_layers, without_layers
 from moeify.options import SplitOptions, Track
 from moeify.plan import Layout, SplitPlan, load_plan
 from moeify.progress import shown
@@ -38,6 +40,8 @@ DEFAULT_CONTEXT = 512
 FEW_DOCUMENTS = 8
 # Fewer tokens leave the refit and the routers undetermined in every model moeify knows.
 MIN_TOKENS = 1024
+# Into how many slices an FFN is cut of which all stay.
+WHOLE_SLICES = 2
 # The one model that has no other text than Python's reference.
 EMBEDDED = "builtin"
 # Larger models do not write text of their own unless they are told to: all of a model is in memory then, and 8,192
@@ -83,7 +87,12 @@ class Prepared:
 
     @property
     def needs_text(self) -> bool:
-        return self.saved_plan is None or self.options.refit
+        return not self.is_whole and (self.saved_plan is None or self.options.refit)
+
+    @property
+    def is_whole(self) -> bool:
+        """No FFN is cut: layers go, and nothing else."""
+        return self.layout.is_whole
 
     def fit(self, layout: Layout | None = None, store: Store = IN_MEMORY, share: Share = ALONE) -> LayerFit:
         """How to decide a layer; in another layout than the one that was settled, if one is given."""
@@ -133,13 +142,23 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
             experts=saved.layout.num_experts,
             shared=saved.layout.num_shared,
             active=saved.layout.num_active,
-            dense_layers=saved.layout.dense_layers,
+            dense_layers=saved.options.dense_layers,
+            drop_layers=saved.options.drop_layers,
         )
     if not options.calibration:
         options = replace(options, calibration=default_texts(dense, options))
     _check_method(options, writable=writable)
+    if options.drop_layers and options.static and options.active is None:
+        # By depth alone.
+        slices = options.experts or WHOLE_SLICES
+        options = replace(options, experts=slices, active=slices)
+    kept = _kept(dense, options)
+    if options.drop_layers:
+        check_droppable(dense)
+        dense = without_layers(dense, options.drop_layers)
+    numbered = tuple(number for number, layer in enumerate(kept) if layer in options.dense_layers)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    layout, target, reason = choose_layout(dense, options, dtype, writable=writable)
+    layout, target, reason = choose_layout(dense, replace(options, dense_layers=numbered), dtype, writable=writable)
     options = replace(options, device=str(find_device(options.device)))
     if len(dense.num_of_dtype) > 1:
         kinds = listing([f"{count:,} as {kind}" for kind, count in dense.num_of_dtype.items()])
@@ -157,9 +176,8 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
             options = replace(options, calibration=saved.options.calibration, tokens=saved.options.tokens)
             layers = (replace(layer, diagnostics={}) for layer in layers)
         saved = replace(saved, layers=tuple(layers))
-    _check_dense_layers(layout, dense.num_layers)
     _check_width(layout, dense.num_neurons, dtype, writable=writable)
-    if writable and layout.num_active == layout.num_experts and options.mixing != "soft":
+    if writable and layout.num_active == layout.num_experts and options.mixing != "soft" and not options.drop_layers:
         warn(
             f"{layout.num_active} of {layout.num_experts} experts are active for every token, which saves nothing: "
             f"with fewer, such as --active {max(1, layout.num_experts * 3 // 4)}, a token takes less time"
@@ -169,7 +187,8 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         options,
         experts=layout.num_experts,
         active=layout.num_active,
-        dense_layers=layout.dense_layers,
+        dense_layers=tuple(kept[layer] for layer in layout.dense_layers),
+        drop_layers=dense.dropped,
         context=context,
     )
     if not options.static:
@@ -327,13 +346,22 @@ def _context(dense: DenseModel, options: SplitOptions) -> int:
     return context
 
 
-def _check_dense_layers(layout: Layout, num_layers: int) -> None:
-    missing = [layer for layer in layout.dense_layers if not 0 <= layer < num_layers]
+def _kept(dense: DenseModel, options: SplitOptions) -> list[int]:
+    """Numbers of the layers that are not dropped.
+
+    Raises:
+        InputError: there is no such layer to leave dense, or nothing is cut.
+    """
+    missing = [layer for layer in options.dense_layers if not 0 <= layer < dense.num_layers]
     if missing:
-        hint = f"--dense-layers takes 0 to {num_layers - 1}"
+        hint = f"--dense-layers takes 0 to {dense.num_layers - 1}"
         raise InputError(f"there is no layer {missing[0]} to leave dense", hint)
-    if len(layout.dense_layers) == num_layers:
+    if both := sorted(set(options.dense_layers) & set(options.drop_layers)):
+        raise UsageError(f"layer {both[0]} is to stay dense and to go", "name it in one of both options")
+    kept = kept_layers(dense.num_layers, options.drop_layers)
+    if kept and set(kept) <= set(options.dense_layers):
         raise InputError("every layer is to stay dense, nothing is cut", "leave a layer out of --dense-layers")
+    return kept
 
 
 def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype, *, writable: bool) -> None:

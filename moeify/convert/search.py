@@ -3,10 +3,10 @@
     moeify search MODEL --budget 0.75            a table, a choice, the frontier (JSON and SVG)
     moeify split MODEL --budget 0.75             the same greedy choice, then the split
 
-The candidates of a layer are to stay dense or to be cut like all other cut layers: stock architectures have one number
-of experts, and one of active experts, for the whole model. So a strategy chooses for each layout which layers it is
-worth, and the best layout wins. An engine that takes no dense layers (`--engine llama.cpp`) leaves one question: how
-many of the active experts are shared, so that it runs the others.
+The candidates of a layer are to stay dense, to go as a whole, or to be cut like all other cut layers: stock
+architectures have one number of experts, and one of active experts, for the whole model. So a strategy chooses for each
+layout which layers it is worth, and the best layout wins. An engine that takes no dense layers (`--engine llama.cpp`)
+leaves one question: how many of the active experts are shared, so that it runs the others.
 
 Measured: SmolLM2-135M, 32 experts, five corpora, KL to dense on 1,024 tokens (2 cores of an Intel Xeon, 2026-11-22). At
 75 % the greedy choice leaves layers 0-8 and 29 dense: 0.169 nats, where cutting every layer alike gives 0.205. The sum
@@ -15,28 +15,25 @@ of single layers' losses, which is all that greedy looks at, was 0.164 and 0.202
 Legend: L layers, B blocks of C tokens.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moeify import engines, strategies, targets
 from moeify.cache import cache_dir, check_place, digest
-from moeify.convert.estimate import count_parameters, forward_flops, matmul_rate
+from moeify.convert.depth import under_budget_by_depth
+from moeify.convert.estimate import forward_flops, matmul_rate
 from moeify.convert.prepare import MIN_TOKENS, Prepared, calibration_text, prepare
 from moeify.convert.search_layouts import affordable_layouts, candidate_layouts
-from moeify.convert.search_scores import OutputChange, OutputCheck, ScoredLayer, score
+from moeify.convert.search_points import Point, Points
+from moeify.convert.search_scores import Absent, OutputCheck, score
 from moeify.errors import InputError, UsageError, kept_when_interrupted
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import Announce, SplitOptions, Track
 from moeify.plan import Layout
 from moeify.progress import Resumed, said, shown
 from moeify.readable import Readable
-from moeify.strategies import Choice, Problem
 from moeify.words import duration
 
 # The frontier is drawn at these budgets, and at the one that was asked for.
@@ -46,29 +43,6 @@ FIT_TOKENS = 8192
 CHECK_TOKENS = 1024
 # Time of fitting one candidate over that of the dense FFNs on the same tokens.
 FIT_FACTOR = 2.0
-
-
-@dataclass(frozen=True)
-class Point:
-    """One choice, and the model's loss on the check text with it.
-
-    Args:
-        strategy: the plug-in that made it.
-        share: of the FFN parameters, active per token.
-        active_parameters: of the whole model.
-        layout: how the cut layers are cut, and which stay dense.
-        predicted: sum of the losses of single layers, KL in nats per token.
-        divergence: measured, all layers changed together.
-        perplexity: measured on the same text.
-    """
-
-    strategy: str
-    share: float
-    active_parameters: int
-    layout: Layout
-    predicted: float
-    divergence: float
-    perplexity: float
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,7 +55,9 @@ class SearchResult(Readable):
         uniform: every layer cut alike, at the same budget.
         frontier: greedy choices for other budgets, by falling share.
         dense_perplexity: of the check text.
-        losses: layout (`active/experts`, with `+shared` where that is a choice) -> KL of every layer if only it is cut.
+        losses: layout (`active/experts`, with `+shared` where that is a choice), or what is left out -> KL of every
+            layer if only it is changed.
+        by_depth: the control, whole layers dropped until the budget is met.
     """
 
     model: str
@@ -91,6 +67,7 @@ class SearchResult(Readable):
     frontier: tuple[Point, ...]
     dense_perplexity: float
     losses: Mapping[str, Sequence[float]]
+    by_depth: Point | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -101,6 +78,7 @@ class SearchResult(Readable):
             "shared": layout.num_shared,
             "active": layout.num_active,
             "dense_layers": layout.dense_layers,
+            "drop_layers": self.choice.dropped_layers,
         }
 
 
@@ -112,6 +90,7 @@ def search(
     strategy: str = "greedy",
     trials: int = 32,
     frontier: bool = True,
+    depth: bool = True,
     track: Track[Any] = shown,
     announce: Announce = said,
     **choices: Any,
@@ -124,7 +103,8 @@ def search(
         options: experts, methods, calibration.
         strategy: a plug-in of moeify.strategies.
         trials: how many whole choices a strategy may measure.
-        frontier: also find and measure choices for other budgets.
+        frontier: also find and measure choices for other budgets, and the control by depth.
+        depth: whole layers may go, too.
         track: wraps the loop over layers.
         announce: told the expected time before the work begins.
         choices: single options by name, in place of those in `options`.
@@ -140,15 +120,16 @@ def search(
     options = SplitOptions.chosen(options, choices)
     if not 0 < budget < 1:
         raise UsageError(f"budget {budget} is out of range", "--budget takes more than 0 and less than 1")
-    choose, greedy, uniform = (strategies.find(name) for name in (strategy, "greedy", "uniform"))
+    choose, greedy = (strategies.find(name) for name in (strategy, "greedy"))
     dense = open_dense(model, track)
-    table = _score(dense, budget, options, track, announce)
+    table = _score(dense, budget, options, track, announce, droppable=depth)
     points = [table.best(limit, greedy, "greedy", 1) for limit in _limits(table, budget)] if frontier else []
     result = SearchResult(
         model=dense.name,
         budget=budget,
         choice=table.best(budget, choose, strategy, trials),
-        uniform=table.best(budget, uniform, "uniform", 1),
+        uniform=table.uniform(budget),
+        by_depth=table.by_depth(budget) if frontier else None,
         frontier=tuple(sorted(dict.fromkeys(points), key=lambda point: -point.share)),
         dense_perplexity=table.dense_perplexity,
         losses=table.losses,
@@ -157,7 +138,9 @@ def search(
     return result
 
 
-def _score(dense: DenseModel, budget: float, options: SplitOptions, track: Track[Any], announce: Announce) -> "_Table":
+def _score(
+    dense: DenseModel, budget: float, options: SplitOptions, track: Track[Any], announce: Announce, *, droppable: bool
+) -> Points:
     """Score every layout in every layer, or take the scores from the cache."""
     prepared = _prepared(dense, options)
     layouts = candidate_layouts(prepared, budget)
@@ -177,7 +160,7 @@ def _score(dense: DenseModel, budget: float, options: SplitOptions, track: Track
     layers = Resumed(score(prepared, blocks.ids_BC, check, layouts, folder), _num_scored(folder))
     with kept_when_interrupted("the layers that are scored"):
         scored = list(track(layers, "scoring layers", prepared.dense.num_layers))
-    return _Table(prepared, layouts, scored, check)
+    return Points(prepared, layouts, scored, check, droppable=droppable)
 
 
 def under_budget(
@@ -188,85 +171,18 @@ def under_budget(
 ) -> SplitOptions:
     """The options with their budget turned into a layout and dense layers, by the greedy strategy."""
     assert options.budget is not None
+    if options.static:
+        return under_budget_by_depth(open_dense(model, track), options, track)
     result = search(model, options.budget, options, frontier=False, track=track, announce=announce)
     return replace(options, **result.options)
 
 
-class _Table:
-    """The scored layers as problems for strategies, one for each layout."""
-
-    def __init__(
-        self, prepared: Prepared, layouts: Sequence[Layout], scored: Sequence[ScoredLayer], check: OutputCheck
-    ) -> None:
-        self._prepared, self._layouts, self._scored = prepared, layouts, scored
-        self.dense_perplexity = math.exp(check.dense().log_perplexity)
-        self._measure = cache(lambda i, choice: self._joint(check, i, choice))
-
-    @property
-    def cheapest(self) -> float:
-        return min(layout.active_share for layout in self._layouts)
-
-    @property
-    def losses(self) -> dict[str, list[float]]:
-        """Layout -> KL of every layer if only it is cut."""
-        several = len({layout.num_active for layout in self._layouts}) < len(self._layouts)
-        return {
-            f"{layout.num_active}/{layout.num_experts}" + (f"+{layout.num_shared}" if several else ""): [
-                layer.changes[i].divergence for layer in self._scored
-            ]
-            for i, layout in enumerate(self._layouts)
-        }
-
-    def best(self, budget: float, choose: strategies.Strategy, name: str, trials: int) -> Point:
-        """The layers that a strategy chooses in the layout whose first choice is best.
-
-        A single trial goes by predicted losses; of more, each layout gets one and the best layout the others.
-        """
-        affordable = affordable_layouts(self._layouts, budget)
-        firsts = {i: choose(self._problem(i, budget, 1)) for i in affordable}
-        points = {i: self._point(name, i, choice, measured=trials > 1) for i, choice in firsts.items()}
-        best = min(points, key=lambda i: points[i].divergence if trials > 1 else points[i].predicted)
-        left = max(1, trials - len(affordable) + 1)
-        return self._point(name, best, choose(self._problem(best, budget, left)), measured=True)
-
-    def _problem(self, i: int, budget: float, trials: int) -> Problem:
-        losses = np.array([[0.0, layer.changes[i].divergence] for layer in self._scored])
-        costs = np.tile([1.0, self._layouts[i].active_share], (len(self._scored), 1))
-        if not self._prepared.layout.dense_layers:
-            # What the layout costs, and no more: no layer can stay dense.
-            budget = self._layouts[i].active_share
-        return Problem(costs, losses, budget, lambda choice: self._measure(i, choice).divergence, trials, self._seed)
-
-    @property
-    def _seed(self) -> int:
-        return self._prepared.options.seed
-
-    def _point(self, name: str, i: int, choice: Choice, *, measured: bool) -> Point:
-        layout = self._layout(i, choice)
-        prepared = replace(self._prepared, layout=layout)
-        change = self._measure(i, choice) if measured else OutputChange(math.nan, math.nan)
-        return Point(
-            strategy=name,
-            share=layout.model_share(len(choice)),
-            active_parameters=count_parameters(prepared.writer)[1],
-            layout=layout,
-            predicted=sum(layer.changes[i].divergence for layer, cut in zip(self._scored, choice, strict=True) if cut),
-            divergence=change.divergence,
-            perplexity=math.exp(change.log_perplexity),
-        )
-
-    def _layout(self, i: int, choice: Choice) -> Layout:
-        return replace(self._layouts[i], dense_layers=tuple(layer for layer, cut in enumerate(choice) if not cut))
-
-    def _joint(self, check: OutputCheck, i: int, choice: Choice) -> OutputChange:
-        plans = [layer.plan(i) if cut else None for layer, cut in zip(self._scored, choice, strict=True)]
-        return check.joint(self._layout(i, choice), plans)
-
-
 def _prepared(dense: DenseModel, options: SplitOptions) -> Prepared:
     """The split's preparation for a target that holds dense layers, with the tokens of a search."""
-    if options.plan is not None or options.static or options.dense_layers:
-        raise UsageError("a budget chooses the layers itself", "leave --plan, --static and --dense-layers out")
+    if options.plan is not None or options.static or options.dense_layers or options.drop_layers:
+        raise UsageError(
+            "a budget chooses the layers itself", "leave --plan, --static, --dense-layers and --drop-layers out"
+        )
     if options.active is not None or options.shared is not None:
         raise UsageError("a budget chooses how many experts are active", "leave --active and --shared out")
     if options.mixing == "soft":
@@ -285,7 +201,7 @@ def _prepared(dense: DenseModel, options: SplitOptions) -> Prepared:
     return prepare(dense, replace(options, tokens=tokens, dense_layers=(1,) if holds_dense else ()))
 
 
-def _limits(table: _Table, budget: float) -> list[float]:
+def _limits(table: Points, budget: float) -> list[float]:
     return sorted({limit for limit in (*FRONTIER, budget) if limit >= table.cheapest})
 
 
@@ -296,7 +212,8 @@ def _folder(prepared: Prepared, layouts: Sequence[Layout], text: str) -> Path:
         DiskError: nothing can be written there.
     """
     options = {key: value for key, value in asdict(prepared.options).items() if key not in ("device", "target")}
-    key = digest(prepared.dense.fingerprint(), options, [asdict(layout) for layout in layouts], text)
+    # Scores of old versions know nothing of layers that go.
+    key = digest("depth", prepared.dense.fingerprint(), options, [asdict(layout) for layout in layouts], text)
     folder = cache_dir() / f"search-{key[:16]}"
     check_place(folder / "layer")
     return folder
@@ -311,5 +228,5 @@ def _estimate(prepared: Prepared, num_layouts: int, folder: Path) -> float:
     """Seconds for what is not scored yet."""
     left = prepared.dense.num_layers - _num_scored(folder)
     fit = forward_flops(prepared.dense, FIT_TOKENS) * (1 + FIT_FACTOR * num_layouts)
-    rest = forward_flops(prepared.dense, CHECK_TOKENS) * num_layouts * prepared.dense.num_layers / 2
+    rest = forward_flops(prepared.dense, CHECK_TOKENS) * (num_layouts + len(Absent)) * prepared.dense.num_layers / 2
     return (fit + rest) * left / prepared.dense.num_layers / matmul_rate(prepared.options.device)

@@ -11,8 +11,10 @@ Legend: T tokens, D hidden size, B check blocks of C tokens, V vocabulary.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,6 +26,7 @@ from moeify.cache import intact, replacing
 from moeify.calibration.stream import HiddenStream
 from moeify.convert.layer import converted, fit_layer
 from moeify.convert.prepare import Prepared
+from moeify.options import Track
 from moeify.plan import LayerPlan, Layout
 
 
@@ -38,6 +41,17 @@ class OutputChange:
 
     divergence: float
     log_perplexity: float
+
+
+class Absent(Enum):
+    """What of a layer is left out."""
+
+    LAYER = "layer"
+    FFN = "FFN"
+
+
+# What becomes of a layer; None leaves it as it is.
+Change = LayerPlan | Absent | None
 
 
 class OutputCheck:
@@ -59,13 +73,32 @@ class OutputCheck:
             stream.pass_through(layer, self._prepared.ffn(layer))
         return self._compare(stream)
 
-    def joint(self, layout: Layout, plans: Sequence[LayerPlan | None]) -> OutputChange:
-        """All layers changed together; None leaves one dense."""
+    def joint(self, layout: Layout, changes: Sequence[Change]) -> OutputChange:
+        """All layers changed together."""
         stream = self._prepared.stream(self._ids_BC)
-        for layer, plan in enumerate(plans):
+        for layer, change in enumerate(changes):
+            if change is Absent.LAYER:
+                continue
             ffn = self._prepared.ffn(layer)
-            stream.pass_through(layer, ffn if plan is None else converted(ffn, plan, self._prepared.fit(layout)))
+            if change is Absent.FFN:
+                stream.pass_through(layer, torch.zeros_like)
+            elif isinstance(change, LayerPlan):
+                stream.pass_through(layer, converted(ffn, change, self._prepared.fit(layout)))
+            else:
+                stream.pass_through(layer, ffn)
         return self._compare(stream)[0]
+
+    def without(self, absent: Absent, track: Track[Any]) -> list[OutputChange]:
+        """Each layer changed alone: it is not there, or its FFN is not."""
+        stream, changes = self._prepared.stream(self._ids_BC), []
+        num_layers = self._prepared.dense.num_layers
+        for layer in track(range(num_layers), "leaving out layers", num_layers):
+            before_TD = stream.residual().clone()
+            ffn, inputs_TD = self._prepared.ffn(layer), stream.attend(layer)
+            behind_BCD = before_TD if absent is Absent.LAYER else stream.behind(torch.zeros_like(inputs_TD), 0)
+            changes += self.finish(stream.fork(behind_BCD), layer + 1)
+            stream.advance(ffn(inputs_TD))
+        return changes
 
     def dense(self) -> OutputChange:
         """The dense model itself: no divergence, and its perplexity."""
@@ -92,11 +125,14 @@ class ScoredLayer:
     Args:
         layer: index.
         changes: of the output if only this layer is changed, for each layout.
+        without_layer, without_ffn: the same if it, or its FFN, is not there.
         file: keeps the fitted plans.
     """
 
     layer: int
     changes: tuple[OutputChange, ...]
+    without_layer: OutputChange
+    without_ffn: OutputChange
     file: Path
 
     def plan(self, i: int) -> LayerPlan:
@@ -120,13 +156,17 @@ def score(
     stream = prepared.stream(ids_BC)
     num_fit = ids_BC.numel() - check.num_tokens
     for layer in range(prepared.dense.num_layers):
+        before_ED = stream.residual()[num_fit:].clone()
         ffn, inputs_TD = prepared.ffn(layer), stream.attend(layer)
         file = folder / f"layer-{layer:05d}.safetensors"
         scored = intact(file, partial(_load, layer))
         if scored is None:
             first = num_fit // ids_BC.shape[1]
             fitted = [fit_layer(ffn, inputs_TD[:num_fit], prepared.fit(layout))[0] for layout in layouts]
-            changed_BCD = torch.cat([stream.behind(candidate(inputs_TD[num_fit:]), first) for candidate in fitted])
+            check_ED = inputs_TD[num_fit:]
+            outputs = [*(candidate(check_ED) for candidate in fitted), torch.zeros_like(check_ED)]
+            changed = [stream.behind(outputs_ED, first).flatten(0, 1) for outputs_ED in outputs]
+            changed_BCD = torch.cat([before_ED, *changed])
             changes = check.finish(stream.fork(changed_BCD), layer + 1)
             prepared.dense.check_unchanged()
             _save(file, [candidate.plan for candidate in fitted], changes)
@@ -147,4 +187,5 @@ def _save(file: Path, plans: Sequence[LayerPlan], changes: Sequence[OutputChange
 def _load(layer: int, file: Path) -> ScoredLayer:
     with safe_open(file, framework="pt") as reader:
         rows = json.loads(reader.metadata()["changes"])
-    return ScoredLayer(layer, tuple(OutputChange(*row) for row in rows), file)
+    without_layer, *changes, without_ffn = (OutputChange(*row) for row in rows)
+    return ScoredLayer(layer, tuple(changes), without_layer, without_ffn, file)

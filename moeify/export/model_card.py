@@ -19,12 +19,12 @@ from moeify.export.origin import Origin
 from moeify.export.writer import weights_are_exact
 from moeify.plan import SplitPlan
 from moeify.version import __version__
-from moeify.words import on_one_line
+from moeify.words import on_one_line, ranges
 
 CARD = """{head}
 # {name}
 
-{source} ({family}) with {which} cut into {experts} equal slices by moeify {version}: {cut}.
+{source} ({family}) {how} by moeify {version}: {cut}.
 Nothing was trained. {parameters:,} parameters, {active:,} of them used for a token.
 
 ```python
@@ -66,6 +66,10 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int], 
     which = "every feed-forward layer"
     if layout.dense_layers:
         which += f" but {', '.join(map(str, layout.dense_layers))}"
+    how = f"with {which} cut into {layout.num_experts} equal slices"
+    if options.drop_layers:
+        dropped = f"layers {ranges(options.drop_layers)}, with their attention,"
+        how, cut = ("made shallower", f"{dropped} are gone") if layout.is_whole else (how, f"{cut}; {dropped} are gone")
     rows = {
         "dense model": f"{code(plan.source)} ({code(plan.family)})",
         "written as": code(architecture),
@@ -83,9 +87,8 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int], 
         head=_head(origin, "pruned" if layout.is_static else "mixture-of-experts"),
         source=code(plan.source),
         family=code(plan.family),
-        which=which,
+        how=how,
         name=f"{code(Path(plan.source).name)} {'pruned' if layout.is_static else 'as a mixture of experts'}",
-        experts=layout.num_experts,
         version=plan.version,
         cut=cut,
         parameters=parameters[0],
@@ -100,7 +103,7 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int], 
 
 def _split_again(plan: SplitPlan) -> str:
     """The command that makes the checkpoint again: a budget has become a layout by now."""
-    options = replace(plan.options, budget=None, dense_layers=plan.layout.dense_layers)
+    options = replace(plan.options, budget=None)
     return command_line("split", plan.source, options, out="OUT")
 
 

@@ -6,7 +6,7 @@ truncated shards, missing tensors, wrong shapes. NaN and infinite weights are fo
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,7 @@ class DenseModel:
         family: where its FFNs are.
         stored: where each tensor is, by its name in the stock model.
         files: fingerprint of its files when it was opened.
+        dropped: numbers of the layers that were left out of it.
     """
 
     name: str
@@ -51,6 +52,7 @@ class DenseModel:
     family: Family
     stored: Mapping[str, Stored]
     files: Fingerprint
+    dropped: tuple[int, ...] = field(default=(), kw_only=True)
 
     @property
     def num_layers(self) -> int:

@@ -39,7 +39,7 @@ from moeify.results import check_replaceable, write, write_text
 from moeify.training.finetune import check_packages, finetune
 
 # Options that a split settles or counts anew: a record does not hold them as they were given.
-SETTLED = ("experts", "shared", "active", "budget", "dense_layers", "target", "context")
+SETTLED = ("experts", "shared", "active", "budget", "dense_layers", "drop_layers", "target", "context")
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,8 +13,8 @@ from moeify.reporting.tables import KINDS, speed
 from moeify.words import count, number, percent
 
 if TYPE_CHECKING:
-    from moeify.convert.search import Point as SearchPoint
     from moeify.convert.search import SearchResult
+    from moeify.convert.search_points import Point as SearchPoint
 
 # Models of one kind have one colour; where there are several, these tell their lines apart, in turn.
 SHAPES: dict[str, tuple[Shape, ...]] = {
@@ -75,6 +75,7 @@ def _search_points(result: "SearchResult") -> list[Series]:
     by_size = {choice.active_parameters: choice for choice in (*result.frontier, result.choice)}
     return [
         Series("search, every layer alike", "other", points([result.uniform]), "diamond", line=False),
+        Series("layers dropped alone", "static", points([result.by_depth] if result.by_depth else []), line=False),
         Series("search, layers chosen", "search", points(by_size[size] for size in sorted(by_size)), "dot"),
     ]
 

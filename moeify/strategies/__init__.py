@@ -18,6 +18,10 @@ library and gains by tokens enough. On the embedded model (4 layers) none beat g
 width 64 all but random gained 2 %. 2 cores of an Intel Xeon, 2026-11-25, 32 experts, `--partition energy --context
 128`, calibrated on Wikipedia and State of the Union; FIT_TOKENS 1024, CHECK_TOKENS 256, SHARES (1/2,).
 
+Stepwise is for candidates that interact as layers that go do; it chooses those of the controls by depth. Of experts it
+chose what has 0.1423 nats where greedy's has 0.1433 at 75 %, and greedy's choice at 50 %, with 32 measured choices
+(SmolLM2-135M, 32 experts, CHECK_TOKENS 1024).
+
 Legend: L layers, C candidates.
 """
 

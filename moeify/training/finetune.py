@@ -38,7 +38,7 @@ from moeify.progress import shown
 from moeify.readable import Readable
 from moeify.results import read, to_json
 from moeify.training.inputs import Inputs, open_inputs
-from moeify.training.layers import check_shapes, fit_layers
+from moeify.training.layers import beside, fit_layers
 from moeify.training.model import Student
 from moeify.training.options import Device, FinetuneOptions, Precision, Stage
 from moeify.training.rate import settle_tokens
@@ -219,11 +219,11 @@ class _Stages:
 
     def _layers(self, number: int) -> None:
         student = _student(self.inputs, self.options, self.workspace, number)
-        check_shapes(student, self.inputs.teacher)
+        teacher = beside(student, self.inputs.teacher)
         ids_BC = self.inputs.ids_BC
         ids_BC = ids_BC[: max(1, self.options.layer_tokens // ids_BC.shape[1])]
-        fits = fit_layers(student, self.inputs.teacher, ids_BC, self.options)
-        layers = list(self.track(fits, "fitting layers", self.inputs.teacher.num_layers))
+        fits = fit_layers(student, teacher, ids_BC, self.options)
+        layers = list(self.track(fits, "fitting layers", teacher.num_layers))
         tensors = {name: tensor for layer in layers for name, tensor in layer.tensors.items()}
         figures = {
             "before": {"layer_error": sum(layer.error_before for layer in layers) / len(layers)},

@@ -29,6 +29,7 @@ from moeify.export.in_memory import folds, sites_of, split_ffn
 from moeify.families import Sites
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import FFNWeights, joined, pack, unpack
+from moeify.models.shallow import without_layers
 from moeify.plan import Layout
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
@@ -98,8 +99,15 @@ class _Loaded:
         return {name: self._tensors[name] for name in names}
 
 
-def check_shapes(student: Student, teacher: DenseModel) -> None:
-    """Raise InputError unless the teacher's layers can stand beside the student's."""
+def beside(student: Student, teacher: DenseModel) -> DenseModel:
+    """The teacher without the layers that the split dropped.
+
+    Raises:
+        InputError: its layers cannot stand beside the student's.
+    """
+    dropped = student.plan.options.drop_layers if student.plan else ()
+    if len(dropped) < teacher.num_layers:
+        teacher = without_layers(teacher, [layer for layer in dropped if layer < teacher.num_layers])
     mine, its = student.model.config, teacher.config
     for what, name in (("layers", "num_hidden_layers"), ("a hidden size of", "hidden_size")):
         if getattr(mine, name) != getattr(its, name):
@@ -107,6 +115,7 @@ def check_shapes(student: Student, teacher: DenseModel) -> None:
                 f"{teacher.name} has {what} {getattr(its, name):,}, {student.path} has {getattr(mine, name):,}",
                 "--stage layers needs the dense model that was cut as the teacher",
             )
+    return teacher
 
 
 def fit_layers(

@@ -129,14 +129,19 @@ def test_a_table_of_a_benchmark_is_cut_by_its_own_keys(shown: Shown) -> None:
 
 
 def test_the_share_that_a_budget_bounds_is_not_that_of_all_parameters() -> None:
-    rows = dict(active_rows(Layout(8, 1, 3, (0,)), 4, 750_720, 1_250_432, 0.6))
+    rows = dict(active_rows(Layout(8, 1, 3, (0,)), (4, 0), 750_720, 1_250_432, 0.6))
     assert rows["active of the FFNs"] == "53 % of their parameters; --budget 0.6 allows 60 %"
     assert rows["active of all"] == "750,720 of 1,250,432 parameters, 60 %"
-    assert dict(active_rows(Layout(8, 4, 4), 4, 7, 7)) == {
+    # Layers that were dropped belong to what the share is of.
+    assert dict(active_rows(Layout(8, 1, 4), (3, 1), 7, 9))["active of the FFNs"] == "38 % of their parameters"
+    assert dict(active_rows(Layout(8, 4, 4), (4, 0), 7, 7)) == {
         "kept of the FFNs": "50 % of their parameters",
         "parameters": "7",
     }
     assert layout_words(Layout(8, 1, 3, (0,))).endswith("= 38 % active; dense layers: 0")
+    assert layout_words(Layout(2, 2, 2), (1, 2)) == (
+        "without layers 1-2, their attention, keys and values; every FFN whole"
+    )
 
 
 def test_a_perplexity_says_how_the_text_was_cut() -> None:

@@ -113,7 +113,8 @@ def test_the_point_that_was_found(find: Find) -> None:
     found = find(0.7)
     assert (found.budget, found.choice.strategy, found.uniform.strategy) == (0.7, "greedy", "uniform")
     for point in (found.choice, found.uniform, *found.frontier):
-        assert point.share == pytest.approx(point.layout.model_share(LAYERS))
+        gone = len(point.dropped_layers)
+        assert point.share == pytest.approx(point.layout.model_share(LAYERS - gone, gone))
         assert point.share <= max(FRONTIER) + 1e-9
         assert point.divergence > 0
         assert math.isfinite(point.perplexity)
@@ -124,13 +125,18 @@ def test_the_point_that_was_found(find: Find) -> None:
         "shared": found.choice.layout.num_shared,
         "active": found.choice.layout.num_active,
         "dense_layers": found.choice.layout.dense_layers,
+        "drop_layers": found.choice.dropped_layers,
     }
     # What was summed up is in the table of single layers.
     layout = found.choice.layout
     losses = found.losses[f"{layout.num_active}/{layout.num_experts}"]
     cut = [loss for layer, loss in enumerate(losses) if layer not in layout.dense_layers]
     assert found.choice.predicted == pytest.approx(sum(cut))
-    assert set(found.losses) == {f"{round(share * 8)}/8" for share in SHARES}
+    assert set(found.losses) == {
+        *(f"{round(share * 8)}/8" for share in SHARES),
+        "without the layer",
+        "without its FFN",
+    }
     assert all(len(row) == LAYERS for row in found.losses.values())
 
 
@@ -233,7 +239,15 @@ def test_a_budget_that_no_candidate_meets_is_refused_first(find: Find, no_fittin
 
 @pytest.mark.parametrize(
     "changed",
-    [{"plan": "some/plan"}, {"static": True}, {"active": 4}, {"shared": 1}, {"dense_layers": (0,)}, {"mixing": "soft"}],
+    [
+        {"plan": "some/plan"},
+        {"static": True, "active": 4},
+        {"active": 4},
+        {"shared": 1},
+        {"dense_layers": (0,)},
+        {"drop_layers": (0,)},
+        {"mixing": "soft"},
+    ],
     ids=str,
 )
 def test_options_that_a_budget_decides(dense: Path, options: SplitOptions, tmp_path: Path, changed: Any) -> None:
@@ -354,7 +368,8 @@ def test_quiet_says_the_result_alone(dense: Path, flags: list[str], capfd: pytes
 def test_the_tables_show_every_point(find: Find) -> None:
     result = find(0.7)
     choices, frontier = search_tables(result)
-    assert choices.row_count == 2
+    assert choices.row_count == 3
+    assert "static by depth" in list(choices.columns[0].cells)
     assert frontier.row_count == len(result.frontier)
     assert len(search_tables(find(0.7, frontier=False))) == 1
 

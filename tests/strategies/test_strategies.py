@@ -12,7 +12,7 @@ from moeify.strategies import Choice, Floats, Problem, greedy, uniform
 from moeify.strategies._repair import fill, repair
 
 # Those that measure more than one choice.
-SEARCHES = ["beam"]
+SEARCHES = ["beam", "stepwise"]
 
 
 def make(costs: Floats, losses: Floats, budget: float, *, trials: int = 20, seed: int = 0) -> Problem:
@@ -83,7 +83,9 @@ def test_a_choice_exists_fits_and_is_the_same_again(name: str, seed: int) -> Non
     found, calls = record(name, problem)
     assert found in every_choice(problem)
     assert all(type(candidate) is int for candidate in found)
-    assert all(problem.fits(choice) for choice in calls)
+    # A step on the way may still be above the budget; nothing is measured that does not exist.
+    assert all(np.isfinite(problem.cost(choice)) for choice in calls)
+    assert name == "stepwise" or all(problem.fits(choice) for choice in calls)
     np.random.seed(99)
     assert record(name, problem) == (found, calls)
 

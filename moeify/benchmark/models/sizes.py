@@ -100,16 +100,15 @@ def pass_work(
 
 
 def active_share(anatomy: Anatomy, dense_ffn: int) -> float:
-    """Share of the FFN parameters that a token uses: of a model's own with experts, of the dense model's without.
+    """Share of the dense model's FFN parameters that a token uses; of its own of a model that has more of them.
 
     Args:
         anatomy: of the model.
         dense_ffn: parameters of the dense model's FFNs.
     """
     ffn = anatomy.parts["ffn"].parameters
-    if anatomy.experts is not None:
-        return (ffn - anatomy.experts.idle_parameters) / ffn
-    return ffn / dense_ffn
+    idle = 0 if anatomy.experts is None else anatomy.experts.idle_parameters
+    return (ffn - idle) / max(ffn, dense_ffn)
 
 
 def _seen(window: int | None, length: int) -> int:

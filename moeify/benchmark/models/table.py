@@ -87,6 +87,7 @@ def _sizes(models: Sequence[Model]) -> Iterator[tuple[str, list[float | None]]]:
     def total(name: str) -> list[float | None]:
         return [sum(getattr(part, name) for part in model.parts.values()) / 1e6 for model in models]
 
+    yield "layers, as keys and values", [float(model.num_layers) for model in models]
     yield "parameters, M", total("parameters")
     yield "active parameters, M", total("active_parameters")
     yield "FLOPs a token, M", total("flops_per_token")

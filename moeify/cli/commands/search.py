@@ -37,6 +37,7 @@ def search_command(
         candidate,
         strategy=options.strategy,
         trials=options.trials,
+        depth=options.depth,
         track=renderer.track,
         announce=renderer.note,
     )

@@ -37,5 +37,13 @@ def compare_tables(comparison: "Comparison") -> tuple[Table, ...]:
             f"{row.gap_closed:.0%}",
         )
         by_text.add_row(row.method, f"{row.budget:.0%}", *(f"{value:,.1f}" for value in row.texts.values()))
+    # The share of the FFN is not all that they save.
+    saved = [
+        f"{row.method}, {row.budget:.0%}: layers gone, with attention, keys, values: "
+        f"{row.diagnostics['dropped_layers']:.0f}"
+        for row in comparison.rows
+        if "dropped_layers" in row.diagnostics
+    ]
+    over_all.caption = "\n".join([str(over_all.caption), *saved])
     perplexities = (over_all, by_text) if len(tokens) > 1 else (over_all,)
     return (*perplexities, *tasks_tables(comparison.tasks))

@@ -37,12 +37,12 @@ def split_table(result: "SplitResult") -> Table:
     rows = [
         ("written to", str(result.out)),
         ("target", f"{result.target}: {result.target_reason}"),
-        ("layout", layout_words(layout)),
+        ("layout", layout_words(layout, result.plan.options.drop_layers)),
         ("expert width", f"{result.expert_width:,} neurons"),
         *engine_rows(result.engines),
         *active_rows(
             layout,
-            len(result.plan.layers),
+            (len(result.plan.layers), len(result.plan.options.drop_layers)),
             result.num_active_parameters,
             result.num_parameters,
             result.plan.options.budget,
@@ -107,7 +107,12 @@ def preview_table(preview: "Preview") -> Table:
                 "calibration",
                 f"{', '.join(options.calibration)}: {options.tokens:,} tokens in blocks of {options.context}",
             ),
-            *active_rows(preview.layout, preview.num_layers, preview.num_active_parameters, preview.num_parameters),
+            *active_rows(
+                preview.layout,
+                (preview.num_layers, len(preview.options.drop_layers)),
+                preview.num_active_parameters,
+                preview.num_parameters,
+            ),
             ("checkpoint", f"{size(estimate.checkpoint_bytes)} in {preview.dtype}"),
             ("memory", f"about {size(estimate.peak_memory_bytes)}"),
             ("time", f"about {duration(estimate.duration_s)} here"),

@@ -19,22 +19,33 @@ def key_value_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
     return table
 
 
-def layout_words(layout: "Layout") -> str:
-    if layout.is_static:
+def layout_words(layout: "Layout", dropped: Sequence[int] = ()) -> str:
+    if layout.is_whole:
+        words = "every FFN whole"
+    elif layout.is_static:
         words = f"{layout.num_active} of {layout.num_experts} slices of each FFN kept, the others dropped"
     else:
         words = (
             f"each FFN in {layout.num_experts} experts: {layout.num_shared} shared + {layout.num_routed_active} of "
             f"{layout.num_routed} routed = {percent(layout.active_share)} active"
         )
+    if dropped:
+        words = f"without layers {ranges(dropped)}, their attention, keys and values; {words}"
     return words + (f"; dense layers: {ranges(layout.dense_layers)}" if layout.dense_layers else "")
 
 
 def active_rows(
-    layout: "Layout", num_layers: int, active: int, total: int, budget: float | None = None
+    layout: "Layout", layers: tuple[int, int], active: int, total: int, budget: float | None = None
 ) -> list[tuple[str, str]]:
-    """The share of all FFN parameters that a token uses, which --budget bounds, and that of all parameters."""
-    share = percent(layout.model_share(num_layers))
+    """The share of all FFN parameters that a token uses, which --budget bounds, and that of all parameters.
+
+    Args:
+        layout: how layers are cut.
+        layers: how many there are, and how many were dropped.
+        active, total: parameters.
+        budget: as it was asked for.
+    """
+    share = percent(layout.model_share(*layers))
     allowed = "" if budget is None else f"; --budget {budget:g} allows {percent(budget)}"
     if layout.is_static:
         return [("kept of the FFNs", f"{share} of their parameters"), ("parameters", f"{total:,}")]

@@ -1,0 +1,73 @@
+"""Whether a layer of a model can go: toy twins with one layer bypassed and with one layer fewer are compared.
+
+The twin has the model's very config but for its sizes (see exactness.py), and every kind of layer. In the first one the
+block is there and its input is taken for its output; the second one is what would be written.
+
+Legend: C tokens, V vocabulary.
+"""
+
+import json
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from moeify.convert.exactness import CONTEXT, STOPS, TOLERANCE, Twin, make_twin, twin_values
+from moeify.errors import InputError, first_line
+from moeify.models.dense import DenseModel
+from moeify.models.shallow import cut_names, kept_layers, without_layers
+
+
+def check_droppable(dense: DenseModel) -> None:
+    """Refuse a model that is another one, not a shallower one, when a layer goes.
+
+    Raises:
+        InputError: twins differ, or cannot be built.
+    """
+    values = json.dumps(twin_values(dense.config, dense.family), sort_keys=True, default=str)
+    if reason := _difference(values):
+        raise InputError(f"no layer of a {dense.config.model_type} can be dropped: {reason}", "leave --drop-layers out")
+
+
+@lru_cache(maxsize=64)
+def _difference(values: str) -> str:
+    """Why the twins of this config are not the same, or ""."""
+    try:
+        twin = make_twin(json.loads(values))
+        for layer in range(twin.num_layers):
+            bypassed_CV, shallow_CV = _logits(twin, bypassed=layer), _logits(_without(twin, layer))
+            difference = float((bypassed_CV - shallow_CV).abs().max() / bypassed_CV.abs().max())
+            if not difference <= TOLERANCE:
+                return f"without layer {layer} a toy twin's logits differ by {difference:.2g} of the largest"
+    except STOPS as error:
+        return f"a toy twin cannot be built: {first_line(error):.160}"
+    return ""
+
+
+def _without(twin: Twin, layer: int) -> Twin:
+    kept = kept_layers(twin.num_layers, [layer])
+    shallow = without_layers(twin, [layer])
+    assert isinstance(shallow, Twin)
+    return replace(shallow, tensors=cut_names(twin.tensors, twin.family.blocks, kept))
+
+
+@torch.no_grad()
+def _logits(twin: Twin, bypassed: int | None = None) -> Tensor:
+    """logits_CV of the stock model, with one block bypassed."""
+    model: Any = AutoModelForCausalLM.from_config(twin.config).eval()
+    model.load_state_dict(dict(twin.tensors), strict=False)
+    if bypassed is not None:
+        block: nn.Module = model.get_submodule(twin.block(bypassed))
+        block.register_forward_hook(_bypass, with_kwargs=True)
+    vocabulary = int(twin.config.vocab_size)
+    ids_1C = torch.randint(3, vocabulary, (1, CONTEXT), generator=torch.Generator().manual_seed(1))
+    logits_CV: Tensor = model(input_ids=ids_1C, use_cache=False).logits[0]
+    return logits_CV
+
+
+def _bypass(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+    hidden = arguments[0] if arguments else named["hidden_states"]
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
