@@ -34,7 +34,8 @@ from moeify.kernels.reference import ACTIVATIONS
 MIN_WORK = {2: 1 << 16, 4: 1 << 12, 8: 1 << 10}
 # The same for the width of an expert that a single token has chosen.
 MIN_WIDTH = {2: 128, 4: 1, 8: 1}
-# So many times the work that was asked for is never done.
+# So many times the weights that were asked for are read at most, and more than so many times the work counts double.
+# Training with 27 of 87 experts of 16 neurons, 2,048 tokens, bfloat16: 33 ms together, 101 one after the other.
 MAX_WASTE = 3
 # Below so many tokens a batch of small products beats one large one with few columns (float32).
 FEW_TOKENS = 32
@@ -84,10 +85,12 @@ def moe_ffn_cpu(
         tensor.requires_grad for tensor in (inputs_TD, up_EPD, down_EDF, weights_TK)
     )
     call = _Call(inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK.to(inputs_TD.dtype), activation, gated)
-    all_pays = num_experts <= MAX_WASTE * num_ranks
+    # Weights that no token needs are not read, but for a few.
+    all_pays = num_experts <= MAX_WASTE * min(num_experts, num_tokens * num_ranks)
     if num_tokens == 1 and not training and not (all_pays and width < MIN_WIDTH[size]):
         return _one_token(call)
-    if all_pays and num_tokens * num_ranks * width < MIN_WORK[size] * num_experts:
+    waste = max(1.0, num_experts / (MAX_WASTE * num_ranks))
+    if all_pays and waste * num_tokens * num_ranks * width < MIN_WORK[size] * num_experts:
         return _all_experts(call)
     if not training:
         return _one_by_one(call)
