@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from moeify import plugins
-from moeify.errors import InputError
+from moeify.errors import InputError, nearest
 
 Modality = Literal["text"]
 
@@ -155,7 +155,11 @@ def find(model_type: str) -> Family:
     """
     known = names()
     if model_type not in known:
-        raise InputError(f"the family {model_type!r} is not supported", f"supported: {', '.join(known)}")
+        similar = nearest(model_type, known)
+        raise InputError(
+            f"the family {model_type!r} is not supported" + (f", the nearest that is: {similar}" if similar else ""),
+            f"`moeify inspect MODEL --draft-family` prints the file that it needs; supported: {', '.join(known)}",
+        )
     family = plugins.load(__name__, model_type, "FAMILY")
     assert isinstance(family, Family)
     return family

@@ -1,0 +1,165 @@
+"""The family file that an unknown model type would need, filled in as far as the stock model shows it.
+
+The blocks are the list of as many modules as the config has layers. Their FFN is what goes from the hidden size to a
+wider inner one and back, outside of attention.
+
+Shapes: D hidden size, F inner width.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from moeify import families
+from moeify.errors import InputError
+from moeify.families import Family, FFNFormat
+from moeify.models.config import empty_model, load_config
+from moeify.models.files import locate
+from moeify.options import Track
+from moeify.progress import shown
+from moeify.readable import Readable
+
+# Parts of names of what has matrices and is no FFN.
+OTHERS = ("attn", "attention", "mixer", "conv", "mamba", "expert", "router")
+# Names that a gate has where two matrices lead to the inner width.
+GATES = ("gate", "w1")
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+HINT = "write the file by hand; moeify/families/llama.py is the simplest"
+
+
+@dataclass(frozen=True, repr=False)
+class FamilyDraft(Readable):
+    """A family file that would be needed.
+
+    Args:
+        model_type: of the model.
+        nearest: supported families with the most similar names.
+        file: where the text belongs.
+        text: of the file.
+    """
+
+    model_type: str
+    nearest: tuple[str, ...]
+    file: str
+    text: str
+
+
+def draft(model: str | Path, *, track: Track[Any] = shown) -> FamilyDraft:
+    """Write the family file of a model, from its config alone.
+
+    Args:
+        model: a folder, a .gguf file or a hub id.
+        track: shows the progress of fetching it.
+
+    Raises:
+        InputError: it cannot be read, or nothing in it looks like an FFN.
+    """
+    config = load_config(locate(str(model), track))
+    name = str(config.model_type)
+    blocks, layers = _blocks(config, empty_model(config, buffers=False))
+    ffns = [found for block in layers if (found := _ffn(block, int(config.hidden_size))) is not None]
+    if not ffns:
+        raise InputError(f"no block of {name} has an FFN of matrices to a wider inner size and back", HINT)
+    ffn, inner = ffns[0]
+    parent = ffn.down.rpartition(".")[0]
+    family = Family(
+        name,
+        blocks=blocks,
+        read=parent or ffn.up,
+        write=parent or ffn.down,
+        ffn=ffn,
+        activation=next((field for field in ACTIVATIONS if isinstance(getattr(config, field, None), str)), "silu"),
+        width=_width(config, inner),
+    )
+    nearest = tuple(get_close_matches(name, families.names(), n=3, cutoff=0.4))
+    return FamilyDraft(name, nearest, f"moeify/families/{name}.py", _text(family, config, inner))
+
+
+def _blocks(config: Any, model: nn.Module) -> tuple[str, list[nn.Module]]:
+    count = int(config.num_hidden_layers)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, list(module)
+    raise InputError(f"{config.model_type} has no list of {count} blocks", HINT)
+
+
+def _ffn(block: nn.Module, hidden: int) -> tuple[FFNFormat, int] | None:
+    """How the FFN of a block lies, and its inner width."""
+    shapes = dict(_shapes(block))
+    transposed = {name for name, module in block.named_modules() if isinstance(module, Conv1D)}
+    for down, (out, inner) in shapes.items():
+        beside = [
+            name for name in shapes if name.rpartition(".")[0] == down.rpartition(".")[0] and shapes[name][1] == hidden
+        ]
+        wide = [name for name in beside if name != down and shapes[name][0] == inner]
+        double = [name for name in beside if shapes[name][0] == 2 * inner]
+        if out != hidden or not (wide or double):
+            continue
+        if not wide:
+            return FFNFormat(up=double[0], down=down, gate=double[0], fused=True), inner
+        gate = None
+        if len(wide) > 1:
+            gate = next((name for name in wide if any(part in name.rpartition(".")[2] for part in GATES)), wide[0])
+        up = next(name for name in wide if name != gate)
+        return FFNFormat(up=up, down=down, gate=gate, transposed=down in transposed), inner
+    return None
+
+
+def _shapes(block: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
+    """Outputs and inputs of every matrix that may belong to an FFN."""
+    for name, module in block.named_modules():
+        if any(part in name.lower() for part in OTHERS):
+            continue
+        if isinstance(module, nn.Linear):
+            yield name, (module.out_features, module.in_features)
+        elif isinstance(module, Conv1D):
+            yield name, (module.weight.shape[1], module.weight.shape[0])
+
+
+def _width(config: Any, inner: int) -> str:
+    """The config's field of the inner width; llama's where none has that value."""
+    fields: Mapping[str, Any] = config.to_dict()
+    names = [name for name, value in fields.items() if type(value) is int and value == inner]
+    usual = Family.width
+    return usual if usual in names or not names else names[0]
+
+
+def _text(family: Family, config: Any, inner: int) -> str:
+    """The file, with what differs from a llama, and what has to be looked at."""
+    usual, plain = Family(""), FFNFormat()
+    ffn = {name: value for name, value in vars(family.ffn).items() if value != getattr(plain, name)}
+    parts = [f'"{family.model_type}"']
+    parts += [
+        f"{name}={getattr(family, name)!r}"
+        for name in ("blocks", "read", "write")
+        if getattr(family, name) != getattr(usual, name)
+    ]
+    if ffn:
+        parts.append(f"ffn=FFNFormat({', '.join(f'{name}={value!r}' for name, value in ffn.items())})")
+    parts += [
+        f"{name}={getattr(family, name)!r}"
+        for name in ("activation", "width")
+        if getattr(family, name) != getattr(usual, name)
+    ]
+    doubts = []
+    if not isinstance(getattr(config, family.activation, None), str):
+        doubts.append(f"# No field of the config names an activation: is it {family.activation}?")
+    if getattr(config, family.width, None) != inner:
+        doubts.append(f"# No field of the config is the inner width, {inner}: `fixed` says what makes it of others.")
+    lines = [
+        f'"""{family.model_type}: say what it has that llama has not."""',
+        "",
+        f"from moeify.families import {'Family, FFNFormat' if ffn else 'Family'}",
+        "",
+        *doubts,
+        "FAMILY = Family(",
+        *(f"    {part}," for part in parts),
+        ")",
+        "",
+    ]
+    return "\n".join(lines).replace("'", '"')

@@ -1,0 +1,59 @@
+"""A drafted family file is what somebody wrote by hand for every family that there is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moeify import families
+from moeify.cli.app import run_command
+from moeify.convert.draft import draft
+from moeify.errors import InputError
+from moeify.families import Family
+
+
+def folder_of(family: str, tmp_path: Path, **values: Any) -> Path:
+    config = AutoConfig.for_model(family, **{**families.find(family).tiny_values, **values})
+    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    config.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def family_in(text: str) -> Family:
+    found: dict[str, Any] = {}
+    exec(text, found)
+    family = found["FAMILY"]
+    assert isinstance(family, Family)
+    return family
+
+
+@pytest.mark.parametrize("name", families.names())
+def test_a_draft_is_what_was_written_by_hand(name: str, tmp_path: Path) -> None:
+    drafted = draft(folder_of(name, tmp_path, **{families.find(name).width: 72}))
+    assert (drafted.model_type, drafted.file) == (name, f"moeify/families/{name}.py")
+    found, written = family_in(drafted.text), families.find(name)
+    parts = ("model_type", "blocks", "read", "write", "ffn", "activation", "width")
+    assert {part: getattr(found, part) for part in parts} == {part: getattr(written, part) for part in parts}
+
+
+def test_an_unknown_family_gets_its_file_and_a_refusal_says_how(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of("llama", tmp_path / "model")
+    config = AutoConfig.for_model("persimmon", **families.find("llama").tiny_values, hidden_act="relu2")
+    config.architectures = ["PersimmonForCausalLM"]
+    config.save_pretrained(folder)
+    assert run_command(["inspect", str(folder)]) == 3
+    assert "--draft-family" in capfd.readouterr().err
+    assert run_command(["inspect", str(folder), "--draft-family"]) == 0
+    family = family_in(capfd.readouterr().out)
+    assert (family.ffn.gate, family.ffn.up, family.ffn.down) == (None, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+
+
+def test_what_has_no_ffn_is_said(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("mamba", vocab_size=64, hidden_size=32, num_hidden_layers=2)
+    config.architectures = ["MambaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="mamba"):
+        draft(tmp_path)
