@@ -19,7 +19,8 @@ from torch import Tensor
 from moeify import partition, routers
 from moeify.calibration.activations import CLIP_NORM
 from moeify.convert.layer import fit_layer
-from moeify.convert.prepare import Prepared, calibration_text, prepare
+from moeify.convert.prepare import Prepared, prepare
+from moeify.convert.texts import calibration_text
 from moeify.data.text import evaluation_tokens
 from moeify.models.dense import open_dense
 from moeify.options import SplitOptions

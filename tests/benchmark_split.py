@@ -20,7 +20,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moeify.convert.pipeline import split
-from moeify.convert.prepare import calibration_text, prepare
+from moeify.convert.prepare import prepare
+from moeify.convert.texts import calibration_text
 from moeify.models.dense import open_dense
 from moeify.options import SplitOptions
 

@@ -27,8 +27,9 @@ from moeify.check.tasks_results import TaskResult
 from moeify.check.tasks_rows import TaskRows
 from moeify.check.trials import Control, Trial, Trials
 from moeify.command_line import names_of, several
-from moeify.convert.prepare import Prepared, calibration_text, prepare
+from moeify.convert.prepare import Prepared, prepare
 from moeify.convert.search_scores import Absent
+from moeify.convert.texts import calibration_text
 from moeify.data.text import evaluation_tokens
 from moeify.errors import UsageError, kept_when_interrupted, unknown
 from moeify.models.dense import DenseModel, open_dense

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from moeify import strategies
 from moeify.cache import cache_dir, digest, once
-from moeify.convert.prepare import DEFAULT_CONTEXT, MIN_TOKENS, WHOLE_SLICES, Prepared, calibration_text, prepare
+from moeify.convert.prepare import MIN_TOKENS, WHOLE_SLICES, Prepared, prepare
 from moeify.convert.search_scores import Absent, Change, OutputCheck
+from moeify.convert.texts import DEFAULT_CONTEXT, calibration_text
 from moeify.data.documents import BUILTIN
 from moeify.errors import InputError, UsageError
 from moeify.models.dense import DenseModel

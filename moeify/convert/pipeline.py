@@ -19,9 +19,10 @@ from moeify.calibration.store import IN_MEMORY, Store
 from moeify.convert.estimate import count_parameters, place_of_text, text_bytes
 from moeify.convert.layer import converted, fit_layer, whole_plan
 from moeify.convert.machine_plan import for_machine
-from moeify.convert.prepare import Prepared, calibration_text, prepare
+from moeify.convert.prepare import Prepared, prepare
 from moeify.convert.search import under_budget
 from moeify.convert.text_size import warn_of_few_tokens
+from moeify.convert.texts import calibration_text
 from moeify.convert.walk import CalibrationWalk
 from moeify.data.text import TokenBlocks
 from moeify.engines import Verdict
@@ -83,6 +84,7 @@ def split(
     overwrite: bool = False,
     track: Track[Any] = shown,
     announce: Announce = said,
+    quick: bool = False,
     share: Share = ALONE,
     **choices: Any,
 ) -> SplitResult:
@@ -98,6 +100,7 @@ def split(
         track: wraps long loops to show progress.
         announce: told the expected time of the search for layers, if the options have a budget, and where hidden states
             go.
+        quick: search for layers with one candidate, if the options have a budget.
         share: this process's among those that share the calibration tokens, `moeify.calibration.share.joined()` under
             torchrun; each makes the same call, the first one decides and writes.
         choices: single options by name, in place of those in `options`.
@@ -116,7 +119,7 @@ def split(
     dense = _opened(model, track, share)
     check_is_no_model(out, dense.path)
     if options.budget is not None:
-        options = share.first(partial(under_budget, dense, options, track, announce))
+        options = share.first(partial(under_budget, dense, options, track, announce, quick=quick))
     if options.machine is not None:
         # It measures.
         options = share.first(partial(for_machine, dense, options))
@@ -128,23 +131,12 @@ def split(
     # Before any work: a tokenizer that would cut text otherwise is a refusal.
     companions = settle_companions(dense.path, prepared.writer.config_text())
     blocks = share.first(lambda: calibration_text(prepared)) if prepared.needs_text else None
-    saved = prepared.saved_plan
-    calibration = asdict(blocks.provenance) if blocks else dict(saved.calibration) if saved else {}
     if share.is_first:
-        with Workspace(out, _job(prepared, calibration), overwrite=overwrite) as workspace:
+        with Workspace(out, _job(prepared, _text_of(prepared, blocks)), overwrite=overwrite) as workspace:
             if not share.first(lambda: workspace.is_complete):
                 check_room(workspace.path, prepared.writer.num_bytes - workspace.num_bytes + gguf_bytes)
-                store = share.first(lambda: _store(prepared, workspace, announce))
-                if store.folder is not None:
-                    calibration["hidden_states"] = "bfloat16"
-                deciding = Resumed(decide_layers(prepared, blocks, workspace, store, share), workspace.num_layers)
-                layers = track(deciding, "splitting layers", prepared.dense.num_layers)
-                # The refit columns stay on disk until their shard is written.
-                kept = tuple(replace(layer, down_DF=None) for layer in layers)
-                warn_of_few_tokens(kept, calibration.get("num_tokens", 0))
                 companions.write(workspace)
-                _write(prepared, workspace, kept, calibration, track)
-                workspace.check_sources(prepared.dense.check_unchanged)
+                _build(prepared, blocks, workspace, share=share, track=track, announce=announce)
             workspace.commit()
     elif not share.first(_none):
         for _ in decide_layers(prepared, blocks, None, share.first(_none), share):
@@ -173,6 +165,36 @@ def _opened(model: str | Path | DenseModel, track: Track[Any], share: Share) -> 
     opened: list[DenseModel] = []
     share.first(lambda: opened.append(open_dense(model, track)))
     return opened[0] if opened else open_dense(model, track)
+
+
+def _text_of(prepared: Prepared, blocks: TokenBlocks | None) -> dict[str, Any]:
+    """Where the calibration tokens are from; of a plan that is taken over, those that it was calibrated on."""
+    if blocks is not None:
+        return asdict(blocks.provenance)
+    return dict(prepared.saved_plan.calibration) if prepared.saved_plan else {}
+
+
+def _build(
+    prepared: Prepared,
+    blocks: TokenBlocks | None,
+    workspace: Workspace,
+    *,
+    share: Share,
+    track: Track[Any],
+    announce: Announce,
+) -> None:
+    """Decide all layers and write the checkpoint."""
+    calibration = _text_of(prepared, blocks)
+    store = share.first(lambda: _store(prepared, workspace, announce))
+    if store.folder is not None:
+        calibration["hidden_states"] = "bfloat16"
+    deciding = Resumed(decide_layers(prepared, blocks, workspace, store, share), workspace.num_layers)
+    layers = track(deciding, "splitting layers", prepared.dense.num_layers)
+    # The refit columns stay on disk until their shard is written.
+    kept = tuple(replace(layer, down_DF=None) for layer in layers)
+    warn_of_few_tokens(kept, calibration.get("num_tokens", 0))
+    _write(prepared, workspace, kept, calibration, track)
+    workspace.check_sources(prepared.dense.check_unchanged)
 
 
 def _none(*_: int) -> Any:

@@ -1,9 +1,7 @@
-"""What is settled before a calibration token is read: model, target, layout, numbers. Also what `--dry-run` shows."""
+"""What is settled before a calibration token is read: model, target, layout, numbers."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,40 +11,26 @@ from moeify.calibration.share import ALONE, Share
 from moeify.calibration.store import IN_MEMORY, Store
 from moeify.calibration.stream import HiddenStream
 from moeify.convert.droppable import check_droppable
-from moeify.convert.estimate import Estimate, count_parameters, estimate
 from moeify.convert.layer import LayerFit
 from moeify.convert.layouts import ROW_BYTES, choose_layout, expert_counts, verdicts
 from moeify.convert.machine_plan import for_machine
-from moeify.data.documents import BUILTIN
-from moeify.data.sampling import sample_from_model
-from moeify.data.text import TokenBlocks, calibration_blocks
+from moeify.convert.texts import DEFAULT_CONTEXT, default_texts
 from moeify.errors import InputError, UsageError, warn
 from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter, check_fits, router_scale
-from moeify.models import stock
-from moeify.models.dense import DenseModel, open_dense
-from moeify.models.device import find_device, halves_are_fast
+from moeify.models.dense import DenseModel
+from moeify.models.device import find_device
 from moeify.models.ffn import FFNWeights, pack
 from moeify.models.shallow import kept_layers, without_layers
-from moeify.options import SplitOptions, Track
+from moeify.options import SplitOptions
 from moeify.plan import Layout, SplitPlan, load_plan
-from moeify.progress import shown
-from moeify.readable import Readable
 from moeify.targets import Target
 from moeify.words import listing
 
-DEFAULT_CONTEXT = 512
-# One source of fewer documents is text of one kind.
-FEW_DOCUMENTS = 8
 # Fewer tokens leave the refit and the routers undetermined in every model moeify knows.
 MIN_TOKENS = 1024
 # Into how many slices an FFN is cut of which all stay.
 WHOLE_SLICES = 2
-# The one model that has no other text than Python's reference.
-EMBEDDED = "builtin"
-# Larger models do not write text of their own unless they are told to: all of a model is in memory then, and 8,192
-# tokens take SmolLM2-135M a minute on 2 cores.
-OWN_TEXT_PARAMETERS = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -165,17 +149,10 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         warn(f"tensors are stored in several types, {kinds}: all are written as {str(dtype).removeprefix('torch.')}")
     if saved is not None:
         _check_plan(saved, dense)
-        # The first split may have been in another type.
-        layers = (
-            replace(layer, router_RD=None if layer.router_RD is None else layer.router_RD.to(dtype))
-            for layer in saved.layers
-        )
         if not options.refit:
-            # No text is read: the plan's text stays the one it was calibrated on, but its errors are of another
-            # checkpoint, whose down_proj was refit.
+            # No text is read: the plan's text stays the one it was calibrated on.
             options = replace(options, calibration=saved.options.calibration, tokens=saved.options.tokens)
-            layers = (replace(layer, diagnostics={}) for layer in layers)
-        saved = replace(saved, layers=tuple(layers))
+        saved = _again(saved, dtype, refit=options.refit)
     _check_width(layout, dense.num_neurons, dtype, writable=writable)
     if writable and layout.num_active == layout.num_experts and options.mixing != "soft" and not options.drop_layers:
         warn(
@@ -196,119 +173,6 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         name = target.model_type if target.model_type in targets.names() else options.target
         options = replace(options, shared=layout.num_shared, target=name)
     return Prepared(dense, options, layout, target, reason, saved, dtype)
-
-
-def default_texts(dense: DenseModel, options: SplitOptions) -> tuple[str, ...]:
-    """What a split is calibrated on where nobody says: half of it text that the model itself writes.
-
-    Measured: perplexity over dense of SmolLM2-135M in 24 experts, 75 % active, on builtin-heldout, Moby-Dick and
-    Wikipedia (8,176 tokens each): calibrated on builtin 1.12, 1.87 and 2.05, on self and builtin 1.16, 1.45 and 1.58
-    (2 cores of an Intel Xeon, 2026-11-26; 88 s and 142 s).
-    """
-    context = options.context or min(DEFAULT_CONTEXT, int(dense.config.max_position_embeddings))
-    if dense.name == EMBEDDED or dense.num_parameters > OWN_TEXT_PARAMETERS or options.tokens < 2 * context:
-        return BUILTIN[:1]
-    return ("self", *BUILTIN[:1])
-
-
-def calibration_text(prepared: Prepared) -> TokenBlocks:
-    """The calibration tokens, checked against the model's vocabulary."""
-    options, dense = prepared.options, prepared.dense
-    if set(options.calibration) <= set(BUILTIN) and dense.name != EMBEDDED:
-        warn(
-            f"{dense.name} is calibrated on Python's reference alone, and loses more on other text: "
-            "--calibration takes text like yours, several texts, and self"
-        )
-
-    def sample(num_tokens: int, context: int, seed: int) -> Tensor:
-        # Without conversations, which fine-tuning has: with them SmolLM2-135M-Instruct (24 of 32 experts, 16,384
-        # tokens) had perplexity 75.6 and 23.0 on Moby-Dick and Wikipedia, without them 72.3 and 22.8.
-        dtype = torch.bfloat16 if halves_are_fast(options.device) else torch.float32
-        model: Any = stock.load(dense.path, dtype=dtype)
-        return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=context, seed=seed)
-
-    assert options.context is not None
-    blocks = calibration_blocks(
-        options.calibration,
-        dense.tokenizer(),
-        num_tokens=options.tokens,
-        context=options.context,
-        seed=options.seed,
-        sample=sample,
-    )
-    _warn_of_one_kind(options.calibration, blocks)
-    largest = int(blocks.ids_BC.max())
-    if largest >= dense.config.vocab_size:
-        raise InputError(
-            f"the tokenizer gives token id {largest}, the model has {dense.config.vocab_size} tokens",
-            "tokenizer and weights are not of the same model",
-        )
-    return blocks
-
-
-def _warn_of_one_kind(sources: Sequence[str], blocks: TokenBlocks) -> None:
-    """Of one source with few documents; that the embedded text is of one kind is said in other words."""
-    few = blocks.provenance.num_documents < FEW_DOCUMENTS
-    if len(sources) == 1 and few and not set(sources) <= {*BUILTIN, "self"}:
-        warn(
-            f"the calibration text is of one kind, documents in {sources[0]}: {blocks.provenance.num_documents}; "
-            "--calibration takes several texts, and self"
-        )
-
-
-@dataclass(frozen=True, repr=False)
-class Preview(Readable):
-    """What a split would do and cost; what `--dry-run` shows."""
-
-    model: str
-    family: str
-    num_layers: int
-    target: str
-    target_reason: str
-    layout: Layout
-    expert_width: int
-    num_parameters: int
-    num_active_parameters: int
-    dtype: str
-    options: SplitOptions
-    estimate: Estimate
-    engines: tuple[engines.Verdict, ...]
-
-
-def preview(
-    model: str | Path | DenseModel, options: SplitOptions | None = None, *, track: Track[Any] = shown, **choices: Any
-) -> Preview:
-    """Settle everything that a split settles before it reads text, and estimate the rest. Writes nothing.
-
-    Args:
-        model, options, track, choices: as of `split`.
-
-    Raises:
-        InputError: the model cannot be split in this way.
-
-    Example:
-        plan = moeify.preview("builtin", experts=8, active=4)
-        print(plan.target, plan.estimate.duration_s, plan.estimate.checkpoint_bytes)
-    """
-    options = SplitOptions.chosen(options, choices)
-    if options.budget is not None:
-        raise UsageError("a budget is settled by scoring layers", "moeify search shows what it would choose")
-    prepared = prepare(open_dense(model, track), options)
-    prepared.warn_of_engines()
-    return Preview(
-        prepared.dense.name,
-        prepared.dense.family.model_type,
-        prepared.dense.num_layers,
-        prepared.target.model_type,
-        prepared.target_reason,
-        prepared.layout,
-        prepared.layout.expert_width(prepared.dense.num_neurons),
-        *count_parameters(prepared.writer),
-        str(prepared.dtype).removeprefix("torch."),
-        prepared.options,
-        estimate(prepared),
-        prepared.engines,
-    )
 
 
 def _check_method(options: SplitOptions, *, writable: bool) -> None:
@@ -376,6 +240,18 @@ def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype, *, writab
             f"of stock transformers takes multiples of {multiple}",
             hint,
         )
+
+
+def _again(plan: SplitPlan, dtype: torch.dtype, *, refit: bool) -> SplitPlan:
+    """A saved plan for a split in this type; the first one may have been in another."""
+    layers = (
+        replace(layer, router_RD=None if layer.router_RD is None else layer.router_RD.to(dtype))
+        for layer in plan.layers
+    )
+    if not refit:
+        # Its errors are of another checkpoint, whose down_proj was refit.
+        layers = (replace(layer, diagnostics={}) for layer in layers)
+    return replace(plan, layers=tuple(layers))
 
 
 def _check_plan(plan: SplitPlan, dense: DenseModel) -> None:

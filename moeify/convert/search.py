@@ -24,10 +24,11 @@ from moeify import engines, strategies, targets
 from moeify.cache import cache_dir, check_place, digest
 from moeify.convert.depth import under_budget_by_depth
 from moeify.convert.estimate import forward_flops, matmul_rate
-from moeify.convert.prepare import MIN_TOKENS, Prepared, calibration_text, prepare
-from moeify.convert.search_layouts import affordable_layouts, candidate_layouts
+from moeify.convert.prepare import MIN_TOKENS, Prepared, prepare
+from moeify.convert.search_layouts import affordable_layouts, candidate_layouts, likely_layout
 from moeify.convert.search_points import Point, Points
 from moeify.convert.search_scores import Absent, OutputCheck, score
+from moeify.convert.texts import calibration_text
 from moeify.errors import InputError, UsageError, kept_when_interrupted
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import Announce, SplitOptions, Track
@@ -91,6 +92,7 @@ def search(
     trials: int = 32,
     frontier: bool = True,
     depth: bool = True,
+    quick: bool = False,
     track: Track[Any] = shown,
     announce: Announce = said,
     **choices: Any,
@@ -105,6 +107,7 @@ def search(
         trials: how many whole choices a strategy may measure.
         frontier: also find and measure choices for other budgets, and the control by depth.
         depth: whole layers may go, too.
+        quick: one candidate for cut layers, fitted to half as many tokens; see `likely_layout`.
         track: wraps the loop over layers.
         announce: told the expected time before the work begins.
         choices: single options by name, in place of those in `options`.
@@ -122,7 +125,7 @@ def search(
         raise UsageError(f"budget {budget} is out of range", "--budget takes more than 0 and less than 1")
     choose, greedy = (strategies.find(name) for name in (strategy, "greedy"))
     dense = open_dense(model, track)
-    table = _score(dense, budget, options, track, announce, droppable=depth)
+    table = _score(dense, budget, options, track, announce, droppable=depth, quick=quick)
     points = [table.best(limit, greedy, "greedy", 1) for limit in _limits(table, budget)] if frontier else []
     result = SearchResult(
         model=dense.name,
@@ -139,11 +142,20 @@ def search(
 
 
 def _score(
-    dense: DenseModel, budget: float, options: SplitOptions, track: Track[Any], announce: Announce, *, droppable: bool
+    dense: DenseModel,
+    budget: float,
+    options: SplitOptions,
+    track: Track[Any],
+    announce: Announce,
+    *,
+    droppable: bool,
+    quick: bool,
 ) -> Points:
     """Score every layout in every layer, or take the scores from the cache."""
-    prepared = _prepared(dense, options)
+    prepared = _prepared(dense, replace(options, tokens=min(options.tokens, FIT_TOKENS // (1 + quick))))
     layouts = candidate_layouts(prepared, budget)
+    if quick and prepared.layout.dense_layers:
+        layouts = [likely_layout(layouts, budget)]
     affordable_layouts(layouts, budget)
     blocks = calibration_text(prepared)
     context = prepared.options.context
@@ -168,12 +180,28 @@ def under_budget(
     options: SplitOptions,
     track: Track[Any] = shown,
     announce: Announce = said,
+    *,
+    quick: bool = False,
 ) -> SplitOptions:
-    """The options with their budget turned into a layout and dense layers, by the greedy strategy."""
+    """The options with their budget turned into a layout and dense layers, by the greedy strategy.
+
+    Args:
+        model, options, track, announce: as of `search`.
+        quick: as of `search`; then no layer goes.
+    """
     assert options.budget is not None
     if options.static:
         return under_budget_by_depth(open_dense(model, track), options, track)
-    result = search(model, options.budget, options, frontier=False, track=track, announce=announce)
+    result = search(
+        model,
+        options.budget,
+        options,
+        frontier=False,
+        depth=not quick,
+        quick=quick,
+        track=track,
+        announce=announce,
+    )
     return replace(options, **result.options)
 
 
@@ -189,7 +217,7 @@ def _prepared(dense: DenseModel, options: SplitOptions) -> Prepared:
         raise UsageError("soft mixing runs every expert, which no budget allows", "--mixing takes hard or softmax")
     if options.tokens < MIN_TOKENS:
         raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
-    tokens = min(options.tokens, FIT_TOKENS) + CHECK_TOKENS
+    tokens = options.tokens + CHECK_TOKENS
     options = replace(options, budget=None)
     engine = engines.named(options.engine).name if options.engine else None
     # One dense layer stands for any number of them: the target must hold dense layers, and not only the first ones.
@@ -227,6 +255,6 @@ def _num_scored(folder: Path) -> int:
 def _estimate(prepared: Prepared, num_layouts: int, folder: Path) -> float:
     """Seconds for what is not scored yet."""
     left = prepared.dense.num_layers - _num_scored(folder)
-    fit = forward_flops(prepared.dense, FIT_TOKENS) * (1 + FIT_FACTOR * num_layouts)
+    fit = forward_flops(prepared.dense, prepared.options.tokens) * (1 + FIT_FACTOR * num_layouts)
     rest = forward_flops(prepared.dense, CHECK_TOKENS) * (num_layouts + len(Absent)) * prepared.dense.num_layers / 2
     return (fit + rest) * left / prepared.dense.num_layers / matmul_rate(prepared.options.device)

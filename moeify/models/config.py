@@ -103,7 +103,10 @@ def empty_model(config: Any, *, buffers: bool) -> Any:
     """
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+        # What makes initial weights also ties them.
+        model.tie_weights()
+        return model
     except Exception as error:
         place = f" of {Path(config.name_or_path) / CONFIG_FILE}" if config.name_or_path else ""
         raise InputError(

@@ -17,7 +17,7 @@ from moeify.benchmark.models.inputs import PROMPTS
 from moeify.check.methods import methods
 from moeify.check.tasks_local import SUFFIXES, open_questions
 from moeify.convert.estimate import TIME_FACTOR, forward_flops, matmul_rate, process_bytes
-from moeify.convert.prepare import Preview
+from moeify.convert.preview import Preview
 from moeify.errors import UsageError, warn
 from moeify.models.dense import DenseModel
 from moeify.recipes.model import Recipe

@@ -11,7 +11,7 @@ import yaml
 
 from moeify.convert.inspection import Inspection, inspect
 from moeify.convert.machine_plan import MachinePlan, plan_for_machine
-from moeify.convert.prepare import default_texts
+from moeify.convert.texts import default_texts
 from moeify.errors import InputError
 from moeify.models.dense import open_dense
 from moeify.options import EvalOptions, MachineOptions, SplitOptions, Track, untracked

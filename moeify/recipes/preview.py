@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moeify.convert.prepare import Preview, preview
+from moeify.convert.preview import Preview, preview
 from moeify.errors import warn
 from moeify.models.dense import open_dense
 from moeify.options import Track

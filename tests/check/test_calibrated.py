@@ -12,7 +12,8 @@ from moeify.check.calibrated import calibrated_on, of_one_kind, warn_of_kind
 from moeify.check.evaluate import measure
 from moeify.cli.tables.eval import eval_table
 from moeify.convert.estimate import estimate
-from moeify.convert.prepare import default_texts, prepare
+from moeify.convert.prepare import prepare
+from moeify.convert.texts import default_texts
 from moeify.errors import MoeifyWarning
 from moeify.models.dense import open_dense
 from moeify.options import EvalOptions, SplitOptions
@@ -89,7 +90,7 @@ def test_half_of_the_default_is_the_models_own_text(make_dense: MakeDense, monke
     # Not of the embedded model, of too few tokens, or of a model that takes long to write.
     assert default_texts(replace(dense, name="builtin"), SplitOptions()) == ("builtin",)
     assert default_texts(dense, SplitOptions(tokens=64)) == ("builtin",)
-    monkeypatch.setattr("moeify.convert.prepare.OWN_TEXT_PARAMETERS", 1000)
+    monkeypatch.setattr("moeify.convert.texts.OWN_TEXT_PARAMETERS", 1000)
     assert default_texts(dense, SplitOptions()) == ("builtin",)
 
 

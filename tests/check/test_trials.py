@@ -17,7 +17,8 @@ from moeify.check.baselines import NeuronOracle
 from moeify.check.trials import Trials
 from moeify.convert.layer import ConvertedFFN, fit_layer
 from moeify.convert.pipeline import split
-from moeify.convert.prepare import Prepared, calibration_text, prepare
+from moeify.convert.prepare import Prepared, prepare
+from moeify.convert.texts import calibration_text
 from moeify.data.text import evaluation_tokens
 from moeify.models.builtin import builtin_documents
 from moeify.models.dense import open_dense

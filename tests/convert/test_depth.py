@@ -17,10 +17,11 @@ from moeify.check.verify import verify
 from moeify.convert import depth
 from moeify.convert.depth import choose_absent
 from moeify.convert.pipeline import split
-from moeify.convert.prepare import calibration_text, prepare
+from moeify.convert.prepare import prepare
 from moeify.convert.search import search
 from moeify.convert.search_points import Points
 from moeify.convert.search_scores import Absent, OutputChange, OutputCheck, ScoredLayer
+from moeify.convert.texts import calibration_text
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
 from moeify.models.dense import open_dense

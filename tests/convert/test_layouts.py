@@ -15,7 +15,7 @@ from moeify import families
 from moeify.cli.app import run_command
 from moeify.convert.exactness import Twin
 from moeify.convert.layouts import choose_layout, expert_counts, preferred_counts, verdicts
-from moeify.convert.prepare import preview
+from moeify.convert.preview import preview
 from moeify.convert.search import search
 from moeify.errors import InputError, MoeifyWarning, UsageError
 from moeify.models.fingerprint import Fingerprint
@@ -178,7 +178,7 @@ def test_a_search_for_an_engine_takes_only_layouts_that_it_runs(
     limit(5)
     result = search(dense, 0.75, options)
     # 3 of 12 shared would leave 9 routed ones; it needs 7 shared, and tries 9.
-    assert set(result.losses) == {"12/16+7", "12/16+9"}
+    assert set(result.losses) == {"12/16+7", "12/16+9", "without the layer", "without its FFN"}
     assert result.choice.layout.num_routed_active <= 5
     assert result.choice.layout.dense_layers == ()
     assert result.choice.share == pytest.approx(0.75)

@@ -12,7 +12,7 @@ from moeify.convert.bandwidth import machine_of
 from moeify.convert.footprint import weights_of
 from moeify.convert.machine_plan import MachinePlan, for_machine, plan_for_machine
 from moeify.convert.placement import Machine, place
-from moeify.convert.prepare import preview
+from moeify.convert.preview import preview
 from moeify.engines import Engine, Shape
 from moeify.errors import InputError, MoeifyWarning, UsageError
 from moeify.models.dense import DenseModel, open_dense

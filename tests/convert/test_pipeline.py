@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moeify import routers
 from moeify.cli.tables.split import split_table
 from moeify.convert.pipeline import SplitResult, split
-from moeify.convert.prepare import calibration_text, prepare, preview
+from moeify.convert.prepare import prepare
+from moeify.convert.preview import preview
+from moeify.convert.texts import calibration_text
 from moeify.errors import MoeifyWarning, UsageError
 from moeify.export import writer
 from moeify.models.dense import DenseModel, open_dense

@@ -16,7 +16,7 @@ from conftest import MakeDense
 
 from moeify import cache
 from moeify.convert.pipeline import split
-from moeify.convert.prepare import preview
+from moeify.convert.preview import preview
 from moeify.errors import DiskError, InputError, MoeifyError, UsageError
 from moeify.export import workspace, writer
 from moeify.options import SplitOptions

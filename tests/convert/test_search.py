@@ -22,7 +22,8 @@ from moeify.cli.tables.search import search_tables
 from moeify.cli.tables.split import LAYER_COLUMNS, layers_table
 from moeify.convert import search_scores as budget_module
 from moeify.convert.pipeline import split
-from moeify.convert.prepare import prepare, preview
+from moeify.convert.prepare import prepare
+from moeify.convert.preview import preview
 from moeify.convert.search import FRONTIER, SearchResult, search, under_budget
 from moeify.convert.search_layouts import SHARES, candidate_layouts
 from moeify.errors import InputError, UsageError

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from moeify.calibration.stream import HiddenStream
 from moeify.convert import search_scores as budget
 from moeify.convert.layer import converted
-from moeify.convert.prepare import Prepared, calibration_text, prepare
+from moeify.convert.prepare import Prepared, prepare
 from moeify.convert.search_scores import OutputChange, OutputCheck, ScoredLayer, score
+from moeify.convert.texts import calibration_text
 from moeify.models.dense import open_dense
 from moeify.options import SplitOptions
 from moeify.plan import Layout

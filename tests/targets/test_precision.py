@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from moeify import targets
 from moeify.convert.pipeline import split
-from moeify.convert.prepare import preview
+from moeify.convert.preview import preview
 from moeify.data.documents import read_documents
 from moeify.models import stock
 from moeify.models.tokenizer import load_tokenizer

@@ -21,7 +21,7 @@ from moeify.check.verify import VerifyReport, verify
 from moeify.convert.exactness import check_target, choose_target
 from moeify.convert.layer import ConvertedFFN
 from moeify.convert.pipeline import SplitResult, split
-from moeify.convert.prepare import preview
+from moeify.convert.preview import preview
 from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
 from moeify.models.dense import open_dense
