@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from moeify.convert.inspection import Inspection, inspect
     from moeify.convert.machine_plan import MachinePlan, plan_for_machine
     from moeify.convert.pipeline import SplitResult, split
-    from moeify.convert.prepare import Preview, preview
+    from moeify.convert.preview import Preview, preview
     from moeify.convert.search import SearchResult, search
     from moeify.errors import CheckError, InputError, MoeifyError, MoeifyWarning, UsageError
     from moeify.export.gguf.export import export_gguf
@@ -137,7 +137,7 @@ _HOMES = {
         "SplitResult",
         "split",
     ),
-    "convert.prepare": (
+    "convert.preview": (
         "Preview",
         "preview",
     ),

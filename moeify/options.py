@@ -138,7 +138,7 @@ class SplitOptions(Options):
     refit_to: RefitTo = option("ffn", "Restores: ffn (its output), stream", panel=METHOD)
     target: str = option("auto", "MoE architecture: moeify ls targets", plugin="targets")
     engine: str | None = option(None, "Only what llama.cpp, vLLM or SGLang runs", panel=METHOD)
-    # What a model's size decides: convert/prepare.py.
+    # What a model's size decides: convert/texts.py.
     calibration: tuple[str, ...] = option((), f"{DATA}, self", auto="self,builtin", name="TEXT")
     tokens: int = option(16384, "Calibration tokens; a search: 8,192")
     context: int | None = option(None, CONTEXT, auto=CONTEXT_AUTO, least=1, panel=ADVANCED)

@@ -26,8 +26,9 @@ HINT = "measure it again, or move the file away"
 # The schema's name without `moeify.` and version -> the dataclass that has it.
 KINDS: Mapping[str, str] = {
     "inspect": "moeify.convert.inspection.Inspection",
+    "family-draft": "moeify.convert.draft.FamilyDraft",
     "machine-plan": "moeify.convert.machine_plan.MachinePlan",
-    "preview": "moeify.convert.prepare.Preview",
+    "preview": "moeify.convert.preview.Preview",
     "split": "moeify.convert.pipeline.SplitResult",
     "timed-split": "moeify.training.within.TimedSplit",
     "search": "moeify.convert.search.SearchResult",

@@ -209,6 +209,7 @@ AlsoGGUF = Annotated[
 ]
 Report = Annotated[bool, _option("--report", text="Show what was measured in every layer", panel=OUTPUT)]
 DryRun = Annotated[bool, _option("--dry-run", text="Show plan and estimates, write nothing", panel=OUTPUT)]
+DraftFamily = Annotated[bool, _option("--draft-family", text="Print a family file for it", panel=OUTPUT)]
 PushToHub = Annotated[
     str | None, _option("--push-to-hub", text="Upload the result to the hub", name="USER/NAME", panel=OUTPUT)
 ]

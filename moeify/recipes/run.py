@@ -38,8 +38,11 @@ from moeify.recipes.names import BENCH, COMPARE, EVAL, MAIN, TRAINED, VERIFY
 from moeify.results import check_replaceable, write, write_text
 from moeify.training.finetune import check_packages, finetune
 
-# Options that a split settles or counts anew: a record does not hold them as they were given.
-SETTLED = ("experts", "shared", "active", "budget", "dense_layers", "drop_layers", "target", "context")
+# Options that a split or a training settles or counts anew: a record does not hold them as they were given.
+SETTLED = (
+    *("experts", "shared", "active", "budget", "dense_layers", "drop_layers", "target", "context"),
+    *("calibration", "device", "precision", "epochs", "every"),
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -267,7 +270,9 @@ class Stages:
     def _finetune_stage(self, name: str) -> Stage:
         options = self.recipe.finetune
         assert options is not None
-        return self._folder_stage(name + TRAINED, {"teacher": self.source, "options": asdict(options)})
+        counted = ("tokens",) if options.minutes is not None else ()
+        given = {key: value for key, value in asdict(options).items() if key not in (*SETTLED, *counted)}
+        return self._folder_stage(name + TRAINED, {"teacher": self.source, "options": given})
 
     def _finetune_key(self, name: str) -> str:
         options = self.recipe.finetune

@@ -159,14 +159,13 @@ def _fit(
         energy = (wanted_TD[held] * weight_T[held, None]).square().sum()
         return float(missing_TD.square().sum() / energy) if energy > 0 else 0.0
 
-    first = lowest = error(ffn)
+    rate, first = options.rate_of_routers("layers"), error(ffn)
+    lowest = first
     for number in range(ROUNDS if ffn.router_RD is not None else 1):
         candidate = ffn
         if ffn.router_RD is not None:
             rows = slice(0, boundary)
-            candidate = _train_router(
-                ffn, inputs_TD[rows], wanted_TD[rows], weight_T[rows], options.router_rate, seed=seed + number
-            )
+            candidate = _train_router(ffn, inputs_TD[rows], wanted_TD[rows], weight_T[rows], rate, seed=seed + number)
         # On the tokens before the boundary alone, so that the held-out ones judge what they did not make.
         fit = slice(0, boundary)
         goal_TD = wanted_TD[fit] if ffn.ffn.down_bias_D is None else wanted_TD[fit] - ffn.ffn.down_bias_D

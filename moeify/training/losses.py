@@ -117,7 +117,8 @@ class _Scored(torch.autograd.Function):
         context.grads = (grad_BCD, grad_VD)
         parts_B2 = parts_T2.view(len(ids_BC), -1, 2).mean(dim=1)
         context.mark_non_differentiable(parts_B2)
-        return parts_B2.mean(dim=0) @ parts_B2.new_tensor(weights), parts_B2
+        # No matrix product, which autocast would round.
+        return (parts_B2.mean(dim=0) * parts_B2.new_tensor(weights)).sum(), parts_B2
 
     @staticmethod
     def backward(context: Any, *outputs: Any) -> tuple[Any, ...]:

@@ -117,7 +117,7 @@ class Student:
         self.model.requires_grad_(stage == "full")
         tuner = _inject_lora(self, options) if stage == "lora" else None
         for weight in self.router_weights():
-            weight.requires_grad_()
+            weight.requires_grad_(stage == "router" or options.rate_of_routers(stage) > 0)
         return tuner
 
     def apply(self, stage: Stage, options: FinetuneOptions, state: Mapping[str, Tensor]) -> None:

@@ -39,6 +39,10 @@ FEWEST_STEPS = 8
 STEP_OVER_EVALUATION = 2.0
 
 
+class MinutesError(UsageError):
+    """So few minutes leave no time to train."""
+
+
 def settle_tokens(
     moe: str,
     teacher: str | Path | DenseModel,
@@ -58,7 +62,7 @@ def settle_tokens(
         processes: all of them train on what the first one settles.
 
     Raises:
-        UsageError: the minutes are too few for FEWEST_STEPS steps.
+        MinutesError: they are too few for FEWEST_STEPS steps.
         InputError: as `open_inputs`.
     """
     settled = [_earlier(out, options) if processes.is_main_process else None]
@@ -107,7 +111,7 @@ def _measured(
     left = options.minutes * 60 * (1 - RESERVE) - (time.perf_counter() - began) - opened
     steps = math.floor((left - (1 + stages) * evaluation_s) / (step_s + text_s))
     if steps < FEWEST_STEPS:
-        raise UsageError(
+        raise MinutesError(
             f"{options.minutes:g} minutes are too few for {FEWEST_STEPS} steps: one takes {step_s + text_s:.0f} s here",
             f"--minutes takes {math.ceil(options.minutes + (FEWEST_STEPS - steps) * (step_s + text_s) / 60)} or more",
         )
@@ -115,7 +119,7 @@ def _measured(
     most = longest_text(
         options.data, inputs.teacher.tokenizer(), num_tokens=steps * step_tokens, context=context, seed=options.seed
     )
-    epochs = min(MOST_EPOCHS, max(1, steps * step_tokens // most)) if most else 1
+    epochs = min(MOST_EPOCHS, -(-steps * step_tokens // most))
     tokens = min(most, steps * step_tokens // epochs)
     every = options.every or math.ceil(tokens * epochs / step_tokens / stages)
     return replace(options, tokens=tokens, epochs=epochs * options.epochs, every=every)

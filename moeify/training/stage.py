@@ -3,6 +3,7 @@
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def train_stage(
         CheckError: the loss became NaN or infinite.
     """
     teacher, (blocks, held_out) = targets
+    options = replace(options, router_rate=options.rate_of_routers(stage))
     num_steps = _num_steps(len(blocks), options, processes.num_processes)
     student.prepare(stage, options)
     if options.checkpointing:

@@ -9,7 +9,7 @@ remaining time beat distillation: neither more calibration tokens nor training o
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +22,22 @@ from moeify.export.record import RECORD_FILE, check_out, check_replaceable, read
 from moeify.export.workspace import remove_result
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import Announce, ExportOptions, SplitOptions, Track
-from moeify.plan import Layout, load_plan
+from moeify.plan import SplitPlan, load_plan
 from moeify.progress import said, shown
 from moeify.readable import Readable
 from moeify.training.finetune import FinetuneResult, finetune
 from moeify.training.options import FinetuneOptions
-from moeify.words import duration
+from moeify.training.rate import MinutesError
 
 # Where nobody says how much is to be active.
 BUDGET = 0.75
+# More would take a good part of a short time.
+EVAL_TOKENS = 2048
 # What the split settles, or counts anew, where nobody says: the record of a finished one has its own values.
-SETTLED = ("experts", "shared", "active", "budget", "dense_layers", "target", "calibration", "context", "device")
-# Fewer minutes are not worth opening two models for.
-FEWEST_MINUTES = 1.0
+SETTLED = (
+    *("experts", "shared", "active", "budget", "dense_layers", "drop_layers"),
+    *("target", "calibration", "context", "device"),
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,21 +47,18 @@ class TimedSplit(Readable):
     Args:
         out: the new checkpoint.
         target: its architecture.
-        layout, num_layers: experts, shared, active; of so many layers.
+        plan: of the split, with its layout, and diagnostics for each layer.
         num_parameters, num_active_parameters: of the whole model.
-        calibration_tokens: that the split saw.
         finetune: the training; None where no time was left for it.
-        seconds: stage -> time that it took; a split that an earlier run finished took none.
+        seconds: what was done, in the words of its progress -> time that it took; without what an earlier run finished.
         gguf: the file for llama.cpp, if there is one.
     """
 
     out: Path
     target: str
-    layout: Layout
-    num_layers: int
+    plan: SplitPlan
     num_parameters: int
     num_active_parameters: int
-    calibration_tokens: int
     finetune: FinetuneResult | None
     seconds: Mapping[str, float]
     gguf: ExportResult | None = None
@@ -67,9 +67,9 @@ class TimedSplit(Readable):
 def split_within(
     model: str | Path | DenseModel,
     out: str | Path,
-    minutes: float,
     options: SplitOptions | None = None,
     *,
+    minutes: float = 15,
     gguf: str | Path | None = None,
     export: ExportOptions | None = None,
     overwrite: bool = False,
@@ -85,13 +85,13 @@ def split_within(
     Args:
         model, out, options, gguf, export, overwrite, track, choices: as of `split`.
         minutes: for everything.
-        announce: told what the time is spent on.
+        announce: told how long the search will take, and if no time is left to train.
 
     Raises:
         InputError, UsageError, CheckError: as `split` and `finetune`.
 
     Example:
-        result = moeify.split_within("builtin", "my-moe", 2, experts=8)
+        result = moeify.split_within("builtin", "my-moe", minutes=2, experts=8)
         print(result.seconds)
     """
     began = time.perf_counter()
@@ -106,25 +106,12 @@ def split_within(
         options = replace(options, budget=BUDGET)
     untrained = out.with_name(f"{out.name}.untrained")
     seconds: dict[str, float] = {}
-    if not _is_finished(untrained, dense, options):
-        split(dense, untrained, options, overwrite=overwrite, track=track, announce=announce)
-        seconds["split"] = time.perf_counter() - began
+    track = _timed(track, seconds)
+    if not _is_finished(untrained, dense, options, overwrite=overwrite):
+        split(dense, untrained, options, overwrite=overwrite, track=track, announce=announce, quick=True)
     left = minutes - (time.perf_counter() - began) / 60
-    trained = None
-    if left >= FEWEST_MINUTES:
-        announce(f"training for the other {duration(left * 60)}")
-        plan = load_plan(untrained)
-        train = FinetuneOptions(
-            stage=("full",),
-            data=plan.options.calibration,
-            minutes=_left_before(out) or round(left, 1),
-            context=plan.options.context,
-            seed=options.seed,
-            device="cpu" if options.device == "cpu" else "cuda",
-        )
-        start = time.perf_counter()
-        trained = finetune(untrained, dense, out, train, overwrite=overwrite, track=track)
-        seconds["training"] = time.perf_counter() - start
+    trained = _train(dense, untrained, out, left, overwrite=overwrite, track=track)
+    if trained is not None:
         remove_result(untrained)
     else:
         announce("no time is left to train, so this is the split alone")
@@ -140,17 +127,53 @@ def split_within(
     return _result(out, trained, seconds, exported)
 
 
+def _timed(track: Track[Any], seconds: dict[str, float]) -> Track[Any]:
+    """The same progress, which also notes how long each loop took."""
+
+    def timed(items: Iterable[Any], label: str, total: int) -> Iterator[Any]:
+        began = time.perf_counter()
+        try:
+            yield from track(items, label, total)
+        finally:
+            seconds[label] = seconds.get(label, 0.0) + time.perf_counter() - began
+
+    return timed
+
+
+def _train(
+    dense: DenseModel, untrained: Path, out: Path, minutes: float, *, overwrite: bool, track: Track[Any]
+) -> FinetuneResult | None:
+    """Distillation on the texts of the split; None where it has no time."""
+    options = load_plan(untrained).options
+    minutes = _minutes_before(out) or round(minutes, 1)
+    if minutes <= 0:
+        return None
+    train = FinetuneOptions(
+        stage=("full",),
+        data=options.calibration,
+        minutes=minutes,
+        context=options.context,
+        eval_tokens=EVAL_TOKENS,
+        seed=options.seed,
+        device="cpu" if options.device == "cpu" else "cuda",
+    )
+    try:
+        return finetune(untrained, dense, out, train, overwrite=overwrite, track=track)
+    except MinutesError:
+        return None
+
+
 def _is_open(options: SplitOptions) -> bool:
     """Whether nothing says how much is to be active, so that a search may."""
     chosen = (options.active, options.shared, options.budget, options.machine, options.plan)
     return chosen == (None,) * len(chosen) and not (options.dense_layers or options.static or options.mixing == "soft")
 
 
-def _is_finished(folder: Path, dense: DenseModel, options: SplitOptions) -> bool:
+def _is_finished(folder: Path, dense: DenseModel, options: SplitOptions, *, overwrite: bool) -> bool:
     """Whether a split with these options of this model lies there.
 
     Raises:
-        InputError: another one does.
+        InputError: another one does, and is not to be overwritten.
     """
     if not folder.exists():
         return False
@@ -164,15 +187,15 @@ def _is_finished(folder: Path, dense: DenseModel, options: SplitOptions) -> bool
     differs = [name for name in names if earlier.get(name) != given[name]]
     if job.get("model") != json.loads(json.dumps(dense.fingerprint())):
         differs.append("model")
-    if differs:
+    if differs and not overwrite:
         raise InputError(
             f"{folder} is of an unfinished run that differs in: {', '.join(differs)}",
-            "remove that folder, or repeat the command that began it",
+            "--overwrite discards it; the command that began it goes on",
         )
-    return True
+    return not differs
 
 
-def _left_before(out: Path) -> float | None:
+def _minutes_before(out: Path) -> float | None:
     """Minutes of the training that an earlier run began."""
     try:
         job = json.loads((out.with_name(f"{out.name}.partial") / "job.json").read_text())
@@ -188,11 +211,9 @@ def _result(
     return TimedSplit(
         out=out,
         target=plan.target,
-        layout=plan.layout,
-        num_layers=len(plan.layers),
+        plan=plan,
         num_parameters=int(record["parameters"]),
         num_active_parameters=int(record["active_parameters"]),
-        calibration_tokens=plan.options.tokens,
         finetune=trained,
         seconds=seconds,
         gguf=exported,

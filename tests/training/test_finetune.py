@@ -336,8 +336,7 @@ def test_a_gradient_that_breaks_is_never_saved(
     cut: Cut, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def infinite(context: Any, *outputs: Any) -> tuple[Any, ...]:
-        found = (None if grad is None else grad * torch.inf for grad in context.saved_tensors)
-        return (*found, None, None, None, None)
+        return (*(None if grad is None else grad * torch.inf for grad in context.grads), None, None, None, None)
 
     monkeypatch.setattr(finetune_losses._Scored, "backward", staticmethod(infinite))
     with pytest.raises(CheckError, match="NaN or infinite values after step 1; no checkpoint was written yet"):

@@ -28,6 +28,8 @@ from moeify.training.options import FinetuneOptions
 
 DEADLINE_S = 300
 OPTIONS = {"tokens": 8192, "context": 64, "batch": 8, "eval_tokens": 1024, "learning_rate": 1e-3, "every": 4}
+# Curves of several processes are compared more closely than bfloat16 rounds.
+OPTIONS |= {"precision": "float32"}
 FLAGS = [word for name, value in OPTIONS.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 Start = Callable[..., list[int]]

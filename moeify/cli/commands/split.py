@@ -40,7 +40,7 @@ def split_command(
     from moeify.cli.tables.finetune import finetune_table
     from moeify.cli.tables.split import layers_table, preview_table, split_table, timed_table
     from moeify.convert.pipeline import SplitResult, split
-    from moeify.convert.prepare import preview
+    from moeify.convert.preview import preview
     from moeify.plan import load_plan
     from moeify.training.within import TimedSplit, split_within
 
@@ -70,7 +70,7 @@ def split_command(
             return
         tables = [split_table(result)]
     else:
-        result = split_within(model, folder, within.minutes, options, announce=renderer.note, **common)
+        result = split_within(model, folder, options, minutes=within.minutes, announce=renderer.note, **common)
         tables = [timed_table(result), *([finetune_table(result.finetune)] if result.finetune else [])]
     if report:
         tables.append(layers_table(load_plan(folder)))

@@ -11,7 +11,7 @@ from moeify.words import duration, explained, size
 
 if TYPE_CHECKING:
     from moeify.convert.pipeline import SplitResult
-    from moeify.convert.prepare import Preview
+    from moeify.convert.preview import Preview
     from moeify.plan import SplitPlan
     from moeify.training.within import TimedSplit
 
@@ -69,13 +69,20 @@ def split_table(result: "SplitResult") -> Table:
 
 def timed_table(result: "TimedSplit") -> Table:
     """What was made in the time that was given, and what that went to."""
+    plan, dropped = result.plan, result.plan.options.drop_layers
     rows = [
         ("written to", str(result.out)),
         ("target", result.target),
-        ("layout", layout_words(result.layout)),
-        *active_rows(result.layout, result.num_layers, result.num_active_parameters, result.num_parameters),
-        ("calibration", f"{result.calibration_tokens:,} tokens"),
-        *((f"time of {stage}", duration(seconds)) for stage, seconds in result.seconds.items()),
+        ("layout", layout_words(plan.layout, dropped)),
+        *active_rows(
+            plan.layout,
+            (len(plan.layers), len(dropped)),
+            result.num_active_parameters,
+            result.num_parameters,
+            plan.options.budget,
+        ),
+        ("calibration", f"{plan.options.tokens:,} tokens"),
+        *((f"{work} took", duration(seconds)) for work, seconds in result.seconds.items()),
     ]
     return key_value_table("moeify split", rows)
 
