@@ -86,7 +86,7 @@ def moe_ffn_cpu(
     )
     call = _Call(inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK.to(inputs_TD.dtype), activation, gated)
     # Weights that no token needs are not read, but for a few.
-    all_pays = num_experts <= MAX_WASTE * min(num_experts, num_tokens * num_ranks)
+    all_pays = num_tokens == 0 or num_experts <= MAX_WASTE * min(num_experts, num_tokens * num_ranks)
     if num_tokens == 1 and not training and not (all_pays and width < MIN_WIDTH[size]):
         return _one_token(call)
     waste = max(1.0, num_experts / (MAX_WASTE * num_ranks))
