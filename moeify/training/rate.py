@@ -119,10 +119,10 @@ def _measured(
     most = longest_text(
         options.data, inputs.teacher.tokenizer(), num_tokens=steps * step_tokens, context=context, seed=options.seed
     )
-    epochs = min(MOST_EPOCHS, -(-steps * step_tokens // most))
+    epochs = max(options.epochs, min(MOST_EPOCHS, -(-steps * step_tokens // most)))
     tokens = min(most, steps * step_tokens // epochs)
     every = options.every or math.ceil(tokens * epochs / step_tokens / stages)
-    return replace(options, tokens=tokens, epochs=epochs * options.epochs, every=every)
+    return replace(options, tokens=tokens, epochs=epochs, every=every)
 
 
 def _step_seconds(inputs: Inputs, options: FinetuneOptions, stage: Stage, out: Path, processes: PartialState) -> float:

@@ -20,9 +20,11 @@ from moeify.models.files import find_shards
 from moeify.options import SplitOptions
 from moeify.plan import load_plan
 from moeify.training import losses as finetune_losses
+from moeify.training import stage as stage_module
 from moeify.training.finetune import FinetuneResult, _precision, finetune
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
+from moeify.training.trainer import FinetuneTrainer
 
 Cut = Callable[..., Path]
 OPTIONS = FinetuneOptions(
@@ -145,6 +147,34 @@ def test_routing_moves_and_that_alone_lowers_the_loss(cut: Cut, taught: Path, tm
         chosen.append(found)
     moved = sum(one != other for one, other in zip(*chosen, strict=True)) / len(chosen[0])
     assert 0.02 < moved < 1
+
+
+@pytest.mark.parametrize("rate", [None, 0.01])
+def test_routers_stay_unless_they_are_trained_and_never_set_the_scale_of_other_gradients(
+    cut: Cut, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rate: float | None
+) -> None:
+    norms: list[float] = []
+    make = FinetuneTrainer.create_optimizer
+
+    def watched(trainer: FinetuneTrainer, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = make(trainer, model)
+        routers = {id(weight) for weight in trainer._student.router_weights()}
+        others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in routers]
+        optimizer.register_step_pre_hook(
+            lambda *_: norms.append(float(torch.stack([p.grad.norm() for p in others if p.grad is not None]).norm()))
+        )
+        return optimizer
+
+    monkeypatch.setattr(FinetuneTrainer, "create_optimizer", watched)
+    # Of these gradients little would be left beside those of routers that are stored scaled down.
+    monkeypatch.setattr(stage_module, "CLIP_NORM", 1e-3)
+    moe = cut()
+    finetune(str(moe), str(taught), tmp_path / "out", replace(SHORT, router_rate=rate))
+    assert norms == pytest.approx([1e-3] * len(norms), rel=1e-2)
+    before, after = tensors(moe), tensors(tmp_path / "out")
+    routers = [name for name in before if "router" in name]
+    assert len(routers) == 2
+    assert all(torch.equal(before[name], after[name]) == (rate is None) for name in routers)
 
 
 def test_a_pruned_control_is_an_ordinary_smaller_dense_model_and_trains_alike(
