@@ -13,6 +13,7 @@ Names are imported when first used, so that `import moeify` and `moeify --help` 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from moeify.modeling import registration
 from moeify.version import __version__
 
 if TYPE_CHECKING:
@@ -196,6 +197,9 @@ _HOMES = {
         "split_within",
     ),
 }
+
+# A checkpoint of moeify's own architecture then loads like any other, by `AutoModelForCausalLM.from_pretrained`.
+registration.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -71,7 +71,7 @@ def _is_other(name: str) -> bool:
 
 def _carried(opened: GGUFFile, source: DenseModel) -> Iterator[tuple[str, Tensor]]:
     """Names in the file and dense values, in the order that the file has."""
-    target = targets.find(opened.target)
+    target = targets.for_model(opened.target, source)
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == opened.architecture)
     names = gguf.get_tensor_name_map(number, source.num_layers)
     inside = {name for layer in range(source.num_layers) for name in source.ffn_names(layer)}

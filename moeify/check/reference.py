@@ -15,6 +15,7 @@ from torch import Tensor
 from moeify.errors import InputError
 from moeify.models import stock
 from moeify.models.dense import DenseModel
+from moeify.models.heads import auto_name
 from moeify.models.shallow import cut_model
 
 # How much the same frequencies may differ when two classes compute them.
@@ -42,7 +43,7 @@ class Reference(DenseModel):
         """
         model = stock.load(source.path).eval()
         if source.dropped:
-            cut_model(model, source.family.blocks, source.dropped)
+            cut_model(model, source.blocks, source.dropped)
         tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         absent = sorted(set(source.shapes) - set(tensors))
         if absent:
@@ -86,18 +87,13 @@ def architecture_difference(moe: Any, dense: Any, stored: torch.dtype, *, values
 
 def _facts(model: Any) -> dict[str, Any]:
     return {
-        "head": _head(model),
+        "head": auto_name(model.config),
         "vocabulary": int(model.get_output_embeddings().weight.shape[0]),
         "embeddings": int(model.get_input_embeddings().weight.shape[0]),
         "layers": int(model.config.num_hidden_layers),
         "hidden size": int(model.config.hidden_size),
         "rotation": _rope(model.config),
     }
-
-
-def _head(model: Any) -> str:
-    """What a class is for: the end of its name."""
-    return next((end for end in stock.LANGUAGE_MODELS if type(model).__name__.endswith(end)), type(model).__name__)
 
 
 def _rope(config: Any) -> dict[str, Any]:

@@ -125,7 +125,8 @@ def verify(
         )
     if plan.layout.is_static:
         raise InputError(f"{moe} is statically pruned: it has no experts to switch on", "`moeify eval` measures it")
-    source, target = without_layers(source, dropped), targets.find(plan.target)
+    source = without_layers(source, dropped)
+    target = targets.for_model(plan.target, source)
     ids = _tokens(source)
     hard = Mixing.of(plan.options).style == "hard" and not plan.trained
     # Before the other two models are in memory.

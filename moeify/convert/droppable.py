@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from moeify.convert.exactness import CONTEXT, STOPS, TOLERANCE, Twin, make_twin, twin_values
 from moeify.errors import InputError, first_line
 from moeify.models.dense import DenseModel
+from moeify.models.heads import auto_class
 from moeify.models.shallow import cut_names, kept_layers, without_layers
 
 
@@ -51,13 +51,13 @@ def _without(twin: Twin, layer: int) -> Twin:
     kept = kept_layers(twin.num_layers, [layer])
     shallow = without_layers(twin, [layer])
     assert isinstance(shallow, Twin)
-    return replace(shallow, tensors=cut_names(twin.tensors, twin.family.blocks, kept))
+    return replace(shallow, tensors=cut_names(twin.tensors, twin.blocks, kept))
 
 
 @torch.no_grad()
 def _logits(twin: Twin, bypassed: int | None = None) -> Tensor:
     """logits_CV of the stock model, with one block bypassed."""
-    model: Any = AutoModelForCausalLM.from_config(twin.config).eval()
+    model: Any = auto_class(twin.config).from_config(twin.config).eval()
     model.load_state_dict(dict(twin.tensors), strict=False)
     if bypassed is not None:
         block: nn.Module = model.get_submodule(twin.block(bypassed))

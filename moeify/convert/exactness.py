@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from moeify import engines, families, targets
 from moeify.engines import Engine, Shape
@@ -29,6 +29,7 @@ from moeify.export.writer import MoEWriter
 from moeify.families import Family
 from moeify.models.dense import DenseModel
 from moeify.models.fingerprint import Fingerprint
+from moeify.models.heads import class_of
 from moeify.models.stock import quiet
 from moeify.options import Style
 from moeify.plan import SHARED, LayerPlan, Layout
@@ -102,8 +103,8 @@ def choose_target(
     """
     reasons: list[str] = []
     refused: tuple[Target, Layout, set[str]] | None = None
-    candidates = [targets.find(name) for name in targets.names()]
-    for target in sorted(candidates, key=lambda target: not target.holds_shared):
+    candidates = [targets.for_model(name, dense) for name in targets.names()]
+    for target in sorted(candidates, key=lambda target: (not target.is_stock, not target.holds_shared)):
         layout = resolve(target)
         exactness = check_target(target, dense, layout, style, dtype)
         if not exactness.exact:
@@ -128,7 +129,7 @@ def choose_target(
 
 def _why(target: Target, layout: Layout, reasons: Sequence[str]) -> str:
     shared = f"{'with' if layout.num_shared else 'without'} shared experts"
-    why = f"represents the model exactly, {shared}; known to {', '.join(('transformers', *target.known_to(layout)))}"
+    why = f"represents the model exactly, {shared}; {target.loaded_by(layout)}"
     return why + target.caution + (f" ({'; '.join(reasons)})" if reasons else "")
 
 
@@ -239,9 +240,9 @@ def _twin(config: str) -> tuple[Twin, Tensor, Tensor, str]:
 @lru_cache(maxsize=256)
 def _compare(target_name: str, config: str, layout: Layout) -> Exactness:
     """Convert the twin of this config and compare logits."""
-    target = targets.find(target_name)
     try:
         twin, ids_1C, dense_1CV, wrong = _twin(config)
+        target = targets.for_model(target_name, twin)
 
         def experts_of(layer: int) -> SplitFFN:
             return slice_experts(twin.ffn(layer), _scattered(layer, twin, layout), layout)
@@ -274,9 +275,8 @@ def _scattered(layer: int, twin: Twin, layout: Layout) -> LayerPlan:
 @torch.no_grad()
 def _logits(config: Any, tensors: Mapping[str, Tensor], ids_1C: Tensor) -> tuple[Tensor, str]:
     """Logits of the stock model with these tensors, and in words the first tensor that does not belong to it."""
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
     with quiet():
-        loaded: Any = model_class.from_pretrained(
+        loaded: Any = class_of(config).from_pretrained(
             None,
             config=config,
             state_dict=dict(tensors),

@@ -105,8 +105,8 @@ def inspect(model: str | Path | DenseModel, *, experts: int | None = None, track
 
 def _fit(dense: DenseModel, name: str, experts: int) -> TargetFit:
     """How a target fits the model, cut into so many experts."""
-    target = targets.find(name)
+    target = targets.for_model(name, dense)
     layout = target.layout(experts)
     exactness = check_target(target, dense, layout, dtype=dense.dtype)
-    reason = exactness.reason or "known to " + ", ".join(("transformers", *target.engines))
+    reason = exactness.reason or target.loaded_by(layout)
     return TargetFit(name, exactness.exact, target.holds_shared, reason, exactness.difference)

@@ -122,16 +122,16 @@ def _settle(
     if options.static:
         active = resolve(None).num_active
         layout = Layout(experts, active, active, dense_layers)
-        return layout, targets.static_target(dense.family), "static pruning keeps the dense architecture"
+        return layout, targets.static_target(dense), "static pruning keeps the dense architecture"
     if options.target == "auto":
         try:
             target, layout, reason = choose_target(dense, resolve, options.mixing, engine, dtype)
         except InputError:
             if writable:
                 raise
-            return resolve(None), targets.static_target(dense.family), "only measured: no target represents it exactly"
+            return resolve(None), targets.static_target(dense), "only measured: no target represents it exactly"
         return layout, target, reason
-    target = targets.find(options.target)
+    target = targets.for_model(options.target, dense)
     layout = resolve(target)
     exactness = check_target(target, dense, layout, options.mixing, dtype)
     if not exactness.exact:

@@ -100,7 +100,7 @@ def for_machine(dense: DenseModel, options: SplitOptions) -> SplitOptions:
     """
     assert options.machine is not None
     described = MachineOptions.of_text(options.machine)
-    target = _target(dense) if options.target == "auto" else targets.find(options.target)
+    target = _target(dense) if options.target == "auto" else targets.for_model(options.target, dense)
     plan = _planned(_case(dense, described, target), described.quality)
     choice = plan.choice
     if choice is None or choice.layout is None:

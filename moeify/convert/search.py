@@ -222,7 +222,7 @@ def _prepared(dense: DenseModel, options: SplitOptions) -> Prepared:
     engine = engines.named(options.engine).name if options.engine else None
     # One dense layer stands for any number of them: the target must hold dense layers, and not only the first ones.
     layout = Layout(4, 1, 3, (1,))
-    known = [targets.find(name) for name in targets.names()]
+    known = [targets.for_model(name, dense) for name in targets.names()]
     holds_dense = engine is None or any(
         engine in target.engines_with_dense and not target.refuse(dense, layout) for target in known
     )

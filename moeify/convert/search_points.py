@@ -181,7 +181,7 @@ class Points:
         kept = kept_layers(dense.num_layers, dropped)
         numbered = tuple(number for number, layer in enumerate(kept) if layer in layout.dense_layers)
         # Where nothing is cut it stays a dense model.
-        target = targets.static_target(dense.family) if layout.is_whole else self._prepared.target
+        target = targets.static_target(dense) if layout.is_whole else self._prepared.target
         shallow = without_layers(dense, dropped)
         prepared = replace(self._prepared, dense=shallow, layout=replace(layout, dense_layers=numbered), target=target)
         return count_parameters(prepared.writer)[1]

@@ -20,35 +20,58 @@ from moeify.targets import Modules, Target
 def moe_parameters(block: nn.Module, modules: Modules) -> dict[str, Any]:
     """Parameters of one decoder layer's experts, router and, if it has one, shared part, concatenated where split."""
     experts: Any = block.get_submodule(modules.experts)
+    up = "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
     parts: dict[str, Any] = {
-        "gate_up": experts.gate_up_proj,
+        "gate_up": getattr(experts, up),
         "down": experts.down_proj,
         "router": block.get_submodule(modules.router).get_parameter(modules.router_weight),
     }
-    if modules.shared and getattr(block, modules.shared.split(".")[0]) is not None:
-        shared = block.get_submodule(modules.shared)
-        parts["shared_gate_up"] = torch.cat([_weight(shared, name) for name in modules.shared_gate_up])
-        parts["shared_down"] = _weight(shared, modules.shared_down)
+    if hasattr(experts, f"{up}_bias"):
+        parts["gate_up_bias"] = getattr(experts, f"{up}_bias")
+    bias_D = getattr(block.get_submodule(modules.experts.rpartition(".")[0]), "bias", None)
+    if bias_D is not None:
+        parts["bias"] = bias_D
+    if (shared := _shared(block, modules.shared)) is not None:
+        maps = [shared.get_submodule(name) for name in modules.shared_gate_up]
+        parts["shared_gate_up"] = torch.cat([linear.weight for linear in maps])
+        parts["shared_down"] = shared.get_submodule(modules.shared_down).weight
+        if maps[0].bias is not None:
+            parts["shared_gate_up_bias"] = torch.cat([linear.bias for linear in maps])
     return parts
+
+
+def _shared(block: nn.Module, name: str) -> Any:
+    """The part of a block that is always on, if it has one."""
+    part: Any = block
+    for step in name.split(".") if name else ():
+        part = getattr(part, step, None)
+    return part if name else None
 
 
 def sites_of(target: Target) -> Sites:
     """Where the FFN of a converted model's blocks reads and writes: its experts, and the shared part beside them."""
     modules = target.modules
     names = [modules.experts, *([modules.shared] if modules.shared else [])]
-    first, *others = dict.fromkeys(name.split(".")[0] for name in names)
+    first, *others = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
     return Sites(target.blocks, first, first, tuple(others))
 
 
 def split_ffn(block: nn.Module, modules: Modules, layer: int, activation: str) -> SplitFFN:
     """One layer's experts as a target's `ffn_tensors` takes them: folds in the down weights, the router as stored."""
     parts = {name: tensor.detach() for name, tensor in moe_parameters(block, modules).items()}
-    gate_FD, up_FD = (rows_RfD.flatten(0, 1) for rows_RfD in parts["gate_up"].chunk(2, dim=1))
-    routed = FFNWeights(layer, gate_FD, up_FD, parts["down"].transpose(0, 1).flatten(1), activation)
+    gated = hasattr(block.get_submodule(modules.experts), "gate_up_proj")
+
+    def ffn(down_DF: Tensor, rows: Tensor, biases: Tensor | None, dim: int) -> FFNWeights:
+        gate, up = rows.chunk(2, dim=dim) if gated else (None, rows)
+        gate_bias, up_bias = (None, biases) if biases is None or not gated else biases.chunk(2, dim=dim)
+        flat = [None if part is None else part.flatten(0, dim) for part in (gate, up, gate_bias, up_bias)]
+        assert flat[1] is not None
+        return FFNWeights(layer, flat[0], flat[1], down_DF, activation, flat[2], flat[3], parts.get("bias"))
+
+    routed = ffn(parts["down"].transpose(0, 1).flatten(1), parts["gate_up"], parts.get("gate_up_bias"), 1)
     shared = routed.neurons(slice(0))
     if "shared_down" in parts:
-        gate_sD, up_sD = parts["shared_gate_up"].chunk(2)
-        shared = FFNWeights(layer, gate_sD, up_sD, parts["shared_down"], activation)
+        shared = ffn(parts["shared_down"], parts["shared_gate_up"], parts.get("shared_gate_up_bias"), 0)
     return SplitFFN(shared, routed, parts["router"])
 
 
@@ -80,7 +103,3 @@ def folds(plan: SplitPlan, target: Target) -> tuple[float, float]:
 def cut_layers(layout: Layout, num_layers: int) -> list[int]:
     """Layers that are not left dense."""
     return [layer for layer in range(num_layers) if layer not in layout.dense_layers]
-
-
-def _weight(module: nn.Module, part: str) -> Any:
-    return module.get_submodule(part).weight

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from moeify import targets
+from moeify import families, targets
 from moeify.command_line import command_line
 from moeify.export.origin import Origin
 from moeify.export.writer import weights_are_exact
@@ -194,7 +194,7 @@ def _training(plan: SplitPlan | None) -> str:
     """What must be known before the checkpoint is trained further; nothing of a model without routers."""
     if plan is None or plan.layout.is_static:
         return ""
-    target = targets.find(plan.target)
+    target = targets.find(plan.target, families.find(plan.family))
     ends = ", ".join(map(json.dumps, target.frozen))
     # Routers whose scores are weights as well are as large as any other parameter.
     reason = SINGLE if weights_are_exact(target, plan.layout) else SMALL.format(size=round(1 / plan.router_scale))

@@ -25,7 +25,7 @@ from moeify.models.files import INDEX_FILE
 from moeify.options import Track
 from moeify.plan import Layout
 from moeify.progress import Resumed
-from moeify.targets import ROUTER_SCALE, Target
+from moeify.targets import ROUTER_SCALE, Target, architecture_of
 
 # Memory while writing is about twice this.
 SHARD_BYTES = 1 << 30
@@ -55,11 +55,17 @@ class MoEWriter:
     mixing: Mixing = UNIT
     router_scale: float = ROUTER_SCALE
 
+    @property
+    def is_static(self) -> bool:
+        """The dense model's own architecture is written."""
+        return self.layout.is_static or self.target.model_type == self.dense.config.model_type
+
     def config(self) -> Any:
         """The target's transformers config."""
         width = self.layout.expert_width(self.dense.num_neurons)
         values = self.target.config(self.dense, self.layout, width)
-        values["architectures"] = [self.target.architecture] if self.target.architecture else values["architectures"]
+        if not self.is_static:
+            values["architectures"] = [architecture_of(self.target, self.dense)]
         values["dtype"] = self.dtype
         if self.target.untie:
             values["tie_word_embeddings"] = False
@@ -175,7 +181,7 @@ def router_scale(target: Target, layout: Layout, mixing: Mixing) -> float:
 
 def weights_are_exact(target: Target, layout: Layout) -> bool:
     """Whether the weight of the routed experts is one whatever their scores are."""
-    return target.normalised and layout.num_routed_active == 1
+    return target.exact_weights or (target.normalised and layout.num_routed_active == 1)
 
 
 def routed_fold(target: Target, layout: Layout, mixing: Mixing) -> float:

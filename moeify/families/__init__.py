@@ -106,6 +106,8 @@ class Family:
         blocks: the list of blocks, by its name in the stock model.
         read, write: the module of a block whose input is the FFN's input, and the one whose output is the FFN's output;
             the same one where the FFN is a module.
+        between: modules of a block that its FFN goes through between these two, where they lie in the block itself.
+        auto: the Auto class of transformers that makes its models, where a config names no class with another head.
         ffn: how the matrices lie on disk.
         activation: name of the activation's field in the config; of a family whose config has none, the activation.
         width: name of the inner width's field in the config.
@@ -122,6 +124,8 @@ class Family:
     blocks: str = "model.layers"
     read: str = "mlp"
     write: str = "mlp"
+    between: tuple[str, ...] = ()
+    auto: str = "AutoModelForCausalLM"
     ffn: FFNFormat = field(default_factory=FFNFormat)
     activation: str = "hidden_act"
     width: str = "intermediate_size"
@@ -132,10 +136,6 @@ class Family:
     modality: Modality = "text"
     gguf: GGUFFormat | None = None
     tiny: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def sites(self) -> Sites:
-        return Sites(self.blocks, self.read, self.write)
 
     def activation_of(self, config: Any) -> str:
         """The activation's name in transformers."""

@@ -7,6 +7,7 @@ FAMILY = Family(
     blocks="model.decoder.layers",
     read="fc1",
     write="fc2",
+    between=("activation_fn",),
     ffn=FFNFormat(gate=None, up="fc1", down="fc2"),
     activation="activation_function",
     width="ffn_dim",

@@ -17,15 +17,18 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moeify import families
 from moeify.errors import InputError, first_line, warn
+from moeify.modeling.configuration_moeify import MODEL_TYPE, config_class
+from moeify.models.heads import auto_class
 from moeify.models.json_files import read_mapping, shown
 from moeify.models.rotary import rotary_fault
+from moeify.options import Style
 
 CONFIG_FILE = "config.json"
 LIMIT_BYTES = 1 << 24
@@ -43,7 +46,7 @@ RANGES: Mapping[str, tuple[int, int]] = {
 }
 MAPPINGS = ("rope_parameters", "rope_scaling", "quantization_config", "auto_map", "id2label", "label2id")
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function")
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "expert_activation")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 WORDS: Mapping[Any, str] = {
     bool: "true or false",
@@ -103,15 +106,15 @@ def empty_model(config: Any, *, buffers: bool) -> Any:
     """
     try:
         with no_init_weights(), init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).eval()
+            model = auto_class(config).from_config(config, trust_remote_code=False).eval()
         # What makes initial weights also ties them.
         model.tie_weights()
         return model
     except Exception as error:
         place = f" of {Path(config.name_or_path) / CONFIG_FILE}" if config.name_or_path else ""
         raise InputError(
-            f"transformers cannot build the {config.model_type}{place} to generate text: {first_line(error)}",
-            "expected the config of a causal language model that stock transformers holds",
+            f"transformers cannot build the {config.model_type}{place}: {first_line(error)}",
+            "expected the config of a model that stock transformers holds",
         ) from error
 
 
@@ -173,7 +176,17 @@ def _class_of(file: Path, declared: Mapping[str, Any]) -> Any:
             f"{file}: model_type {shown(name)} is not known to transformers {transformers.__version__}{code}",
             f"supported: {', '.join(families.names())}",
         )
-    return CONFIG_MAPPING[name]
+    return CONFIG_MAPPING[name] if name != MODEL_TYPE else _own_class(file, declared)
+
+
+def _own_class(file: Path, declared: Mapping[str, Any]) -> Any:
+    """The class of the config of a model of moeify's own architecture."""
+    dense, mixing = declared.get("dense_model_type"), declared.get("mixing", "hard")
+    if not isinstance(dense, str) or dense not in families.names():
+        raise _refused(file, "dense_model_type", dense, f"one of {', '.join(families.names())}")
+    if mixing not in get_args(Style):
+        raise _refused(file, "mixing", mixing, f"one of {', '.join(get_args(Style))}")
+    return config_class(dense)
 
 
 def _check_declared(file: Path, declared: Mapping[str, Any], config_class: Any) -> None:

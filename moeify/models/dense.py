@@ -18,12 +18,14 @@ from torch import Tensor
 from moeify import families
 from moeify.errors import InputError, warn
 from moeify.families import Family, Sites
+from moeify.modeling.modeling_moeify import blocks_in
 from moeify.models.attention import Attention, attention_of
 from moeify.models.config import check_layers, empty_model, load_config
 from moeify.models.ffn import FFNWeights, tensor_names, unpack
 from moeify.models.files import FLOAT_DTYPES, Stored, find_shards, locate, read_headers
 from moeify.models.fingerprint import Fingerprint
-from moeify.models.stock import check_architecture, placed
+from moeify.models.heads import auto_name
+from moeify.models.stock import placed
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track, untracked
 from moeify.words import printable
@@ -64,7 +66,12 @@ class DenseModel:
 
     @property
     def sites(self) -> Sites:
-        return self.family.sites
+        return Sites(self.blocks, self.family.read, self.family.write)
+
+    @cached_property
+    def blocks(self) -> str:
+        """The list of blocks, by its name in the stock model."""
+        return blocks_in(self.skeleton, self.family.blocks)
 
     @cached_property
     def num_neurons(self) -> int:
@@ -122,7 +129,7 @@ class DenseModel:
 
     def block(self, layer: int) -> str:
         """Name of a block, which all its tensors begin with."""
-        return f"{self.family.blocks}.{layer}"
+        return f"{self.blocks}.{layer}"
 
     def get(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors; the file is closed again so that its pages do not stay in memory.
@@ -208,7 +215,7 @@ def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) 
             "quantise after the conversion, not before: start from the unquantised checkpoint",
         )
     shards = find_shards(path)
-    check_architecture(config)
+    auto_name(config)
     headers = read_headers(shards)
     check_layers(config, family.blocks, headers)
     config, stored = _tensors(config, headers)

@@ -99,15 +99,14 @@ class FFNWeights:
 
 
 def joined(first: FFNWeights, second: FFNWeights) -> FFNWeights:
-    """The neurons of both, those of the first one first; neither has biases."""
-    assert first.gate_FD is not None
-    assert second.gate_FD is not None
-    return replace(
-        first,
-        gate_FD=torch.cat([first.gate_FD, second.gate_FD]),
-        up_FD=torch.cat([first.up_FD, second.up_FD]),
-        down_DF=torch.cat([first.down_DF, second.down_DF], dim=1),
-    )
+    """The neurons of both, those of the first one first; they have the same parts, and one bias of down_proj."""
+    others = second.tensors()
+    parts: dict[str, Any] = {
+        name: torch.cat([tensor, others[name]], dim=1 if name == "down_DF" else 0)
+        for name, tensor in first.tensors().items()
+        if name != "down_bias_D"
+    }
+    return replace(first, **parts)
 
 
 def tensor_names(ffn: FFNFormat, prefix: str, existing: Mapping[str, object]) -> tuple[str, ...]:

@@ -12,17 +12,14 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from moeify.errors import InputError, first_line, warn
 from moeify.models.config import load_config
 from moeify.models.files import find_shards
 from moeify.models.generation import generation_arguments
+from moeify.models.heads import auto_class, class_of
 from moeify.words import printable
-
-# An architecture that ends so has the head of a language model, whatever the class is called.
-LANGUAGE_MODELS = ("ForCausalLM", "LMHeadModel")
 
 
 @dataclass(frozen=True)
@@ -108,11 +105,13 @@ def load_with_report(
     """
     if "gguf_file" not in arguments:
         config = config or load_config(path)
-        check_architecture(config)
+        auto_class(config)
         find_shards(path)
         arguments = {"config": config, **generation_arguments(path, config), **arguments}
     with _loading(str(path)):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        # A GGUF says nothing of its class but that it generates text.
+        maker: Any = transformers.AutoModelForCausalLM if "config" not in arguments else auto_class(arguments["config"])
+        loaded: Any = maker.from_pretrained(
             path,
             dtype=dtype,
             trust_remote_code=False,
@@ -139,22 +138,6 @@ def load_gguf(file: Path) -> tuple[Any, Report]:
     return load_with_report(file.parent, **arguments)
 
 
-def check_architecture(config: Any) -> None:
-    """Refuse a model whose head is not that of a language model: it would be lost.
-
-    Raises:
-        InputError: config.json names another class.
-    """
-    names = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
-    for name in names:
-        base = name.endswith("Model")
-        if not base and not name.endswith(LANGUAGE_MODELS):
-            raise InputError(
-                f"config.json says that the model is a {printable(name)}, expected a language model (...ForCausalLM)",
-                "a classifier's or reward model's head would be lost: start from the language model it was made of",
-            )
-
-
 def placed(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, str], Report]:
     """Where the loader of transformers puts tensors of these names and shapes, without reading one.
 
@@ -174,8 +157,7 @@ def placed(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str
         for mark, name in marks.items()
     }
     with _loading(f"a {config.model_type} of this config.json"):
-        model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-        loaded: Any = model_class.from_pretrained(
+        loaded: Any = class_of(config).from_pretrained(
             None,
             config=config,
             state_dict=dict(stand_ins),

@@ -26,8 +26,10 @@ from moeify import plugins
 from moeify.engines import Engine, Shape
 from moeify.experts.slices import SplitFFN
 from moeify.families import Family, FFNFormat, GGUFFormat
+from moeify.modeling.modeling_moeify import PREFIX
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
+from moeify.models.heads import LANGUAGE_MODEL, auto_name, class_of, classes_of_type
 from moeify.options import Style
 from moeify.plan import Layout, resolve_layout
 
@@ -63,6 +65,8 @@ CARRIED = (
     "tie_word_embeddings",
     "use_cache",
 )
+# And that of a model with a head for classes.
+LABELS = ("id2label", "label2id", "problem_type")
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,8 @@ class Target:
         autocast: what mixed precision does to its routing and what to do instead, for the model card; "" where the same
             experts are chosen. A test measures it for every target.
         needs_float32: why its routers work in float32 only, or "".
+        is_stock: transformers itself has it, not moeify.
+        exact_weights: the weight of a chosen expert is one whatever its score is.
     """
 
     model_type: str
@@ -177,6 +183,8 @@ class Target:
     autocast: str = ""
     needs_float32: str = ""
     num_shared: int | None = None
+    is_stock: bool = True
+    exact_weights: bool = False
 
     @property
     def caution(self) -> str:
@@ -197,9 +205,20 @@ class Target:
         shared = self.num_shared if shared is None else shared
         return resolve_layout(experts, shared, active, holds_shared=self.holds_shared, dense_layers=dense_layers)
 
+    @property
+    def holds_dense(self) -> bool:
+        """Whether layers may stay dense."""
+        return bool(self.engines_with_dense) or not self.is_stock
+
     def known_to(self, layout: Layout) -> tuple[str, ...]:
         """Engines that know the architecture in such a layout."""
         return self.engines_with_dense if layout.dense_layers else self.engines
+
+    def loaded_by(self, layout: Layout) -> str:
+        """What loads a checkpoint, in words."""
+        if not self.is_stock:
+            return "loads in transformers where moeify is imported"
+        return "known to " + ", ".join(("transformers", *self.known_to(layout)))
 
     def refusal_of(self, engine: Engine, shape: Shape) -> str:
         """Why an engine does not run this target in this shape, or ""."""
@@ -215,6 +234,8 @@ class Target:
 def carried(dense: DenseModel) -> dict[str, Any]:
     """Config values that every target takes over unchanged from the dense model."""
     values = {key: getattr(dense.config, key) for key in CARRIED if hasattr(dense.config, key)}
+    if auto_name(dense.config) != LANGUAGE_MODEL:
+        values |= {key: getattr(dense.config, key) for key in LABELS if getattr(dense.config, key, None) is not None}
     return {**values, "hidden_act": dense.activation}
 
 
@@ -231,10 +252,29 @@ def names() -> list[str]:
     return sorted(plugins.names(__name__), key=lambda name: (find(name).preference, name))
 
 
-def find(name: str) -> Target:
+def find(name: str, family: Family | None = None, blocks: str | None = None) -> Target:
+    """A target by its name.
+
+    Args:
+        name: its file's.
+        family: the dense model's; one that is no stock architecture has the family's names.
+        blocks: the list of blocks in the model, where its name is another than the family's.
+
+    Raises:
+        UsageError: there is none.
+    """
     target = plugins.load(__name__, name, "TARGET")
     assert isinstance(target, Target)
-    return target
+    if family is None or target.is_stock:
+        return target
+    adapted = plugins.load(__name__, name, "of")(family, blocks)
+    assert isinstance(adapted, Target)
+    return adapted
+
+
+def for_model(name: str, dense: DenseModel) -> Target:
+    """A target by its name, for a dense model."""
+    return find(name, dense.family, dense.blocks)
 
 
 def refusal(
@@ -242,18 +282,30 @@ def refusal(
 ) -> str:
     """Why this layout, mixing or type, or a kind of FFN, rules `target` out before its twin is built, or ""."""
     reasons = {
-        "its experts have a gate and no biases, this model's FFNs are otherwise": not dense.ffn_shapes.is_plain_gated,
+        "its experts have a gate and no biases, this model's FFNs are otherwise": (
+            target.is_stock and not dense.ffn_shapes.is_plain_gated
+        ),
+        f"has no {auto_name(dense.config).removeprefix('AutoModelFor')}": not architecture_of(target, dense),
         f"its experts' weights cannot be {style}": style not in target.mixings,
         f"{target.needs_float32} (use --dtype float32)": bool(target.needs_float32) and dtype != torch.float32,
-        "has no dense layers": bool(layout.dense_layers) and not target.engines_with_dense,
+        "has no dense layers": bool(layout.dense_layers) and not target.holds_dense,
         "has no shared experts (use --shared 0)": bool(layout.num_shared) and not target.holds_shared,
         "nothing is routed (use --static for pruning)": layout.num_routed_active == 0,
     }
     return next((reason for reason, holds in reasons.items() if holds), "") or target.refuse(dense, layout)
 
 
-def static_target(family: Family) -> Target:
+def architecture_of(target: Target, dense: DenseModel) -> str:
+    """Name of the target's class with the head that the model has; "" if there is none."""
+    if not target.is_stock:
+        return PREFIX + str(class_of(dense.config).__name__)
+    auto = auto_name(dense.config)
+    return target.architecture if auto == LANGUAGE_MODEL else next(iter(classes_of_type(auto, target.model_type)), "")
+
+
+def static_target(dense: DenseModel) -> Target:
     """Static pruning as a target: the family's own architecture, its FFN narrower; the control to beat."""
+    family = dense.family
     return Target(
         model_type=family.model_type,
         architecture="",
@@ -269,7 +321,7 @@ def static_target(family: Family) -> Target:
         ffn_tensors=lambda prefix, experts: pack(family.ffn, prefix, experts.shared),
         carry=as_it_is,
         dense_ffn=family.ffn,
-        blocks=family.blocks,
+        blocks=dense.blocks,
         gguf=family.gguf,
         modules=Modules(experts="", router=""),
     )

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from moeify import targets
+from moeify import families, targets
 from moeify.errors import InputError
+from moeify.models.heads import dense_type
 
 
 def freeze_routers(model: Any) -> tuple[str, ...]:
@@ -29,7 +30,8 @@ def freeze_routers(model: Any) -> tuple[str, ...]:
     model_type = str(model.config.model_type)
     if model_type not in targets.names():
         raise InputError(f"{model_type} is not a target of moeify", f"its targets are {', '.join(targets.names())}")
-    ends = targets.find(model_type).frozen
+    family = families.find(dense_type(model.config)) if model_type == "moeify" else None
+    ends = targets.find(model_type, family).frozen
     frozen = {name: parameter for name, parameter in model.named_parameters() if name.endswith(ends)}
     if not frozen:
         raise InputError(

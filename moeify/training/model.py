@@ -16,6 +16,7 @@ from moeify.errors import InputError, UsageError
 from moeify.export.in_memory import cut_layers
 from moeify.export.writer import weights_are_exact
 from moeify.families import FFNFormat
+from moeify.modeling.modeling_moeify import blocks_in
 from moeify.plan import SplitPlan
 from moeify.targets import Target
 from moeify.training.options import FinetuneOptions, Stage
@@ -46,7 +47,10 @@ class Student:
     @classmethod
     def open(cls, path: Path, plan: SplitPlan | None) -> "Student":
         model = load(str(path), dtype="float32")
-        target = None if plan is None or plan.layout.is_static else targets.find(plan.target)
+        target = None
+        if plan is not None and not plan.layout.is_static:
+            family = families.find(plan.family)
+            target = targets.find(plan.target, family, blocks_in(model, family.blocks))
         student = cls(path, model, plan, target)
         if target is not None:
             student.routers = [
@@ -59,14 +63,16 @@ class Student:
     @property
     def blocks(self) -> str:
         """The list of blocks, by its name in the model."""
-        return families.find(self.model.config.model_type).blocks if self.target is None else self.target.blocks
+        if self.target is not None:
+            return self.target.blocks
+        return blocks_in(self.model, families.find(self.model.config.model_type).blocks)
 
     @property
     def activation(self) -> str:
         """Of the FFNs; every target has it under the name that most families use."""
         config = self.model.config
         if self.target is not None:
-            return str(config.hidden_act)
+            return str(config.hidden_act if self.target.is_stock else config.expert_activation)
         return families.find(config.model_type).activation_of(config)
 
     @property
@@ -140,7 +146,7 @@ def check_stages(plan: SplitPlan | None, stages: tuple[Stage, ...], path: Path) 
         raise InputError(f"{path} has no routers to train", "--stage full or --stage lora trains it")
     if "router" in stages and plan and weights_are_exact(targets.find(plan.target), plan.layout):
         raise InputError(
-            f"the weight of a single routed expert is always one in {plan.target}: no gradient reaches its router",
+            f"the weight of an expert is always one in {plan.target}: no gradient reaches its router",
             "--stage layers trains it by other means",
         )
     if "layers" in stages and plan is None:
@@ -181,7 +187,10 @@ def _inject_lora(student: Student, options: FinetuneOptions) -> Any:
     ]
     experts = "" if student.target is None else student.target.modules.experts
     parameters = [
-        f"{blocks}.{layer}.{experts}.{part}" for layer in student.cut_layers for part in ("gate_up_proj", "down_proj")
+        f"{blocks}.{layer}.{experts}.{part}"
+        for layer in student.cut_layers
+        for part, weight in student.model.get_submodule(f"{blocks}.{layer}.{experts}").named_parameters()
+        if weight.ndim == 3
     ]
     torch.manual_seed(options.seed)
     config = LoraConfig(

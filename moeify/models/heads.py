@@ -1,0 +1,80 @@
+"""What a model has on top of its blocks, by the class that its config names: the Auto class that makes it again."""
+
+from typing import Any
+
+import transformers
+
+from moeify import families
+from moeify.errors import InputError
+from moeify.modeling.modeling_moeify import AUTO_CLASSES, PREFIX
+from moeify.words import listing, printable
+
+LANGUAGE_MODEL = "AutoModelForCausalLM"
+BASE = "AutoModel"
+
+
+def dense_type(config: Any) -> str:
+    """The model type, of moeify's own models that of the dense model inside."""
+    return str(getattr(config, "dense_model_type", "") or config.model_type)
+
+
+def auto_name(config: Any) -> str:
+    """Name of the Auto class of transformers that makes a model of this config with its head.
+
+    A config that names no class, or the one below all heads, is of a model as its family usually is.
+
+    Raises:
+        InputError: it names a class that none of them makes.
+    """
+    usual = families.find(dense_type(config)).auto if dense_type(config) in families.names() else LANGUAGE_MODEL
+    names = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
+    for name in names:
+        found = [auto for auto in (usual, *AUTO_CLASSES) if name.removeprefix(PREFIX) in classes(auto, config)]
+        if not found:
+            known = {one for auto in AUTO_CLASSES for one in classes(auto, config)}
+            raise InputError(
+                f"config.json says that the model is a {printable(name)}, expected one of {listing(sorted(known))}",
+                "the head of another class would be lost: start from a model with one of these",
+            )
+        return usual if found[0] == BASE else found[0]
+    return usual
+
+
+def auto_class(config: Any) -> Any:
+    """The Auto class itself; raises as `auto_name` does."""
+    return getattr(transformers, auto_name(config))
+
+
+def class_of(config: Any) -> Any:
+    """The class of transformers that a model of this config is of."""
+    found: Any = auto_class(config)._model_mapping[type(config)]
+    choices = found if isinstance(found, tuple | list) else (found,)
+    named = [one for one in choices if one.__name__ in (config.architectures or ())]
+    return [*named, *choices][0]
+
+
+def classes(auto: str, config: Any) -> tuple[str, ...]:
+    """Names of the dense classes that an Auto class makes of configs of this type."""
+    return classes_of_type(auto, dense_type(config))
+
+
+def classes_of_type(auto: str, model_type: str) -> tuple[str, ...]:
+    """The same for a model type."""
+    mapping: Any = getattr(transformers, auto)._model_mapping._model_mapping
+    found = mapping.get(model_type, ())
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def check_language_model(config: Any, what: str) -> None:
+    """Refuse what generates no text.
+
+    Args:
+        config: of the model.
+        what: that needs one.
+
+    Raises:
+        InputError: the model has another head, or none.
+    """
+    if (name := auto_name(config)) != LANGUAGE_MODEL:
+        kind = (getattr(config, "architectures", None) or [name])[0]
+        raise InputError(f"{what} needs a language model, this is a {printable(kind)}", "see `moeify eval --help`")
