@@ -22,11 +22,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from moeify import families
 from moeify.models.builtin import BuiltinRecipe, builtin_documents, builtin_model, train_tokenizer
 from moeify.models.ffn import FFNWeights
+from moeify.models.heads import auto_class
 
 MakeDense = Callable[..., Path]
 
@@ -163,7 +164,6 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Make
             found = families.find(family)
             values = {
                 "tie_word_embeddings": True,
-                **found.tiny_values,
                 "vocab_size": len(tokenizer),
                 "max_position_embeddings": CONTEXT,
                 "bos_token_id": tokenizer.bos_token_id,
@@ -171,8 +171,8 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Make
                 **overrides,
             }
             values[found.width] = overrides.get("intermediate_size", 64)
-            config = AutoConfig.for_model(family, **values)
-            model = AutoModelForCausalLM.from_config(config).eval()
+            config = AutoConfig.for_model(family, **found.tiny_config(**values))
+            model = auto_class(config).from_config(config).eval()
             fill(model, seed)
             model.to(getattr(torch, dtype)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)

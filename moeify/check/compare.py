@@ -141,7 +141,7 @@ def compare(
     blocks = calibration_text(prepared)
     texts = {source: _blocks(prepared, source, tokens) for source in data}
     check_place(cache_dir() / "compare" / "losses")
-    rows = TaskRows.of(asked.questions(), dense.tokenizer(), int(dense.config.max_position_embeddings))
+    rows = TaskRows.of(asked.questions(), dense.tokenizer(), int(dense.text_config.max_position_embeddings))
     trials = Trials(prepared, blocks.ids_BC, torch.cat(list(texts.values())), rows.ids_BC)
     rows_of = _Entries(prepared, trials, blocks.ids_BC, base)
     entries = [*rows_of.known(budgets, only), *rows_of.further(further or {})]

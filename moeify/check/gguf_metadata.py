@@ -119,7 +119,7 @@ def text_difference(opened: GGUFFile, source: DenseModel) -> str:
     pre = fields[PRE].contents() if PRE in fields else ""
     if difference := _pre_difference(pre, described, source):
         return difference
-    expected = vocabulary_of(described, source.config.vocab_size, pre)
+    expected = vocabulary_of(described, source.text_config.vocab_size, pre)
     pairs = {TOKENS: expected.tokens, gguf.Keys.Tokenizer.MERGES: expected.merges}
     for key, texts in pairs.items():
         stored = [_text(fields[key], place) for place in range(len(fields[key].data))] if key in fields else []
@@ -140,7 +140,7 @@ def _pre_difference(pre: str, described: Mapping[str, Any], source: DenseModel) 
         right = field.contents() if field else ""
     else:
         try:
-            right = vocabulary_of(described, source.config.vocab_size, "").pre
+            right = vocabulary_of(described, source.text_config.vocab_size, "").pre
         except InputError:
             # The user stated it.
             return ""

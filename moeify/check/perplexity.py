@@ -104,7 +104,7 @@ class Perplexity:
             InputError: a window does not fit, a text cannot be read, or two models cut it into different tokens.
         """
         configs = {name: load_config(path) for name, path in paths.items()}
-        limit = min(int(config.max_position_embeddings) for config in configs.values())
+        limit = min(int(config.get_text_config().max_position_embeddings) for config in configs.values())
         context = options.context or min(DEFAULT_CONTEXT, limit)
         if context < 2:
             raise InputError(f"a context of {context} leaves nothing to predict", "--context takes 2 or more")

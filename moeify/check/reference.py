@@ -86,13 +86,14 @@ def architecture_difference(moe: Any, dense: Any, stored: torch.dtype, *, values
 
 
 def _facts(model: Any) -> dict[str, Any]:
+    config = model.config.get_text_config()
     return {
         "head": auto_name(model.config),
         "vocabulary": int(model.get_output_embeddings().weight.shape[0]),
         "embeddings": int(model.get_input_embeddings().weight.shape[0]),
-        "layers": int(model.config.num_hidden_layers),
-        "hidden size": int(model.config.hidden_size),
-        "rotation": _rope(model.config),
+        "layers": int(config.num_hidden_layers),
+        "hidden size": int(config.hidden_size),
+        "rotation": _rope(config),
     }
 
 

@@ -36,6 +36,7 @@ from moeify.models.config import load_config
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights
 from moeify.models.files import find_shards, locate
+from moeify.models.heads import config_of_experts
 from moeify.models.same_tokens import token_difference
 from moeify.models.shallow import without_layers
 from moeify.models.tokenizer import load_tokenizer
@@ -169,7 +170,7 @@ def is_gguf(model: str | Path) -> bool:
 def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
     """The stock model in float32 with every routed expert selected, and what loading said about its keys."""
     config = load_config(path)
-    config.num_experts_per_tok = layout.num_routed
+    config_of_experts(config).num_experts_per_tok = layout.num_routed
     model, report = stock.load_with_report(path, config=config)
     wrong = {"missing": report.missing, "unexpected": report.unexpected, "mismatched": tuple(report.mismatched)}
     found = ", ".join(f"{len(names)} {kind}" for kind, names in wrong.items())
@@ -310,6 +311,6 @@ def _gate_deviation(path: Path, ids: Tensor, target: Target, plan: SplitPlan) ->
 
 def _tokens(source: DenseModel) -> Tensor:
     """A few blocks of held-out text in the model's own tokens."""
-    context = min(CONTEXT, int(source.config.max_position_embeddings))
+    context = min(CONTEXT, int(source.text_config.max_position_embeddings))
     stream = evaluation_tokens("builtin-heldout", source.tokenizer(), num_tokens=BLOCKS * context)
     return stream.ids_T.view(BLOCKS, context)

@@ -62,7 +62,7 @@ def _logits(twin: Twin, bypassed: int | None = None) -> Tensor:
     if bypassed is not None:
         block: nn.Module = model.get_submodule(twin.block(bypassed))
         block.register_forward_hook(_bypass, with_kwargs=True)
-    vocabulary = int(twin.config.vocab_size)
+    vocabulary = int(twin.text_config.vocab_size)
     ids_1C = torch.randint(3, vocabulary, (1, CONTEXT), generator=torch.Generator().manual_seed(1))
     logits_CV: Tensor = model(input_ids=ids_1C, use_cache=False).logits[0]
     return logits_CV

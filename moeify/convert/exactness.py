@@ -140,6 +140,11 @@ def twin_values(config: Any, family: Family) -> dict[str, Any]:
         config: the dense model's.
         family: names the sizes.
     """
+    text = config.get_text_config()
+    if text is not config:
+        # No text passes the other parts: they only have to be there.
+        rest = {name: value for name, value in config.to_dict().items() if name not in config.sub_configs}
+        return {**rest, **family.towers, "text_config": twin_values(text, family)}
     values: dict[str, Any] = config.to_dict()
     heads, keys = int(config.num_attention_heads), int(getattr(config, "num_key_value_heads", 0) or 0)
     # Relations between sizes that an architecture may rely on stay what they are.
@@ -188,6 +193,9 @@ def _shorten_rotation(values: dict[str, Any], head_dim: int) -> None:
     for name in ("short_factor", "long_factor"):
         if name in rope:
             values["rope_parameters"] = rope = {**rope, name: rope[name][:pairs]}
+    if (sections := rope.get("mrope_section")) is not None:
+        later = [max(1, pairs * section // sum(sections)) for section in sections[1:]]
+        values["rope_parameters"] = {**rope, "mrope_section": [pairs - sum(later), *later]}
 
 
 def _twin_layout(layout: Layout) -> Layout:
@@ -214,7 +222,7 @@ def make_twin(values: Mapping[str, Any]) -> Twin:
     """A dense model of these config values with random weights, the same ones every time."""
     rest = {name: value for name, value in values.items() if name != "model_type"}
     config = AutoConfig.for_model(values["model_type"], **rest)
-    family = families.find(values["model_type"])
+    family = families.of(config)
     files = Fingerprint(Path(), {}, {})
     empty = Twin("twin", Path(), config, family, {}, files, {})
     generator = torch.Generator().manual_seed(0)
@@ -233,7 +241,7 @@ def make_twin(values: Mapping[str, Any]) -> Twin:
 def _twin(config: str) -> tuple[Twin, Tensor, Tensor, str]:
     """A twin of this config, ids of a text, its logits for them, and what is wrong with it, or ""."""
     twin = make_twin(json.loads(config))
-    ids_1C = torch.randint(3, int(twin.config.vocab_size), (1, CONTEXT), generator=torch.Generator().manual_seed(1))
+    ids_1C = torch.randint(3, int(twin.text_config.vocab_size), (1, CONTEXT), generator=torch.Generator().manual_seed(1))
     return twin, ids_1C, *_logits(twin.config, twin.tensors, ids_1C)
 
 

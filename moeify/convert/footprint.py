@@ -79,7 +79,7 @@ def weights_of(dense: DenseModel, layout: Layout | None, kind: GGUFType, context
         embedding_bytes=table,
         tied=bool(dense.tied),
         # 104 MiB of an 8-layer llama of 2048 x 8192 with 49,152 tokens, as llama.cpp says itself.
-        buffer_bytes=4 * BATCH_TOKENS * (int(dense.config.vocab_size) + 2 * hidden),
+        buffer_bytes=4 * BATCH_TOKENS * (int(dense.text_config.vocab_size) + 2 * hidden),
     )
 
 
@@ -104,7 +104,7 @@ def _tensor_bytes(kind: str, shape: tuple[int, ...]) -> int:
 
 def _cache_bytes(dense: DenseModel, context: int) -> int:
     """Keys and values of all layers; a layer with a sliding window keeps no more than that."""
-    heads = int(getattr(dense.config, "num_key_value_heads", None) or dense.config.num_attention_heads)
+    heads = int(getattr(dense.text_config, "num_key_value_heads", None) or dense.text_config.num_attention_heads)
     window, slides = dense.attention.sliding_window, dense.attention.sliding_layers
     tokens = [min(context, window) if window and slides[i] else context for i in range(dense.num_layers)]
     return 2 * 2 * heads * dense.attention.head_dim * sum(tokens)

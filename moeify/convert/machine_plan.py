@@ -135,7 +135,7 @@ def _target(dense: DenseModel) -> Target | None:
 
 
 def _case(dense: DenseModel, options: MachineOptions, target: Target | None) -> Case:
-    limit = int(dense.config.max_position_embeddings)
+    limit = int(dense.text_config.max_position_embeddings)
     context = options.context or min(CONTEXT, limit)
     if context > limit:
         raise UsageError(f"context {context:,} does not fit {dense.name}, which takes {limit:,}", f"--context {limit}")

@@ -198,7 +198,7 @@ def _context(dense: DenseModel, options: SplitOptions) -> int:
     Raises:
         InputError: the model does not take so many, or there are too few tokens in all.
     """
-    limit = int(dense.config.max_position_embeddings)
+    limit = int(dense.text_config.max_position_embeddings)
     context = options.context or min(DEFAULT_CONTEXT, limit)
     if not 16 <= context <= limit:
         raise InputError(

@@ -35,7 +35,7 @@ def default_texts(dense: DenseModel, options: SplitOptions) -> tuple[str, ...]:
     Wikipedia (8,176 tokens each): calibrated on builtin 1.12, 1.87 and 2.05, on self and builtin 1.16, 1.45 and 1.58
     (2 cores of an Intel Xeon, 2026-11-26; 88 s and 142 s).
     """
-    context = options.context or min(DEFAULT_CONTEXT, int(dense.config.max_position_embeddings))
+    context = options.context or min(DEFAULT_CONTEXT, int(dense.text_config.max_position_embeddings))
     if dense.name == EMBEDDED or dense.num_parameters > OWN_TEXT_PARAMETERS or options.tokens < 2 * context:
         return BUILTIN[:1]
     return ("self", *BUILTIN[:1])
@@ -68,9 +68,9 @@ def calibration_text(prepared: "Prepared") -> TokenBlocks:
     )
     _warn_of_one_kind(options.calibration, blocks)
     largest = int(blocks.ids_BC.max())
-    if largest >= dense.config.vocab_size:
+    if largest >= dense.text_config.vocab_size:
         raise InputError(
-            f"the tokenizer gives token id {largest}, the model has {dense.config.vocab_size} tokens",
+            f"the tokenizer gives token id {largest}, the model has {dense.text_config.vocab_size} tokens",
             "tokenizer and weights are not of the same model",
         )
     return blocks

@@ -63,18 +63,23 @@ class MoEWriter:
     def config(self) -> Any:
         """The target's transformers config."""
         width = self.layout.expert_width(self.dense.num_neurons)
-        values = self.target.config(self.dense, self.layout, width)
-        if not self.is_static:
-            values["architectures"] = [architecture_of(self.target, self.dense)]
-        values["dtype"] = self.dtype
+        values, model_type = self.target.config(self.dense, self.layout, width), self.target.model_type
         if self.target.untie:
             values["tie_word_embeddings"] = False
-        values.pop("model_type", None)
         rotation = values.get("rope_parameters") or {}
         if "partial_rotary_factor" in rotation:
             # Older ones of transformers 5 keep the class's default beside it, and read that with a rope_scaling.
             values["partial_rotary_factor"] = rotation["partial_rotary_factor"]
-        return AutoConfig.for_model(self.target.model_type, **values)
+        if self.target.holder:
+            whole = self.dense.config.to_dict()
+            if self.target.untie:
+                whole["tie_word_embeddings"] = False
+            values, model_type = {**whole, "text_config": {**values, "model_type": model_type}}, self.target.holder
+        if not self.is_static:
+            values["architectures"] = [architecture_of(self.target, self.dense)]
+        values["dtype"] = self.dtype
+        values.pop("model_type", None)
+        return AutoConfig.for_model(model_type, **values)
 
     def config_text(self) -> str:
         """What config.json holds: the config, for old loaders too."""

@@ -7,13 +7,15 @@ To add one, copy the nearest file under the family's `model_type`; nothing else 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from moeify import plugins
 from moeify.errors import InputError, nearest
 
 Modality = Literal["text"]
+# In place of a name.
+ANY = "*"
 
 # Sizes of a tiny model, under the names that transformers' configs share; `Family.tiny` adds to them.
 TINY: Mapping[str, Any] = {
@@ -118,6 +120,10 @@ class Family:
         modality: kind of the model's inputs.
         gguf: how llama.cpp has it; None if it does not, or nobody has tried.
         tiny: config values of a tiny model, beside TINY.
+        towers: of a model that reads text in a part of its own: values of its config outside of `text_config`, of a tiny
+            model. What is said above is about that part, and what its own family says goes first.
+        holders: stock model types that hold these towers beside experts, by the target that the part becomes; ANY for
+            all of them, where it may be of any family.
     """
 
     model_type: str
@@ -136,6 +142,12 @@ class Family:
     modality: Modality = "text"
     gguf: GGUFFormat | None = None
     tiny: Mapping[str, Any] = field(default_factory=dict)
+    towers: Mapping[str, Any] = field(default_factory=dict)
+    holders: Mapping[str, str] = field(default_factory=dict)
+
+    def holder_of(self, target: str) -> str:
+        """The stock model type that holds the towers beside such experts, or ""."""
+        return self.holders.get(target, self.holders.get(ANY, ""))
 
     def activation_of(self, config: Any) -> str:
         """The activation's name in transformers."""
@@ -145,6 +157,14 @@ class Family:
     def tiny_values(self) -> dict[str, Any]:
         """Config values of a tiny model."""
         return {**TINY, **self.tiny}
+
+    def tiny_config(self, **changes: Any) -> dict[str, Any]:
+        """Config values of a tiny model of which some are changed, where its config has them."""
+        values = {**self.tiny_values, **changes}
+        if not self.towers:
+            return values
+        tied = {name: value for name, value in changes.items() if name == "tie_word_embeddings"}
+        return {**self.towers, **tied, "text_config": values}
 
 
 def find(model_type: str) -> Family:
@@ -163,6 +183,26 @@ def find(model_type: str) -> Family:
     family = plugins.load(__name__, model_type, "FAMILY")
     assert isinstance(family, Family)
     return family
+
+
+# What the part that reads text says of itself, whatever it is a part of.
+OF_TEXT = (
+    *("read", "write", "between", "ffn", "activation", "width", "fixed"),
+    *("rotates_pairs", "norm_offset", "embedding_scale"),
+)
+
+
+def of(config: Any) -> Family:
+    """The family of a config of transformers.
+
+    Raises:
+        InputError: moeify cannot split it.
+    """
+    family, text = find(config.model_type), config.get_text_config()
+    if not family.towers or (text.model_type not in names() and ANY not in family.holders):
+        return family
+    part = find(text.model_type)
+    return replace(family, **{name: getattr(part, name) for name in OF_TEXT})
 
 
 def names() -> list[str]:

@@ -35,9 +35,9 @@ def attention_of(config: Any, names: Iterable[str]) -> Attention:
 
     Args:
         config: of transformers.
-        names: of the model's tensors.
+        names: of the model's tensors; of those in blocks, what comes behind the list of blocks.
     """
-    ends = {name.split(".", maxsplit=3)[-1] for name in names}
+    ends = {name.partition(".")[2] for name in names}
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)

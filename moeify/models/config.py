@@ -5,7 +5,7 @@ how they fit the weights beside them. All of it reads two small files and alloca
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields
 from functools import lru_cache
 from pathlib import Path
@@ -57,6 +57,8 @@ WORDS: Mapping[Any, str] = {
     list: "a list",
     dict: "a mapping",
 }
+# How the name of a tensor begins that belongs to another part than the one that reads text.
+TOWER = re.compile(r"^(?:model\.)?(?:vision|visual|audio)")
 # A number takes at least half a byte of a file, whatever it is quantised to, and tied ones are there once.
 NUMBERS_PER_BYTE = 2
 # Fewer take no memory to speak of: what is wrong with such weights is said by whoever reads them.
@@ -74,7 +76,8 @@ def load_config(path: Path) -> Any:
         raise InputError(f"no {CONFIG_FILE} in {path}", "expected a Hugging Face model folder")
     declared = read_mapping(file, limit_bytes=LIMIT_BYTES)
     config_class = _class_of(file, declared)
-    _check_declared(file, declared, config_class)
+    for part, values, its_class in _declared_parts(file, declared, config_class):
+        _check_declared(part, values, its_class)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:
@@ -85,12 +88,13 @@ def load_config(path: Path) -> Any:
     if getattr(config, "is_heterogeneous", False):
         # Each layer has values of its own; transformers refuses to give one for all.
         return config
-    _check_numbers(file, {field.name: getattr(config, field.name, None) for field in fields(config)}, type(config))
-    _check_relations(file, config)
-    if fault := rotary_fault(config):
-        raise _refused(file, *fault)
-    _check_tokens(file, config)
-    _check_sizes(file, config)
+    for part, one in _parts(file, config):
+        _check_numbers(part, {field.name: getattr(one, field.name, None) for field in fields(one)}, type(one))
+        _check_relations(part, one)
+        if fault := rotary_fault(one):
+            raise _refused(part, *fault)
+        _check_tokens(part, one)
+        _check_sizes(part, path, one)
     return config
 
 
@@ -129,15 +133,16 @@ def check_layers(config: Any, blocks: str, names: Iterable[str]) -> None:
     if getattr(config, "is_heterogeneous", False):
         raise InputError("config.json has a per_layer_config, expected layers of one size", "start from another model")
     number = re.compile(rf"(?:^|\.){re.escape(blocks.rpartition('.')[2])}\.(\d+)\.")
-    count = len({found[1] for name in names if (found := number.search(name))})
-    if count != config.num_hidden_layers:
+    ours = (name for name in names if not TOWER.search(name))
+    count, layers = len({found[1] for name in ours if (found := number.search(name))}), config.get_text_config()
+    if count != layers.num_hidden_layers:
         raise InputError(
-            f"config.json says {config.num_hidden_layers:,} layers, the weights have {count:,}",
+            f"config.json says {layers.num_hidden_layers:,} layers, the weights have {count:,}",
             "config.json and the weights are not of the same model",
         )
 
 
-def _forget_implementations(file: Path, config: Any) -> None:
+def _forget_implementations(file: str | Path, config: Any) -> None:
     """Leave to whoever loads the model how it is computed: a config may name kernels of the hub, or modules to replace.
 
     Raises:
@@ -159,7 +164,7 @@ def _hint() -> str:
     return f"this is transformers {transformers.__version__}; supported: {', '.join(families.names())}"
 
 
-def _refused(file: Path, name: str, value: Any, expected: str) -> InputError:
+def _refused(file: str | Path, name: str, value: Any, expected: str) -> InputError:
     return InputError(f"{file}: {name} is {shown(value)}, expected {expected}", "fetch the file again, or correct it")
 
 
@@ -179,6 +184,34 @@ def _class_of(file: Path, declared: Mapping[str, Any]) -> Any:
     return CONFIG_MAPPING[name] if name != MODEL_TYPE else _own_class(file, declared)
 
 
+def _declared_parts(
+    file: Path, declared: Mapping[str, Any], config_class: Any
+) -> Iterator[tuple[str, Mapping[str, Any], Any]]:
+    """What a config says of the whole model and of each of its parts, with a name and a class."""
+    yield str(file), declared, config_class
+    for name, its_class in config_class.sub_configs.items():
+        values = declared.get(name)
+        if values is None:
+            continue
+        if not isinstance(values, dict):
+            raise _refused(file, name, values, "a mapping")
+        kind = values.get("model_type")
+        if its_class is AutoConfig or kind is not None:
+            if not isinstance(kind, str | None) or (kind is not None and kind not in CONFIG_MAPPING):
+                raise _refused(file, f"{name}.model_type", kind, "the name of an architecture")
+            its_class = CONFIG_MAPPING[kind] if its_class is AutoConfig and kind is not None else its_class
+        if its_class is not AutoConfig:
+            yield f"{file}, {name}", values, its_class
+
+
+def _parts(file: Path, config: Any) -> Iterator[tuple[str, Any]]:
+    """The config and those of its parts, with a name."""
+    yield str(file), config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield f"{file}, {name}", part
+
+
 def _own_class(file: Path, declared: Mapping[str, Any]) -> Any:
     """The class of the config of a model of moeify's own architecture."""
     dense, mixing = declared.get("dense_model_type"), declared.get("mixing", "hard")
@@ -189,7 +222,7 @@ def _own_class(file: Path, declared: Mapping[str, Any]) -> Any:
     return config_class(dense)
 
 
-def _check_declared(file: Path, declared: Mapping[str, Any], config_class: Any) -> None:
+def _check_declared(file: str | Path, declared: Mapping[str, Any], config_class: Any) -> None:
     """Check what must be right before transformers makes lists of so many layers or labels from it."""
     for name, value in declared.items():
         # They would replace what the config does.
@@ -203,7 +236,7 @@ def _check_declared(file: Path, declared: Mapping[str, Any], config_class: Any) 
         raise _refused(file, "layer_types", kinds, f"one for each of {layers:,} layers, not {len(kinds):,}")
 
 
-def _check_extra(file: Path, name: str, value: Any) -> None:
+def _check_extra(file: str | Path, name: str, value: Any) -> None:
     """Check fields that transformers takes beside those that its classes declare."""
     if value is None:
         return
@@ -221,7 +254,7 @@ def _check_extra(file: Path, name: str, value: Any) -> None:
         raise _refused(file, name, value, "a text or null")
 
 
-def _check_types(file: Path, values: Mapping[str, Any], config_class: Any) -> None:
+def _check_types(file: str | Path, values: Mapping[str, Any], config_class: Any) -> None:
     """Check every field against its annotation in the class."""
     for name, kind in _annotations(config_class).items():
         value = values.get(name, MISSING)
@@ -250,7 +283,7 @@ def _plain(kind: Any) -> Any:
     return get_origin(kind) or kind
 
 
-def _check_numbers(file: Path, values: Mapping[str, Any], config_class: Any) -> None:
+def _check_numbers(file: str | Path, values: Mapping[str, Any], config_class: Any) -> None:
     """Check the range of every number that the class declares to be one; null is left to the types."""
     for names, is_whole in _numbers(config_class):
         for name in names:
@@ -264,7 +297,7 @@ def _check_numbers(file: Path, values: Mapping[str, Any], config_class: Any) -> 
                 raise _refused(file, name, value, _between(*low_high))
 
 
-def _check_float(file: Path, name: str, value: Any) -> None:
+def _check_float(file: str | Path, name: str, value: Any) -> None:
     fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= torch.finfo().max
     if name.endswith(("_eps", "_epsilon")):
         # Of a norm whose inputs may all be zero.
@@ -306,7 +339,7 @@ def _is_float_type(name: Any) -> bool:
     return isinstance(dtype, torch.dtype) and dtype.is_floating_point
 
 
-def _check_relations(file: Path, config: Any) -> None:
+def _check_relations(file: str | Path, config: Any) -> None:
     """Check how fields fit each other."""
     heads, keys = getattr(config, "num_attention_heads", None), getattr(config, "num_key_value_heads", None)
     if isinstance(heads, int) and isinstance(keys, int) and heads % keys:
@@ -328,7 +361,7 @@ def _experts(config: Any) -> int | None:
     return next((value for value in values if isinstance(value, int) and value), None)
 
 
-def _check_tokens(file: Path, config: Any) -> None:
+def _check_tokens(file: str | Path, config: Any) -> None:
     """Refuse a padding token without an embedding; others matter to nothing but the end of generated text."""
     vocabulary = getattr(config, "vocab_size", None)
     if not isinstance(vocabulary, int):
@@ -343,10 +376,10 @@ def _check_tokens(file: Path, config: Any) -> None:
             warn(f"{file}: {name} {token:,} is outside the vocabulary of {vocabulary:,} tokens; it is kept as it is")
 
 
-def _check_sizes(file: Path, config: Any) -> None:
+def _check_sizes(file: str, folder: Path, config: Any) -> None:
     """Refuse sizes that the weights beside the config cannot have, before anything is made of them."""
     try:
-        num_bytes = sum(shard.stat().st_size for shard in file.parent.glob("*.safetensors"))
+        num_bytes = sum(shard.stat().st_size for shard in folder.glob("*.safetensors"))
     except OSError:
         # Said by whoever reads the weights.
         return

@@ -57,12 +57,24 @@ class DenseModel:
     dropped: tuple[int, ...] = field(default=(), kw_only=True)
 
     @property
+    def text_config(self) -> Any:
+        """The part of the config that is about the blocks; all of it where it has no parts."""
+        return self.config.get_text_config()
+
+    def config_with(self, changes: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of its config, with others for what is about the blocks."""
+        values: dict[str, Any] = self.config.to_dict()
+        if self.text_config is self.config:
+            return {**values, **changes}
+        return {**values, "text_config": {**values["text_config"], **changes}}
+
+    @property
     def num_layers(self) -> int:
-        return int(self.config.num_hidden_layers)
+        return int(self.text_config.num_hidden_layers)
 
     @property
     def activation(self) -> str:
-        return self.family.activation_of(self.config)
+        return self.family.activation_of(self.text_config)
 
     @property
     def sites(self) -> Sites:
@@ -107,7 +119,7 @@ class DenseModel:
 
     @cached_property
     def attention(self) -> Attention:
-        return attention_of(self.config, self.shapes)
+        return attention_of(self.text_config, [name.removeprefix(f"{self.blocks}.") for name in self.shapes])
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -208,7 +220,7 @@ def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) 
         return model
     path = locate(str(model), track)
     config = load_config(path)
-    family = families.find(config.model_type)
+    family = families.of(config)
     if getattr(config, "quantization_config", None):
         raise InputError(
             f"{model} is quantised ({config.quantization_config.get('quant_method', 'unknown method')})",

@@ -10,12 +10,19 @@ from moeify.modeling.modeling_moeify import AUTO_CLASSES, PREFIX
 from moeify.words import listing, printable
 
 LANGUAGE_MODEL = "AutoModelForCausalLM"
+# What generates text from text, whatever else it takes.
+LANGUAGE_MODELS = (LANGUAGE_MODEL, "AutoModelForImageTextToText")
 BASE = "AutoModel"
 
 
 def dense_type(config: Any) -> str:
     """The model type, of moeify's own models that of the dense model inside."""
     return str(getattr(config, "dense_model_type", "") or config.model_type)
+
+
+def config_of_experts(config: Any) -> Any:
+    """The part of a config that says how many experts a token uses: of moeify's own models the whole one."""
+    return config if hasattr(config, "dense_model_type") else config.get_text_config()
 
 
 def auto_name(config: Any) -> str:
@@ -75,6 +82,6 @@ def check_language_model(config: Any, what: str) -> None:
     Raises:
         InputError: the model has another head, or none.
     """
-    if (name := auto_name(config)) != LANGUAGE_MODEL:
+    if (name := auto_name(config)) not in LANGUAGE_MODELS:
         kind = (getattr(config, "architectures", None) or [name])[0]
         raise InputError(f"{what} needs a language model, this is a {printable(kind)}", "see `moeify eval --help`")

@@ -17,8 +17,11 @@ ABOVE_ZERO = (
     "partial_rotary_factor",
 )
 FROM_ZERO = ("attention_factor", "mscale", "mscale_all_dim")
+# How many pairs of dimensions rotate by the place in time, in height and in width.
+SECTIONS = "mrope_section"
 # One for each pair of dimensions that rotate.
 PAIRED = ("short_factor", "long_factor")
+NUM_SECTIONS = 3
 LARGEST = 1e30
 
 
@@ -32,7 +35,9 @@ def rotary_fault(config: Any) -> tuple[str, Any, str] | None:
         if not isinstance(kind, str) or kind not in kinds:
             return f"{name}.rope_type", kind, f"one of {', '.join(sorted(kinds))}"
         for key, value in values.items():
-            expected = _expected(key, value, _pairs(config, values))
+            # Sections that take turns need not fill a head.
+            free = key == SECTIONS and values.get("mrope_interleaved")
+            expected = _expected(key, value, None if free else _pairs(config, values))
             if expected:
                 return f"{name}.{key}", value, expected
         low, high = values.get("low_freq_factor"), values.get("high_freq_factor")
@@ -67,6 +72,11 @@ def _expected(key: str, value: Any, num_pairs: int | None) -> str:
         fits = isinstance(value, list) and all(_is_number(one) and one > 0 for one in value)
         fits = fits and (num_pairs is None or len(value) == num_pairs)
         expected = f"{num_pairs or 'some'} numbers above 0"
+    elif key == SECTIONS:
+        whole = isinstance(value, list) and len(value) == NUM_SECTIONS and all(type(one) is int for one in value)
+        fits, expected = whole and min(value) >= 0, f"{NUM_SECTIONS} whole numbers from 0 on"
+        if fits and num_pairs is not None and sum(value) != num_pairs:
+            fits, expected = False, f"{NUM_SECTIONS} whole numbers whose sum is {num_pairs}"
     elif isinstance(value, Mapping):
         fits, expected = False, "one rotation: this architecture has one kind of layer"
     elif key == "partial_rotary_factor":

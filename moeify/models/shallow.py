@@ -63,6 +63,7 @@ def cut_names(named: Mapping[str, Value], blocks: str, kept: Sequence[int]) -> d
 
 def cut_config(config: Any, kept: Sequence[int]) -> None:
     """Leave in a config, in place, what it says of these layers."""
+    config = config.get_text_config()
     num_layers = int(config.num_hidden_layers)
     values = config.to_dict()
     config.num_hidden_layers = len(kept)

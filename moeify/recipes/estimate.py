@@ -115,7 +115,7 @@ class Estimates:
         return sum(self._models.values()) / READ_RATE
 
     def _context(self, chosen: int | None) -> int:
-        return chosen or min(512, int(self.dense.config.max_position_embeddings))
+        return chosen or min(512, int(self.dense.text_config.max_position_embeddings))
 
     def _split(self, name: str, preview: Preview) -> StagePreview:
         layout, estimate = preview.layout, preview.estimate

@@ -14,7 +14,7 @@ To add one, copy `mixtral.py`; nothing else is edited.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ def as_llama(name: str, tensor: Tensor, dense: DenseModel) -> dict[str, Tensor]:
     """
     family = dense.family
     if ".self_attn.qkv_proj." in name:
-        queries = int(dense.config.num_attention_heads) * dense.attention.head_dim
+        queries = int(dense.text_config.num_attention_heads) * dense.attention.head_dim
         keys = (tensor.shape[0] - queries) // 2
         parts = tensor.split([queries, keys, keys])
         return {name.replace("qkv_proj", f"{part}_proj"): rows for part, rows in zip("qkv", parts, strict=True)}
@@ -112,7 +112,7 @@ def as_llama(name: str, tensor: Tensor, dense: DenseModel) -> dict[str, Tensor]:
 def _in_halves(tensor: Tensor, dense: DenseModel) -> Tensor:
     """Rows of q or k, or their biases, pairs apart by half of what rotates of a head."""
     head_dim = dense.attention.head_dim
-    rotated = int(head_dim * (dense.config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
+    rotated = int(head_dim * (dense.text_config.rope_parameters or {}).get("partial_rotary_factor", 1.0))
     order = [*range(0, rotated, 2), *range(1, rotated, 2), *range(rotated, head_dim)]
     rows: Tensor = tensor.unflatten(0, (-1, head_dim))[:, order].flatten(0, 1)
     return rows
@@ -157,6 +157,7 @@ class Target:
         needs_float32: why its routers work in float32 only, or "".
         is_stock: transformers itself has it, not moeify.
         exact_weights: the weight of a chosen expert is one whatever its score is.
+        holder: model type of the whole of which it is the part that reads text; "" if it is the whole.
     """
 
     model_type: str
@@ -185,6 +186,7 @@ class Target:
     num_shared: int | None = None
     is_stock: bool = True
     exact_weights: bool = False
+    holder: str = ""
 
     @property
     def caution(self) -> str:
@@ -233,7 +235,7 @@ class Target:
 
 def carried(dense: DenseModel) -> dict[str, Any]:
     """Config values that every target takes over unchanged from the dense model."""
-    values = {key: getattr(dense.config, key) for key in CARRIED if hasattr(dense.config, key)}
+    values = {key: getattr(dense.text_config, key) for key in CARRIED if hasattr(dense.text_config, key)}
     if auto_name(dense.config) != LANGUAGE_MODEL:
         values |= {key: getattr(dense.config, key) for key in LABELS if getattr(dense.config, key, None) is not None}
     return {**values, "hidden_act": dense.activation}
@@ -243,7 +245,7 @@ def sibling(dense: DenseModel, model_type: str) -> dict[str, Any]:
     """Config values that a family's own MoE sibling shares with it by their names; an FFN's sizes are the caller's."""
     base = {part.name for part in fields(PreTrainedConfig)}
     shared = {part.name for part in fields(CONFIG_MAPPING[model_type])} - base
-    values = {name: getattr(dense.config, name) for name in sorted(shared) if hasattr(dense.config, name)}
+    values = {name: getattr(dense.text_config, name) for name in sorted(shared) if hasattr(dense.text_config, name)}
     return {**values, **carried(dense)}
 
 
@@ -265,8 +267,11 @@ def find(name: str, family: Family | None = None, blocks: str | None = None) -> 
     """
     target = plugins.load(__name__, name, "TARGET")
     assert isinstance(target, Target)
-    if family is None or target.is_stock:
+    if family is None:
         return target
+    if target.is_stock:
+        holder = family.holder_of(name)
+        return replace(target, holder=holder, blocks=blocks or family.blocks) if holder else target
     adapted = plugins.load(__name__, name, "of")(family, blocks)
     assert isinstance(adapted, Target)
     return adapted
@@ -300,7 +305,9 @@ def architecture_of(target: Target, dense: DenseModel) -> str:
     if not target.is_stock:
         return PREFIX + str(class_of(dense.config).__name__)
     auto = auto_name(dense.config)
-    return target.architecture if auto == LANGUAGE_MODEL else next(iter(classes_of_type(auto, target.model_type)), "")
+    if auto == LANGUAGE_MODEL:
+        return target.architecture
+    return next(iter(classes_of_type(auto, target.holder or target.model_type)), "")
 
 
 def static_target(dense: DenseModel) -> Target:
@@ -312,11 +319,9 @@ def static_target(dense: DenseModel) -> Target:
         preference=0,
         holds_shared=True,
         engines=("everything that loads the dense model",),
-        config=lambda dense, layout, width: {
-            **dense.config.to_dict(),
-            **family.fixed,
-            family.width: layout.num_active * width,
-        },
+        config=lambda dense, layout, width: dense.config_with(
+            {**family.fixed, family.width: layout.num_active * width}
+        ),
         routed_fold=lambda layout: 1.0,
         ffn_tensors=lambda prefix, experts: pack(family.ffn, prefix, experts.shared),
         carry=as_it_is,

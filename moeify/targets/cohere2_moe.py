@@ -23,11 +23,11 @@ def explain(dense: DenseModel) -> str:
 
 
 def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:
-    window = getattr(dense.config, "sliding_window", None) or int(dense.config.max_position_embeddings)
+    window = getattr(dense.text_config, "sliding_window", None) or int(dense.text_config.max_position_embeddings)
     return {
         **sibling(dense, NAME),
         "head_dim": dense.attention.head_dim,
-        "layer_types": list(getattr(dense.config, "layer_types", None) or [SLIDING] * dense.num_layers),
+        "layer_types": list(getattr(dense.text_config, "layer_types", None) or [SLIDING] * dense.num_layers),
         "sliding_window": window,
         # It has another norm if this is given.
         "rms_norm_eps": None,

@@ -51,7 +51,7 @@ def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:
     return {
         **carried(dense),
         # Both transformers and vLLM would otherwise rotate only half of each head.
-        "rope_parameters": {"partial_rotary_factor": 1.0, **(dense.config.rope_parameters or {})},
+        "rope_parameters": {"partial_rotary_factor": 1.0, **(dense.text_config.rope_parameters or {})},
         "head_dim": dense.attention.head_dim,
         "attention_bias": dense.attention.qkv_bias,
         "use_qk_norm": dense.attention.qk_norm,

@@ -69,8 +69,8 @@ def ffn_tensors(prefix: str, ffn: SplitFFN) -> dict[str, Tensor]:
 def extra_tensors(prefix: str, dense: DenseModel) -> dict[str, tuple[int, ...]]:
     if dense.attention.qkv_bias:
         return {}
-    keys = dense.config.num_key_value_heads * dense.attention.head_dim
-    sizes = {"q": dense.config.num_attention_heads * dense.attention.head_dim, "k": keys, "v": keys}
+    keys = dense.text_config.num_key_value_heads * dense.attention.head_dim
+    sizes = {"q": dense.text_config.num_attention_heads * dense.attention.head_dim, "k": keys, "v": keys}
     return {f"{prefix}.self_attn.{name}_proj.bias": (size,) for name, size in sizes.items()}
 
 

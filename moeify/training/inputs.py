@@ -114,7 +114,7 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
 
 
 def _context(options: FinetuneOptions, *configs: Any) -> int:
-    limit = min(int(config.max_position_embeddings) for config in configs)
+    limit = min(int(config.get_text_config().max_position_embeddings) for config in configs)
     context = options.context or min(DEFAULT_CONTEXT, limit)
     if not MIN_CONTEXT <= context <= limit:
         raise InputError(

@@ -32,13 +32,13 @@ KINDS = ["gpt2", "opt", "nemotron", "gemma3_text", "phi"]
 
 def small_config(family: str, **overrides: Any) -> Any:
     found = families.find(family)
-    values = {**found.tiny_values, found.width: 64, **overrides}
-    return AutoConfig.for_model(family, **values)
+    return AutoConfig.for_model(family, **found.tiny_config(**{found.width: 64, **overrides}))
 
 
 @pytest.mark.parametrize("family", families.names())
 def test_every_family_is_represented_exactly(family: str) -> None:
-    twin = make_twin(twin_values(small_config(family), families.find(family)))
+    config = small_config(family)
+    twin = make_twin(twin_values(config, families.of(config)))
     for layout in LAYOUTS:
         found = check_target(targets.for_model("moeify", twin), twin, layout)
         assert found.exact, found.reason
