@@ -13,7 +13,7 @@ from typing import Any, Literal
 from moeify import plugins
 from moeify.errors import InputError, nearest
 
-Modality = Literal["text"]
+Modality = Literal["text", "image"]
 # In place of a name.
 ANY = "*"
 
@@ -29,6 +29,14 @@ TINY: Mapping[str, Any] = {
     "pad_token_id": None,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+
+
+# The same of a model of images: 16 patches, and what stands before them.
+TINY_IMAGE: Mapping[str, Any] = {
+    "image_size": 16,
+    "patch_size": 4,
+    **{name: TINY[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
 }
 
 
@@ -119,7 +127,7 @@ class Family:
         embedding_scale: what its embeddings are multiplied with, given the config.
         modality: kind of the model's inputs.
         gguf: how llama.cpp has it; None if it does not, or nobody has tried.
-        tiny: config values of a tiny model, beside TINY.
+        tiny: config values of a tiny model, beside `sizes`.
         towers: of a model that reads text in a part of its own: values of its config outside of `text_config`, of a tiny
             model. What is said above is about that part, and what its own family says goes first.
         holders: stock model types that hold these towers beside experts, by the target that the part becomes; ANY for
@@ -154,9 +162,14 @@ class Family:
         return str(getattr(config, self.activation, self.activation))
 
     @property
+    def sizes(self) -> Mapping[str, Any]:
+        """Sizes of a tiny model of this modality."""
+        return TINY_IMAGE if self.modality == "image" else TINY
+
+    @property
     def tiny_values(self) -> dict[str, Any]:
         """Config values of a tiny model."""
-        return {**TINY, **self.tiny}
+        return {**self.sizes, **self.tiny}
 
     def tiny_config(self, **changes: Any) -> dict[str, Any]:
         """Config values of a tiny model of which some are changed, where its config has them."""

@@ -132,7 +132,8 @@ def check_layers(config: Any, blocks: str, names: Iterable[str]) -> None:
     """
     if getattr(config, "is_heterogeneous", False):
         raise InputError("config.json has a per_layer_config, expected layers of one size", "start from another model")
-    number = re.compile(rf"(?:^|\.){re.escape(blocks.rpartition('.')[2])}\.(\d+)\.")
+    # Some names on disk are of an older transformers, which called the list `layer`.
+    number = re.compile(rf"(?:^|\.){re.escape(blocks.rpartition('.')[2].removesuffix('s'))}s?\.(\d+)\.")
     ours = (name for name in names if not TOWER.search(name))
     count, layers = len({found[1] for name in ours if (found := number.search(name))}), config.get_text_config()
     if count != layers.num_hidden_layers:

@@ -6,12 +6,14 @@ import transformers
 
 from moeify import families
 from moeify.errors import InputError
+from moeify.families import Modality
 from moeify.modeling.modeling_moeify import AUTO_CLASSES, PREFIX
 from moeify.words import listing, printable
 
 LANGUAGE_MODEL = "AutoModelForCausalLM"
 # What generates text from text, whatever else it takes.
 LANGUAGE_MODELS = (LANGUAGE_MODEL, "AutoModelForImageTextToText")
+MASKED_MODEL = "AutoModelForMaskedLM"
 BASE = "AutoModel"
 
 
@@ -23,6 +25,12 @@ def dense_type(config: Any) -> str:
 def config_of_experts(config: Any) -> Any:
     """The part of a config that says how many experts a token uses: of moeify's own models the whole one."""
     return config if hasattr(config, "dense_model_type") else config.get_text_config()
+
+
+def modality_of(config: Any) -> Modality:
+    """Kind of a model's inputs; an architecture that is no family's, as stock MoE ones are, takes text."""
+    name = dense_type(config)
+    return families.find(name).modality if name in families.names() else "text"
 
 
 def auto_name(config: Any) -> str:
