@@ -163,7 +163,7 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Make
             folder = tmp_path_factory.mktemp(f"dense-{family}-")
             found = families.find(family)
             values = {
-                "tie_word_embeddings": True,
+                "tie_word_embeddings": found.tiny.get("tie_word_embeddings", True),
                 "vocab_size": len(tokenizer),
                 "max_position_embeddings": CONTEXT,
                 "bos_token_id": tokenizer.bos_token_id,

@@ -179,7 +179,7 @@ class HiddenStream:
         outer, passages = self._outer()
         base = outer.base_model
         base.set_input_embeddings(nn.Identity())
-        self._fill(base, f"{outer.base_model_prefix}." if base is not outer else "")
+        self._fill_base(outer)
         for block in range(self._num_blocks):
             passages[-1].gives = hidden_1CD = self._at(slice(block, block + 1))
             normed_1CD = base(inputs_embeds=hidden_1CD, use_cache=False)[0]
@@ -213,7 +213,11 @@ class HiddenStream:
         text = "input_ids" in self._first
         if text:
             outer.set_input_embeddings(nn.Identity())
-        self._fill(outer, "")
+        self._fill_base(outer)
+        if outer.base_model is not outer:
+            for name, head in outer.named_children():
+                if head is not outer.base_model:
+                    self._fill(head, f"{name}.")
         for block in blocks:
             passages[-1].gives = hidden_1CD = self._at(slice(block, block + 1))
             inputs = {"inputs_embeds": hidden_1CD} if text else self._called_with(self._first)
@@ -234,7 +238,7 @@ class HiddenStream:
         prefix = f"{outer.base_model_prefix}." if base is not outer else ""
         if "input_ids" in inputs:
             inputs = {**inputs, "input_ids": self._look_up(base, prefix, inputs["input_ids"])}
-        self._fill(base, prefix)
+        self._fill_base(outer)
 
         def enter(rows: slice) -> Tensor:
             base(**self._called_with(some_blocks(inputs, rows)), **uncached(base))
@@ -272,6 +276,13 @@ class HiddenStream:
         passages = [Passage(block) for block in blocks]
         outer.set_submodule(self._sites.blocks, nn.ModuleList(passages))
         return outer, passages
+
+    def _fill_base(self, outer: Any) -> None:
+        """Fill the model below its head, of one that reads text in a part of its own that part alone."""
+        base = outer.base_model
+        prefix = f"{outer.base_model_prefix}." if base is not outer else ""
+        reader = getattr(base, "language_model", None)
+        self._fill(*((base, prefix) if reader is None else (reader, f"{prefix}language_model.")))
 
     def _fill(self, module: nn.Module, prefix: str) -> None:
         """Load what is not there yet, and put the module on the device."""

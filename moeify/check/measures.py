@@ -16,7 +16,7 @@ from moeify.check.perplexity import EvalResult, Perplexity
 from moeify.check.pseudo_perplexity import PseudoPerplexity
 from moeify.errors import InputError
 from moeify.models.config import load_config
-from moeify.models.heads import LANGUAGE_MODEL, MASKED_MODEL, auto_name
+from moeify.models.heads import LANGUAGE_MODELS, MASKED_MODEL, auto_name
 from moeify.options import EvalOptions, Track
 
 
@@ -28,7 +28,7 @@ class Measure(Protocol):
 
 Open = Callable[[Mapping[str, Path], EvalOptions], Measure]
 # Auto class of a model -> opens its measure for the folders of models, by name.
-MEASURES: dict[str, Open] = {LANGUAGE_MODEL: Perplexity.open, MASKED_MODEL: PseudoPerplexity.open}
+MEASURES: dict[str, Open] = {**dict.fromkeys(LANGUAGE_MODELS, Perplexity.open), MASKED_MODEL: PseudoPerplexity.open}
 
 
 def open_measure(paths: Mapping[str, Path], options: EvalOptions) -> Measure:

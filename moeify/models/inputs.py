@@ -36,7 +36,11 @@ def one_behind_other(first: Inputs, second: Inputs) -> dict[str, Tensor]:
 
 def uncached(model: Any) -> dict[str, bool]:
     """What keeps a model from making a cache of keys and values, if it takes a word for that."""
-    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    parameters = inspect.signature(model.forward).parameters
+    # One with towers may hand the word on to the part that reads text.
+    handed_on = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    handed_on = handed_on and hasattr(model.config.get_text_config(), "use_cache")
+    return {"use_cache": False} if "use_cache" in parameters or handed_on else {}
 
 
 def output_of(outputs: Any) -> Tensor:

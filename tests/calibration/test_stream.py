@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from moeify import families
 from moeify.calibration import stream as calibration
 from moeify.calibration.stream import HiddenStream
+from moeify.models import stock
 from moeify.models.dense import open_dense
 from moeify.models.ffn import pack
 
@@ -33,9 +34,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @torch.no_grad()
 def stock_ffn(folder: Path, ids_BC: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Inputs and outputs of every FFN of the stock model."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = stock.load(folder).eval()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    sites = families.find(model.config.model_type).sites
+    sites = open_dense(str(folder)).sites
     for block in model.get_submodule(sites.blocks):
         pair: list[torch.Tensor] = []
         block.get_submodule(sites.read).register_forward_pre_hook(
