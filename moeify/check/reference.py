@@ -76,26 +76,32 @@ def architecture_difference(moe: Any, dense: Any, stored: torch.dtype, *, values
         return difference
     if not values:
         return ""
-    ours, its = (_outside(model) for model in (moe, dense))
-    if others := sorted(set(ours) ^ set(its)):
-        return f"{others[0]} is in only one of both"
-    for name, tensor in ours.items():
-        if not torch.equal(tensor, its[name].to(stored).to(tensor.dtype)):
-            return f"its {name} is not the dense model's"
+    if difference := _outside_difference(moe, dense, stored):
+        return difference
     if _tied(moe) != _tied(dense):
         return "its head is tied to its embedding" if _tied(moe) else "its head is not tied to its embedding"
     return ""
 
 
+def _outside_difference(moe: Any, dense: Any, stored: torch.dtype) -> str:
+    ours, its = _outside(moe), _outside(dense)
+    if others := sorted(set(ours) ^ set(its)):
+        return f"{others[0]} is in only one of both"
+    for name, tensor in ours.items():
+        if not torch.equal(tensor, its[name].to(stored).to(tensor.dtype)):
+            return f"its {name} is not the dense model's"
+    return ""
+
+
 def _outside(model: Any) -> dict[str, Tensor]:
     """What stands around the blocks: embeddings, which are named by what they are for, and every tensor of a head."""
-    base = model.base_model
-    inside = set() if base is model else {id(tensor) for tensor in (*base.parameters(), *base.buffers())}
-    heads = {} if base is model else {n: p.detach() for n, p in model.named_parameters() if id(p) not in inside}
-    for name in ("input", "output"):
-        if (weight := _embedding(model, name)) is not None:
-            heads[f"{name} embedding"] = weight.detach()
-    return heads
+    base, embeddings = model.base_model, {name: _embedding(model, name) for name in ("input", "output")}
+    outside = {f"{name} embedding": weight.detach() for name, weight in embeddings.items() if weight is not None}
+    if base is not model:
+        # A head that is tied to the embedding may be stored twice.
+        known = {id(tensor) for tensor in (*base.parameters(), *embeddings.values())}
+        outside |= {name: own.detach() for name, own in model.named_parameters() if id(own) not in known}
+    return outside
 
 
 def _embedding(model: Any, name: str) -> Tensor | None:
