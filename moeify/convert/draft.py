@@ -1,7 +1,7 @@
 """The family file that an unknown model type would need, filled in as far as the stock model shows it.
 
 The blocks are the list of as many modules as the config has layers. Their FFN is what goes from the hidden size to a
-wider inner one and back, outside of attention.
+wider inner one and back, outside of attention. Where it reads and writes, and its activation, a tiny model proves.
 
 Shapes: D hidden size, F inner width.
 """
@@ -16,6 +16,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from moeify import families
+from moeify.convert.draft_proof import proven
 from moeify.errors import InputError
 from moeify.families import Family, FFNFormat
 from moeify.models.config import empty_model, load_config
@@ -28,7 +29,8 @@ from moeify.readable import Readable
 OTHERS = ("attn", "attention", "mixer", "conv", "mamba", "expert", "router")
 # Names that a gate has where two matrices lead to the inner width.
 GATES = ("gate", "w1")
-ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 HINT = "write the file by hand; moeify/families/llama.py is the simplest"
 
 
@@ -67,17 +69,20 @@ def draft(model: str | Path, *, track: Track[Any] = shown) -> FamilyDraft:
         raise InputError(f"no block of {name} has an FFN of matrices to a wider inner size and back", HINT)
     ffn, inner = ffns[0]
     parent = ffn.down.rpartition(".")[0]
-    family = Family(
+    guess = Family(
         name,
         blocks=blocks,
         read=parent or ffn.up,
         write=parent or ffn.down,
         ffn=ffn,
-        activation=next((field for field in ACTIVATIONS if isinstance(getattr(config, field, None), str)), "silu"),
+        activation=next((field for field in FIELDS if isinstance(getattr(config, field, None), str)), "silu"),
         width=_width(config, inner),
     )
+    family = proven(guess, config)
     nearest = tuple(get_close_matches(name, families.names(), n=3, cutoff=0.4))
-    return FamilyDraft(name, nearest, f"moeify/families/{name}.py", _text(family, config, inner))
+    return FamilyDraft(
+        name, nearest, f"moeify/families/{name}.py", _text(family or guess, config, inner, is_proven=family is not None)
+    )
 
 
 def _blocks(config: Any, model: nn.Module) -> tuple[str, list[nn.Module]]:
@@ -122,21 +127,22 @@ def _shapes(block: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 def _width(config: Any, inner: int) -> str:
-    """The config's field of the inner width; llama's where none has that value."""
+    """The config's field of the inner width: one of that value, or one that is open; llama's where there is none."""
     fields: Mapping[str, Any] = config.to_dict()
     names = [name for name, value in fields.items() if type(value) is int and value == inner]
     usual = Family.width
+    names = names or [name for name in WIDTHS if name in fields and fields[name] is None]
     return usual if usual in names or not names else names[0]
 
 
-def _text(family: Family, config: Any, inner: int) -> str:
+def _text(family: Family, config: Any, inner: int, *, is_proven: bool) -> str:
     """The file, with what differs from a llama, and what has to be looked at."""
     usual, plain = Family(""), FFNFormat()
     ffn = {name: value for name, value in vars(family.ffn).items() if value != getattr(plain, name)}
     parts = [f'"{family.model_type}"']
     parts += [
         f"{name}={getattr(family, name)!r}"
-        for name in ("blocks", "read", "write")
+        for name in ("blocks", "read", "write", "between")
         if getattr(family, name) != getattr(usual, name)
     ]
     if ffn:
@@ -147,10 +153,14 @@ def _text(family: Family, config: Any, inner: int) -> str:
         if getattr(family, name) != getattr(usual, name)
     ]
     doubts = []
-    if not isinstance(getattr(config, family.activation, None), str):
-        doubts.append(f"# No field of the config names an activation: is it {family.activation}?")
+    if not is_proven:
+        doubts.append(
+            "# The FFN of a tiny model gives something else, or none could be run: look at site and activation."
+        )
     if getattr(config, family.width, None) != inner:
-        doubts.append(f"# No field of the config is the inner width, {inner}: `fixed` says what makes it of others.")
+        doubts.append(
+            f"# No field of the config is the inner width, {inner}: such a model cannot be pruned with --static."
+        )
     lines = [
         f'"""{family.model_type}: say what it has that llama has not."""',
         "",

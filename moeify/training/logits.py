@@ -121,7 +121,7 @@ class _Given(nn.Module):
         return self
 
     def forward(self, *_: Any, **__: Any) -> Any:
-        return _Output(last_hidden_state=self.given)  # type: ignore[arg-type]
+        return _Output(last_hidden_state=self.given)
 
 
 class _Raw(nn.Module):

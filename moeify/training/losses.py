@@ -1,7 +1,7 @@
 """What fine-tuning minimises: divergence from the teacher and language modelling, and what routers owe beside them.
 
-The scoring head takes the place of the forward of the last linear map. Logits of a few tokens exist at a time, and what their
-gradient adds to hidden states and weights is summed up at once, as in Liger's fused losses
+The scoring head takes the place of the last linear map's forward. Logits of a few tokens exist at a time, and what
+their gradient adds to hidden states and weights is summed up at once, as in Liger's fused losses
 (https://arxiv.org/abs/2410.10989): memory does not grow with tokens times vocabulary. As it runs inside the model's own
 forward, distributed wrappers see nothing unusual.
 
