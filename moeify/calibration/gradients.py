@@ -14,22 +14,26 @@ from torch.nn.functional import cross_entropy
 from moeify.calibration.overflow import check_activations
 from moeify.models import stock
 from moeify.models.dense import DenseModel
+from moeify.models.heads import check_language_model
+from moeify.models.inputs import Inputs, named
 
 # Tokens whose gradients are taken.
 GRADIENT_TOKENS = 4096
 
 
-def output_gradients(dense: DenseModel, ids_BC: Tensor, device: str) -> list[Tensor]:
+def output_gradients(dense: DenseModel, inputs: Tensor | Inputs, device: str) -> list[Tensor]:
     """gradient_GD for every layer: of the summed language modelling loss by the FFN's output, float32.
 
     Args:
         dense: the model.
-        ids_BC: the calibration text; its first blocks are used, up to GRADIENT_TOKENS.
+        inputs: the calibration text; its first blocks are used, up to GRADIENT_TOKENS.
         device: where the arithmetic runs.
 
     Raises:
-        InputError: gradients are not finite.
+        InputError: gradients are not finite, or the model is no language model, whose loss needs nobody's labels.
     """
+    check_language_model(dense.config, "a method that asks for gradients of the loss")
+    ids_BC = named(inputs)["input_ids"]
     model: Any = stock.load(dense.path)
     model.to(device).eval().requires_grad_(requires_grad=False)
     outputs: dict[int, Tensor] = {}

@@ -1,7 +1,7 @@
 """The part of the calibration tokens that is this process's own, and what it tells the others about it.
 
     share = joined()                      # under torchrun; ALONE in a process by itself
-    ids_BC = share.part(ids_BC)           # this process's blocks; those of all follow one another in order of rank
+    inputs = share.parts(inputs, C)       # this process's blocks; those of all follow one another in order of rank
     gram_DD = share.sum(inputs_TD.T @ inputs_TD)
     labels_F = share.first(decide)        # decided in one process, known in all
 
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from moeify.errors import InputError, MoeifyError, UsageError
 from moeify.models.ffn import CHUNK_TOKENS
+from moeify.models.inputs import Inputs, some_blocks
+from moeify.models.inputs import num_blocks as blocks_of
 
 Value = TypeVar("Value")
 # The others wait while the first process writes the checkpoint; torchrun ends them if it fails.
@@ -44,12 +46,20 @@ class Share:
         return self.rank == 0
 
     def part(self, ids_BC: Tensor) -> Tensor:
+        """This process's blocks of text."""
+        return self.parts({"": ids_BC}, ids_BC.shape[1])[""]
+
+    def parts(self, inputs: Inputs, context: int) -> dict[str, Tensor]:
         """This process's blocks, at whole chunks where there are enough, so that products have the same shapes.
+
+        Args:
+            inputs: of the model, by name.
+            context: tokens of a block.
 
         Raises:
             UsageError: there is not a block for everyone.
         """
-        num_blocks, context = ids_BC.shape
+        num_blocks = blocks_of(inputs)
         if num_blocks < self.size:
             raise UsageError(
                 f"{num_blocks} blocks of {context:,} calibration tokens cannot be shared by {self.size} processes",
@@ -58,7 +68,7 @@ class Share:
         step = max(1, CHUNK_TOKENS // context)
         step = step if num_blocks // step >= self.size else 1
         ends = [num_blocks // step * rank // self.size * step for rank in range(self.size)] + [num_blocks]
-        return ids_BC[ends[self.rank] : ends[self.rank + 1]]
+        return some_blocks(inputs, slice(ends[self.rank], ends[self.rank + 1]))
 
     def place(self, num_rows: int) -> tuple[int, int]:
         """Rows before this process's own, and rows of all."""

@@ -9,7 +9,7 @@ Everything but the FFN is done by the stock model's own modules, so nothing is a
 or heads. Where a block adds the FFN's output to its residual as it is, as llama does, attention runs once and `advance`
 is an addition; where it does not (a norm behind the FFN, a factor on it), the block runs again with the output given.
 
-Legend: B blocks of C tokens, T = B * C tokens, D hidden size, V vocabulary.
+Legend: B blocks (texts, images) of C tokens, T = B * C tokens, D hidden size, V vocabulary.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from moeify.calibration.overflow import LARGEST, check_activations
 from moeify.calibration.store import IN_MEMORY, Store, stretches
 from moeify.families import Sites
 from moeify.models.ffn import CHUNK_TOKENS
+from moeify.models.inputs import num_blocks, output_of, some_blocks, uncached
 
 
 class Source(Protocol):
@@ -48,7 +49,8 @@ class HiddenStream:
 
     Args:
         model: the model.
-        inputs: what the stock model is called with, by name: tensors of B blocks, such as `input_ids` of C tokens each.
+        inputs: what the stock model is called with, by name: tensors of B blocks, such as `input_ids` of C tokens each,
+            or `pixel_values` of images that the model makes C tokens of.
         device: where the arithmetic runs.
         dtype: in which it runs; float32 unless there is a reason.
         store: holds the hidden states, and what the FFNs see of them.
@@ -65,7 +67,9 @@ class HiddenStream:
     ) -> None:
         self._model, self._sites = model, model.sites
         self._device, self._dtype, self._store = torch.device(device), dtype, store
-        self._num_blocks = len(next(iter(inputs.values())))
+        self._num_blocks = num_blocks(inputs)
+        # Whose values matter no more where hidden states are given behind the last layer.
+        self._first = some_blocks(inputs, slice(0, 1))
         self._layer = 0
         self._hidden_BCD, self._arguments = self._enter(inputs)
         check_activations(self._hidden_BCD, "in front of the first layer: the hidden states")
@@ -138,6 +142,11 @@ class HiddenStream:
         self.advance(ffn(self.attend(layer)))
         return self.residual()
 
+    @property
+    def block_tokens(self) -> int:
+        """C, the tokens that the model makes of a block."""
+        return self._hidden_BCD.shape[1]
+
     def residual(self) -> Tensor:
         """residual_TD, the stream as it is now, where and in the type in which the store holds it."""
         return self._hidden_BCD.flatten(0, 1)
@@ -151,9 +160,9 @@ class HiddenStream:
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """After the last layer: refuse a model whose logits may leave float32.
+        """After the last layer: refuse a model whose outputs may leave float32.
 
-        They are bounded, not computed: a head in float32 may be larger than any block.
+        Logits of a vocabulary are bounded, not computed: such a head in float32 may be larger than any block.
 
         Raises:
             InputError: they may not be finite.
@@ -161,6 +170,8 @@ class HiddenStream:
         head = self._model.skeleton.get_output_embeddings()
         names = [name for name, module in self._model.skeleton.named_modules() if module is head]
         if not names:
+            for output in self.outputs(range(self._num_blocks)):
+                check_activations(output, "behind the last layer: the model's outputs")
             return
         stored = f"{names[0]}.weight"
         weight_VD = next(iter(self._model.get([self._model.tied.get(stored, stored)]).values()))
@@ -189,21 +200,31 @@ class HiddenStream:
         """
         rows = [
             cross_entropy(logits_CV[:-1], ids_C[1:].to(logits_CV.device), reduction="none").cpu()
-            for logits_CV, ids_C in zip(self.logits(range(self._num_blocks)[-len(ids_BC) :]), ids_BC, strict=True)
+            for logits_CV, ids_C in zip(self.outputs(range(self._num_blocks)[-len(ids_BC) :]), ids_BC, strict=True)
         ]
         losses_BL = torch.stack(rows)
         check_activations(losses_BL, "behind the last layer: the losses")
         return losses_BL
 
     @torch.no_grad()
-    def logits(self, blocks: Iterable[int]) -> Iterator[Tensor]:
-        """After the last layer: logits_CV of these blocks, one at a time."""
+    def outputs(self, blocks: Iterable[int]) -> Iterator[Tensor]:
+        """After the last layer: what the model gives for each of these blocks, logits_CV of a language model."""
         outer, passages = self._outer()
-        outer.set_input_embeddings(nn.Identity())
+        text = "input_ids" in self._first
+        if text:
+            outer.set_input_embeddings(nn.Identity())
         self._fill(outer, "")
         for block in blocks:
             passages[-1].gives = hidden_1CD = self._at(slice(block, block + 1))
-            yield outer(inputs_embeds=hidden_1CD, use_cache=False).logits[0]
+            inputs = {"inputs_embeds": hidden_1CD} if text else self._called_with(self._first)
+            yield output_of(outer(**inputs, **uncached(outer)))[0]
+
+    def _called_with(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs where the arithmetic runs, and in its type but for those that are numbers of something."""
+        return {
+            name: tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
+            for name, tensor in inputs.items()
+        }
 
     @torch.no_grad()
     def _enter(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
@@ -216,7 +237,7 @@ class HiddenStream:
         self._fill(base, prefix)
 
         def enter(rows: slice) -> Tensor:
-            base(**{name: tensor[rows].to(self._device) for name, tensor in inputs.items()}, use_cache=False)
+            base(**self._called_with(some_blocks(inputs, rows)), **uncached(base))
             return passages[0].hidden_BCD
 
         # With one block, so that what is noted fits any number of them.

@@ -1,21 +1,20 @@
-"""How well one or several models do their job, side by side on the same data; the measure follows from their inputs."""
+"""How well one or several models do their job, side by side on the same data."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from moeify import families
 from moeify.check.calibrated import calibrated_on, warn_of_kind
+from moeify.check.features import Score
 from moeify.check.loops import LoopResult, Loops
-from moeify.check.perplexity import EvalResult, Perplexity
+from moeify.check.measures import open_measure
+from moeify.check.perplexity import EvalResult
 from moeify.check.tasks import Tasks
 from moeify.check.tasks_results import TaskResult
 from moeify.command_line import names_of
-from moeify.families import Modality
 from moeify.kernels import register
 from moeify.models import stock
-from moeify.models.config import load_config
 from moeify.models.device import find_device
 from moeify.models.files import locate
 from moeify.options import DType, EvalOptions, Names, Track
@@ -23,23 +22,21 @@ from moeify.progress import shown
 from moeify.readable import Readable, Rows
 
 
-class Measure(Protocol):
-    """One measure, opened on the same data for all models."""
-
-    def __call__(self, model: Any, name: str, source: str, track: Track[Any]) -> EvalResult: ...
-
-
-# Kind of inputs -> opens a measure for the folders of models, by name; raises InputError where they do not compare.
-MEASURES: Mapping[Modality, Callable[[Mapping[str, Path], EvalOptions], Measure]] = {"text": Perplexity.open}
-
-
 @dataclass(frozen=True, repr=False)
 class Evaluation(Readable):
-    """All models on all texts and tasks, in the order they were measured; loops of those with a chat template."""
+    """All models on all texts and tasks, in the order they were measured; loops of those with a chat template.
+
+    Args:
+        results: perplexities.
+        tasks: questions and labelled sets.
+        loops: how answers end.
+        scores: by other measures, of models that no perplexity is of.
+    """
 
     results: tuple[EvalResult, ...]
     tasks: tuple[TaskResult, ...] = ()
     loops: tuple[LoopResult, ...] = ()
+    scores: tuple[Score, ...] = ()
 
 
 def load(model: str | Path, *, dtype: str = "auto", device: str = "cpu", **arguments: Any) -> Any:
@@ -82,8 +79,8 @@ def evaluate(
     dtype: DType = EvalOptions.dtype,
     device: str = EvalOptions.device,
     track: Track[Any] = shown,
-) -> Rows[EvalResult]:
-    """Measure each model on each text.
+) -> Rows[Any]:
+    """Measure each model on each text: an EvalResult of each, or a Score of a model that no perplexity is of.
 
     Args:
         models: checkpoints; the first is what the others are compared with.
@@ -106,7 +103,8 @@ def evaluate(
     options = EvalOptions(
         names_of(data), tokens=tokens, context=context, stride=stride, dtype=dtype, device=device, answers=0
     )
-    return Rows[EvalResult](measure(names_of(models), options, track=track).results)
+    evaluation = measure(names_of(models), options, track=track)
+    return Rows[Any]([*evaluation.results, *evaluation.scores])
 
 
 def measure(models: Sequence[str], options: EvalOptions, *, track: Track[Any] = shown) -> Evaluation:
@@ -123,24 +121,22 @@ def measure(models: Sequence[str], options: EvalOptions, *, track: Track[Any] = 
     """
     paths = {model: locate(model, track) for model in models}
     find_device(options.device)
-    perplexity = MEASURES[_modality(paths)](paths, options)
-    tasks = Tasks(options.tasks, options.questions, track)
+    measured = open_measure(paths, options)
+    tasks = Tasks(options.tasks, options.questions, track, context=options.context)
     loops = Loops(paths, options.answers)
     own = {name: calibrated_on(path) for name, path in paths.items()}
     warn_of_kind(own, options.data)
     results = []
     for name in models:
         model = load(name, dtype=options.dtype, device=options.device)
-        rows = [perplexity(model, name, source, track) for source in options.data]
+        rows = [measured(model, name, source, track) for source in options.data]
         results += [replace(row, calibrated_on=own[name]) for row in rows]
         tasks.ask(model, name, paths[name], track)
         loops.ask(model, name, track)
         del model
-    return Evaluation(tuple(results), tasks.results(), loops.results())
-
-
-def _modality(paths: Mapping[str, Path]) -> Modality:
-    """Kind of the models' inputs; an architecture that is no family's, as those of converted models, takes text."""
-    types = [str(load_config(path).model_type) for path in paths.values()]
-    known = {families.find(name).modality for name in types if name in families.names()}
-    return known.pop() if len(known) == 1 else "text"
+    return Evaluation(
+        tuple(row for row in results if isinstance(row, EvalResult)),
+        tasks.results(),
+        loops.results(),
+        tuple(row for row in results if isinstance(row, Score)),
+    )

@@ -42,6 +42,7 @@ class EvalResult(Readable):
         sha256: of the token ids.
         context, stride: tokens in a window, and how far it moves; None in results of versions that did not say.
         calibrated_on: the texts that the model was calibrated or trained on by moeify; none if it was not.
+        measure: perplexity, or pseudo-perplexity of a model that guesses masked tokens.
     """
 
     model: str
@@ -53,6 +54,7 @@ class EvalResult(Readable):
     context: int | None = None
     stride: int | None = None
     calibrated_on: tuple[str, ...] = ()
+    measure: str = "perplexity"
 
 
 def whole_blocks(source: str, ids_T: Tensor, context: int, *, least: int = 1) -> Tensor:

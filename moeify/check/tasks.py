@@ -1,5 +1,7 @@
 """Tasks: questions with right answers, from a file (tasks_local.py) or through lm-eval (tasks_harness.py).
 
+Labelled sets are tasks as well (labels.py).
+
 Every model answers the same questions, so that models are compared question by question.
 
 Legend: N questions, S resamples.
@@ -14,11 +16,14 @@ import torch
 from torch import Tensor
 
 from moeify.check.bootstrap import draws, interval
+from moeify.check.labels import LabelTask
 from moeify.check.tasks_harness import open_harness
 from moeify.check.tasks_local import SUFFIXES, open_questions
 from moeify.check.tasks_results import TaskResult
 from moeify.check.tasks_scores import Questions, Scores
+from moeify.data.labelled import is_labelled, open_labelled
 from moeify.errors import InputError, UsageError, warn
+from moeify.models.heads import check_language_model
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track, untracked
 
@@ -40,25 +45,35 @@ class Tasks:
     """All tasks of a run, opened before any model is loaded, and the answers of each model.
 
     Args:
-        names: .jsonl or .json files, and tasks of lm-eval.
+        names: .jsonl or .json files, labelled sets, and tasks of lm-eval.
         limit: of questions of each; None means all.
         track: wraps the loop over tasks of lm-eval, whose data sets may have to be fetched.
+        context: tokens of a labelled text.
 
     Raises:
         UsageError: an unknown task, a missing package, or one named twice.
         InputError: a file or data set that cannot be read.
     """
 
-    def __init__(self, names: Sequence[str], limit: int | None = None, track: Track[Any] = untracked) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        limit: int | None = None,
+        track: Track[Any] = untracked,
+        *,
+        context: int | None = None,
+    ) -> None:
         twice = [name for number, name in enumerate(names) if name in names[:number]]
         if twice:
             raise UsageError(f"task {twice[0]} is named twice", "name each task once")
         files = [name for name in names if Path(name).suffix in SUFFIXES]
-        others = [name for name in names if name not in files]
+        labelled = [name for name in names if name not in files and is_labelled(name)]
+        others = [name for name in names if name not in (*files, *labelled)]
         # A missing package is found before a long file is read.
         harness = open_harness(others, limit, track) if others else {}
         local = {name: open_questions(Path(name), limit) for name in files}
-        opened: dict[str, Task] = {**harness, **local}
+        sets = {name: LabelTask(open_labelled(name), context, limit) for name in labelled}
+        opened: dict[str, Task | LabelTask] = {**harness, **local, **sets}
         self._tasks = {name: opened[name] for name in names}
         self._answers: dict[str, list[Scores]] = {}
 
@@ -72,9 +87,8 @@ class Tasks:
             track: wraps the loops over batches.
         """
         if self._tasks:
-            tokenizer = load_tokenizer(path)
-            answers = [scores for task in self._tasks.values() for scores in task.ask(model, tokenizer, name, track)]
-            self._answers[name] = answers
+            answers = [_ask(task, model, path, name, track) for task in self._tasks.values()]
+            self._answers[name] = [scores for own in answers for scores in own]
 
     def questions(self) -> list[Questions]:
         """Every multiple choice, for models that are only tried out.
@@ -82,11 +96,24 @@ class Tasks:
         Raises:
             UsageError: a task asks for something else.
         """
-        return [task.questions() for task in self._tasks.values()]
+        return [_questions(task) for task in self._tasks.values()]
 
     def results(self) -> tuple[TaskResult, ...]:
         """Of all models that were asked, task by task as the first one answered."""
         return tuple(compared(self._answers))
+
+
+def _ask(task: Task | LabelTask, model: Any, path: Path, name: str, track: Track[Any]) -> list[Scores]:
+    if isinstance(task, LabelTask):
+        return task.ask(model, path, name, track)
+    check_language_model(model.config, "a multiple choice")
+    return task.ask(model, load_tokenizer(path), name, track)
+
+
+def _questions(task: Task | LabelTask) -> Questions:
+    if isinstance(task, LabelTask):
+        raise UsageError(f"{task.data.name} is a labelled set, no multiple choice", "`moeify eval` takes labelled sets")
+    return task.questions()
 
 
 def compared(answers: Mapping[str, Sequence[Scores]]) -> Iterator[TaskResult]:

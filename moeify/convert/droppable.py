@@ -2,8 +2,6 @@
 
 The twin has the model's very config but for its sizes (see exactness.py), and every kind of layer. In the first one the
 block is there and its input is taken for its output; the second one is what would be written.
-
-Legend: C tokens, V vocabulary.
 """
 
 import json
@@ -14,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moeify.convert.exactness import CONTEXT, STOPS, TOLERANCE, Twin, make_twin, twin_values
+from moeify.convert.exactness import STOPS, TOLERANCE, Twin, make_twin, twin_inputs, twin_values
 from moeify.errors import InputError, first_line
 from moeify.models.dense import DenseModel
 from moeify.models.heads import auto_class
+from moeify.models.inputs import output_of, uncached
 from moeify.models.shallow import cut_names, kept_layers, without_layers
 
 
@@ -38,10 +37,10 @@ def _difference(values: str) -> str:
     try:
         twin = make_twin(json.loads(values))
         for layer in range(twin.num_layers):
-            bypassed_CV, shallow_CV = _logits(twin, bypassed=layer), _logits(_without(twin, layer))
-            difference = float((bypassed_CV - shallow_CV).abs().max() / bypassed_CV.abs().max())
+            expected, shallow = _outputs(twin, bypassed=layer), _outputs(_without(twin, layer))
+            difference = float((expected - shallow).abs().max() / expected.abs().max())
             if not difference <= TOLERANCE:
-                return f"without layer {layer} a toy twin's logits differ by {difference:.2g} of the largest"
+                return f"without layer {layer} a toy twin's outputs differ by {difference:.2g} of the largest"
     except STOPS as error:
         return f"a toy twin cannot be built: {first_line(error):.160}"
     return ""
@@ -55,17 +54,14 @@ def _without(twin: Twin, layer: int) -> Twin:
 
 
 @torch.no_grad()
-def _logits(twin: Twin, bypassed: int | None = None) -> Tensor:
-    """logits_CV of the stock model, with one block bypassed."""
+def _outputs(twin: Twin, bypassed: int | None = None) -> Tensor:
+    """Outputs of the stock model, with one block bypassed."""
     model: Any = auto_class(twin.config).from_config(twin.config).eval()
     model.load_state_dict(dict(twin.tensors), strict=False)
     if bypassed is not None:
         block: nn.Module = model.get_submodule(twin.block(bypassed))
         block.register_forward_hook(_bypass, with_kwargs=True)
-    vocabulary = int(twin.config.vocab_size)
-    ids_1C = torch.randint(3, vocabulary, (1, CONTEXT), generator=torch.Generator().manual_seed(1))
-    logits_CV: Tensor = model(input_ids=ids_1C, use_cache=False).logits[0]
-    return logits_CV
+    return output_of(model(**twin_inputs(twin), **uncached(model)))[0]
 
 
 def _bypass(_: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:

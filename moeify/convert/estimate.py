@@ -40,10 +40,18 @@ def count_parameters(writer: MoEWriter) -> tuple[int, int]:
     width = layout.expert_width(dense.num_neurons)
     idle = 0 if layout.is_static else layout.num_routed - layout.num_routed_active
     cut = dense.num_layers - len(layout.dense_layers)
-    unused = idle * 3 * width * dense.hidden_size * cut
-    # A tied embedding is the head's matrix too; an untied one is only looked up.
-    looked_up = shapes[dense.embedding].numel() if writer.target.untie or not dense.tied else 0
+    unused = idle * width * cut * _parameters_of_neuron(dense)
+    # A tied embedding is the head's matrix too; an untied one is only looked up, and patches of images are computed.
+    is_table = dense.family.modality == "text" and (writer.target.untie or not dense.tied)
+    looked_up = shapes[dense.embedding].numel() if is_table else 0
     return total, total - unused - looked_up
+
+
+def _parameters_of_neuron(dense: DenseModel) -> int:
+    """In gate, if there is one, up and down, with the biases that are a neuron's own."""
+    ffn = dense.ffn_shapes
+    rows = 1 + (ffn.gate_FD is not None)
+    return (rows + 1) * dense.hidden_size + sum(bias is not None for bias in (ffn.gate_bias_F, ffn.up_bias_F))
 
 
 def estimate(prepared: "Prepared") -> Estimate:
@@ -101,7 +109,8 @@ def place_of_text(prepared: "Prepared", num_bytes: int) -> str:
 
 def forward_flops(dense: DenseModel, tokens: int) -> float:
     """Multiply-adds, counted twice, of one dense forward pass; attention scores are left out."""
-    weights = dense.num_parameters - (0 if dense.tied else torch.Size(dense.shapes[dense.embedding]).numel())
+    is_table = dense.family.modality == "text" and not dense.tied
+    weights = dense.num_parameters - (torch.Size(dense.shapes[dense.embedding]).numel() if is_table else 0)
     return 2.0 * weights * tokens
 
 

@@ -1,9 +1,10 @@
 """Whether a target computes the same function as a dense model: a toy twin of the model is converted and compared.
 
 The twin has the model's very config, but for its sizes, and random weights; norms and biases are far from trivial. It
-is cut into experts, written under the target's names, loaded by stock transformers with every expert on, and its logits
-are compared with those of the dense twin. That takes a fraction of a second, reads no weight of the model, and knows
-what no list of traits does: a norm that adds one to its weight, a factor on residuals, a rotation of other pairs.
+is cut into experts, written under the target's names, loaded by stock transformers with every expert on, and its
+outputs (logits, or the last hidden state of a model without a head) are compared with those of the dense twin. That
+takes a fraction of a second, reads no weight of the model, and knows what no list of traits does: a norm that adds one
+to its weight, a factor on residuals, a rotation of other pairs.
 
 Legend: L layers, D hidden size, C tokens.
 """
@@ -30,6 +31,7 @@ from moeify.families import Family
 from moeify.models.dense import DenseModel
 from moeify.models.fingerprint import Fingerprint
 from moeify.models.heads import class_of
+from moeify.models.inputs import Inputs, output_of, uncached
 from moeify.models.stock import quiet
 from moeify.options import Style
 from moeify.plan import SHARED, LayerPlan, Layout
@@ -144,19 +146,19 @@ def twin_values(config: Any, family: Family) -> dict[str, Any]:
     heads, keys = int(config.num_attention_heads), int(getattr(config, "num_key_value_heads", 0) or 0)
     # Relations between sizes that an architecture may rely on stay what they are.
     sizes = {
-        **families.TINY,
-        family.width: families.TINY["intermediate_size"],
+        **family.sizes,
+        family.width: family.sizes["intermediate_size"],
         "num_key_value_heads": {heads: 4, 1: 1}.get(keys, 2),
-        "pad_token_id": None if config.pad_token_id is None else 0,
+        "pad_token_id": None if getattr(config, "pad_token_id", None) is None else 0,
     }
     if getattr(config, "head_dim", None) is not None:
         default = int(config.head_dim) * heads == int(config.hidden_size)
         sizes["head_dim"] = 8 if default else 16
-    window = getattr(config, "sliding_window", None)
+    window, limit = getattr(config, "sliding_window", None), int(getattr(config, "max_position_embeddings", 0))
     # A window that no text of this model fills does nothing, and does nothing in the twin.
-    if window is not None and window < int(config.max_position_embeddings):
+    if window is not None and window < limit:
         sizes["sliding_window"] = WINDOW
-    sizes["max_position_embeddings"] = max(CONTEXT, int(config.max_position_embeddings))
+    sizes["max_position_embeddings"] = max(CONTEXT, limit)
     for name, size in sizes.items():
         if hasattr(config, name):
             values[config.attribute_map.get(name, name)] = size
@@ -230,18 +232,26 @@ def make_twin(values: Mapping[str, Any]) -> Twin:
 
 
 @lru_cache(maxsize=8)
-def _twin(config: str) -> tuple[Twin, Tensor, Tensor, str]:
-    """A twin of this config, ids of a text, its logits for them, and what is wrong with it, or ""."""
+def _twin(config: str) -> tuple[Twin, Tensor, str]:
+    """A twin of this config, its outputs, and what is wrong with it, or ""."""
     twin = make_twin(json.loads(config))
-    ids_1C = torch.randint(3, int(twin.config.vocab_size), (1, CONTEXT), generator=torch.Generator().manual_seed(1))
-    return twin, ids_1C, *_logits(twin.config, twin.tensors, ids_1C)
+    return twin, *_outputs(twin.config, twin.tensors, twin_inputs(twin))
+
+
+def twin_inputs(twin: Twin) -> dict[str, Tensor]:
+    """One block of noise of the kind that the model takes."""
+    generator = torch.Generator().manual_seed(1)
+    if twin.family.modality == "image":
+        size = int(twin.config.image_size)
+        return {"pixel_values": torch.randn(1, int(twin.config.num_channels), size, size, generator=generator)}
+    return {"input_ids": torch.randint(3, int(twin.config.vocab_size), (1, CONTEXT), generator=generator)}
 
 
 @lru_cache(maxsize=256)
 def _compare(target_name: str, config: str, layout: Layout) -> Exactness:
-    """Convert the twin of this config and compare logits."""
+    """Convert the twin of this config and compare outputs."""
     try:
-        twin, ids_1C, dense_1CV, wrong = _twin(config)
+        twin, dense, wrong = _twin(config)
         target = targets.for_model(target_name, twin)
 
         def experts_of(layer: int) -> SplitFFN:
@@ -251,16 +261,16 @@ def _compare(target_name: str, config: str, layout: Layout) -> Exactness:
             return Exactness(False, f"the dense architecture itself {wrong}")
         writer = MoEWriter(twin, target, layout, torch.float32)
         converted = writer.values(list(writer.shapes()), experts_of)
-        logits_1CV, wrong = _logits(writer.config(), converted, ids_1C)
+        outputs, wrong = _outputs(writer.config(), converted, twin_inputs(twin))
     except STOPS as error:
         # Whatever stops a conversion that nobody has seen before is the reason why it is not done.
         return Exactness(False, f"a toy twin cannot be converted: {first_line(error):.160}")
     if wrong:
         return Exactness(False, wrong)
-    difference = float((logits_1CV - dense_1CV).abs().max() / dense_1CV.abs().max())
+    difference = float((outputs - dense).abs().max() / dense.abs().max())
     if difference <= TOLERANCE:
         return Exactness(True, "", difference)
-    return Exactness(False, f"a toy twin's logits differ by {difference:.2g} of the largest", difference)
+    return Exactness(False, f"a toy twin's outputs differ by {difference:.2g} of the largest", difference)
 
 
 def _scattered(layer: int, twin: Twin, layout: Layout) -> LayerPlan:
@@ -273,8 +283,8 @@ def _scattered(layer: int, twin: Twin, layout: Layout) -> LayerPlan:
 
 
 @torch.no_grad()
-def _logits(config: Any, tensors: Mapping[str, Tensor], ids_1C: Tensor) -> tuple[Tensor, str]:
-    """Logits of the stock model with these tensors, and in words the first tensor that does not belong to it."""
+def _outputs(config: Any, tensors: Mapping[str, Tensor], inputs: Inputs) -> tuple[Tensor, str]:
+    """Outputs of the stock model with these tensors, and in words the first tensor that does not belong to it."""
     with quiet():
         loaded: Any = class_of(config).from_pretrained(
             None,
@@ -295,7 +305,7 @@ def _logits(config: Any, tensors: Mapping[str, Tensor], ids_1C: Tensor) -> tuple
             return torch.empty(0), f"{words} {names[0]}"
     if model._can_set_experts_implementation():
         model.set_experts_implementation("eager")
-    logits_1CV: Tensor = model.eval()(input_ids=ids_1C, use_cache=False).logits
-    if not math.isfinite(float(logits_1CV.abs().max())):
-        return logits_1CV, "a toy twin's logits are not finite"
-    return logits_1CV, ""
+    outputs = output_of(model.eval()(**inputs, **uncached(model)))
+    if not math.isfinite(float(outputs.abs().max())):
+        return outputs, "a toy twin's outputs are not finite"
+    return outputs, ""

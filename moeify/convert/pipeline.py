@@ -22,9 +22,8 @@ from moeify.convert.machine_plan import for_machine
 from moeify.convert.prepare import Prepared, prepare
 from moeify.convert.search import under_budget
 from moeify.convert.text_size import warn_of_few_tokens
-from moeify.convert.texts import calibration_text
+from moeify.convert.texts import Blocks, calibration_inputs
 from moeify.convert.walk import CalibrationWalk
-from moeify.data.text import TokenBlocks
 from moeify.engines import Verdict
 from moeify.experts.slices import SplitFFN, slice_experts
 from moeify.export.companions import settle_companions
@@ -130,7 +129,7 @@ def split(
     gguf_bytes = share.first(lambda: _check_export(prepared, out, to_gguf, export, overwrite=overwrite))
     # Before any work: a tokenizer that would cut text otherwise is a refusal.
     companions = settle_companions(dense.path, prepared.writer.config_text())
-    blocks = share.first(lambda: calibration_text(prepared)) if prepared.needs_text else None
+    blocks = share.first(lambda: calibration_inputs(prepared)) if prepared.needs_text else None
     if share.is_first:
         with Workspace(out, _job(prepared, _text_of(prepared, blocks)), overwrite=overwrite) as workspace:
             if not share.first(lambda: workspace.is_complete):
@@ -167,7 +166,7 @@ def _opened(model: str | Path | DenseModel, track: Track[Any], share: Share) -> 
     return opened[0] if opened else open_dense(model, track)
 
 
-def _text_of(prepared: Prepared, blocks: TokenBlocks | None) -> dict[str, Any]:
+def _text_of(prepared: Prepared, blocks: Blocks | None) -> dict[str, Any]:
     """Where the calibration tokens are from; of a plan that is taken over, those that it was calibrated on."""
     if blocks is not None:
         return asdict(blocks.provenance)
@@ -176,7 +175,7 @@ def _text_of(prepared: Prepared, blocks: TokenBlocks | None) -> dict[str, Any]:
 
 def _build(
     prepared: Prepared,
-    blocks: TokenBlocks | None,
+    blocks: Blocks | None,
     workspace: Workspace,
     *,
     share: Share,
@@ -251,7 +250,7 @@ def _write(
 
 def decide_layers(
     prepared: Prepared,
-    blocks: TokenBlocks | None,
+    blocks: Blocks | None,
     workspace: Workspace | None,
     store: Store = IN_MEMORY,
     share: Share = ALONE,
@@ -270,10 +269,11 @@ def decide_layers(
         neurons = prepared.dense.num_neurons
         yield from saved.layers if saved else (whole_plan(i, neurons) for i in range(prepared.dense.num_layers))
         return
-    fit, gradients, ids_BC = prepared.fit(store=store, share=share), [], blocks.ids_BC
+    fit, gradients, inputs = prepared.fit(store=store, share=share), [], blocks.inputs
     if saved is None and partition.needs_gradients(prepared.options.partition):
-        gradients = share.first(lambda: output_gradients(prepared.dense, ids_BC, prepared.options.device))
-    walk = CalibrationWalk(prepared, share.part(ids_BC), gradients=gradients, store=store)
+        gradients = share.first(lambda: output_gradients(prepared.dense, inputs, prepared.options.device))
+    own = share.parts(inputs, blocks.provenance.context)
+    walk = CalibrationWalk(prepared, own, gradients=gradients, store=store)
     for layer in range(prepared.dense.num_layers):
         stage = walk.enter(layer)
         plan: LayerPlan | None = share.first(partial(_none if workspace is None else workspace.load_layer, layer))

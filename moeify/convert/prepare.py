@@ -14,13 +14,14 @@ from moeify.convert.droppable import check_droppable
 from moeify.convert.layer import LayerFit
 from moeify.convert.layouts import ROW_BYTES, choose_layout, expert_counts, verdicts
 from moeify.convert.machine_plan import for_machine
-from moeify.convert.texts import DEFAULT_CONTEXT, default_texts
+from moeify.convert.texts import DEFAULT_CONTEXT, default_texts, tokens_of_image
 from moeify.errors import InputError, UsageError, warn
 from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter, check_fits, router_scale
 from moeify.models.dense import DenseModel
 from moeify.models.device import find_device
 from moeify.models.ffn import FFNWeights, pack
+from moeify.models.inputs import Inputs, named
 from moeify.models.shallow import kept_layers, without_layers
 from moeify.options import SplitOptions
 from moeify.plan import Layout, SplitPlan, load_plan
@@ -100,9 +101,14 @@ class Prepared:
             check_fits(name, tensor)
         return rounded.map(lambda tensor: tensor.to(self.options.device, torch.float32))
 
-    def stream(self, ids_BC: Tensor, store: Store = IN_MEMORY) -> HiddenStream:
-        """Hidden states of a text, in front of the first block."""
-        return HiddenStream(self.dense, {"input_ids": ids_BC}, self.options.device, store=store)
+    def stream(self, inputs: Tensor | Inputs, store: Store = IN_MEMORY) -> HiddenStream:
+        """Hidden states in front of the first block.
+
+        Args:
+            inputs: of the model, by name; a tensor is ids_BC of text.
+            store: holds them.
+        """
+        return HiddenStream(self.dense, named(inputs), self.options.device, store=store)
 
 
 def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) -> Prepared:
@@ -193,11 +199,15 @@ def _check_method(options: SplitOptions, *, writable: bool) -> None:
 
 
 def _context(dense: DenseModel, options: SplitOptions) -> int:
-    """Tokens in a block of the calibration text.
+    """Tokens in a block of the calibration text, or of an image.
 
     Raises:
         InputError: the model does not take so many, or there are too few tokens in all.
     """
+    if dense.family.modality == "image":
+        if options.context is not None and options.plan is None:
+            raise UsageError("--context is about text, this model takes images", "leave it out")
+        return tokens_of_image(dense)
     limit = int(dense.config.max_position_embeddings)
     context = options.context or min(DEFAULT_CONTEXT, limit)
     if not 16 <= context <= limit:

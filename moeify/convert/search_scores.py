@@ -108,10 +108,10 @@ class OutputCheck:
         num_blocks = len(self._ids_BC)
         num_variants = len(stream.residual()) // self._ids_BC.numel()
         sums = torch.zeros(num_variants, 2)
-        for block, logits_CV in enumerate(self._dense.logits(range(num_blocks))):
+        for block, logits_CV in enumerate(self._dense.outputs(range(num_blocks))):
             expected_CV = logits_CV.log_softmax(dim=1)
             next_C = self._ids_BC[block, 1:].to(expected_CV.device)
-            for variant, changed_CV in enumerate(stream.logits(range(block, num_variants * num_blocks, num_blocks))):
+            for variant, changed_CV in enumerate(stream.outputs(range(block, num_variants * num_blocks, num_blocks))):
                 logs_CV = changed_CV.log_softmax(dim=1)
                 divergence = kl_div(logs_CV, expected_CV, reduction="batchmean", log_target=True)
                 sums[variant] += torch.stack([divergence, nll_loss(logs_CV[:-1], next_C)]).cpu() / num_blocks

@@ -1,4 +1,4 @@
-"""Which text a split is calibrated on, and its tokens."""
+"""Which text or images a split is calibrated on, and the inputs that the model makes of them."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -6,23 +6,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moeify.calibration.stream import HiddenStream
 from moeify.data.documents import BUILTIN
+from moeify.data.images import DIGITS, ImageBlocks, image_blocks
 from moeify.data.sampling import sample_from_model
 from moeify.data.text import TokenBlocks, calibration_blocks
 from moeify.errors import InputError, warn
 from moeify.models import stock
 from moeify.models.dense import DenseModel
 from moeify.models.device import halves_are_fast
+from moeify.models.image_processor import ImageProcessor
 from moeify.options import SplitOptions
 
 if TYPE_CHECKING:
     from moeify.convert.prepare import Prepared
 
+# What a model is calibrated on: inputs by name, B blocks of them, and where they came from.
+Blocks = TokenBlocks | ImageBlocks
 DEFAULT_CONTEXT = 512
+# Any size will do: a processor makes its own of it.
+BLANK = (64, 64)
 # One source of fewer documents is text of one kind.
 FEW_DOCUMENTS = 8
 # The one model that has no other text than Python's reference.
 EMBEDDED = "builtin"
+EMBEDDED_VIT = "builtin-vit"
 # Larger models do not write text of their own unless they are told to: all of a model is in memory then, and 8,192
 # tokens take SmolLM2-135M half a minute on 2 cores.
 OWN_TEXT_PARAMETERS = 500_000_000
@@ -35,10 +43,50 @@ def default_texts(dense: DenseModel, options: SplitOptions) -> tuple[str, ...]:
     Wikipedia (8,176 tokens each): calibrated on builtin 1.12, 1.87 and 2.05, on self and builtin 1.16, 1.45 and 1.58
     (2 cores of an Intel Xeon, 2026-11-26; 88 s and 142 s).
     """
+    if dense.family.modality == "image":
+        return DIGITS[:1]
     context = options.context or min(DEFAULT_CONTEXT, int(dense.config.max_position_embeddings))
     if dense.name == EMBEDDED or dense.num_parameters > OWN_TEXT_PARAMETERS or options.tokens < 2 * context:
         return BUILTIN[:1]
     return ("self", *BUILTIN[:1])
+
+
+def calibration_inputs(prepared: "Prepared") -> Blocks:
+    """The calibration inputs, of the kind that the model takes.
+
+    Raises:
+        UsageError, InputError: a source cannot be read, is too short, or does not fit the model.
+    """
+    return calibration_images(prepared) if prepared.dense.family.modality == "image" else calibration_text(prepared)
+
+
+def calibration_images(prepared: "Prepared") -> ImageBlocks:
+    """As many images as have the calibration tokens."""
+    options, dense = prepared.options, prepared.dense
+    if set(options.calibration) <= set(DIGITS) and dense.name != EMBEDDED_VIT:
+        warn(
+            f"{dense.name} is calibrated on scikit-learn's handwritten digits, and loses more on other images: "
+            "--calibration takes a folder, .parquet or .npz of images like yours"
+        )
+    assert options.context is not None
+    return image_blocks(
+        options.calibration,
+        ImageProcessor(dense.path),
+        num_images=options.tokens // options.context,
+        block_tokens=options.context,
+        seed=options.seed,
+    )
+
+
+def tokens_of_image(dense: DenseModel) -> int:
+    """Tokens that a model makes of an image: patches, and what stands beside them.
+
+    Raises:
+        InputError: its folder does not say how images are prepared.
+    """
+    from PIL import Image
+
+    return HiddenStream(dense, ImageProcessor(dense.path)([Image.new("RGB", BLANK)])).block_tokens
 
 
 def calibration_text(prepared: "Prepared") -> TokenBlocks:

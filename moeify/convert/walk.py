@@ -1,6 +1,6 @@
 """Through the model, layer by layer, with everything that the fit of a layer is given.
 
-    walk = CalibrationWalk(prepared, calibration_BC)
+    walk = CalibrationWalk(prepared, calibration inputs)
     for layer in range(num_layers):
         stage = walk.enter(layer)
         walk.leave(outputs of the converted FFN)
@@ -19,6 +19,7 @@ from moeify.calibration.store import IN_MEMORY, Store, stretches, widened
 from moeify.convert.prepare import Prepared
 from moeify.errors import UsageError
 from moeify.models.ffn import FFNWeights
+from moeify.models.inputs import Inputs, named, num_blocks, one_behind_other
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ class CalibrationWalk:
 
     Args:
         prepared: the model, and what its options ask for.
-        calibration_BC: the text that layers are fitted to.
-        riding_BC: text that is only taken along.
-        aside_BC: the same, in blocks of another length; it rides behind the other.
+        calibration: the inputs that layers are fitted to; a tensor is ids_BC of text.
+        riding: inputs that are only taken along.
+        aside_BC: the same of text in blocks of another length; it rides behind the others.
         gradients: gradient_GD of every layer, for methods that need them.
         store: holds what is as long as the text.
     """
@@ -55,19 +56,20 @@ class CalibrationWalk:
     def __init__(
         self,
         prepared: Prepared,
-        calibration_BC: Tensor,
-        riding_BC: Tensor | None = None,
+        calibration: Tensor | Inputs,
+        riding: Tensor | Inputs | None = None,
         *,
         aside_BC: Tensor | None = None,
         gradients: Sequence[Tensor] = (),
         store: Store = IN_MEMORY,
     ) -> None:
-        ids_BC = calibration_BC if riding_BC is None else torch.cat([calibration_BC, riding_BC])
-        self._prepared, self._gradients, self._num_fit = prepared, gradients, calibration_BC.numel()
-        self._store = store
-        self.stream = prepared.stream(ids_BC, store)
+        fitted = named(calibration)
+        whole = fitted if riding is None else one_behind_other(fitted, named(riding))
+        self._prepared, self._gradients, self._store = prepared, gradients, store
+        self.stream = prepared.stream(whole, store)
+        self._num_fit = num_blocks(fitted) * self.stream.block_tokens
         self.aside = None if aside_BC is None else prepared.stream(aside_BC, store)
-        self._undisturbed = prepared.stream(calibration_BC, store) if prepared.options.refit_to == "stream" else None
+        self._undisturbed = prepared.stream(fitted, store) if prepared.options.refit_to == "stream" else None
 
     def enter(self, layer: int) -> LayerInputs:
         """Go through the layer's attention; `leave` must follow."""

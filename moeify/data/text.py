@@ -36,8 +36,9 @@ Item = TypeVar("Item")
 class Provenance:
     """Where tokens came from; stored in plans and reports so that they can be made again.
 
-    `sha256` is of the int64 token ids in order, little-endian. `context` and `seed` are 0 for an unbroken, unshuffled
-    stream.
+    `sha256` is of the int64 token ids in order, little-endian, or of the float32 numbers that images are prepared to.
+    `context` and `seed` are 0 for an unbroken, unshuffled stream. An image is a document, and its tokens are those that
+    the model makes of it.
     """
 
     source: str
@@ -54,6 +55,11 @@ class TokenBlocks:
 
     ids_BC: Tensor
     provenance: Provenance
+
+    @property
+    def inputs(self) -> dict[str, Tensor]:
+        """What a model is called with."""
+        return {"input_ids": self.ids_BC}
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,7 @@ def _draw_tokens(
     # What follows the first run of a piece waits here and is used only if the source has nothing else.
     waiting: list[tuple[int, list[int]]] = []
     waiting_tokens = 0
-    for number, piece in _shuffle(_pieces(source), random.Random(seed)):
+    for number, piece in shuffled(_pieces(source), random.Random(seed)):
         piece_ids = _tokenize(piece, tokenizer)
         for start in range(0, len(piece_ids), RUN_BLOCKS * context):
             run = piece_ids[start : start + RUN_BLOCKS * context] + end
@@ -250,7 +256,7 @@ def _pieces(source: str) -> Iterator[tuple[int, str]]:
             yield number, piece
 
 
-def _shuffle(items: Iterator[Item], generator: random.Random) -> Iterator[Item]:
+def shuffled(items: Iterator[Item], generator: random.Random) -> Iterator[Item]:
     """Yield the items in random order, holding SHUFFLE_PIECES of them at a time."""
     held: list[Item] = []
     for item in items:

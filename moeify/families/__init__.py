@@ -13,7 +13,7 @@ from typing import Any, Literal
 from moeify import plugins
 from moeify.errors import InputError, nearest
 
-Modality = Literal["text"]
+Modality = Literal["text", "image"]
 
 # Sizes of a tiny model, under the names that transformers' configs share; `Family.tiny` adds to them.
 TINY: Mapping[str, Any] = {
@@ -27,6 +27,14 @@ TINY: Mapping[str, Any] = {
     "pad_token_id": None,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+
+
+# The same of a model of images: 16 patches, and what stands before them.
+TINY_IMAGE: Mapping[str, Any] = {
+    "image_size": 16,
+    "patch_size": 4,
+    **{name: TINY[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
 }
 
 
@@ -117,7 +125,7 @@ class Family:
         embedding_scale: what its embeddings are multiplied with, given the config.
         modality: kind of the model's inputs.
         gguf: how llama.cpp has it; None if it does not, or nobody has tried.
-        tiny: config values of a tiny model, beside TINY.
+        tiny: config values of a tiny model, beside `sizes`.
     """
 
     model_type: str
@@ -142,9 +150,14 @@ class Family:
         return str(getattr(config, self.activation, self.activation))
 
     @property
+    def sizes(self) -> Mapping[str, Any]:
+        """Sizes of a tiny model of this modality."""
+        return TINY_IMAGE if self.modality == "image" else TINY
+
+    @property
     def tiny_values(self) -> dict[str, Any]:
         """Config values of a tiny model."""
-        return {**TINY, **self.tiny}
+        return {**self.sizes, **self.tiny}
 
 
 def find(model_type: str) -> Family:

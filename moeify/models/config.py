@@ -128,7 +128,8 @@ def check_layers(config: Any, blocks: str, names: Iterable[str]) -> None:
     """
     if getattr(config, "is_heterogeneous", False):
         raise InputError("config.json has a per_layer_config, expected layers of one size", "start from another model")
-    number = re.compile(rf"(?:^|\.){re.escape(blocks.rpartition('.')[2])}\.(\d+)\.")
+    # Some names on disk are of an older transformers, which called the list `layer`.
+    number = re.compile(rf"(?:^|\.){re.escape(blocks.rpartition('.')[2].removesuffix('s'))}s?\.(\d+)\.")
     count = len({found[1] for name in names if (found := number.search(name))})
     if count != config.num_hidden_layers:
         raise InputError(

@@ -238,7 +238,7 @@ def _tensors(config: Any, headers: Mapping[str, Stored]) -> tuple[Any, dict[str,
         if both and not _are_equal(headers[names[head]], headers[names[embedding]]):
             config.tie_word_embeddings = False
             warn(f"{head} differs from {embedding}, though config.json ties them: both stay, as in transformers")
-    tied = skeleton.all_tied_weights_keys if config.tie_word_embeddings else {}
+    tied = skeleton.all_tied_weights_keys if getattr(config, "tie_word_embeddings", False) else {}
     stored = {}
     for name in (name for name in skeleton.state_dict() if name not in tied):
         if name not in names:
@@ -258,7 +258,7 @@ def _tensors(config: Any, headers: Mapping[str, Stored]) -> tuple[Any, dict[str,
 def _refuse_heads(skeleton: Any, unexpected: Iterable[str], headers: Mapping[str, Stored]) -> None:
     """Refuse what reads the last hidden state beside the head of the language model: the result would lose it."""
     own = {name for name, _ in skeleton.named_children()}
-    hidden_size = skeleton.get_input_embeddings().weight.shape[1]
+    hidden_size = skeleton.config.get_text_config().hidden_size
     for name in unexpected:
         shape = headers[name].shape if name in headers else ()
         if name.split(".")[0] not in own and len(shape) == 2 and shape[1] == hidden_size:

@@ -6,16 +6,24 @@ import transformers
 
 from moeify import families
 from moeify.errors import InputError
+from moeify.families import Modality
 from moeify.modeling.modeling_moeify import AUTO_CLASSES, PREFIX
 from moeify.words import listing, printable
 
 LANGUAGE_MODEL = "AutoModelForCausalLM"
+MASKED_MODEL = "AutoModelForMaskedLM"
 BASE = "AutoModel"
 
 
 def dense_type(config: Any) -> str:
     """The model type, of moeify's own models that of the dense model inside."""
     return str(getattr(config, "dense_model_type", "") or config.model_type)
+
+
+def modality_of(config: Any) -> Modality:
+    """Kind of a model's inputs; an architecture that is no family's, as stock MoE ones are, takes text."""
+    name = dense_type(config)
+    return families.find(name).modality if name in families.names() else "text"
 
 
 def auto_name(config: Any) -> str:

@@ -87,7 +87,7 @@ def test_attention_runs_once_only_where_the_output_is_added_as_it_is(
         assert torch.equal(behind_BCD[0], stream.residual()[32:])
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids_BC).logits
-    torch.testing.assert_close(torch.stack(list(stream.logits(range(2)))), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(list(stream.outputs(range(2)))), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", families.names())
@@ -165,7 +165,7 @@ def test_dense_ffns_give_the_stock_models_logits_and_losses(tied: bool, make_den
         assert torch.equal(residual_TD, stream.residual())
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids_BC).logits
-    torch.testing.assert_close(torch.stack(list(stream.logits(range(3)))), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.stack(list(stream.outputs(range(3)))), expected, rtol=1e-4, atol=1e-4)
     losses_BL = torch.stack(
         [cross_entropy(l_CV[:-1], i_C[1:], reduction="none") for l_CV, i_C in zip(expected, ids_BC, strict=True)]
     )

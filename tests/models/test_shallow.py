@@ -86,5 +86,5 @@ def test_another_model_is_refused(make_dense: MakeDense, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         droppable, "cut_names", lambda named, blocks, kept: shallow.cut_names(named, blocks, [1 - kept[0]])
     )
-    with pytest.raises(InputError, match="no layer of a llama can be dropped: without layer 0 a toy twin's logits"):
+    with pytest.raises(InputError, match="no layer of a llama can be dropped: without layer 0 a toy twin's outputs"):
         check_droppable(open_dense(folder))

@@ -444,7 +444,7 @@ def test_the_stock_model_gives_the_logits_of_the_gate(
     """Folds and router rows included; what a refit adds is in no plan."""
     out, ids_BC = convert(model, target, refit=False, **mixing), some_ids(dense(model))
     stream, _ = walk(out, dense(model), ids_BC)
-    expected = torch.stack(list(stream.logits(range(2))))
+    expected = torch.stack(list(stream.outputs(range(2))))
     found = logits(out, ids_BC)
     if mixing["mixing"] == "hard":
         # Stock weights are within 2^-8 of one.
@@ -541,7 +541,7 @@ def test_dense_layers_stay_as_they_are(
     assert result.num_active_parameters == total - idle - embedding
     # And it computes what was decided.
     ids_BC = some_ids(dense)
-    expected = torch.stack(list(walk(plain, dense, ids_BC)[0].logits(range(2))))
+    expected = torch.stack(list(walk(plain, dense, ids_BC)[0].outputs(range(2))))
     assert (logits(plain, ids_BC) - expected).abs().mean() < 0.01 * expected.abs().mean()
 
 

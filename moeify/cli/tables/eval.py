@@ -14,19 +14,36 @@ from moeify.words import explained, listing
 
 if TYPE_CHECKING:
     from moeify.check.evaluate import Evaluation
+    from moeify.check.features import Score
     from moeify.check.perplexity import EvalResult
 
 
 def eval_tables(evaluation: "Evaluation") -> tuple[Table, ...]:
-    """Perplexities, then tasks, then how answers end."""
-    return (eval_table(evaluation.results), *tasks_tables(evaluation.tasks), *loops_tables(evaluation.loops))
+    """Perplexities and other measures, then tasks, then how answers end."""
+    measured = [eval_table(evaluation.results)] if evaluation.results else []
+    scored = [score_table(evaluation.scores)] if evaluation.scores else []
+    return (*measured, *scored, *tasks_tables(evaluation.tasks), *loops_tables(evaluation.loops))
+
+
+def score_table(scores: "Sequence[Score]") -> DataTable:
+    """One row a model and set of examples."""
+    measures = list(dict.fromkeys(score.measure for score in scores))
+    keys = ("model", "data")
+    notes = "\n".join((*(explained(measure) for measure in measures), *_calibrated(scores)))
+    table = DataTable("moeify eval", (*keys, *measures, "examples", "examples/s"), words=keys, notes=notes)
+    short = short_names([score.model for score in scores])
+    for score in scores:
+        values = (f"{score.value:.4f}" if score.measure == measure else "" for measure in measures)
+        speed = f"{score.examples_per_second:,.0f}"
+        table.add_row(short[score.model], Path(score.data).name, *values, f"{score.num_examples:,}", speed)
+    return table
 
 
 def eval_table(results: "Sequence[EvalResult]") -> DataTable:
     """One row a model and text; the ratio is to the first model on the same text."""
     keys = ("model", "text")
     table = DataTable(
-        "moeify eval", (*keys, "perplexity", "ratio", "tokens", "tokens/s"), words=keys, notes=_notes(results)
+        "moeify eval", (*keys, results[0].measure, "ratio", "tokens", "tokens/s"), words=keys, notes=_notes(results)
     )
     first = {result.data: result.perplexity for result in reversed(results)}
     short = short_names([result.model for result in results])
@@ -45,11 +62,15 @@ def eval_table(results: "Sequence[EvalResult]") -> DataTable:
 def _notes(results: "Sequence[EvalResult]") -> str:
     how = {windows(result.context, result.stride) for result in results if result.context}
     measured = f"; here {how.pop()}" if len(how) == 1 else ""
-    short = short_names([result.model for result in results])
-    own = {result.model: listing(result.calibrated_on) for result in results if result.calibrated_on}
     lines = [
-        f"{explained('perplexity')}{measured}",
+        f"{explained(results[0].measure)}{measured}",
         "ratio: to the first model's perplexity on the same text",
-        *(f"{short[model]} was calibrated on {texts}" for model, texts in own.items()),
+        *_calibrated(results),
     ]
     return "\n".join(lines)
+
+
+def _calibrated(results: "Sequence[EvalResult | Score]") -> list[str]:
+    short = short_names([result.model for result in results])
+    own = {result.model: listing(result.calibrated_on) for result in results if result.calibrated_on}
+    return [f"{short[model]} was calibrated on {texts}" for model, texts in own.items()]

@@ -1,0 +1,266 @@
+"""Images in, a model's inputs out. A SOURCE of images is one of
+
+    folder/                 all images below it, sorted; the name of the folder that an image lies in is its label
+    part.parquet            a column `image` (bytes, or {"bytes": ...}) and, if there is one, `label`
+    set.npz, images.npy     an array of N images, H x W or H x W x channels, of bytes or of numbers from 0 to 1; in an
+                            .npz it is called `images` or `x`, its labels `labels` or `y`
+    photo.png, ...          one image
+    org/name:config:split   a data set on the Hugging Face hub, streamed, with columns as in a .parquet
+    digits, digits-heldout  scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: four of five, and every fifth
+
+A word above comes first, then the disk, then the hub.
+
+Shapes: B images, C tokens that a model makes of one.
+"""
+
+import hashlib
+import io
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moeify.data.documents import EXTRA, HUB_SOURCE
+from moeify.data.text import Provenance, shuffled
+from moeify.errors import InputError, MoeifyError, UsageError, first_line, nearest
+from moeify.models.image_processor import ImageProcessor
+
+DIGITS = ("digits", "digits-heldout")
+# Of so many digits one is held out.
+HELDOUT_STEP = 5
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ARRAYS = (".npz", ".npy")
+KINDS = "a folder of images, an image, a .parquet, .npz or .npy file, org/name on the hub, digits or digits-heldout"
+LEVELS = 255
+# Images that are prepared at once.
+BATCH = 64
+# An image of pillow, and its label.
+Labelled = tuple[Any, str | None]
+
+
+@dataclass(frozen=True)
+class ImageBlocks:
+    """Inputs made of B images, each a block, and the images' labels."""
+
+    inputs: dict[str, Tensor]
+    labels: tuple[str | None, ...]
+    provenance: Provenance
+
+
+def image_blocks(
+    sources: Sequence[str], processor: ImageProcessor, *, num_images: int, block_tokens: int, seed: int
+) -> ImageBlocks:
+    """Draw images at random, the same number from every source (to within one).
+
+    Same images, seed and processor: the same inputs.
+
+    Args:
+        sources: see the top of this file.
+        processor: the model's.
+        num_images: B.
+        block_tokens: C.
+        seed: of the order.
+
+    Raises:
+        UsageError: no source, one named twice, or fewer images than sources.
+        InputError: a source cannot be read or has too few images.
+    """
+    if not sources or len(set(sources)) < len(sources):
+        raise UsageError(f"{len(sources)} sources of images, expected one or more, each named once", KINDS)
+    if num_images < len(sources):
+        raise UsageError(
+            f"images of {block_tokens:,} tokens: there are {num_images} for {len(sources)} sources",
+            f"--tokens {block_tokens * len(sources)}",
+        )
+    drawn: list[Labelled] = []
+    for place, source in enumerate(sources):
+        count = num_images // len(sources) + (place < num_images % len(sources))
+        found = [image for image, _ in zip(read_images(source, seed), range(count), strict=False)]
+        if len(found) < count:
+            raise InputError(
+                f"{source} has {len(found):,} images, {count:,} were asked for ({block_tokens:,} tokens each)",
+                f"--tokens {len(found) * len(sources) * block_tokens}",
+            )
+        drawn += found
+    order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed)).tolist()
+    return prepared_blocks([drawn[place] for place in order], processor, " + ".join(sources), block_tokens, seed)
+
+
+def prepared_blocks(
+    images: Sequence[Labelled], processor: ImageProcessor, source: str, block_tokens: int, seed: int = 0
+) -> ImageBlocks:
+    """Inputs of these images, in their order."""
+    batches = [
+        processor([image for image, _ in images[start : start + BATCH]]) for start in range(0, len(images), BATCH)
+    ]
+    sizes = {tuple(batch["pixel_values"].shape[1:]) for batch in batches}
+    if len(sizes) > 1:
+        raise InputError(
+            f"the model's processor leaves images of {source} in {len(sizes)} sizes, such as {min(sizes)} and "
+            f"{max(sizes)}",
+            "inputs of one model have one size: crop the images",
+        )
+    inputs = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    digest = hashlib.sha256(inputs["pixel_values"].numpy().astype("<f4").tobytes()).hexdigest()
+    provenance = Provenance(source, digest, len(images) * block_tokens, len(images), block_tokens, seed)
+    return ImageBlocks(inputs, tuple(label for _, label in images), provenance)
+
+
+def read_images(source: str, seed: int | None = None) -> Iterator[Labelled]:
+    """Yield the images of a source with their labels, one by one.
+
+    Args:
+        source: see the top of this file.
+        seed: of a random order; None keeps the source's own.
+
+    Raises:
+        InputError: nothing is there, or it is no image; the file is named.
+    """
+    path = Path(source).expanduser()
+    if source in DIGITS:
+        return _of_arrays(*_digits(heldout=source == "digits-heldout"), seed)
+    if path.is_dir():
+        return _of_folder(path, seed)
+    if path.suffix.lower() in ARRAYS and path.is_file():
+        return _of_arrays(*_arrays(path), seed)
+    if path.suffix == ".parquet" and path.is_file():
+        return _of_records(_in_order(_parquet(path), seed), source)
+    if path.is_file():
+        return iter([(_opened(path), None)])
+    hub = HUB_SOURCE.fullmatch(source)
+    if hub is None or path.suffix in (*SUFFIXES, *ARRAYS, ".parquet") or path.parent.is_dir():
+        near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        similar = nearest(path.name, [*near, *DIGITS])
+        guess = f"did you mean {path.with_name(similar) if similar in near else similar}? " if similar else ""
+        raise InputError(f"there is no source of images {source}", f"{guess}A source is {KINDS}")
+    records = _hub(source, hub["name"], hub["config"] or None, hub["split"] or "train")
+    return _of_records(_in_order(records, seed), source)
+
+
+def _in_order(records: Iterator[Any], seed: int | None) -> Iterator[Any]:
+    return records if seed is None else shuffled(records, random.Random(seed))
+
+
+def _digits(*, heldout: bool) -> tuple[Any, Any]:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    held = np.arange(len(digits.images)) % HELDOUT_STEP == HELDOUT_STEP - 1
+    chosen = held if heldout else ~held
+    return digits.images[chosen] / digits.images.max(), digits.target[chosen]
+
+
+def _arrays(path: Path) -> tuple[Any, Any]:
+    """Images and labels, or None, of a file of numpy; nothing in it is unpickled."""
+    try:
+        loaded = np.load(path, allow_pickle=False)
+        held = {name: loaded[name] for name in loaded.files} if path.suffix.lower() == ".npz" else {"images": loaded}
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path} is not a readable file of arrays: {first_line(error)}", "write it again") from error
+    images = next((held[name] for name in ("images", "x") if name in held), None)
+    labels = next((held[name] for name in ("labels", "y") if name in held), None)
+    if images is None or images.ndim not in (3, 4) or not (labels is None or labels.shape == images.shape[:1]):
+        found = ", ".join(f"{name} {list(array.shape)}" for name, array in held.items())
+        raise InputError(
+            f"{path} holds {found or 'nothing'}, expected images [N, H, W] or [N, H, W, channels] and labels [N]",
+            "call the arrays images and labels",
+        )
+    if images.dtype != np.uint8 and not (images.dtype.kind == "f" and images.min() >= 0 and images.max() <= 1):
+        raise InputError(
+            f"{path}: images are {images.dtype} from {images.min()} to {images.max()}, expected uint8, or floats from "
+            "0 to 1",
+            "scale them",
+        )
+    return images, labels
+
+
+def _of_arrays(images: Any, labels: Any, seed: int | None) -> Iterator[Labelled]:
+    from PIL import Image
+
+    order = np.arange(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
+    for place in order:
+        pixels = images[place]
+        pixels = pixels if pixels.dtype == np.uint8 else np.rint(pixels * LEVELS).astype(np.uint8)
+        image = Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)
+        yield image, None if labels is None else str(labels[place])
+
+
+def _of_folder(folder: Path, seed: int | None) -> Iterator[Labelled]:
+    paths = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
+    if not paths:
+        raise InputError(f"{folder} holds no image", f"a folder is searched for {', '.join(SUFFIXES)}")
+    if seed is not None:
+        random.Random(seed).shuffle(paths)
+    return ((_opened(path), None if path.parent == folder else path.parent.name) for path in paths)
+
+
+def _opened(file: Any, name: str = "") -> Any:
+    """An image, read whole.
+
+    Raises:
+        InputError: it is none.
+    """
+    from PIL import Image
+
+    try:
+        image = Image.open(file)
+        image.load()
+    except Exception as error:
+        # Its decoders raise many unrelated types.
+        raise InputError(f"{name or file} is not a readable image: {first_line(error)}", "write it again") from error
+    return image
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"reading {path} needs the pyarrow package", EXTRA) from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = [name for name in ("image", "label") if name in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=BATCH, columns=columns):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path} is not a readable parquet file: {error}", "download or write it again") from error
+
+
+def _hub(source: str, name: str, config: str | None, split: str) -> Iterator[Any]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise InputError(f"reading {source} from the hub needs the datasets package", EXTRA) from error
+    # Offline, unknown name, unknown config, gated, script-based: the libraries below raise many unrelated types.
+    try:
+        yield from load_dataset(name, config, split=split, streaming=True)
+    except MoeifyError:
+        raise
+    except Exception as error:
+        hint = "check the network, the name and org/name:config:split; or name local images, or `digits`"
+        raise InputError(f"cannot load {source} from the hub: {first_line(error)}", hint) from error
+
+
+def _of_records(records: Iterator[Any], source: str) -> Iterator[Labelled]:
+    for number, record in enumerate(records, start=1):
+        image, label = record.get("image"), record.get("label")
+        image = image.get("bytes") if isinstance(image, dict) else image
+        if isinstance(image, bytes):
+            image = _opened(io.BytesIO(image), f"{source}, image {number}")
+        if not hasattr(image, "convert"):
+            raise InputError(
+                f"{source}, record {number}: there is no image, but {', '.join(map(str, record)) or 'nothing'}",
+                'a record needs "image": bytes, and "label" if labels are needed',
+            )
+        yield image, None if label is None else str(label)

@@ -1,0 +1,12 @@
+"""RoBERTa: BERT with other tokens, and positions that begin behind the padding token."""
+
+from moeify.families import Family, FFNFormat
+
+FAMILY = Family(
+    "roberta",
+    blocks="roberta.encoder.layer",
+    read="intermediate",
+    write="output.dense",
+    auto="AutoModel",
+    ffn=FFNFormat(gate=None, up="intermediate.dense", down="output.dense"),
+)
