@@ -21,6 +21,7 @@ from moeify.errors import InputError
 from moeify.families import Family, FFNFormat
 from moeify.models.config import empty_model, load_config
 from moeify.models.files import locate
+from moeify.models.heads import auto_name
 from moeify.options import Track
 from moeify.progress import shown
 from moeify.readable import Readable
@@ -63,26 +64,30 @@ def draft(model: str | Path, *, track: Track[Any] = shown) -> FamilyDraft:
     """
     config = load_config(locate(str(model), track))
     name = str(config.model_type)
-    blocks, layers = _blocks(config, empty_model(config, buffers=False))
+    model = empty_model(config, buffers=False)
+    blocks, layers = _blocks(config, model)
     ffns = [found for block in layers if (found := _ffn(block, int(config.hidden_size))) is not None]
     if not ffns:
         raise InputError(f"no block of {name} has an FFN of matrices to a wider inner size and back", HINT)
     ffn, inner = ffns[0]
     parent = ffn.down.rpartition(".")[0]
+    # By its name in the model with its head.
+    above = f"{model.base_model_prefix}." if model.base_model is model else ""
     guess = Family(
         name,
-        blocks=blocks,
+        blocks=above + blocks,
         read=parent or ffn.up,
         write=parent or ffn.down,
         ffn=ffn,
         activation=next((field for field in FIELDS if isinstance(getattr(config, field, None), str)), "silu"),
         width=_width(config, inner),
+        auto=auto_name(config),
+        modality="image" if model.main_input_name == "pixel_values" else "text",
     )
     family = proven(guess, config)
     nearest = tuple(get_close_matches(name, families.names(), n=3, cutoff=0.4))
-    return FamilyDraft(
-        name, nearest, f"moeify/families/{name}.py", _text(family or guess, config, inner, is_proven=family is not None)
-    )
+    text = _text(family or guess, config, inner, is_proven=family is not None)
+    return FamilyDraft(name, nearest, f"moeify/families/{name}.py", text)
 
 
 def _blocks(config: Any, model: nn.Module) -> tuple[str, list[nn.Module]]:
@@ -98,9 +103,9 @@ def _ffn(block: nn.Module, hidden: int) -> tuple[FFNFormat, int] | None:
     shapes = dict(_shapes(block))
     transposed = {name for name, module in block.named_modules() if isinstance(module, Conv1D)}
     for down, (out, inner) in shapes.items():
-        beside = [
-            name for name in shapes if name.rpartition(".")[0] == down.rpartition(".")[0] and shapes[name][1] == hidden
-        ]
+        inward = [name for name in shapes if shapes[name][1] == hidden]
+        # Of one module, or of several as in bert.
+        beside = [name for name in inward if name.rpartition(".")[0] == down.rpartition(".")[0]] or inward
         wide = [name for name in beside if name != down and shapes[name][0] == inner]
         double = [name for name in beside if shapes[name][0] == 2 * inner]
         if out != hidden or not (wide or double):
@@ -149,18 +154,14 @@ def _text(family: Family, config: Any, inner: int, *, is_proven: bool) -> str:
         parts.append(f"ffn=FFNFormat({', '.join(f'{name}={value!r}' for name, value in ffn.items())})")
     parts += [
         f"{name}={getattr(family, name)!r}"
-        for name in ("activation", "width")
+        for name in ("activation", "width", "auto", "modality")
         if getattr(family, name) != getattr(usual, name)
     ]
     doubts = []
     if not is_proven:
-        doubts.append(
-            "# The FFN of a tiny model gives something else, or none could be run: look at site and activation."
-        )
+        doubts.append("# The FFN of a tiny model gives something else, or none runs: look at site and activation.")
     if getattr(config, family.width, None) != inner:
-        doubts.append(
-            f"# No field of the config is the inner width, {inner}: such a model cannot be pruned with --static."
-        )
+        doubts.append(f"# No field of the config is the inner width, {inner}: --static cannot prune such a model.")
     lines = [
         f'"""{family.model_type}: say what it has that llama has not."""',
         "",

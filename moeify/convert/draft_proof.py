@@ -17,8 +17,10 @@ from transformers import AutoConfig
 from moeify.convert.exactness import STOPS, twin_values
 from moeify.errors import InputError
 from moeify.families import Family
+from moeify.modeling.modeling_moeify import blocks_in
 from moeify.models.ffn import tensor_names, unpack
 from moeify.models.heads import auto_class
+from moeify.models.inputs import uncached
 from moeify.models.stock import quiet
 
 # Tried where the config names none, or one by which nothing fits.
@@ -64,16 +66,31 @@ def _run(family: Family, config: Any) -> tuple[nn.Module, dict[str, Call]]:
     for parameter in model.parameters():
         size = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * size + (parameter.ndim == 1) * 0.5)
-    block: nn.Module = model.get_submodule(family.blocks)[0]
-    calls: dict[str, Call] = {}
+    block: nn.Module = model.get_submodule(blocks_in(model, family.blocks))[0]
+    calls: dict[str, Call | None] = {}
+
+    def begin(name: str) -> Any:
+        def note(*_: Any) -> None:
+            calls.setdefault(name, None)
+
+        return note
+
     for name, module in block.named_modules():
-        module.register_forward_pre_hook(lambda _, __, name=name: calls.setdefault(name, None))  # type: ignore[arg-type,misc]
+        module.register_forward_pre_hook(begin(name))
         module.register_forward_hook(_note(name, calls))
-    model(input_ids=torch.arange(3, 3 + NUM_TOKENS)[None], use_cache=False)
+    model(**_inputs(family, tiny), **uncached(model))
     return block, {name: call for name, call in calls.items() if call is not None}
 
 
-def _note(name: str, calls: dict[str, Call]) -> Any:
+def _inputs(family: Family, config: Any) -> dict[str, Tensor]:
+    if family.modality == "image":
+        size = int(config.image_size)
+        pixels = torch.randn(1, int(config.num_channels), size, size, generator=torch.Generator().manual_seed(0))
+        return {"pixel_values": pixels}
+    return {"input_ids": torch.arange(3, 3 + NUM_TOKENS)[None]}
+
+
+def _note(name: str, calls: dict[str, Call | None]) -> Any:
     def note(_: Any, given: tuple[Any, ...], output: Any) -> None:
         if given and isinstance(given[0], Tensor) and isinstance(output, Tensor):
             calls[name] = Call(name, given[0].flatten(0, -2), output.flatten(0, -2))
@@ -82,10 +99,12 @@ def _note(name: str, calls: dict[str, Call]) -> Any:
 
 
 def _candidates(family: Family, calls: dict[str, Call], config: Any) -> Iterator[Family]:
-    parent = family.ffn.down.rpartition(".")[0]
+    above, parent = (name.rpartition(".")[0] for name in (family.ffn.up, family.ffn.down))
     named = getattr(config, family.activation, None)
     activations = [family.activation] if isinstance(named, str) else []
-    sites = [{"read": parent, "write": parent}] if parent else []
+    sites: list[dict[str, Any]] = [{"read": parent, "write": parent}] if parent and above == parent else []
+    # Two modules, of which the second does more than the FFN.
+    sites += [{"read": above, "write": family.ffn.down}] if above and above != parent else []
     order = [name for name in calls if not any(other.startswith(f"{name}.") for other in calls)]
     if family.ffn.gate is None and {family.ffn.up, family.ffn.down} <= set(order):
         # The block's own matrices, or those of a module that does more than the FFN.

@@ -149,15 +149,11 @@ def check_stages(plan: SplitPlan | None, options: FinetuneOptions, path: Path) -
     stages, routed = options.stage, plan is not None and not plan.layout.is_static
     if "router" in stages and not routed:
         raise InputError(f"{path} has no routers to train", "--stage full or --stage lora trains it")
-    if (
-        "router" in stages
-        and plan
-        and not options.explore
-        and weights_are_exact(targets.find(plan.target), plan.layout)
-    ):
+    exact = plan is not None and weights_are_exact(targets.find(plan.target), plan.layout)
+    if "router" in stages and exact and not options.explore:
         raise InputError(
-            f"the weight of an expert is always one in {plan.target}: without exploration no gradient reaches its router",
-            "--explore 0.1, or --stage layers, which trains it by other means",
+            f"the weight of an expert is one in {path} whatever its score: no gradient reaches its router",
+            "--explore 0.1 brings one; --stage layers trains it by other means",
         )
     if "layers" in stages and plan is None:
         raise InputError(f"{path} was not cut by moeify, so there is no FFN to bring back", "leave --stage layers out")
