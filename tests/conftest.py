@@ -22,11 +22,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from moeify import families
 from moeify.models.builtin import BuiltinRecipe, builtin_documents, builtin_model, train_tokenizer
 from moeify.models.ffn import FFNWeights
+from moeify.models.heads import auto_class
 
 MakeDense = Callable[..., Path]
 
@@ -172,7 +173,7 @@ def make_dense(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Make
             }
             values[found.width] = overrides.get("intermediate_size", 64)
             config = AutoConfig.for_model(family, **values)
-            model = AutoModelForCausalLM.from_config(config).eval()
+            model = auto_class(config).from_config(config).eval()
             fill(model, seed)
             model.to(getattr(torch, dtype)).save_pretrained(folder)
             tokenizer.save_pretrained(folder)

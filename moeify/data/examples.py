@@ -5,21 +5,21 @@ Examples of one shape go through a model together, so that nothing is padded and
 Legend: B examples in a batch, C tokens of one.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from moeify import families
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError
 from moeify.families import Modality
 from moeify.models.config import load_config
+from moeify.models.heads import dense_type
+from moeify.models.inputs import Inputs
 from moeify.models.tokenizer import load_tokenizer
 
-# What a stock model is called with, by name, for B examples.
-Inputs = Mapping[str, Tensor]
 # One example -> inputs of B = 1.
 Reader = Callable[[Any], Inputs]
 DEFAULT_CONTEXT = 128
@@ -84,10 +84,11 @@ def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:
 
 
 def context_limit(path: Path) -> int:
-    """Positions that a text model takes; the first ones of roberta and its like are not for tokens."""
-    config = load_config(path).get_text_config()
-    limit = int(getattr(config, "max_position_embeddings", None) or DEFAULT_CONTEXT)
-    return limit - (int(config.pad_token_id or 0) + 1 if "roberta" in config.model_type else 0)
+    """Tokens of the longest text that a model takes, special ones among them."""
+    config = load_config(path)
+    limit = int(getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_CONTEXT)
+    name = dense_type(config)
+    return limit - (families.find(name).reserved(config) if name in families.names() else 0)
 
 
 def batches(examples: Iterable[Inputs]) -> Iterator[tuple[list[int], Inputs]]:

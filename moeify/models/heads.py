@@ -13,6 +13,12 @@ from moeify.words import listing, printable
 LANGUAGE_MODEL = "AutoModelForCausalLM"
 MASKED_MODEL = "AutoModelForMaskedLM"
 BASE = "AutoModel"
+# Whose heads have a name for each of their classes.
+LABELLED = (
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForImageClassification",
+)
 
 
 def dense_type(config: Any) -> str:
