@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from moeify.data.examples import EXAMPLES, Inputs, batches
+from moeify.data.examples import EXAMPLES, batches
 from moeify.errors import InputError
 from moeify.models.config import load_config
 from moeify.models.heads import modality_of
+from moeify.models.inputs import Inputs
 from moeify.options import EvalOptions, Track
 from moeify.readable import Readable
 

@@ -1,10 +1,12 @@
-"""How far the logits of two models that should be the same function are apart, and how far they may be."""
+"""How far the outputs of two models that should be the same function are apart, and how far they may be."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from moeify.models.inputs import Inputs, named, output_of
 
 # SmolLM2-135M's reach 27.
 USUAL_LOGIT = 30.0
@@ -24,8 +26,10 @@ class _Float64(TorchFunctionMode):
 
 
 @torch.no_grad()
-def logit_difference(model: Any, dense: Any, ids: Tensor, stored: torch.dtype, tolerance: float) -> tuple[float, float]:
-    """Largest difference of a logit, and how large it may be.
+def logit_difference(
+    model: Any, dense: Any, inputs: Tensor | Inputs, stored: torch.dtype, tolerance: float
+) -> tuple[float, float]:
+    """Largest difference of an output, a logit or a last hidden state, and how large it may be.
 
     In float32 or, if that is beyond the tolerance, in float64, which tells errors from rounding: experts add up in
     another order than the dense FFN, and through 30 layers of SmolLM2-135M that alone makes 0.8e-4 to 1.3e-4 in logits
@@ -39,10 +43,12 @@ def logit_difference(model: Any, dense: Any, ids: Tensor, stored: torch.dtype, t
     # A checkpoint in another dtype than the dense model is compared with the dense model rounded like it.
     for parameter in dense.parameters():
         parameter.copy_(parameter.to(stored))
-    dense_BCV = dense(ids).logits
-    allowed = tolerance * max(1.0, float(dense_BCV.abs().max()) / USUAL_LOGIT)
-    difference = float((model(ids).logits - dense_BCV).abs().max())
+    given = named(inputs)
+    expected = output_of(dense(**given))
+    allowed = tolerance * max(1.0, float(expected.abs().max()) / USUAL_LOGIT)
+    difference = float((output_of(model(**given)) - expected).abs().max())
     if difference > allowed:
+        wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in given.items()}
         with _Float64():
-            difference = float((model.double()(ids).logits - dense.double()(ids).logits).abs().max())
+            difference = float((output_of(model.double()(**wide)) - output_of(dense.double()(**wide))).abs().max())
     return difference, allowed

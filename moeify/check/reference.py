@@ -15,7 +15,7 @@ from torch import Tensor
 from moeify.errors import InputError
 from moeify.models import stock
 from moeify.models.dense import DenseModel
-from moeify.models.heads import auto_name
+from moeify.models.heads import LABELLED, auto_name
 from moeify.models.shallow import cut_model
 
 # How much the same frequencies may differ when two classes compute them.
@@ -67,7 +67,7 @@ def architecture_difference(moe: Any, dense: Any, stored: torch.dtype, *, values
         moe: the converted model.
         dense: the dense one.
         stored: type of the converted checkpoint, to which the dense values are rounded.
-        values: compare the numbers of embedding and head as well, which training may change.
+        values: compare the numbers of embeddings and heads as well, which training may change.
     """
     for (name, found), expected in zip(_facts(moe).items(), _facts(dense).values(), strict=True):
         if found != expected:
@@ -76,21 +76,49 @@ def architecture_difference(moe: Any, dense: Any, stored: torch.dtype, *, values
         return difference
     if not values:
         return ""
-    for name in ("input", "output"):
-        ours, its = (getattr(model, f"get_{name}_embeddings")().weight for model in (moe, dense))
-        if not torch.equal(ours, its.to(stored).to(ours.dtype)):
-            return f"its {name} embedding is not the dense model's"
+    if difference := _outside_difference(moe, dense, stored):
+        return difference
     if _tied(moe) != _tied(dense):
         return "its head is tied to its embedding" if _tied(moe) else "its head is not tied to its embedding"
     return ""
 
 
+def _outside_difference(moe: Any, dense: Any, stored: torch.dtype) -> str:
+    ours, its = _outside(moe), _outside(dense)
+    if others := sorted(set(ours) ^ set(its)):
+        return f"{others[0]} is in only one of both"
+    for name, tensor in ours.items():
+        if not torch.equal(tensor, its[name].to(stored).to(tensor.dtype)):
+            return f"its {name} is not the dense model's"
+    return ""
+
+
+def _outside(model: Any) -> dict[str, Tensor]:
+    """What stands around the blocks: embeddings, which are named by what they are for, and every tensor of a head."""
+    base, embeddings = model.base_model, {name: _embedding(model, name) for name in ("input", "output")}
+    outside = {f"{name} embedding": weight.detach() for name, weight in embeddings.items() if weight is not None}
+    if base is not model:
+        # A head that is tied to the embedding may be stored twice.
+        known = {id(tensor) for tensor in (*base.parameters(), *embeddings.values())}
+        outside |= {name: own.detach() for name, own in model.named_parameters() if id(own) not in known}
+    return outside
+
+
+def _embedding(model: Any, name: str) -> Tensor | None:
+    """The matrix of tokens at a model's beginning or end; None where it has none."""
+    weight = getattr(getattr(model, f"get_{name}_embeddings")(), "weight", None)
+    return weight if isinstance(weight, Tensor) else None
+
+
 def _facts(model: Any) -> dict[str, Any]:
     config = model.config.get_text_config()
+    sizes = {name: _embedding(model, name) for name in ("output", "input")}
+    labels = model.config.id2label if auto_name(model.config) in LABELLED else None
     return {
         "head": auto_name(model.config),
-        "vocabulary": int(model.get_output_embeddings().weight.shape[0]),
-        "embeddings": int(model.get_input_embeddings().weight.shape[0]),
+        "vocabulary": None if sizes["output"] is None else int(sizes["output"].shape[0]),
+        "embeddings": None if sizes["input"] is None else int(sizes["input"].shape[0]),
+        "classes": labels,
         "layers": int(config.num_hidden_layers),
         "hidden size": int(config.hidden_size),
         "rotation": _rope(config),
@@ -124,5 +152,5 @@ def _rotation_difference(moe: Any, dense: Any) -> str:
 
 def _tied(model: Any) -> bool:
     """Whether head and embedding are the same numbers, stored once or twice."""
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    return head.shape == embedding.shape and torch.equal(head, embedding)
+    head, embedding = _embedding(model, "output"), _embedding(model, "input")
+    return head is not None and embedding is not None and head.shape == embedding.shape and torch.equal(head, embedding)

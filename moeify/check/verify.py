@@ -6,7 +6,7 @@ Both models are loaded as any user would load them, and the loader of transforme
 moeify's own reader does not hide here. What they are is compared, and how they cut text. Then, in memory only: the
 dense columns of down_proj are put back (a refit changes them), router rows are set to zero (so that every expert's
 weight is exactly the architecture's constant) and every expert is switched on, with the fold for all of them. Its
-logits must then be the dense ones.
+outputs (logits, or last hidden states where there is no head) must then be the dense ones.
 
 Where whole layers were dropped, the dense model is the stock one with these blocks taken out of its list.
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from moeify import targets
 from moeify.check.logits import logit_difference
 from moeify.check.reference import Reference, architecture_difference
+from moeify.convert.exactness import twin_inputs
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
@@ -32,11 +33,13 @@ from moeify.experts.slices import slice_experts
 from moeify.export.in_memory import moe_parameters, split_ffn
 from moeify.export.writer import MoEWriter, weights_are_exact
 from moeify.models import stock
+from moeify.models.companions import companion_names
 from moeify.models.config import load_config
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights
-from moeify.models.files import find_shards, locate
-from moeify.models.heads import config_of_experts
+from moeify.models.files import find_shards, inside, locate
+from moeify.models.heads import LABELLED, auto_name, config_of_experts
+from moeify.models.inputs import Inputs
 from moeify.models.same_tokens import token_difference
 from moeify.models.shallow import without_layers
 from moeify.models.tokenizer import load_tokenizer
@@ -72,8 +75,8 @@ class VerifyReport(Readable):
     Args:
         moe, dense: what was compared.
         checks: in the order they were made.
-        max_logit_difference: all experts on, in float32 unless rounding alone exceeds the tolerance, then in float64;
-            None of a checkpoint whose neurons were trained, and of a GGUF.
+        max_logit_difference: of outputs, all experts on, in float32 unless rounding alone exceeds the tolerance, then
+            in float64; None of a checkpoint whose neurons were trained, and of a GGUF.
         max_gate_deviation: largest distance of an expert's folded weight from one, with the real router; zero for gates
             that are not hard or were trained.
     """
@@ -97,7 +100,7 @@ def verify(
     Args:
         moe: folder of the converted checkpoint, or a .gguf file of it, which is read back without computing logits.
         dense: the dense model.
-        tolerance: largest allowed difference of a logit in float32.
+        tolerance: largest allowed difference of an output in float32.
         track: shows the progress of making the embedded model.
 
     Raises:
@@ -128,10 +131,10 @@ def verify(
         raise InputError(f"{moe} is statically pruned: it has no experts to switch on", "`moeify eval` measures it")
     source = without_layers(source, dropped)
     target = targets.for_model(plan.target, source)
-    ids = _tokens(source)
+    inputs = _inputs(source)
     hard = Mixing.of(plan.options).style == "hard" and not plan.trained
     # Before the other two models are in memory.
-    deviation = _gate_deviation(path, ids, target, plan) if hard else 0.0
+    deviation = _gate_deviation(path, inputs, target, plan) if hard else 0.0
     reference, stored = Reference.of(source), load_config(path).dtype
     model, keys = _load_all_on(path, plan.layout)
     whole = set(plan.trained) <= KEEPS_NEURONS
@@ -141,10 +144,10 @@ def verify(
     if not whole:
         return VerifyReport(str(moe), source.name, tuple(checks), None, deviation)
     _restore_dense(model, reference, plan, target, stored)
-    difference, allowed = logit_difference(model, reference.model, ids, stored, tolerance)
+    difference, allowed = logit_difference(model, reference.model, inputs, stored, tolerance)
     checks += [
         Check(
-            "logits equal dense, all experts on",
+            f"{_output_name(reference.model)} equal dense, all experts on",
             f"max |d| {difference:.1e}",
             f"<= {allowed:.0e}",
             difference <= allowed,
@@ -187,11 +190,22 @@ def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
 def _identity_checks(path: Path, model: Any, reference: Reference, stored: torch.dtype, *, values: bool) -> list[Check]:
     """What both models are, as stock transformers sees them, and how both read a text."""
     other = architecture_difference(model, reference.model, stored, values=values)
-    tokens = token_difference(load_tokenizer(path), reference.tokenizer())
-    return [
-        Check("architecture is the dense model's", other or "equal", "equal", not other),
-        Check("text is cut into the dense model's tokens", tokens or "equal", "equal", not tokens),
-    ]
+    checks = [Check("architecture is the dense model's", other or "equal", "equal", not other)]
+    if reference.family.modality == "text":
+        tokens = token_difference(load_tokenizer(path), reference.tokenizer())
+        return [*checks, Check("text is cut into the dense model's tokens", tokens or "equal", "equal", not tokens)]
+    files = _other_files(path, reference.path)
+    return [*checks, Check("inputs are prepared as the dense model's", files or "equal", "equal", not files)]
+
+
+def _other_files(path: Path, dense: Path) -> str:
+    """The first file that says how inputs are prepared and is not the dense model's, or ""."""
+    for name in companion_names(dense):
+        if name.endswith("processor_config.json"):
+            given = inside(path, name).read_bytes() if (path / name).is_file() else None
+            if given != inside(dense, name).read_bytes():
+                return name
+    return ""
 
 
 def _place_checks(model: Any, source: DenseModel, plan: SplitPlan, target: Target, stored: torch.dtype) -> list[Check]:
@@ -288,7 +302,7 @@ def _trained_names(writer: MoEWriter, ffn: FFNWeights, layer: LayerPlan, plan: S
 
 
 @torch.no_grad()
-def _gate_deviation(path: Path, ids: Tensor, target: Target, plan: SplitPlan) -> float:
+def _gate_deviation(path: Path, inputs: Inputs, target: Target, plan: SplitPlan) -> float:
     """Largest |weight * fold - 1| that the experts of the unchanged model receive."""
     model, _ = stock.load_with_report(path)
     model.set_experts_implementation("eager")
@@ -305,12 +319,20 @@ def _gate_deviation(path: Path, ids: Tensor, target: Target, plan: SplitPlan) ->
     for layer in _cut_layers(plan):
         block = model.get_submodule(target.block(layer.layer))
         block.get_submodule(target.modules.experts).register_forward_pre_hook(look)
-    model(ids)
+    model(**inputs)
     return largest
 
 
-def _tokens(source: DenseModel) -> Tensor:
-    """A few blocks of held-out text in the model's own tokens."""
-    context = min(CONTEXT, int(source.text_config.max_position_embeddings))
+def _output_name(model: Any) -> str:
+    return "last hidden states" if model.base_model is model else "logits"
+
+
+def _inputs(source: DenseModel) -> Inputs:
+    """A few blocks of held-out text in the model's own tokens; noise for a model of something else."""
+    if source.family.modality != "text":
+        return twin_inputs(source)
+    context = min(CONTEXT, source.family.context_of(source.text_config))
     stream = evaluation_tokens("builtin-heldout", source.tokenizer(), num_tokens=BLOCKS * context)
-    return stream.ids_T.view(BLOCKS, context)
+    blocks_BC = stream.ids_T.view(BLOCKS, context)
+    # A classifier of a language model reads the last token, and needs to know of padding where there are several texts.
+    return {"input_ids": blocks_BC[:1] if auto_name(source.config) in LABELLED else blocks_BC}

@@ -246,7 +246,7 @@ def _twin(config: str) -> tuple[Twin, Tensor, str]:
     return twin, *_outputs(twin.config, twin.tensors, twin_inputs(twin))
 
 
-def twin_inputs(twin: Twin) -> dict[str, Tensor]:
+def twin_inputs(twin: DenseModel) -> dict[str, Tensor]:
     """One block of noise of the kind that the model takes."""
     generator = torch.Generator().manual_seed(1)
     if twin.family.modality == "image":

@@ -208,7 +208,7 @@ def _context(dense: DenseModel, options: SplitOptions) -> int:
         if options.context is not None and options.plan is None:
             raise UsageError("--context is about text, this model takes images", "leave it out")
         return tokens_of_image(dense)
-    limit = int(dense.text_config.max_position_embeddings)
+    limit = dense.family.context_of(dense.text_config)
     context = options.context or min(DEFAULT_CONTEXT, limit)
     if not 16 <= context <= limit:
         raise InputError(

@@ -1,6 +1,7 @@
 """Which text or images a split is calibrated on, and the inputs that the model makes of them."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from moeify.calibration.stream import HiddenStream
 from moeify.data.documents import BUILTIN
+from moeify.data.examples import special_ids
 from moeify.data.images import DIGITS, ImageBlocks, image_blocks
 from moeify.data.sampling import sample_from_model
 from moeify.data.text import TokenBlocks, calibration_blocks
@@ -15,6 +17,7 @@ from moeify.errors import InputError, warn
 from moeify.models import stock
 from moeify.models.dense import DenseModel
 from moeify.models.device import halves_are_fast
+from moeify.models.heads import class_of
 from moeify.models.image_processor import ImageProcessor
 from moeify.options import SplitOptions
 
@@ -45,7 +48,9 @@ def default_texts(dense: DenseModel, options: SplitOptions) -> tuple[str, ...]:
     """
     if dense.family.modality == "image":
         return DIGITS[:1]
-    context = options.context or min(DEFAULT_CONTEXT, int(dense.text_config.max_position_embeddings))
+    context = options.context or min(DEFAULT_CONTEXT, dense.family.context_of(dense.text_config))
+    if not class_of(dense.config).can_generate():
+        return BUILTIN[:1]
     if dense.name == EMBEDDED or dense.num_parameters > OWN_TEXT_PARAMETERS or options.tokens < 2 * context:
         return BUILTIN[:1]
     return ("self", *BUILTIN[:1])
@@ -105,15 +110,26 @@ def calibration_text(prepared: "Prepared") -> TokenBlocks:
         model: Any = stock.load(dense.path, dtype=dtype)
         return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=context, seed=seed)
 
+    if "self" in options.calibration and not class_of(dense.config).can_generate():
+        raise InputError(
+            f"{dense.name} is a {class_of(dense.config).__name__}, which writes no text for the source self",
+            f"--calibration takes a text, such as {BUILTIN[0]}",
+        )
     assert options.context is not None
+    tokenizer = dense.tokenizer()
+    # What reads whole texts finds special tokens around each; what goes on writing one begins anywhere.
+    before, after = ([], []) if class_of(dense.config).can_generate() else special_ids(tokenizer)
+    context = options.context - len(before) - len(after)
     blocks = calibration_blocks(
         options.calibration,
-        dense.tokenizer(),
-        num_tokens=options.tokens,
-        context=options.context,
+        tokenizer,
+        num_tokens=options.tokens // options.context * context,
+        context=context,
         seed=options.seed,
         sample=sample,
     )
+    around = [torch.tensor(ids, dtype=torch.int64).expand(len(blocks.ids_BC), -1) for ids in (before, after)]
+    blocks = replace(blocks, ids_BC=torch.cat([around[0], blocks.ids_BC, around[1]], dim=1))
     _warn_of_one_kind(options.calibration, blocks)
     largest = int(blocks.ids_BC.max())
     if largest >= dense.text_config.vocab_size:

@@ -126,6 +126,7 @@ class Family:
         norm_offset: what its norms add to their weights.
         embedding_scale: what its embeddings are multiplied with, given the config.
         modality: kind of the model's inputs.
+        reserved: positions that no token can have, given the config.
         gguf: how llama.cpp has it; None if it does not, or nobody has tried.
         tiny: config values of a tiny model, beside `sizes`.
         towers: of a model that reads text in a part of its own: values of its config outside of `text_config`, of a tiny
@@ -148,6 +149,7 @@ class Family:
     norm_offset: float = 0.0
     embedding_scale: Callable[[Any], float] = lambda config: getattr(config, "embedding_multiplier", 1.0)
     modality: Modality = "text"
+    reserved: Callable[[Any], int] = lambda _: 0
     gguf: GGUFFormat | None = None
     tiny: Mapping[str, Any] = field(default_factory=dict)
     towers: Mapping[str, Any] = field(default_factory=dict)
@@ -165,6 +167,10 @@ class Family:
     def sizes(self) -> Mapping[str, Any]:
         """Sizes of a tiny model of this modality."""
         return TINY_IMAGE if self.modality == "image" else TINY
+
+    def context_of(self, config: Any) -> int:
+        """Tokens of the longest text that a model takes."""
+        return int(config.max_position_embeddings) - self.reserved(config)
 
     @property
     def tiny_values(self) -> dict[str, Any]:

@@ -9,4 +9,6 @@ FAMILY = Family(
     write="output.dense",
     auto="AutoModel",
     ffn=FFNFormat(gate=None, up="intermediate.dense", down="output.dense"),
+    reserved=lambda config: int(config.pad_token_id) + 1,
+    tiny={"pad_token_id": 0, "max_position_embeddings": 512},
 )

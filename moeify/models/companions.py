@@ -28,6 +28,11 @@ OTHER_PATTERNS = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
+    # Of sentence-transformers: how an embedding is made of the last hidden states.
+    "modules.json",
+    "sentence_*_config.json",
+    "config_sentence_transformers.json",
+    "[0-9]_Pooling/config.json",
     "LICENSE*",
     "LICENCE*",
     "License*",

@@ -15,6 +15,12 @@ LANGUAGE_MODEL = "AutoModelForCausalLM"
 LANGUAGE_MODELS = (LANGUAGE_MODEL, "AutoModelForImageTextToText")
 MASKED_MODEL = "AutoModelForMaskedLM"
 BASE = "AutoModel"
+# Whose heads have a name for each of their classes.
+LABELLED = (
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
+    "AutoModelForImageClassification",
+)
 
 
 def dense_type(config: Any) -> str:

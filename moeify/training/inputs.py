@@ -78,7 +78,7 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
     plan = load_plan(path) if (path / PLAN_FILE).is_file() else None
     if plan is None:
         open_dense(str(path), track)
-    check_stages(plan, options.stage, path)
+    check_stages(plan, options, path)
     dense = open_dense(teacher, track)
     context = _context(options, config, dense.config)
     tokenizer = load_tokenizer(path)

@@ -58,7 +58,7 @@ class FinetuneTrainer(Trainer):
         rate = options.router_rate or 0.0
         self._explorer = Explorer(options.explore) if rate and options.explore else None
         self._watch = RouterWatch(student, self._explorer)
-        self._head = ScoringHead(student.model.lm_head, kl=options.kl, lm=options.lm)
+        self._head = ScoringHead(student.model, kl=options.kl, lm=options.lm)
         # Of the routers as the stage found them, whatever a checkpoint holds.
         self._router_rates = [
             rate * float(weight.detach().square().mean().sqrt()) for weight in student.router_weights()

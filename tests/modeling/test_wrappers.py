@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import MakeDense
 from safetensors.torch import load_file
 
-from conftest import MakeDense
 from moeify import evaluate, families
 from moeify.check.verify import verify
 from moeify.convert.pipeline import split
