@@ -169,7 +169,7 @@ class HiddenStream:
         """
         head = self._model.skeleton.get_output_embeddings()
         names = [name for name, module in self._model.skeleton.named_modules() if module is head]
-        if not names:
+        if not names or "input_ids" not in self._first:
             for output in self.outputs(range(self._num_blocks)):
                 check_activations(output, "behind the last layer: the model's outputs")
             return

@@ -2,6 +2,7 @@
 
     a language model               perplexity                      perplexity.py
     one that guesses masked words  pseudo-perplexity               pseudo_perplexity.py
+    one that writes what it hears  word error rate                 word_errors.py
     any other                      cosine of its features          features.py
 
 Labelled sets and questions are tasks (tasks.py, labels.py), and say more of classifiers and of features.
@@ -14,9 +15,10 @@ from typing import Any, Protocol
 from moeify.check.features import FeatureCosine, Score
 from moeify.check.perplexity import EvalResult, Perplexity
 from moeify.check.pseudo_perplexity import PseudoPerplexity
+from moeify.check.word_errors import WordErrors
 from moeify.errors import InputError
 from moeify.models.config import load_config
-from moeify.models.heads import LANGUAGE_MODELS, MASKED_MODEL, auto_name
+from moeify.models.heads import LANGUAGE_MODELS, MASKED_MODEL, SPEECH_MODEL, auto_name
 from moeify.options import EvalOptions, Track
 
 
@@ -28,7 +30,11 @@ class Measure(Protocol):
 
 Open = Callable[[Mapping[str, Path], EvalOptions], Measure]
 # Auto class of a model -> opens its measure for the folders of models, by name.
-MEASURES: dict[str, Open] = {**dict.fromkeys(LANGUAGE_MODELS, Perplexity.open), MASKED_MODEL: PseudoPerplexity.open}
+MEASURES: dict[str, Open] = {
+    **dict.fromkeys(LANGUAGE_MODELS, Perplexity.open),
+    MASKED_MODEL: PseudoPerplexity.open,
+    SPEECH_MODEL: WordErrors.open,
+}
 
 
 def open_measure(paths: Mapping[str, Path], options: EvalOptions) -> Measure:

@@ -45,6 +45,9 @@ MAX_LAYERS = 4
 # Long enough to tell rotations of low frequency apart.
 CONTEXT = 256
 WINDOW = 32
+# Frames of sound of one position, and tokens that a model which hears has written.
+FRAMES = 2
+WRITTEN = 16
 # As small as trained embeddings, so that a wrong epsilon in a norm shows.
 EMBEDDING_SCALE = 0.02
 # What transformers raises for a model that it cannot build; its configs' own errors are no ValueErrors.
@@ -252,7 +255,14 @@ def twin_inputs(twin: DenseModel) -> dict[str, Tensor]:
     if twin.family.modality == "image":
         size = int(twin.config.image_size)
         return {"pixel_values": torch.randn(1, int(twin.config.num_channels), size, size, generator=generator)}
-    return {"input_ids": torch.randint(3, int(twin.text_config.vocab_size), (1, CONTEXT), generator=generator)}
+    vocabulary = int(twin.text_config.vocab_size)
+    if twin.family.modality == "audio":
+        frames = FRAMES * int(twin.config.max_source_positions)
+        return {
+            "input_features": torch.randn(1, int(twin.config.num_mel_bins), frames, generator=generator),
+            "decoder_input_ids": torch.randint(3, vocabulary, (1, WRITTEN), generator=generator),
+        }
+    return {"input_ids": torch.randint(3, vocabulary, (1, CONTEXT), generator=generator)}
 
 
 @lru_cache(maxsize=256)

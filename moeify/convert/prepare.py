@@ -208,6 +208,10 @@ def _context(dense: DenseModel, options: SplitOptions) -> int:
         if options.context is not None and options.plan is None:
             raise UsageError("--context is about text, this model takes images", "leave it out")
         return tokens_of_image(dense)
+    if dense.family.modality == "audio":
+        if options.context is not None and options.plan is None:
+            raise UsageError("--context is about text, this model hears", "leave it out")
+        return int(dense.config.max_source_positions)
     limit = dense.family.context_of(dense.text_config)
     context = options.context or min(DEFAULT_CONTEXT, limit)
     if not 16 <= context <= limit:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moeify.calibration.stream import HiddenStream
+from moeify.data.audio import SoundBlocks, sound_blocks
 from moeify.data.documents import BUILTIN
 from moeify.data.examples import special_ids
 from moeify.data.images import DIGITS, ImageBlocks, image_blocks
@@ -19,13 +20,14 @@ from moeify.models.dense import DenseModel
 from moeify.models.device import halves_are_fast
 from moeify.models.heads import class_of
 from moeify.models.image_processor import ImageProcessor
+from moeify.models.sound_processor import SoundProcessor
 from moeify.options import SplitOptions
 
 if TYPE_CHECKING:
     from moeify.convert.prepare import Prepared
 
 # What a model is calibrated on: inputs by name, B blocks of them, and where they came from.
-Blocks = TokenBlocks | ImageBlocks
+Blocks = TokenBlocks | ImageBlocks | SoundBlocks
 DEFAULT_CONTEXT = 512
 # Any size will do: a processor makes its own of it.
 BLANK = (64, 64)
@@ -48,6 +50,9 @@ def default_texts(dense: DenseModel, options: SplitOptions) -> tuple[str, ...]:
     """
     if dense.family.modality == "image":
         return DIGITS[:1]
+    if dense.family.modality == "audio":
+        # There is no recording in moeify: whoever splits has to name some.
+        return ()
     context = options.context or min(DEFAULT_CONTEXT, dense.family.context_of(dense.text_config))
     if not class_of(dense.config).can_generate():
         return BUILTIN[:1]
@@ -62,7 +67,23 @@ def calibration_inputs(prepared: "Prepared") -> Blocks:
     Raises:
         UsageError, InputError: a source cannot be read, is too short, or does not fit the model.
     """
-    return calibration_images(prepared) if prepared.dense.family.modality == "image" else calibration_text(prepared)
+    modality = prepared.dense.family.modality
+    if modality == "audio":
+        return calibration_sound(prepared)
+    return calibration_images(prepared) if modality == "image" else calibration_text(prepared)
+
+
+def calibration_sound(prepared: "Prepared") -> SoundBlocks:
+    """As many pieces of sound as have the calibration tokens."""
+    options = prepared.options
+    assert options.context is not None
+    return sound_blocks(
+        options.calibration,
+        SoundProcessor(prepared.dense.path),
+        num_pieces=options.tokens // options.context,
+        block_tokens=options.context,
+        seed=options.seed,
+    )
 
 
 def calibration_images(prepared: "Prepared") -> ImageBlocks:

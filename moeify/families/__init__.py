@@ -13,7 +13,7 @@ from typing import Any, Literal
 from moeify import plugins
 from moeify.errors import InputError, nearest
 
-Modality = Literal["text", "image"]
+Modality = Literal["text", "image", "audio"]
 # In place of a name.
 ANY = "*"
 
@@ -38,6 +38,24 @@ TINY_IMAGE: Mapping[str, Any] = {
     "patch_size": 4,
     **{name: TINY[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
 }
+
+
+# The same of a model that hears and writes: 32 positions of sound.
+TINY_AUDIO: Mapping[str, Any] = {
+    **{
+        name: TINY[name] for name in ("vocab_size", "intermediate_size", "pad_token_id", "bos_token_id", "eos_token_id")
+    },
+    "d_model": 32,
+    "num_mel_bins": 8,
+    **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
+    **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
+    "max_source_positions": 32,
+    "max_target_positions": 64,
+    "decoder_start_token_id": 1,
+    "pad_token_id": 0,
+}
+SIZES: Mapping[Modality, Mapping[str, Any]] = {"text": TINY, "image": TINY_IMAGE, "audio": TINY_AUDIO}
 
 
 @dataclass(frozen=True)
@@ -129,8 +147,8 @@ class Family:
         reserved: positions that no token can have, given the config.
         gguf: how llama.cpp has it; None if it does not, or nobody has tried.
         tiny: config values of a tiny model, beside `sizes`.
-        towers: of a model that reads text in a part of its own: values of its config outside of `text_config`, of a tiny
-            model. What is said above is about that part, and what its own family says goes first.
+        towers: of a model that reads text in a part of its own: values of its config outside of `text_config`, of a
+            tiny model. What is said above is about that part, and what its own family says goes first.
         holders: stock model types that hold these towers beside experts, by the target that the part becomes; ANY for
             all of them, where it may be of any family.
     """
@@ -166,7 +184,7 @@ class Family:
     @property
     def sizes(self) -> Mapping[str, Any]:
         """Sizes of a tiny model of this modality."""
-        return TINY_IMAGE if self.modality == "image" else TINY
+        return SIZES[self.modality]
 
     def context_of(self, config: Any) -> int:
         """Tokens of the longest text that a model takes."""

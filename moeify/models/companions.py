@@ -28,6 +28,7 @@ OTHER_PATTERNS = (
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
+    "normalizer.json",
     # Of sentence-transformers: how an embedding is made of the last hidden states.
     "modules.json",
     "sentence_*_config.json",

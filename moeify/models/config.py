@@ -134,7 +134,8 @@ def check_layers(config: Any, blocks: str, names: Iterable[str]) -> None:
         raise InputError("config.json has a per_layer_config, expected layers of one size", "start from another model")
     # Some names on disk are of an older transformers, which called the list `layer`.
     number = re.compile(rf"(?:^|\.){re.escape(blocks.rpartition('.')[2].removesuffix('s'))}s?\.(\d+)\.")
-    ours = (name for name in names if not TOWER.search(name))
+    # Of an encoder and a decoder only one is cut.
+    ours = (name for name in names if not TOWER.search(name) and not (".encoder." in blocks and "decoder." in name))
     count, layers = len({found[1] for name in ours if (found := number.search(name))}), config.get_text_config()
     if count != layers.num_hidden_layers:
         raise InputError(
@@ -200,9 +201,9 @@ def _declared_parts(
         if its_class is AutoConfig or kind is not None:
             if not isinstance(kind, str | None) or (kind is not None and kind not in CONFIG_MAPPING):
                 raise _refused(file, f"{name}.model_type", kind, "the name of an architecture")
-            its_class = CONFIG_MAPPING[kind] if its_class is AutoConfig and kind is not None else its_class
-        if its_class is not AutoConfig:
-            yield f"{file}, {name}", values, its_class
+        known = CONFIG_MAPPING[kind] if its_class is AutoConfig and kind is not None else its_class
+        if known is not AutoConfig:
+            yield f"{file}, {name}", values, known
 
 
 def _parts(file: Path, config: Any) -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ LANGUAGE_MODEL = "AutoModelForCausalLM"
 # What generates text from text, whatever else it takes.
 LANGUAGE_MODELS = (LANGUAGE_MODEL, "AutoModelForImageTextToText")
 MASKED_MODEL = "AutoModelForMaskedLM"
+SPEECH_MODEL = "AutoModelForSpeechSeq2Seq"
 BASE = "AutoModel"
 # Whose heads have a name for each of their classes.
 LABELLED = (
