@@ -241,7 +241,8 @@ def _restore_dense(model: Any, source: DenseModel, plan: SplitPlan, target: Targ
 def _stored_checks(path: Path, source: DenseModel, plan: SplitPlan, target: Target) -> list[Check]:
     """What the plan decides must be on disk bit for bit; what a refit computed must at least be finite."""
     config = load_config(path)
-    writer = MoEWriter(source, target, plan.layout, config.dtype, Mixing.of(plan.options), plan.router_scale)
+    mixing, code = Mixing.of(plan.options), plan.options.remote_code
+    writer = MoEWriter(source, target, plan.layout, config.dtype, mixing, plan.router_scale, code)
     shards, total = find_shards(path), 0
     wrong: list[str] = []
     for decided in plan.layers:

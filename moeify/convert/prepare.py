@@ -47,7 +47,8 @@ class Prepared:
 
     @property
     def writer(self) -> MoEWriter:
-        return MoEWriter(self.dense, self.target, self.layout, self.dtype, self.mixing, self.router_scale)
+        code = self.options.remote_code
+        return MoEWriter(self.dense, self.target, self.layout, self.dtype, self.mixing, self.router_scale, code)
 
     @property
     def router_scale(self) -> float:
@@ -63,7 +64,12 @@ class Prepared:
         return verdicts(self.dense, self.target, self.layout)
 
     def warn_of_engines(self) -> None:
-        """Warn of every engine that knows the target and refuses the layout or runs it slowly."""
+        """Warn of every engine that knows the target and refuses the layout or runs it slowly, or of all."""
+        if not self.target.is_stock:
+            unable = listing([engines.find(name).name for name in engines.names()])
+            code = "needs trust_remote_code=True" if self.options.remote_code else "needs `import moeify`"
+            more = "" if self.options.remote_code else "; --remote-code writes its code beside the weights"
+            warn(f"moeify's own architecture is written: {unable} do not know it, transformers {code}{more}")
         for verdict in self.engines:
             if words := verdict.refusal or verdict.caution:
                 does = "cannot run" if verdict.refusal else "runs"
@@ -143,6 +149,11 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
     numbered = tuple(number for number, layer in enumerate(kept) if layer in options.dense_layers)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     layout, target, reason = choose_layout(dense, replace(options, dense_layers=numbered), dtype, writable=writable)
+    if options.remote_code and target.is_stock:
+        raise UsageError(
+            f"{target.model_type} is an architecture of transformers itself, which needs no code",
+            "leave --remote-code out; --target moeify writes moeify's own",
+        )
     options = replace(options, device=str(find_device(options.device)))
     if len(dense.num_of_dtype) > 1:
         kinds = listing([f"{count:,} as {kind}" for kind, count in dense.num_of_dtype.items()])

@@ -19,6 +19,7 @@ from moeify.experts.mixing import UNIT, Mixing
 from moeify.experts.slices import SplitFFN
 from moeify.export.old_config import with_old_keys
 from moeify.export.workspace import Workspace
+from moeify.modeling.remote_code import auto_map, code_files
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
 from moeify.models.files import INDEX_FILE
@@ -46,6 +47,7 @@ class MoEWriter:
         dtype: of every weight written.
         mixing: what the routed experts' outputs are multiplied with.
         router_scale: what the plan's router rows are multiplied with.
+        remote_code: code lies beside the weights, for transformers without moeify.
     """
 
     dense: DenseModel
@@ -54,6 +56,7 @@ class MoEWriter:
     dtype: torch.dtype
     mixing: Mixing = UNIT
     router_scale: float = ROUTER_SCALE
+    remote_code: bool = False
 
     @property
     def is_static(self) -> bool:
@@ -66,6 +69,10 @@ class MoEWriter:
         values = self.target.config(self.dense, self.layout, width)
         if not self.is_static:
             values["architectures"] = [architecture_of(self.target, self.dense)]
+        if not self.target.is_stock:
+            values["mixing"] = self.mixing.style
+        if self.remote_code:
+            values["auto_map"] = auto_map(self.dense.family.model_type)
         values["dtype"] = self.dtype
         if self.target.untie:
             values["tie_word_embeddings"] = False
@@ -147,6 +154,8 @@ class MoEWriter:
         }
         workspace.write_text(INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
         workspace.write_text("config.json", self.config_text())
+        for name, content in code_files().items() if self.remote_code else ():
+            workspace.write_bytes(name, content)
 
     def values(self, names: Collection[str], experts_of: ExpertsOf) -> dict[str, Tensor]:
         """The named tensors; a layer, or a matrix that is taken apart, is read again for each shard with a part of it.

@@ -6,7 +6,9 @@ the weight of a chosen expert is exactly one, and the bias of the output of an F
 Legend: T tokens, D hidden size, R routed experts, K of them chosen for a token, f neurons of one, P = 2f or f rows.
 """
 
+import shutil
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+# What lies beside weights for transformers without moeify.
+CODE_FILES = ("configuration_moeify.py", "modeling_moeify.py")
 # What the name of a dense class is preceded by.
 PREFIX = "Moe"
 # Standard deviation of new weights, where a config says nothing.
@@ -194,6 +198,13 @@ class _WithExperts:
                 put_experts(block, config)
         # The dense class did so before: parallel plans and types belong to modules that are gone.
         self.post_init()  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **named: Any) -> None:
+        """As every model of transformers has it; code that lay beside the weights lies beside them again."""
+        super().save_pretrained(save_directory, *arguments, **named)  # type: ignore[misc]
+        if getattr(self.config, "auto_map", None):  # type: ignore[attr-defined]
+            for name in CODE_FILES:
+                shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
 
 
 def blocks_in(model: Any, name: str) -> str:
