@@ -40,7 +40,8 @@ def count_parameters(writer: MoEWriter) -> tuple[int, int]:
     width = layout.expert_width(dense.num_neurons)
     idle = 0 if layout.is_static else layout.num_routed - layout.num_routed_active
     cut = dense.num_layers - len(layout.dense_layers)
-    unused = idle * 3 * width * dense.hidden_size * cut
+    expert = dense.ffn_shapes.neurons(slice(width)).tensors()
+    unused = idle * cut * sum(tensor.numel() for name, tensor in expert.items() if name != "down_bias_D")
     # A tied embedding is the head's matrix too; an untied one is only looked up.
     looked_up = shapes[dense.embedding].numel() if writer.target.untie or not dense.tied else 0
     return total, total - unused - looked_up

@@ -29,6 +29,8 @@ from moeify.words import listing
 
 # Fewer tokens leave the refit and the routers undetermined in every model moeify knows.
 MIN_TOKENS = 1024
+# Experts with added neurons of zeros are as wide as a multiple of this, so that they run in every type.
+PADDED_TO = 8
 # Into how many slices an FFN is cut of which all stay.
 WHOLE_SLICES = 2
 
@@ -158,6 +160,8 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
     if len(dense.num_of_dtype) > 1:
         kinds = listing([f"{count:,} as {kind}" for kind, count in dense.num_of_dtype.items()])
         warn(f"tensors are stored in several types, {kinds}: all are written as {str(dtype).removeprefix('torch.')}")
+    if not target.is_stock:
+        dense = _padded(dense, layout, dtype, saved, writable=writable)
     if saved is not None:
         _check_plan(saved, dense)
         if not options.refit:
@@ -239,9 +243,31 @@ def _kept(dense: DenseModel, options: SplitOptions) -> list[int]:
     return kept
 
 
+def _padded(
+    dense: DenseModel, layout: Layout, dtype: torch.dtype, saved: SplitPlan | None, *, writable: bool
+) -> DenseModel:
+    """The model with neurons of zeros behind those of every FFN where the experts would not be equal, or not run."""
+    multiple = ROW_BYTES // dtype.itemsize if writable else 1
+    if saved is not None:
+        padding = max(0, saved.layers[0].labels_F.numel() - dense.num_neurons)
+    elif dense.num_neurons % (layout.num_experts * multiple):
+        padding = -dense.num_neurons % (layout.num_experts * PADDED_TO)
+    else:
+        padding = 0
+    if padding:
+        whole = dense.num_neurons + padding
+        warn(
+            f"{dense.num_neurons:,} neurons do not divide into {layout.num_experts} experts that run: {padding:,} of "
+            f"zeros are added, {padding / whole:.1%} of the written FFNs"
+        )
+    return replace(dense, padding=padding) if padding else dense
+
+
 def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype, *, writable: bool) -> None:
     works = ", ".join(map(str, expert_counts(num_neurons, dtype)))
     hint = f"--experts {works} work for this model" if works else "no number of experts works for this model"
+    if not layout.is_static:
+        hint += "; --target moeify takes every number"
     if num_neurons % layout.num_experts:
         raise InputError(f"{num_neurons} neurons do not divide into {layout.num_experts} experts", hint)
     width, multiple = layout.expert_width(num_neurons), ROW_BYTES // dtype.itemsize

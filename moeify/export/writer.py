@@ -129,7 +129,7 @@ class MoEWriter:
         """Names and values of one layer's experts, folds applied, router scaled."""
         prefix = self.target.block(layer)
         if layer in self.layout.dense_layers:
-            return pack(self.target.dense_ffn, prefix, experts.shared)
+            return pack(self.target.dense_ffn, prefix, self.dense.unpadded(experts.shared))
         folded = experts.folded(
             shared=self.target.shared_fold,
             routed=routed_fold(self.target, self.layout, self.mixing),

@@ -312,7 +312,8 @@ def test_an_input_that_cannot_be_converted(dense: Path, tmp_path: Path, capfd: p
     out, err = capfd.readouterr()
     assert out == ""
     assert err == (
-        "error: 128 neurons do not divide into 7 experts\nhint: --experts 2, 4, 8, 16, 32 work for this model\n"
+        "error: 128 neurons do not divide into 7 experts\n"
+        "hint: --experts 2, 4, 8, 16, 32 work for this model; --target moeify takes every number\n"
     )
     assert list(tmp_path.iterdir()) == []
 
