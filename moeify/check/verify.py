@@ -258,7 +258,7 @@ def _stored_checks(path: Path, source: DenseModel, plan: SplitPlan, target: Targ
     """What the plan decides must be on disk bit for bit; what a refit computed must at least be finite."""
     config = load_config(path)
     mixing, code = Mixing.of(plan.options), plan.options.remote_code
-    writer = MoEWriter(source, target, plan.layout, config.dtype, mixing, plan.router_scale, code)
+    writer = MoEWriter(source, target, plan.layout, config.dtype, mixing, plan.router_scale, code, plan.router_width)
     shards, total = find_shards(path), 0
     wrong: list[str] = []
     for decided in plan.layers:

@@ -49,8 +49,21 @@ class Prepared:
 
     @property
     def writer(self) -> MoEWriter:
-        code = self.options.remote_code
-        return MoEWriter(self.dense, self.target, self.layout, self.dtype, self.mixing, self.router_scale, code)
+        return MoEWriter(
+            self.dense,
+            self.target,
+            self.layout,
+            self.dtype,
+            self.mixing,
+            self.router_scale,
+            self.options.remote_code,
+            self.router_width,
+        )
+
+    @property
+    def router_width(self) -> int:
+        """Hidden units of the routers; 0 if they are linear."""
+        return self.saved_plan.router_width if self.saved_plan else routers.width(self.options.router)
 
     @property
     def router_scale(self) -> float:
@@ -151,11 +164,8 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
     numbered = tuple(number for number, layer in enumerate(kept) if layer in options.dense_layers)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     layout, target, reason = choose_layout(dense, replace(options, dense_layers=numbered), dtype, writable=writable)
-    if options.remote_code and target.is_stock:
-        raise UsageError(
-            f"{target.model_type} is an architecture of transformers itself, which needs no code",
-            "leave --remote-code out; --target moeify writes moeify's own",
-        )
+    if writable and target.is_stock:
+        _check_is_stock(options, target, saved)
     options = replace(options, device=str(find_device(options.device)))
     if len(dense.num_of_dtype) > 1:
         kinds = listing([f"{count:,} as {kind}" for kind, count in dense.num_of_dtype.items()])
@@ -194,16 +204,34 @@ def _check_method(options: SplitOptions, *, writable: bool) -> None:
     """Raise UsageError for a method that there is not, or whose result no checkpoint could hold."""
     partition.find(options.partition)
     routers.find(options.router)
-    if writable and not routers.is_linear(options.router):
-        linear = ", ".join(name for name in routers.names() if routers.is_linear(name))
+    if writable and not routers.is_written(options.router):
+        known = ", ".join(name for name in routers.names() if routers.is_written(name))
         raise UsageError(
-            f"no native target has a {options.router} router",
-            f"--router {linear} can be written; `moeify compare` measures all of them",
+            f"no target has a {options.router} router",
+            f"--router {known} can be written; `moeify compare` measures all of them",
         )
     if writable and options.static and options.dense_layers:
         raise UsageError(
             "the dense architecture has FFNs of one width, so --static prunes every layer alike",
             "leave --dense-layers out; `moeify compare` measures it",
+        )
+
+
+def _check_is_stock(options: SplitOptions, target: Target, saved: SplitPlan | None) -> None:
+    """Raise UsageError for what moeify's own architecture alone has."""
+    own = "--target moeify has it"
+    if saved is not None and saved.router_width:
+        raise UsageError(f"the plan has routers with a hidden layer, {target.model_type} has linear ones", own)
+    if saved is None and not routers.is_linear(options.router):
+        linear = ", ".join(name for name in routers.names() if routers.is_linear(name))
+        raise UsageError(
+            f"no stock target has a {options.router} router",
+            f"--router {linear} can be written; {own}, and `moeify compare` measures all of them",
+        )
+    if options.remote_code:
+        raise UsageError(
+            f"{target.model_type} is an architecture of transformers itself, which needs no code",
+            "leave --remote-code out; --target moeify writes moeify's own",
         )
 
 
@@ -282,7 +310,11 @@ def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype, *, writab
 def _again(plan: SplitPlan, dtype: torch.dtype, *, refit: bool) -> SplitPlan:
     """A saved plan for a split in this type; the first one may have been in another."""
     layers = (
-        replace(layer, router_RD=None if layer.router_RD is None else layer.router_RD.to(dtype))
+        replace(
+            layer,
+            router_RD=None if layer.router_RD is None else layer.router_RD.to(dtype),
+            units_HC=None if layer.units_HC is None else layer.units_HC.to(dtype),
+        )
         for layer in plan.layers
     )
     if not refit:
@@ -297,9 +329,10 @@ def _check_plan(plan: SplitPlan, dense: DenseModel) -> None:
         ("layers", len(plan.layers), dense.num_layers),
         ("neurons a layer", plan.layers[0].labels_F.numel(), dense.num_neurons),
     ]
-    router_RD = next((layer.router_RD for layer in plan.layers if layer.router_RD is not None), None)
-    if router_RD is not None:
-        pairs.append(("hidden size", router_RD.shape[1], dense.hidden_size))
+    routed = next((layer for layer in plan.layers if layer.router_RD is not None), None)
+    if routed is not None and routed.router_RD is not None:
+        size = routed.router_RD.shape[1] if routed.units_HC is None else routed.units_HC.shape[1] - 1
+        pairs.append(("hidden size", size, dense.hidden_size))
     for what, found, expected in pairs:
         if found != expected:
             raise InputError(

@@ -48,6 +48,7 @@ class MoEWriter:
         mixing: what the routed experts' outputs are multiplied with.
         router_scale: what the plan's router rows are multiplied with.
         remote_code: code lies beside the weights, for transformers without moeify.
+        router_width: hidden units of the routers; 0 if they are linear.
     """
 
     dense: DenseModel
@@ -57,6 +58,7 @@ class MoEWriter:
     mixing: Mixing = UNIT
     router_scale: float = ROUTER_SCALE
     remote_code: bool = False
+    router_width: int = 0
 
     @property
     def is_static(self) -> bool:
@@ -70,7 +72,7 @@ class MoEWriter:
         if not self.is_static:
             values["architectures"] = [architecture_of(self.target, self.dense)]
         if not self.target.is_stock:
-            values["mixing"] = self.mixing.style
+            values |= {"mixing": self.mixing.style, "router_width": self.router_width}
         if self.remote_code:
             values["auto_map"] = auto_map(self.dense.family.model_type)
         values["dtype"] = self.dtype
@@ -108,10 +110,10 @@ class MoEWriter:
             yield name, self._carried(name, meta)
         whole = self.dense.ffn_shapes.map(lambda tensor: tensor.to(self.dtype))
         width, routed = self.layout.expert_width(whole.num_neurons), self.layout.num_routed
-        router_RD = torch.empty(routed, whole.hidden_size, dtype=self.dtype, device="meta")
-        cut = SplitFFN(
-            whole.neurons(slice(self.layout.num_shared * width)), whole.neurons(slice(routed * width)), router_RD
-        )
+        router_RD = whole.up_FD.new_empty(routed, self.router_width or whole.hidden_size)
+        units_HC = whole.up_FD.new_empty(self.router_width, whole.hidden_size + 1) if self.router_width else None
+        shared, experts = (whole.neurons(slice(count * width)) for count in (self.layout.num_shared, routed))
+        cut = SplitFFN(shared, experts, router_RD, units_HC)
         uncut = SplitFFN(whole, whole.neurons(slice(0)), router_RD[:0])
         for layer in range(self.dense.num_layers):
             yield layer, self.layer(layer, uncut if layer in self.layout.dense_layers else cut)

@@ -42,15 +42,22 @@ AUTO_CLASSES = (
 
 
 class Router(nn.Module):
-    """Chooses experts: one row of weights for each."""
+    """Chooses experts: one row of weights for each, on the hidden states or on a layer of units between."""
 
     def __init__(self, config: Any, hidden_size: int) -> None:
         super().__init__()
         self.num_chosen, self.mixing = int(config.num_experts_per_tok), config.mixing
-        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        width = int(config.router_width)
+        if width:
+            self.hidden_weight = nn.Parameter(torch.empty(width, hidden_size))
+            self.hidden_bias = nn.Parameter(torch.empty(width))
+        self.is_linear = not width
+        self.weight = nn.Parameter(torch.empty(config.num_experts, width or hidden_size))
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores_TR, weights_TK and numbers of the chosen experts_TK."""
+        if not self.is_linear:
+            hidden_states = nn.functional.linear(hidden_states, self.hidden_weight, self.hidden_bias).relu()
         scores_TR = nn.functional.linear(hidden_states, self.weight)
         best_TK, chosen_TK = scores_TR.topk(self.num_chosen, dim=-1)
         if self.mixing == "hard":

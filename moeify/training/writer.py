@@ -81,8 +81,10 @@ def _trained_plan(student: Student, plan: SplitPlan, options: FinetuneOptions, d
     if student.target is not None:
         for layer in student.cut_layers:
             block = student.model.get_submodule(student.target.block(layer))
-            stored_RD: Tensor = moe_parameters(block, student.target.modules)["router"].detach().to(dtype)
-            layers[layer] = replace(layers[layer], router_RD=_unscaled(stored_RD, student.scale))
+            parts = moe_parameters(block, student.target.modules)
+            stored_RD, units_HC = parts["router"].detach().to(dtype), parts.get("router_units")
+            units_HC = None if units_HC is None else units_HC.detach().to(dtype)
+            layers[layer] = replace(layers[layer], router_RD=_unscaled(stored_RD, student.scale), units_HC=units_HC)
     return replace(plan, layers=tuple(layers), trained=(*plan.trained, *options.stage))
 
 
