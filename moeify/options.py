@@ -149,6 +149,7 @@ class SplitOptions(Options):
     device: str = option("cpu", DEVICE, form=DEVICES)
     hidden_states: Place = option("auto", "Held in: auto, memory, disk (bfloat16)", panel=ADVANCED)
     plan: str | None = option(None, "Partition and routers of a saved plan", name="PATH", panel=METHOD)
+    remote_code: bool = option(False, "moeify's own model: its code beside it", panel=OUTPUT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -160,6 +161,8 @@ class SplitOptions(Options):
             raise UsageError("--static writes a dense model, which no engine's limits concern", "leave --engine out")
         if self.static and self.plan is not None:
             raise UsageError("--static and --plan exclude each other", "leave one of them out")
+        if self.static and self.remote_code:
+            raise UsageError("--static writes a dense model, which needs no code", "leave --remote-code out")
         if self.machine is not None:
             MachineOptions.of_text(self.machine)
             chosen = (

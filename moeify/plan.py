@@ -1,6 +1,7 @@
 """What was decided about a split: how each FFN is cut, which neuron goes where, which router chooses.
 
-Legend: F neurons of the dense FFN, f neurons of one expert, D hidden size, R routed experts, T tokens.
+Legend: F neurons of the dense FFN, f neurons of one expert, D hidden size, R routed experts, T tokens, H hidden units
+of a router, C = D + 1.
 
 A plan is small (one label per neuron and one router row per routed expert). It does not hold the refit columns of
 down_proj: those follow from the plan and the calibration text in closed form, so `moeify split --plan` recomputes them.
@@ -142,9 +143,10 @@ class LayerPlan(Readable):
         labels_F: int16, SHARED or the routed expert 0..R-1 that owns the neuron; one label each, so coverage holds by
             construction.
         router_RD: rows that score the routed experts, in the checkpoint's dtype and scaled so that no calibration
-            token scores beyond +-ROUTER_LIMIT; None in a static plan.
+            token scores beyond +-ROUTER_LIMIT; router_RH on units; None in a static plan.
         down_DF: refit down_proj in dense column order, in the checkpoint's dtype; None keeps the dense one.
         diagnostics: what the fit measured, dimensionless.
+        units_HC: weights of the router's hidden units and, behind them, their biases; None of a linear router.
     """
 
     layer: int
@@ -152,6 +154,7 @@ class LayerPlan(Readable):
     router_RD: Tensor | None
     down_DF: Tensor | None = None
     diagnostics: Mapping[str, float] = field(default_factory=dict)
+    units_HC: Tensor | None = None
 
     def check(self, layout: Layout) -> None:
         """Raise InputError unless every expert has exactly its share of neurons."""
@@ -181,12 +184,12 @@ class LayerPlan(Readable):
         expected = 0 if layout.is_static or self.layer in layout.dense_layers else layout.num_routed
         if rows != expected:
             raise InputError(f"layer {self.layer} of the plan has {rows} router rows, expected {expected}", DAMAGED)
-        if self.router_RD is not None and not self.router_RD.isfinite().all():
+        if any(part is not None and not part.isfinite().all() for part in (self.router_RD, self.units_HC)):
             raise InputError(f"layer {self.layer} of the plan has a router with NaN or infinite values", DAMAGED)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """What a safetensors file holds of it, by name; diagnostics are left to the caller."""
-        parts = {"labels": self.labels_F, "router": self.router_RD, "down": self.down_DF}
+        parts = {"labels": self.labels_F, "router": self.router_RD, "down": self.down_DF, "router_units": self.units_HC}
         return {f"{prefix}{name}": part.contiguous() for name, part in parts.items() if part is not None}
 
     @classmethod
@@ -197,10 +200,11 @@ class LayerPlan(Readable):
             SafetensorError: the file has no such labels.
         """
         names = set(reader.keys())
-        router_RD, down_DF = (
-            reader.get_tensor(prefix + name) if prefix + name in names else None for name in ("router", "down")
+        router_RD, down_DF, units_HC = (
+            reader.get_tensor(prefix + name) if prefix + name in names else None
+            for name in ("router", "down", "router_units")
         )
-        return cls(layer, reader.get_tensor(f"{prefix}labels"), router_RD, down_DF)
+        return cls(layer, reader.get_tensor(f"{prefix}labels"), router_RD, down_DF, units_HC=units_HC)
 
     def neurons(self, expert: int) -> Tensor:
         """Ascending dense indices of the neurons of one expert, or of the shared part."""
@@ -225,6 +229,11 @@ class SplitPlan(Readable):
     version: str
     router_scale: float
     trained: tuple[str, ...] = ()
+
+    @property
+    def router_width(self) -> int:
+        """Hidden units of its routers; 0 if they are linear."""
+        return next((len(layer.units_HC) for layer in self.layers if layer.units_HC is not None), 0)
 
     def save(self, path: str | Path) -> None:
         """Write labels, routers and provenance; refit columns are left out (see the module's first lines)."""

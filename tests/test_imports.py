@@ -29,7 +29,7 @@ ATTRIBUTES = {
 PLUGINS = [(package, name, attribute) for package, attribute in ATTRIBUTES.items() for name in plugins.names(package)]
 # From the ground floor up: a room may import its own files, the nouns that lie beside the rooms, and rooms below it.
 FLOORS = (
-    ("families",),
+    ("families", "modeling"),
     ("models", "strategies"),
     ("calibration", "data", "experts"),
     ("engines", "kernels", "partition", "routers"),

@@ -129,7 +129,7 @@ def verify(
         )
     if plan.layout.is_static:
         raise InputError(f"{moe} is statically pruned: it has no experts to switch on", "`moeify eval` measures it")
-    source = without_layers(source, dropped)
+    source = _as_wide(without_layers(source, dropped), plan)
     target = targets.for_model(plan.target, source)
     inputs = _inputs(source)
     hard = Mixing.of(plan.options).style == "hard" and not plan.trained
@@ -158,6 +158,22 @@ def verify(
         limit = gate_limit(plan, target)
         checks += [Check("expert weights are one", found, f"<= {limit:.1e}", deviation <= limit)]
     return VerifyReport(str(moe), source.name, tuple(checks), difference, deviation)
+
+
+def _as_wide(source: DenseModel, plan: SplitPlan) -> DenseModel:
+    """The dense model with the neurons of zeros that the plan has behind its own.
+
+    Raises:
+        InputError: the plan is of narrower FFNs, or of wider ones where none are padded.
+    """
+    neurons = plan.layers[0].labels_F.numel()
+    padding = neurons - source.num_neurons
+    if padding < 0 or (padding and targets.find(plan.target).is_stock):
+        raise InputError(
+            f"the plan is of FFNs of {neurons:,} neurons, those of {source.name} have {source.num_neurons:,}",
+            f"name the dense model that it was split from: {plan.source}",
+        )
+    return replace(source, padding=padding) if padding else source
 
 
 def gate_limit(plan: SplitPlan, target: Target) -> float:
@@ -256,7 +272,8 @@ def _restore_dense(model: Any, source: DenseModel, plan: SplitPlan, target: Targ
 def _stored_checks(path: Path, source: DenseModel, plan: SplitPlan, target: Target) -> list[Check]:
     """What the plan decides must be on disk bit for bit; what a refit computed must at least be finite."""
     config = load_config(path)
-    writer = MoEWriter(source, target, plan.layout, config.dtype, Mixing.of(plan.options), plan.router_scale)
+    mixing, code = Mixing.of(plan.options), plan.options.remote_code
+    writer = MoEWriter(source, target, plan.layout, config.dtype, mixing, plan.router_scale, code, plan.router_width)
     shards, total = find_shards(path), 0
     wrong: list[str] = []
     for decided in plan.layers:

@@ -40,18 +40,12 @@ def count_parameters(writer: MoEWriter) -> tuple[int, int]:
     width = layout.expert_width(dense.num_neurons)
     idle = 0 if layout.is_static else layout.num_routed - layout.num_routed_active
     cut = dense.num_layers - len(layout.dense_layers)
-    unused = idle * width * cut * _parameters_of_neuron(dense)
+    expert = dense.ffn_shapes.neurons(slice(width)).tensors()
+    unused = idle * cut * sum(tensor.numel() for name, tensor in expert.items() if name != "down_bias_D")
     # A tied embedding is the head's matrix too; an untied one is only looked up, and patches of images are computed.
     is_table = dense.family.modality == "text" and (writer.target.untie or not dense.tied)
     looked_up = shapes[dense.embedding].numel() if is_table else 0
     return total, total - unused - looked_up
-
-
-def _parameters_of_neuron(dense: DenseModel) -> int:
-    """In gate, if there is one, up and down, with the biases that are a neuron's own."""
-    ffn = dense.ffn_shapes
-    rows = 1 + (ffn.gate_FD is not None)
-    return (rows + 1) * dense.hidden_size + sum(bias is not None for bias in (ffn.gate_bias_F, ffn.up_bias_F))
 
 
 def estimate(prepared: "Prepared") -> Estimate:

@@ -14,7 +14,7 @@ from moeify.calibration.activations import KEEP_BYTES, Activations, ActivationSt
 from moeify.calibration.share import ALONE, Share
 from moeify.calibration.store import IN_MEMORY, Store, stretches, widened
 from moeify.convert.refit import refit
-from moeify.experts.mixing import Mixing, choose_experts
+from moeify.experts.mixing import Mixing, choose_experts, router_features
 from moeify.export.writer import check_fits
 from moeify.models.ffn import FFNWeights
 from moeify.partition import Partition
@@ -81,7 +81,7 @@ class ConvertedFFN:
 
 def converted(ffn: FFNWeights, plan: LayerPlan, fit: LayerFit) -> ConvertedFFN:
     """The FFN of a plan that was decided earlier."""
-    router = None if plan.router_RD is None else LinearRouter(plan.router_RD)
+    router = None if plan.router_RD is None else LinearRouter(plan.router_RD, plan.units_HC)
     return ConvertedFFN(ffn, plan, fit.layout, fit.mixing, router, fit.store)
 
 
@@ -134,7 +134,9 @@ def _decide(
     seed = fit.seed + ffn.layer
     stats = measure(ffn, inputs_TD, activations, seed=seed, gradient_GD=gradient_GD, store=fit.store, share=fit.share)
     labels_F = saved.labels_F if saved else fit.share.first(lambda: fit.partition(ffn, stats, fit.layout, seed=seed))
-    plan = LayerPlan(ffn.layer, labels_F, saved.router_RD if saved else None)
+    plan = LayerPlan(ffn.layer, labels_F, None)
+    if saved:
+        plan = replace(plan, router_RD=saved.router_RD, units_HC=saved.units_HC)
     plan.check(fit.layout)
     order = active_neurons(plan, fit.layout).to(ffn.up_FD.device)
     activations.reorder(order)
@@ -161,7 +163,8 @@ def _decide(
             "error_with_twice_the_tokens": result.error_of_twice,
         }
     if isinstance(router, LinearRouter):
-        plan = replace(plan, router_RD=router.rows_RD.cpu())
+        units_HC = None if router.units_HC is None else router.units_HC.cpu()
+        plan = replace(plan, router_RD=router.rows_RD.cpu(), units_HC=units_HC)
     plan = replace(plan, down_DF=None if refit_DF is None else refit_DF.cpu(), diagnostics=diagnostics)
     return plan, router, down_DF
 
@@ -187,12 +190,13 @@ def _route(
     """
     norms_TR = _expert_norms(activations, down_DF, stats.weight_T, fit)
     if plan.router_RD is not None:
-        router: Router = LinearRouter(plan.router_RD)
+        router: Router = LinearRouter(plan.router_RD, plan.units_HC)
     else:
         task = RoutingTask(ffn, plan.labels_F, fit.layout, stats, inputs_TD, norms_TR, fit.seed + ffn.layer, fit.share)
         router = _exportable(fit.router(task), ffn, inputs_TD, fit)
-        if isinstance(router, LinearRouter):
-            check_fits(f"the router of layer {ffn.layer}", router.rows_RD)
+        for part in (router.rows_RD, router.units_HC) if isinstance(router, LinearRouter) else ():
+            if part is not None:
+                check_fits(f"the router of layer {ffn.layer}", part)
     scores_TR = _scores(router, ffn, inputs_TD, fit.store)
     shared_energy = stats.energy_F[plan.neurons(SHARED).to(stats.energy_F.device)].sum()
     found = _router_diagnostics(norms_TR, scores_TR, shared_energy, fit)
@@ -244,18 +248,20 @@ def _expert_norms(activations: Activations, down_DF: Tensor, weight_T: Tensor, f
 
 
 def _exportable(router: Router, ffn: FFNWeights, inputs_TD: Tensor, fit: LayerFit) -> Router:
-    """A linear router as it is written: scores centred over experts and at most ROUTER_LIMIT on the calibration tokens.
+    """A router as it is written: scores centred over experts and at most ROUTER_LIMIT on the calibration tokens.
 
     Neither changes the ranking.
     """
     if not isinstance(router, LinearRouter):
         return router
     rows_RD = router.rows_RD - router.rows_RD.mean(dim=0)
-    parts = (widened(inputs_TD, rows, ffn.up_FD.device) @ rows_RD.T for rows in stretches(len(inputs_TD)))
+    units_HC = None if router.units_HC is None else router.units_HC.to(fit.dtype)
+    inputs = (widened(inputs_TD, rows, ffn.up_FD.device) for rows in stretches(len(inputs_TD)))
+    parts = (router_features(part_TD, units_HC) @ rows_RD.T for part_TD in inputs)
     largest = fit.share.max(torch.stack([part_TR.abs().max() for part_TR in parts]).max())
     # A silent FFN leaves zeros, which stay zeros.
     rows_RD = (rows_RD * (ROUTER_LIMIT / largest.clamp(min=1e-30))).to(fit.dtype)
-    return LinearRouter(fit.share.first(lambda: rows_RD))
+    return LinearRouter(fit.share.first(lambda: rows_RD), fit.share.first(lambda: units_HC))
 
 
 def _static_diagnostics(stats: ActivationStats, layout: Layout) -> dict[str, float]:

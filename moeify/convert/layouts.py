@@ -75,12 +75,8 @@ def choose_layout(
     if options.experts is not None:
         return _settle(dense, options, dtype, options.experts, writable=writable)
     needed = max(options.active or 0, options.shared or 0, 2)
-    counts = preferred_counts(dense.num_neurons, dtype)
-    if not counts:
-        raise InputError(
-            f"FFNs of {dense.num_neurons} neurons do not divide into 2 to {MAX_EXPERTS} experts that run",
-            "no number of experts works for this model",
-        )
+    # Where none divides them, neurons of zeros are added if the target takes that; else a refusal follows.
+    counts = preferred_counts(dense.num_neurons, dtype) or (FEW_EXPERTS,)
     enough = [n for n in counts if n >= needed] or counts[:1]
     for experts in enough:
         try:

@@ -34,6 +34,7 @@ from moeify.export.origin import origin_of
 from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel, open_dense
+from moeify.models.heads import auto_name
 from moeify.options import Announce, ExportOptions, SplitOptions, Track
 from moeify.plan import LayerPlan, Layout, SplitPlan, load_plan
 from moeify.progress import Resumed, said, shown
@@ -244,7 +245,8 @@ def _write(
     workspace.write_plan(plan)
     parameters, active = count_parameters(writer)
     origin = origin_of(prepared.dense.path)
-    card = model_card(plan, writer.config().architectures[0], (parameters, active), origin)
+    config = writer.config()
+    card = model_card(plan, config.architectures[0], (parameters, active), origin, auto_name(config))
     workspace.write_record({"parameters": parameters, "active_parameters": active}, card)
 
 

@@ -30,6 +30,8 @@ from moeify.words import listing
 
 # Fewer tokens leave the refit and the routers undetermined in every model moeify knows.
 MIN_TOKENS = 1024
+# Experts with added neurons of zeros are as wide as a multiple of this, so that they run in every type.
+PADDED_TO = 8
 # Into how many slices an FFN is cut of which all stay.
 WHOLE_SLICES = 2
 
@@ -48,7 +50,21 @@ class Prepared:
 
     @property
     def writer(self) -> MoEWriter:
-        return MoEWriter(self.dense, self.target, self.layout, self.dtype, self.mixing, self.router_scale)
+        return MoEWriter(
+            self.dense,
+            self.target,
+            self.layout,
+            self.dtype,
+            self.mixing,
+            self.router_scale,
+            self.options.remote_code,
+            self.router_width,
+        )
+
+    @property
+    def router_width(self) -> int:
+        """Hidden units of the routers; 0 if they are linear."""
+        return self.saved_plan.router_width if self.saved_plan else routers.width(self.options.router)
 
     @property
     def router_scale(self) -> float:
@@ -64,7 +80,12 @@ class Prepared:
         return verdicts(self.dense, self.target, self.layout)
 
     def warn_of_engines(self) -> None:
-        """Warn of every engine that knows the target and refuses the layout or runs it slowly."""
+        """Warn of every engine that knows the target and refuses the layout or runs it slowly, or of all."""
+        if not self.target.is_stock:
+            unable = listing([engines.find(name).name for name in engines.names()])
+            code = "needs trust_remote_code=True" if self.options.remote_code else "needs `import moeify`"
+            more = "" if self.options.remote_code else "; --remote-code writes its code beside the weights"
+            warn(f"moeify's own architecture is written: {unable} do not know it, transformers {code}{more}")
         for verdict in self.engines:
             if words := verdict.refusal or verdict.caution:
                 does = "cannot run" if verdict.refusal else "runs"
@@ -149,10 +170,14 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
     numbered = tuple(number for number, layer in enumerate(kept) if layer in options.dense_layers)
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     layout, target, reason = choose_layout(dense, replace(options, dense_layers=numbered), dtype, writable=writable)
+    if writable and target.is_stock:
+        _check_is_stock(options, target, saved)
     options = replace(options, device=str(find_device(options.device)))
     if len(dense.num_of_dtype) > 1:
         kinds = listing([f"{count:,} as {kind}" for kind, count in dense.num_of_dtype.items()])
         warn(f"tensors are stored in several types, {kinds}: all are written as {str(dtype).removeprefix('torch.')}")
+    if not target.is_stock:
+        dense = _padded(dense, layout, dtype, saved, writable=writable)
     if saved is not None:
         _check_plan(saved, dense)
         if not options.refit:
@@ -185,16 +210,34 @@ def _check_method(options: SplitOptions, *, writable: bool) -> None:
     """Raise UsageError for a method that there is not, or whose result no checkpoint could hold."""
     partition.find(options.partition)
     routers.find(options.router)
-    if writable and not routers.is_linear(options.router):
-        linear = ", ".join(name for name in routers.names() if routers.is_linear(name))
+    if writable and not routers.is_written(options.router):
+        known = ", ".join(name for name in routers.names() if routers.is_written(name))
         raise UsageError(
-            f"no native target has a {options.router} router",
-            f"--router {linear} can be written; `moeify compare` measures all of them",
+            f"no target has a {options.router} router",
+            f"--router {known} can be written; `moeify compare` measures all of them",
         )
     if writable and options.static and options.dense_layers:
         raise UsageError(
             "the dense architecture has FFNs of one width, so --static prunes every layer alike",
             "leave --dense-layers out; `moeify compare` measures it",
+        )
+
+
+def _check_is_stock(options: SplitOptions, target: Target, saved: SplitPlan | None) -> None:
+    """Raise UsageError for what moeify's own architecture alone has."""
+    own = "--target moeify has it"
+    if saved is not None and saved.router_width:
+        raise UsageError(f"the plan has routers with a hidden layer, {target.model_type} has linear ones", own)
+    if saved is None and not routers.is_linear(options.router):
+        linear = ", ".join(name for name in routers.names() if routers.is_linear(name))
+        raise UsageError(
+            f"no stock target has a {options.router} router",
+            f"--router {linear} can be written; {own}, and `moeify compare` measures all of them",
+        )
+    if options.remote_code:
+        raise UsageError(
+            f"{target.model_type} is an architecture of transformers itself, which needs no code",
+            "leave --remote-code out; --target moeify writes moeify's own",
         )
 
 
@@ -242,9 +285,31 @@ def _kept(dense: DenseModel, options: SplitOptions) -> list[int]:
     return kept
 
 
+def _padded(
+    dense: DenseModel, layout: Layout, dtype: torch.dtype, saved: SplitPlan | None, *, writable: bool
+) -> DenseModel:
+    """The model with neurons of zeros behind those of every FFN where the experts would not be equal, or not run."""
+    multiple = ROW_BYTES // dtype.itemsize if writable else 1
+    if saved is not None:
+        padding = max(0, saved.layers[0].labels_F.numel() - dense.num_neurons)
+    elif dense.num_neurons % (layout.num_experts * multiple):
+        padding = -dense.num_neurons % (layout.num_experts * PADDED_TO)
+    else:
+        padding = 0
+    if padding:
+        whole = dense.num_neurons + padding
+        warn(
+            f"{dense.num_neurons:,} neurons do not divide into {layout.num_experts} experts that run: {padding:,} of "
+            f"zeros are added, {padding / whole:.1%} of the written FFNs"
+        )
+    return replace(dense, padding=padding) if padding else dense
+
+
 def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype, *, writable: bool) -> None:
     works = ", ".join(map(str, expert_counts(num_neurons, dtype)))
     hint = f"--experts {works} work for this model" if works else "no number of experts works for this model"
+    if not layout.is_static:
+        hint += "; --target moeify takes every number"
     if num_neurons % layout.num_experts:
         raise InputError(f"{num_neurons} neurons do not divide into {layout.num_experts} experts", hint)
     width, multiple = layout.expert_width(num_neurons), ROW_BYTES // dtype.itemsize
@@ -259,7 +324,11 @@ def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype, *, writab
 def _again(plan: SplitPlan, dtype: torch.dtype, *, refit: bool) -> SplitPlan:
     """A saved plan for a split in this type; the first one may have been in another."""
     layers = (
-        replace(layer, router_RD=None if layer.router_RD is None else layer.router_RD.to(dtype))
+        replace(
+            layer,
+            router_RD=None if layer.router_RD is None else layer.router_RD.to(dtype),
+            units_HC=None if layer.units_HC is None else layer.units_HC.to(dtype),
+        )
         for layer in plan.layers
     )
     if not refit:
@@ -274,9 +343,10 @@ def _check_plan(plan: SplitPlan, dense: DenseModel) -> None:
         ("layers", len(plan.layers), dense.num_layers),
         ("neurons a layer", plan.layers[0].labels_F.numel(), dense.num_neurons),
     ]
-    router_RD = next((layer.router_RD for layer in plan.layers if layer.router_RD is not None), None)
-    if router_RD is not None:
-        pairs.append(("hidden size", router_RD.shape[1], dense.hidden_size))
+    routed = next((layer for layer in plan.layers if layer.router_RD is not None), None)
+    if routed is not None and routed.router_RD is not None:
+        size = routed.router_RD.shape[1] if routed.units_HC is None else routed.units_HC.shape[1] - 1
+        pairs.append(("hidden size", size, dense.hidden_size))
     for what, found, expected in pairs:
         if found != expected:
             raise InputError(

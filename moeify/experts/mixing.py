@@ -1,12 +1,13 @@
 """What the chosen experts' outputs are multiplied with, and how they are put together.
 
-Legend: T tokens, R routed experts, K of them chosen for a token.
+Legend: T tokens, R routed experts, K of them chosen for a token, D hidden size, H hidden units of a router, C = D + 1.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from moeify.options import Fusion, SplitOptions, Style
 from moeify.plan import Layout
@@ -43,6 +44,14 @@ class Mixing:
 
 
 UNIT = Mixing()
+
+
+def router_features(inputs_TD: Tensor, units_HC: Tensor | None) -> Tensor:
+    """What the rows of a router are multiplied with: the inputs, or hidden units on them, which are at least zero."""
+    if units_HC is None:
+        return inputs_TD
+    units_HC = units_HC.to(inputs_TD)
+    return linear(inputs_TD, units_HC[:, :-1], units_HC[:, -1]).relu()
 
 
 def choose_experts(scores_TR: Tensor, layout: Layout) -> Tensor:

@@ -20,11 +20,13 @@ class SplitFFN:
         shared: the part that is always on, of zero neurons if nothing is.
         routed: the routed experts, one after the other.
         router_RD: a row for each of them; no rows if nothing is routed.
+        units_HC: hidden units of the router and their biases; None if it is linear.
     """
 
     shared: FFNWeights
     routed: FFNWeights
     router_RD: Tensor
+    units_HC: Tensor | None = None
 
     @property
     def num_routed(self) -> int:
@@ -62,6 +64,7 @@ class SplitFFN:
             shared=replace(self.shared, down_DF=self.shared.down_DF * shared),
             routed=replace(self.routed, down_DF=self.routed.down_DF * routed),
             router_RD=self.router_RD * router,
+            units_HC=self.units_HC,
         )
 
     def _by_expert(self, rows_FD: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ def slice_experts(ffn: FFNWeights, plan: LayerPlan, layout: Layout) -> SplitFFN:
         # Neurons that are not shared are dropped from a static plan.
         return SplitFFN(ffn.neurons(shared), ffn.neurons(slice(0)), ffn.up_FD.new_zeros(0, ffn.hidden_size))
     routed = torch.cat([plan.neurons(expert) for expert in range(layout.num_routed)])
-    return SplitFFN(ffn.neurons(shared), ffn.neurons(routed), plan.router_RD)
+    return SplitFFN(ffn.neurons(shared), ffn.neurons(routed), plan.router_RD, plan.units_HC)
 
 
 def _gate(ffn: FFNWeights) -> Tensor:

@@ -26,6 +26,9 @@ def moe_parameters(block: nn.Module, modules: Modules) -> dict[str, Any]:
         "down": experts.down_proj,
         "router": block.get_submodule(modules.router).get_parameter(modules.router_weight),
     }
+    hidden: list[Any] = [getattr(block.get_submodule(modules.router), name, None) for name in modules.router_hidden]
+    if hidden and hidden[0] is not None:
+        parts["router_units"] = torch.cat([hidden[0], hidden[1][:, None]], 1)
     if hasattr(experts, f"{up}_bias"):
         parts["gate_up_bias"] = getattr(experts, f"{up}_bias")
     bias_D = getattr(block.get_submodule(modules.experts.rpartition(".")[0]), "bias", None)
@@ -72,7 +75,7 @@ def split_ffn(block: nn.Module, modules: Modules, layer: int, activation: str) -
     shared = routed.neurons(slice(0))
     if "shared_down" in parts:
         shared = ffn(parts["shared_down"], parts["shared_gate_up"], parts.get("shared_gate_up_bias"), 0)
-    return SplitFFN(shared, routed, parts["router"])
+    return SplitFFN(shared, routed, parts["router"], parts.get("router_units"))
 
 
 def on_disk(model: nn.Module, target: Target | None, cut_layers: list[int]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from moeify import families, targets
 from moeify.command_line import command_line
 from moeify.export.origin import Origin
 from moeify.export.writer import weights_are_exact
+from moeify.models.heads import LANGUAGE_MODEL
 from moeify.plan import SplitPlan
 from moeify.version import __version__
 from moeify.words import on_one_line, ranges
@@ -28,9 +29,7 @@ CARD = """{head}
 Nothing was trained. {parameters:,} parameters, {active:,} of them used for a token.
 
 ```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # {architecture}, no custom code
+{loading}
 ```
 
 ## How it was made
@@ -53,8 +52,48 @@ licence and the limits of {source} apply.
 {training}"""
 
 
-def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int], origin: Origin) -> str:
-    """README.md for the folder. Holds no date and no machine, so that the same split gives the same folder."""
+# How a model is loaded: of stock transformers, of moeify's own architecture, and of that with code beside the weights.
+STOCK = """\
+from transformers import {auto}
+
+model = {auto}.from_pretrained("path/to/this/folder")  # {architecture}, no custom code"""
+OWN = """\
+import moeify  # tells transformers of this architecture, which it does not have itself
+from transformers import {auto}
+
+model = {auto}.from_pretrained("path/to/this/folder")  # {architecture}"""
+WITH_CODE = """\
+from transformers import {auto}
+
+# Runs configuration_moeify.py and modeling_moeify.py of this folder; after `import moeify` nothing of it runs.
+model = {auto}.from_pretrained("path/to/this/folder", trust_remote_code=True)  # {architecture}"""
+# What the hub calls the job of a model.
+JOBS = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageClassification": "image-classification",
+}
+
+
+def model_card(
+    plan: SplitPlan, architecture: str, parameters: tuple[int, int], origin: Origin, auto: str = LANGUAGE_MODEL
+) -> str:
+    """README.md for the folder. Holds no date and no machine, so that the same split gives the same folder.
+
+    Args:
+        plan: what was decided.
+        architecture: name of the model's class.
+        parameters: of the whole model, and those that a token uses.
+        origin: of the dense model.
+        auto: name of the Auto class that loads it.
+    """
     layout, options, calibration = plan.layout, plan.options, plan.calibration
     if layout.is_static:
         cut = f"the {layout.num_active} that contribute most are kept, the others are gone (static pruning)"
@@ -84,7 +123,7 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int], 
         "seed": options.seed,
     }
     return CARD.format(
-        head=_head(origin, "pruned" if layout.is_static else "mixture-of-experts"),
+        head=_head(origin, "pruned" if layout.is_static else "mixture-of-experts", auto),
         source=code(plan.source),
         family=code(plan.family),
         how=how,
@@ -93,12 +132,20 @@ def model_card(plan: SplitPlan, architecture: str, parameters: tuple[int, int], 
         cut=cut,
         parameters=parameters[0],
         active=parameters[1],
-        architecture=on_one_line(architecture),
+        loading=_loading(plan, auto, architecture),
         rows=_table(rows),
         split=_split_again(plan),
         verify=command_line("verify", "OUT", dense=plan.source),
         training=_training(plan),
     )
+
+
+def _loading(plan: SplitPlan | None, auto: str, architecture: str) -> str:
+    """The lines that load the model."""
+    text = STOCK
+    if plan is not None and not plan.layout.is_static and not targets.find(plan.target).is_stock:
+        text = WITH_CODE if plan.options.remote_code else OWN
+    return text.format(auto=auto, architecture=on_one_line(architecture))
 
 
 def _split_again(plan: SplitPlan) -> str:
@@ -113,9 +160,7 @@ FINETUNED = """{head}
 {source} ({model_type}), trained by moeify {version} to do what {teacher} does.
 
 ```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # {architecture}, no custom code
+{loading}
 ```
 
 ## How it was made
@@ -143,6 +188,7 @@ def finetuned_card(
     trained: Sequence[str],
     plan: SplitPlan | None,
     origin: Origin,
+    auto: str = LANGUAGE_MODEL,
 ) -> str:
     """README.md for a fine-tuned checkpoint; `plan` is None of a model that moeify did not cut."""
     rows = {
@@ -153,13 +199,13 @@ def finetuned_card(
         **{name: options[name] for name in ("epochs", "kl", "lm", "hidden", "router_rate", "schedule", "seed")},
     }
     return FINETUNED.format(
-        head=_head(origin, "fine-tuned"),
+        head=_head(origin, "fine-tuned", auto),
         source=code(source),
         teacher=code(teacher),
         name=code(Path(source).name),
         version=__version__,
         model_type=code(config["model_type"]),
-        architecture=on_one_line(config["architectures"][0]),
+        loading=_loading(plan, auto, config["architectures"][0]),
         rows=_table(rows),
         training=_training(plan),
     )
@@ -211,13 +257,13 @@ def code(text: object) -> str:
     return f"{fence}{inside}{fence}"
 
 
-def _head(origin: Origin, tag: str) -> str:
+def _head(origin: Origin, tag: str, auto: str) -> str:
     """What the Hugging Face hub reads, between lines of ---."""
     values = {
         **({"base_model": origin.base_model} if origin.base_model else {}),
         **origin.licence,
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        **({"pipeline_tag": JOBS[auto]} if auto in JOBS else {}),
         "tags": ["moeify", tag],
     }
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10_000, default_flow_style=None)

@@ -19,6 +19,7 @@ from moeify.experts.mixing import UNIT, Mixing
 from moeify.experts.slices import SplitFFN
 from moeify.export.old_config import with_old_keys
 from moeify.export.workspace import Workspace
+from moeify.modeling.remote_code import auto_map, code_files
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
 from moeify.models.files import INDEX_FILE
@@ -46,6 +47,8 @@ class MoEWriter:
         dtype: of every weight written.
         mixing: what the routed experts' outputs are multiplied with.
         router_scale: what the plan's router rows are multiplied with.
+        remote_code: code lies beside the weights, for transformers without moeify.
+        router_width: hidden units of the routers; 0 if they are linear.
     """
 
     dense: DenseModel
@@ -54,6 +57,8 @@ class MoEWriter:
     dtype: torch.dtype
     mixing: Mixing = UNIT
     router_scale: float = ROUTER_SCALE
+    remote_code: bool = False
+    router_width: int = 0
 
     @property
     def is_static(self) -> bool:
@@ -64,6 +69,10 @@ class MoEWriter:
         """The target's transformers config."""
         width = self.layout.expert_width(self.dense.num_neurons)
         values, model_type = self.target.config(self.dense, self.layout, width), self.target.model_type
+        if not self.target.is_stock:
+            values |= {"mixing": self.mixing.style, "router_width": self.router_width}
+        if self.remote_code:
+            values["auto_map"] = auto_map(self.dense.family.model_type)
         if self.target.untie:
             values["tie_word_embeddings"] = False
         rotation = values.get("rope_parameters") or {}
@@ -106,10 +115,10 @@ class MoEWriter:
             yield name, self._carried(name, meta)
         whole = self.dense.ffn_shapes.map(lambda tensor: tensor.to(self.dtype))
         width, routed = self.layout.expert_width(whole.num_neurons), self.layout.num_routed
-        router_RD = torch.empty(routed, whole.hidden_size, dtype=self.dtype, device="meta")
-        cut = SplitFFN(
-            whole.neurons(slice(self.layout.num_shared * width)), whole.neurons(slice(routed * width)), router_RD
-        )
+        router_RD = whole.up_FD.new_empty(routed, self.router_width or whole.hidden_size)
+        units_HC = whole.up_FD.new_empty(self.router_width, whole.hidden_size + 1) if self.router_width else None
+        shared, experts = (whole.neurons(slice(count * width)) for count in (self.layout.num_shared, routed))
+        cut = SplitFFN(shared, experts, router_RD, units_HC)
         uncut = SplitFFN(whole, whole.neurons(slice(0)), router_RD[:0])
         for layer in range(self.dense.num_layers):
             yield layer, self.layer(layer, uncut if layer in self.layout.dense_layers else cut)
@@ -127,7 +136,7 @@ class MoEWriter:
         """Names and values of one layer's experts, folds applied, router scaled."""
         prefix = self.target.block(layer)
         if layer in self.layout.dense_layers:
-            return pack(self.target.dense_ffn, prefix, experts.shared)
+            return pack(self.target.dense_ffn, prefix, self.dense.unpadded(experts.shared))
         folded = experts.folded(
             shared=self.target.shared_fold,
             routed=routed_fold(self.target, self.layout, self.mixing),
@@ -152,6 +161,8 @@ class MoEWriter:
         }
         workspace.write_text(INDEX_FILE, json.dumps(index, indent=2, sort_keys=True) + "\n")
         workspace.write_text("config.json", self.config_text())
+        for name, content in code_files().items() if self.remote_code else ():
+            workspace.write_bytes(name, content)
 
     def values(self, names: Collection[str], experts_of: ExpertsOf) -> dict[str, Tensor]:
         """The named tensors; a layer, or a matrix that is taken apart, is read again for each shard with a part of it.

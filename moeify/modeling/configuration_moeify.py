@@ -23,6 +23,7 @@ class ExpertsFields:
         dense_layers: layers whose FFN is not cut.
         mixing: what the chosen experts' outputs are multiplied with: `hard`, one; `softmax`, a softmax over the scores
             of the chosen ones times their number; `soft` the same, with every expert chosen.
+        router_width: units of a router's hidden layer; 0 where its scores are linear.
         expert_activation: its name in transformers.
         expert_gate: experts have a gate, down(act(gate(x)) * up(x)); else they are down(act(up(x))).
         expert_bias: gate and up have biases.
@@ -40,6 +41,7 @@ class ExpertsFields:
     shared_expert_intermediate_size: int = 0
     dense_layers: list[int] | None = None
     mixing: str = "hard"
+    router_width: int = 0
     expert_activation: str = "silu"
     expert_gate: bool = True
     expert_bias: bool = False

@@ -6,7 +6,9 @@ the weight of a chosen expert is exactly one, and the bias of the output of an F
 Legend: T tokens, D hidden size, R routed experts, K of them chosen for a token, f neurons of one, P = 2f or f rows.
 """
 
+import shutil
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+# What lies beside weights for transformers without moeify.
+CODE_FILES = ("configuration_moeify.py", "modeling_moeify.py")
 # What the name of a dense class is preceded by.
 PREFIX = "Moe"
 # Standard deviation of new weights, where a config says nothing.
@@ -38,15 +42,22 @@ AUTO_CLASSES = (
 
 
 class Router(nn.Module):
-    """Chooses experts: one row of weights for each."""
+    """Chooses experts: one row of weights for each, on the hidden states or on a layer of units between."""
 
     def __init__(self, config: Any, hidden_size: int) -> None:
         super().__init__()
         self.num_chosen, self.mixing = int(config.num_experts_per_tok), config.mixing
-        self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        width = int(config.router_width)
+        if width:
+            self.hidden_weight = nn.Parameter(torch.empty(width, hidden_size))
+            self.hidden_bias = nn.Parameter(torch.empty(width))
+        self.is_linear = not width
+        self.weight = nn.Parameter(torch.empty(config.num_experts, width or hidden_size))
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores_TR, weights_TK and numbers of the chosen experts_TK."""
+        if not self.is_linear:
+            hidden_states = nn.functional.linear(hidden_states, self.hidden_weight, self.hidden_bias).relu()
         scores_TR = nn.functional.linear(hidden_states, self.weight)
         best_TK, chosen_TK = scores_TR.topk(self.num_chosen, dim=-1)
         if self.mixing == "hard":
@@ -194,6 +205,13 @@ class _WithExperts:
                 put_experts(block, config)
         # The dense class did so before: parallel plans and types belong to modules that are gone.
         self.post_init()  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **named: Any) -> None:
+        """As every model of transformers has it; code that lay beside the weights lies beside them again."""
+        super().save_pretrained(save_directory, *arguments, **named)  # type: ignore[misc]
+        if getattr(self.config, "auto_map", None):  # type: ignore[attr-defined]
+            for name in CODE_FILES:
+                shutil.copyfile(Path(__file__).with_name(name), Path(save_directory) / name)
 
 
 def blocks_in(model: Any, name: str) -> str:

@@ -21,7 +21,7 @@ from moeify.families import Family, Sites
 from moeify.modeling.modeling_moeify import blocks_in
 from moeify.models.attention import Attention, attention_of
 from moeify.models.config import check_layers, empty_model, load_config
-from moeify.models.ffn import FFNWeights, tensor_names, unpack
+from moeify.models.ffn import FFNWeights, padded, tensor_names, unpack
 from moeify.models.files import FLOAT_DTYPES, Stored, find_shards, locate, read_headers
 from moeify.models.fingerprint import Fingerprint
 from moeify.models.heads import auto_name
@@ -46,6 +46,7 @@ class DenseModel:
         stored: where each tensor is, by its name in the stock model.
         files: fingerprint of its files when it was opened.
         dropped: numbers of the layers that were left out of it.
+        padding: neurons of zeros that stand behind those of every FFN.
     """
 
     name: str
@@ -55,6 +56,7 @@ class DenseModel:
     stored: Mapping[str, Stored]
     files: Fingerprint
     dropped: tuple[int, ...] = field(default=(), kw_only=True)
+    padding: int = field(default=0, kw_only=True)
 
     @property
     def text_config(self) -> Any:
@@ -87,7 +89,7 @@ class DenseModel:
 
     @cached_property
     def num_neurons(self) -> int:
-        """Inner width of an FFN, from its tensors: not every config says it."""
+        """Inner width of an FFN, from its tensors: not every config says it. With padding."""
         return self.ffn_shapes.num_neurons
 
     @cached_property
@@ -178,7 +180,11 @@ class DenseModel:
         return self._unpack(layer, self.get(self.ffn_names(layer)))
 
     def _unpack(self, layer: int, tensors: Mapping[str, Tensor]) -> FFNWeights:
-        return unpack(self.family.ffn, self.block(layer), tensors, layer, self.activation)
+        return padded(unpack(self.family.ffn, self.block(layer), tensors, layer, self.activation), self.padding)
+
+    def unpadded(self, ffn: FFNWeights) -> FFNWeights:
+        """A whole FFN of this model as its own architecture has it."""
+        return ffn.neurons(slice(self.num_neurons - self.padding)) if self.padding else ffn
 
     @cached_property
     def ffn_shapes(self) -> FFNWeights:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 from transformers.activations import ACT2FN
 
 from moeify.families import FFNFormat
@@ -96,6 +96,19 @@ class FFNWeights:
             return tensor[:, index_n] if name == "down_DF" else tensor[index_n]
 
         return self._with({name: take(name, tensor) for name, tensor in self.tensors().items()})
+
+
+def padded(ffn: FFNWeights, count: int) -> FFNWeights:
+    """The FFN with `count` neurons of zeros behind its own; its outputs stay what they are."""
+    if not count:
+        return ffn
+
+    def widen(name: str, tensor: Tensor) -> Tensor:
+        if name == "down_bias_D":
+            return tensor
+        return pad(tensor, (0, count) if tensor.ndim == 1 or name == "down_DF" else (0, 0, 0, count))
+
+    return replace(ffn, **{name: widen(name, tensor) for name, tensor in ffn.tensors().items()})  # type: ignore[arg-type]
 
 
 def joined(first: FFNWeights, second: FFNWeights) -> FFNWeights:

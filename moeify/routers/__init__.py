@@ -1,13 +1,14 @@
 """How a token's experts are chosen, one method a file: `fit(task) -> Router`.
 
 A good router ranks the experts by what leaving them out would cost. Linear ones without an intercept are what every
-native target computes; a method whose router is not linear says `LINEAR = False`: `moeify compare` measures it, no
-target has it.
+stock target computes; a method whose router has a hidden layer says how wide that is (`WIDTH`), which moeify's own
+architecture has. A method whose router is neither says `LINEAR = False`: `moeify compare` measures it, no target
+has it.
 
 Set-up and machine as in moeify.partition, partition `routed`, 24 and 16 of 32 experts active: ridge 0.0525 and 0.1243,
 membership 0.0494 and 0.1217, and 0.0613 and 0.1419 for a linear discriminant an expert, which is gone.
 
-Legend: T tokens, N sampled tokens, D hidden size, F neurons, R routed experts.
+Legend: T tokens, N sampled tokens, D hidden size, F neurons, R routed experts, H hidden units of a router, C = D + 1.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from moeify import plugins
 from moeify.calibration.activations import ActivationStats
 from moeify.calibration.share import ALONE, Share
+from moeify.experts.mixing import router_features
 from moeify.models.ffn import FFNWeights
 from moeify.plan import Layout
 
@@ -57,12 +59,19 @@ class Router(Protocol):
 
 @dataclass(frozen=True)
 class LinearRouter:
-    """Scores are products with one row an expert."""
+    """Scores are products with one row an expert.
+
+    Args:
+        rows_RD: the rows; of hidden units rows_RH.
+        units_HC: weights of the hidden units that they are multiplied with and, behind them, their biases; None if
+            they are multiplied with the inputs.
+    """
 
     rows_RD: Tensor
+    units_HC: Tensor | None = None
 
     def __call__(self, inputs_TD: Tensor) -> Tensor:
-        return inputs_TD @ self.rows_RD.to(inputs_TD).T
+        return router_features(inputs_TD, self.units_HC) @ self.rows_RD.to(inputs_TD).T
 
 
 class Fit(Protocol):
@@ -74,8 +83,18 @@ def find(name: str) -> Fit:
     return method
 
 
+def width(name: str) -> int:
+    """Hidden units of what this method fits; 0 if it has none."""
+    return int(plugins.load(__name__, name, "WIDTH", 0))
+
+
 def is_linear(name: str) -> bool:
-    """False if no native target can hold what this method fits."""
+    """False if no stock target can hold what this method fits."""
+    return is_written(name) and not width(name)
+
+
+def is_written(name: str) -> bool:
+    """False if no target at all can hold what this method fits."""
     return bool(plugins.load(__name__, name, "LINEAR", True))
 
 

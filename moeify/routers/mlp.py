@@ -6,36 +6,21 @@ ranking counts; inputs are scaled to a mean square of one in each feature.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import mse_loss, relu
+from torch.nn.functional import mse_loss
 
-from moeify.routers import RoutingTask
+from moeify.routers import LinearRouter, RoutingTask
 from moeify.routers._descent import descend
 
-LINEAR = False
+# One of them is constant: its column holds the biases of the scores.
 WIDTH = 128
 STEPS = 600
 RATE = 3e-3
 
 
-@dataclass(frozen=True)
-class MLPRouter:
-    """scores = second relu(first x + first_bias) + second_bias, H hidden units."""
-
-    first_HD: Tensor
-    first_bias_H: Tensor
-    second_RH: Tensor
-    second_bias_R: Tensor
-
-    def __call__(self, inputs_TD: Tensor) -> Tensor:
-        hidden_TH = relu(inputs_TD @ self.first_HD.to(inputs_TD).T + self.first_bias_H.to(inputs_TD))
-        return hidden_TH @ self.second_RH.to(inputs_TD).T + self.second_bias_R.to(inputs_TD)
-
-
-def fit(task: RoutingTask) -> MLPRouter:
+def fit(task: RoutingTask) -> LinearRouter:
     """Least squares by AdamW."""
     inputs_TD = task.inputs_TD
     num_tokens, hidden_size = inputs_TD.shape
@@ -50,16 +35,18 @@ def fit(task: RoutingTask) -> MLPRouter:
     def noise(rows: int, columns: int) -> Tensor:
         return torch.randn(rows, columns, generator=generator).to(inputs_TD) / math.sqrt(columns)
 
-    network = MLPRouter(
-        noise(WIDTH, hidden_size),
-        inputs_TD.new_zeros(WIDTH),
-        noise(task.layout.num_routed, WIDTH),
-        inputs_TD.new_zeros(task.layout.num_routed),
-    )
+    units_HD, rows_RH = noise(WIDTH - 1, hidden_size), noise(task.layout.num_routed, WIDTH - 1)
+    unit_bias_H1, row_bias_R1 = inputs_TD.new_zeros(WIDTH - 1, 1), inputs_TD.new_zeros(len(rows_RH), 1)
 
     def loss(batch: Tensor) -> Tensor:
+        network = LinearRouter(torch.cat([rows_RH, row_bias_R1], 1), _with_constant(units_HD, unit_bias_H1))
         return mse_loss(network(inputs_TD[batch] / scale_D), target_TR[batch])
 
-    parameters = [network.first_HD, network.first_bias_H, network.second_RH, network.second_bias_R]
-    descend(parameters, loss, num_tokens, rate=RATE, steps=STEPS, seed=task.seed)
-    return MLPRouter(network.first_HD / scale_D, *parameters[1:])
+    descend([units_HD, unit_bias_H1, rows_RH, row_bias_R1], loss, num_tokens, rate=RATE, steps=STEPS, seed=task.seed)
+    return LinearRouter(torch.cat([rows_RH, row_bias_R1], 1), _with_constant(units_HD / scale_D, unit_bias_H1))
+
+
+def _with_constant(units_HD: Tensor, bias_H1: Tensor) -> Tensor:
+    """Units with their biases behind them, and one that is always one."""
+    constant_1C = torch.cat([units_HD.new_zeros(1, units_HD.shape[1]), units_HD.new_ones(1, 1)], 1)
+    return torch.cat([torch.cat([units_HD, bias_H1], 1), constant_1C])

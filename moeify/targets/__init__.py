@@ -75,7 +75,8 @@ class Modules:
 
     Args:
         experts, shared: modules.
-        router: module that gives the chosen experts and their weights; `router_weight` is its matrix.
+        router: module that gives the chosen experts and their weights; `router_weight` is its matrix, and
+            `router_hidden` are weight and bias of a hidden layer that it may have.
         shared_gate_up, shared_down: modules of the shared part.
         shared_gate: the module that weights it.
     """
@@ -83,10 +84,16 @@ class Modules:
     experts: str
     router: str
     router_weight: str = "weight"
+    router_hidden: tuple[str, ...] = ()
     shared: str = ""
     shared_gate_up: tuple[str, ...] = ()
     shared_down: str = ""
     shared_gate: str = ""
+
+    @property
+    def router_parts(self) -> tuple[str, ...]:
+        """Names of all parameters that a router may have."""
+        return (self.router_weight, *self.router_hidden)
 
 
 def as_llama(name: str, tensor: Tensor, dense: DenseModel) -> dict[str, Tensor]:
@@ -197,8 +204,8 @@ class Target:
     def frozen(self) -> tuple[str, ...]:
         """How the names end, in the loaded model, of the parameters that training must leave alone."""
         gate = self.modules.shared_gate
-        router = f".{self.modules.router}.{self.modules.router_weight}"
-        return (router, *([f".{gate}.weight"] if gate else []))
+        router = [f".{self.modules.router}.{name}" for name in self.modules.router_parts]
+        return (*router, *([f".{gate}.weight"] if gate else []))
 
     def layout(
         self, experts: int, shared: int | None = None, active: int | None = None, dense_layers: tuple[int, ...] = ()

@@ -18,6 +18,9 @@ from moeify.models.ffn import FFNWeights
 from moeify.plan import Layout
 from moeify.targets import Modules, Target, as_it_is
 
+# Parameters of a router's hidden layer.
+HIDDEN = ("hidden_weight", "hidden_bias")
+
 
 def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:
     family, ffn = dense.family, dense.ffn_shapes
@@ -46,6 +49,7 @@ def ffn_tensors(site: str, ffn: SplitFFN) -> dict[str, Tensor]:
     up = "up_proj" if routed.gate_FD is None else "gate_up_proj"
     tensors = {
         f"{site}.router.weight": ffn.router_RD,
+        **_hidden_layer(f"{site}.router", ffn.units_HC),
         f"{experts}.{up}": _by_expert(_rows(routed), ffn.num_routed),
         f"{experts}.down_proj": ffn.down_RDf,
     }
@@ -56,6 +60,12 @@ def ffn_tensors(site: str, ffn: SplitFFN) -> dict[str, Tensor]:
     if shared.num_neurons:
         tensors |= _shared(f"{site}.shared", shared)
     return tensors
+
+
+def _hidden_layer(router: str, units_HC: Tensor | None) -> dict[str, Tensor]:
+    if units_HC is None:
+        return {}
+    return {f"{router}.{name}": part for name, part in zip(HIDDEN, (units_HC[:, :-1], units_HC[:, -1]), strict=True)}
 
 
 def _rows(ffn: FFNWeights) -> list[Tensor]:
@@ -96,7 +106,7 @@ TARGET = Target(
     routed_fold=lambda layout: 1.0,
     ffn_tensors=lambda prefix, ffn: ffn_tensors(f"{prefix}.mlp", ffn),
     carry=as_it_is,
-    modules=Modules(experts="mlp.experts", router="mlp.router"),
+    modules=Modules(experts="mlp.experts", router="mlp.router", router_hidden=HIDDEN),
 )
 
 
@@ -116,6 +126,7 @@ def of(family: Family, blocks: str | None = None) -> Target:
         modules=Modules(
             experts=f"{site}.experts",
             router=f"{site}.router",
+            router_hidden=HIDDEN,
             shared=f"{site}.shared",
             shared_gate_up=rows,
             shared_down="down_proj",

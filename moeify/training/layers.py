@@ -24,7 +24,7 @@ from moeify.calibration.activations import CLIP_NORM, Activations
 from moeify.calibration.stream import HiddenStream
 from moeify.convert.refit import HELD_OUT_SHARE, refit
 from moeify.errors import InputError
-from moeify.experts.mixing import Mixing
+from moeify.experts.mixing import Mixing, router_features
 from moeify.export.in_memory import folds, sites_of, split_ffn
 from moeify.families import Sites
 from moeify.models.dense import DenseModel
@@ -49,12 +49,14 @@ class LayerFFN:
         ffn: shared neurons, then expert after expert.
         layout, mixing: of the model.
         router_RD: rows as they were fitted, not as they are stored; None if nothing is routed.
+        units_HC: hidden units of the router, which stay as they are; None if it is linear.
     """
 
     ffn: FFNWeights
     layout: Layout
     mixing: Mixing
     router_RD: Tensor | None
+    units_HC: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -65,7 +67,8 @@ class LayerFFN:
         """Masked by the router."""
         activations = Activations(self.ffn, inputs_TD)
         if self.router_RD is not None:
-            activations.mask(self.mixing.weights(inputs_TD @ self.router_RD.T, self.layout), self.width)
+            scores_TR = router_features(inputs_TD, self.units_HC) @ self.router_RD.T
+            activations.mask(self.mixing.weights(scores_TR, self.layout), self.width)
         return activations
 
     def __call__(self, inputs_TD: Tensor) -> Tensor:
@@ -199,7 +202,7 @@ def _train_router(
                 replace(ffn, router_RD=router_RD.detach()), gram_Rff, inputs_TD[rows_T], wanted_TD[rows_T]
             )
             with torch.enable_grad():
-                scores_TR = inputs_TD[rows_T] @ router_RD.T
+                scores_TR = router_features(inputs_TD[rows_T], ffn.units_HC) @ router_RD.T
                 loss = _ranking_loss(scores_TR, worth_TR * weight_T[rows_T, None].square(), ffn.layout)
                 optimizer.zero_grad()
                 loss.backward()
@@ -218,7 +221,7 @@ def _expert_grams(ffn: LayerFFN) -> Tensor:
 def _worth(ffn: LayerFFN, gram_Rff: Tensor, inputs_TD: Tensor, wanted_TD: Tensor) -> Tensor:
     """worth_TR: how much squared error an expert takes away from a token, all other choices as they are."""
     assert ffn.router_RD is not None
-    weights_TR = ffn.mixing.weights(inputs_TD @ ffn.router_RD.T, ffn.layout)
+    weights_TR = ffn.mixing.weights(router_features(inputs_TD, ffn.units_HC) @ ffn.router_RD.T, ffn.layout)
     hidden_TF = ffn.ffn.hidden(inputs_TD)
     routed_TRf = hidden_TF[:, -ffn.layout.num_routed * ffn.width :].unflatten(1, (ffn.layout.num_routed, ffn.width))
     norm_TR = torch.einsum("trf,rfg,trg->tr", routed_TRf, gram_Rff, routed_TRf)
@@ -261,7 +264,8 @@ def _student_ffn(student: Student, layer: int, device: str) -> LayerFFN:
     shared_fold, routed_fold = folds(plan, student.target)
     experts = experts.folded(shared=1 / shared_fold, routed=1 / routed_fold, router=1 / student.scale)
     ffn = joined(experts.shared, experts.routed).map(lambda tensor: tensor.to(device, torch.float32))
-    return LayerFFN(ffn, plan.layout, mixing, experts.router_RD.to(device, torch.float32))
+    units_HC = None if experts.units_HC is None else experts.units_HC.to(device, torch.float32)
+    return LayerFFN(ffn, plan.layout, mixing, experts.router_RD.to(device, torch.float32), units_HC)
 
 
 def _stored(student: Student, layer: int, fitted: LayerFFN) -> dict[str, Tensor]:

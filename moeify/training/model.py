@@ -99,7 +99,8 @@ class Student:
     def router_weights(self) -> list[nn.Parameter]:
         if self.target is None:
             return []
-        return [router.get_parameter(self.target.modules.router_weight) for router in self.routers]
+        names = self.target.modules.router_parts
+        return [part for router in self.routers for name, part in router.named_parameters() if name in names]
 
     def trained_state(self) -> dict[str, Tensor]:
         """What training changes: parameters with a gradient, and selection biases."""

@@ -19,8 +19,10 @@ from moeify.export.origin import origin_of
 from moeify.export.record import RECORD_FILE
 from moeify.export.workspace import Workspace
 from moeify.export.writer import check_fits
+from moeify.modeling.remote_code import code_files
 from moeify.models.config import CONFIG_FILE
 from moeify.models.files import FLOAT_DTYPES, INDEX_FILE, find_shards, inside
+from moeify.models.heads import auto_name
 from moeify.plan import SplitPlan
 from moeify.training.inputs import Inputs
 from moeify.training.model import Student
@@ -54,6 +56,8 @@ def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, wo
     workspace.write_text(CONFIG_FILE, config_text)
     settle_companions(inputs.path, config_text).write(workspace)
     if inputs.plan is not None:
+        for name, content in code_files().items() if inputs.plan.options.remote_code else ():
+            workspace.write_bytes(name, content)
         workspace.write_plan(_trained_plan(student, inputs.plan, options, _dtype(shards)))
     config = json.loads(config_text)
     trained = (*(inputs.plan.trained if inputs.plan else ()), *options.stage)
@@ -66,6 +70,7 @@ def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, wo
         trained=trained,
         plan=inputs.plan,
         origin=origin_of(inputs.path),
+        auto=auto_name(student.model.config),
     )
     workspace.write_record(_sizes(inputs.path), card)
 
@@ -76,8 +81,10 @@ def _trained_plan(student: Student, plan: SplitPlan, options: FinetuneOptions, d
     if student.target is not None:
         for layer in student.cut_layers:
             block = student.model.get_submodule(student.target.block(layer))
-            stored_RD: Tensor = moe_parameters(block, student.target.modules)["router"].detach().to(dtype)
-            layers[layer] = replace(layers[layer], router_RD=_unscaled(stored_RD, student.scale))
+            parts = moe_parameters(block, student.target.modules)
+            stored_RD, units_HC = parts["router"].detach().to(dtype), parts.get("router_units")
+            units_HC = None if units_HC is None else units_HC.detach().to(dtype)
+            layers[layer] = replace(layers[layer], router_RD=_unscaled(stored_RD, student.scale), units_HC=units_HC)
     return replace(plan, layers=tuple(layers), trained=(*plan.trained, *options.stage))
 
 

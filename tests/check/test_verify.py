@@ -242,7 +242,7 @@ def test_narrow_experts_are_verified(dense: str, calibration_file: Path, tmp_pat
     assert verify(str(tmp_path / "moe"), dense).passed
     with pytest.raises(InputError, match="experts of 2 neurons cannot run in float32") as caught:
         split(dense, tmp_path / "narrower", replace(options, experts=32))
-    assert caught.value.hint == "--experts 2, 4, 8, 16 work for this model"
+    assert caught.value.hint == "--experts 2, 4, 8, 16 work for this model; --target moeify takes every number"
 
 
 def test_a_tolerance_decides(dense: str, made: dict[tuple[str, bool], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,6 +172,7 @@ def test_options_reach_the_split(dense: Path, monkeypatch: pytest.MonkeyPatch) -
         "plan": "somewhere",
         "drop_layers": (1,),
         "hidden_states": "disk",
+        "remote_code": True,
     }
     # These exclude others.
     assert {field.name for field in dataclasses.fields(SplitOptions)} == {*values, "static", "machine"}
@@ -182,9 +183,11 @@ def test_options_reach_the_split(dense: Path, monkeypatch: pytest.MonkeyPatch) -
         raise InputError("enough", "seen")
 
     monkeypatch.setattr(importlib.import_module("moeify.convert.pipeline"), "split", split)
-    flags = ["--no-refit", "--overwrite", "--calibration", "a", "--calibration", "b", "-o", "there"]
+    flags = ["--overwrite", "--calibration", "a", "--calibration", "b", "-o", "there"]
     for name, value in values.items():
-        if name not in ("refit", "calibration"):
+        if isinstance(value, bool):
+            flags.append(f"--{'' if value else 'no-'}{name.replace('_', '-')}")
+        elif name != "calibration":
             word = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
             flags += [f"--{name.replace('_', '-')}", word]
     assert run_command(["split", "some/model", *flags]) == 3
@@ -312,7 +315,8 @@ def test_an_input_that_cannot_be_converted(dense: Path, tmp_path: Path, capfd: p
     out, err = capfd.readouterr()
     assert out == ""
     assert err == (
-        "error: 128 neurons do not divide into 7 experts\nhint: --experts 2, 4, 8, 16, 32 work for this model\n"
+        "error: 128 neurons do not divide into 7 experts\n"
+        "hint: --experts 2, 4, 8, 16, 32 work for this model; --target moeify takes every number\n"
     )
     assert list(tmp_path.iterdir()) == []
 

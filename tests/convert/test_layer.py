@@ -289,7 +289,7 @@ def test_a_refit_may_aim_for_something_else() -> None:
 
 def test_a_router_that_is_not_linear_scores_but_is_in_no_plan() -> None:
     ffn, inputs_TD = toy_ffn()
-    fitted, outputs_TD = fit_layer(ffn, inputs_TD, fit_of(LAYOUTS["shared"], router="mlp"))
+    fitted, outputs_TD = fit_layer(ffn, inputs_TD, fit_of(LAYOUTS["shared"], router="representative"))
     assert isinstance(fitted, ConvertedFFN)
     assert fitted.plan.router_RD is None
     assert fitted.router is not None

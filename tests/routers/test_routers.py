@@ -79,10 +79,12 @@ def test_shape_dtype_and_repeatability(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", routers.names())
 def test_linear_routers_say_so(name: str) -> None:
     task = toy_task()
-    router = routers.find(name)(task)
-    assert isinstance(router, LinearRouter) == routers.is_linear(name)
+    router, width = routers.find(name)(task), routers.width(name)
+    assert isinstance(router, LinearRouter) == routers.is_written(name)
     if isinstance(router, LinearRouter):
-        assert (router.rows_RD.shape, router.rows_RD.dtype) == ((ROUTED, HIDDEN), torch.float32)
+        assert (router.rows_RD.shape, router.rows_RD.dtype) == ((ROUTED, width or HIDDEN), torch.float32)
+        assert routers.is_linear(name) == (router.units_HC is None)
+        assert router.units_HC is None or router.units_HC.shape == (width, HIDDEN + 1)
 
 
 @pytest.mark.parametrize("name", BY_NORMS)
