@@ -59,6 +59,8 @@ class _Experts(nn.Module):
     """All routed experts of a layer; transformers computes them as it is told to."""
 
     gated, biased = True, False
+    # Kernels that read it leave out the zeros of `down_proj_bias`.
+    has_down_bias = False
     _apply_gate: Any
 
     def __init__(self, config: Any, hidden_size: int) -> None:
