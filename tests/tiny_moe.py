@@ -68,6 +68,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
         "resid_pdrop": 0.0,
         "attn_pdrop": 0.0,
         "num_experts": 4,
+        "num_key_value_heads": 4,
     },
 }
 
