@@ -92,7 +92,11 @@ def test_experts_are_found_and_counted(name: str) -> None:
     widths = {OWN: 1, "Mixtral": 0, "Qwen3Moe": 0, "Qwen2Moe": 1, "Glm4Moe": 1, "GraniteMoeShared": 1, "NemotronH": 1}
     assert found.num_shared == widths[name]
     assert found.layers == ((1,) if name in ("Glm4Moe", "NemotronH") else tuple(range(len(found.layers))))
-    doubled = {OWN: {"shared_expert_intermediate_size": 72}, "GraniteMoeShared": {"shared_intermediate_size": 96}, "Glm4Moe": {"n_shared_experts": 3}}
+    doubled = {
+        OWN: {"shared_expert_intermediate_size": 72},
+        "GraniteMoeShared": {"shared_intermediate_size": 96},
+        "Glm4Moe": {"n_shared_experts": 3},
+    }
     if name in doubled:
         wide = anatomy(build(name, **doubled[name]).config).experts
         assert wide is not None

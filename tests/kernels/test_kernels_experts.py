@@ -317,7 +317,9 @@ def routing(num_tokens: int = 9, num_experts: int = 3) -> Tensor:
     return torch.rand(num_tokens, num_experts, generator=generator).argsort(1)[:, :2].to(DEVICE)
 
 
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "relu2"])
+@pytest.mark.parametrize(
+    "activation", ["silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "gelu_fast", "quick_gelu", "relu", "relu2"]
+)
 @pytest.mark.parametrize("has_gate", [True, False])
 def test_experts_with_any_activation_run_on_the_kernels(activation: str, has_gate: bool, roads: Counter[str]) -> None:
     module = experts_module(act_fn=transformers.activations.ACT2FN[activation], has_gate=has_gate, has_bias=True)
