@@ -9,6 +9,8 @@ import transformers
 from conftest import fill
 from torch import Tensor
 
+from moeify.modeling.configuration_moeify import MoeifyConfig
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 COMMON = {
     "vocab_size": 97,
@@ -23,6 +25,7 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": None,
 }
+OWN = "Moeify"
 # What differs: the router's dtype and normalisation, dense and shared experts beside the routed ones, widths that are
 # no power of two, experts without a gate.
 ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
@@ -51,15 +54,34 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
         "moe_intermediate_size": 24,
         "moe_shared_expert_intermediate_size": 16,
     },
+    # moeify's own: biases and no gate.
+    OWN: {
+        "dense_model_type": "gpt2",
+        "expert_activation": "gelu_new",
+        "expert_gate": False,
+        "expert_bias": True,
+        "output_bias": True,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 24,
+        "ffn_blocks": "transformer.h",
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "num_experts": 4,
+        "num_key_value_heads": 4,
+    },
 }
 
 
 def tiny(architecture: str, **overrides: Any) -> Any:
     """A seeded model with eager experts."""
-    config = getattr(transformers, f"{architecture}Config")(
-        **{**COMMON, **ARCHITECTURES.get(architecture, {}), **overrides}
-    )
-    model = getattr(transformers, f"{architecture}ForCausalLM")._from_config(config, experts_implementation="eager")
+    values = {**COMMON, **ARCHITECTURES.get(architecture, {}), **overrides}
+    if architecture == OWN:
+        config = MoeifyConfig(**values)
+        model: Any = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    else:
+        config = getattr(transformers, f"{architecture}Config")(**values)
+        model = getattr(transformers, f"{architecture}ForCausalLM")._from_config(config, experts_implementation="eager")
     fill(model.float(), 0)
     return model.to(DEVICE)
 

@@ -10,6 +10,7 @@ SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
 SQRT_1_OVER_2 = tl.constexpr(0.7071067811865476)
 ONE_OVER_SQRT_2_PI = tl.constexpr(0.3989422804014327)
 GELU_CUBIC = tl.constexpr(0.044715)
+QUICK_GELU = tl.constexpr(1.702)
 
 
 @triton.jit
@@ -35,6 +36,10 @@ def activate_with_slope(x, ACTIVATION: tl.constexpr):
         below = tl.sigmoid((x + x * x * x * GELU_CUBIC) * (2.0 * SQRT_2_OVER_PI))
         value = x * below
         slope = below + value * (1.0 - below) * (1.0 + x * x * (3.0 * GELU_CUBIC)) * (2.0 * SQRT_2_OVER_PI)
+    elif ACTIVATION == "gelu_quick":
+        below = tl.sigmoid(x * QUICK_GELU)
+        value = x * below
+        slope = below + value * (1.0 - below) * QUICK_GELU
     else:
         tl.static_assert(ACTIVATION == "relu" or ACTIVATION == "relu2", "unknown activation")
         positive = tl.maximum(x, 0.0)

@@ -20,6 +20,8 @@ from moeify.kernels.tiles import tile_of
 # Elements of a program of the activation's way back; of its columns at most this many.
 ELEMENTS = 2048
 MAX_COLUMNS = 1024
+# Rows and columns that the sum of a bias's gradient reads at a time.
+BIAS_BLOCK = (32, 64)
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,30 @@ def weight_grad(
         **{**launch.options(left_SM.dtype), "ROWS": rows},
     )
     return out
+
+
+def bias_grad(grad_SN: Tensor, routing: Routing, num_experts: int) -> Tensor:
+    """(E, N): the sum over each expert's rows, in sorted order; zeros for experts without rows."""
+    num_cols = grad_SN.shape[1]
+    rows, cols = BIAS_BLOCK
+    out_EN = grad_SN.new_empty(num_experts, num_cols)
+    bias_grad_kernel[(num_experts, triton.cdiv(num_cols, cols))](
+        grad_SN, routing.offsets, out_EN, N=num_cols, ROWS=rows, COLS=cols, **COMPILED
+    )
+    return out_EN
+
+
+@triton.jit
+def bias_grad_kernel(grad, offsets, out, N: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    expert = tl.program_id(0).to(tl.int64)
+    col = tl.program_id(1) * COLS + tl.arange(0, COLS)
+    end = tl.load(offsets + expert + 1)
+    acc = tl.zeros((ROWS, COLS), tl.float32)
+    for first in range(tl.load(offsets + expert), end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        there = (row < end)[:, None] & (col < N)[None, :]
+        acc += tl.load(grad + row.to(tl.int64)[:, None] * N + col[None, :], mask=there, other=0.0).to(tl.float32)
+    tl.store(out + expert * N + col, tl.sum(acc, 0).to(out.dtype.element_ty), mask=col < N)
 
 
 @triton.jit

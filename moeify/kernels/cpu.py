@@ -51,6 +51,7 @@ class _Call(NamedTuple):
     down_EDF: Tensor
     experts_TK: Tensor
     weights_TK: Tensor
+    bias_EP: Tensor | None
     activation: str
     gated: bool
 
@@ -62,6 +63,7 @@ def moe_ffn_cpu(
     experts_TK: Tensor,
     weights_TK: Tensor,
     *,
+    bias_EP: Tensor | None = None,
     activation: str = "silu",
     gated: bool = True,
 ) -> Tensor:
@@ -73,6 +75,7 @@ def moe_ffn_cpu(
         down_EDF: the second projection; of the same dtype.
         experts_TK: int64; an id of E or more names no expert and adds nothing.
         weights_TK: what each expert's output is multiplied with; any floating dtype.
+        bias_EP: added to the rows of up_EPD's products, if it is there; of the same dtype.
         activation: a key of ACTIVATIONS.
         gated: whether the first half of up_EPD gates the second.
 
@@ -81,10 +84,8 @@ def moe_ffn_cpu(
     """
     (num_tokens, num_ranks), (num_experts, _, width) = experts_TK.shape, down_EDF.shape
     size = inputs_TD.element_size()
-    training = torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (inputs_TD, up_EPD, down_EDF, weights_TK)
-    )
-    call = _Call(inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK.to(inputs_TD.dtype), activation, gated)
+    call = _Call(inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK.to(inputs_TD.dtype), bias_EP, activation, gated)
+    training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in call[:6])
     # Weights that no token needs are not read, but for a few.
     all_pays = num_tokens == 0 or num_experts <= MAX_WASTE * min(num_experts, num_tokens * num_ranks)
     if num_tokens == 1 and not training and not (all_pays and width < MIN_WIDTH[size]):
@@ -108,11 +109,13 @@ def _activated(pre_SP: Tensor, activation: str, gated: bool) -> Tensor:
 
 def _one_token(call: _Call) -> Tensor:
     """Products of matrix and vector, of the chosen experts alone: their weights are read once, and no others."""
-    inputs_1D, up_EPD, down_EDF, experts_1K, weights_1K, activation, gated = call
+    inputs_1D, up_EPD, down_EDF, experts_1K, weights_1K, bias_EP, activation, gated = call
     chosen = [(rank, expert) for rank, expert in enumerate(experts_1K[0].tolist()) if expert < len(up_EPD)]
     pre_KP = inputs_1D.new_zeros(experts_1K.shape[1], up_EPD.shape[1])
     for rank, expert in chosen:
         torch.mv(up_EPD[expert], inputs_1D[0], out=pre_KP[rank])
+        if bias_EP is not None:
+            pre_KP[rank] += bias_EP[expert]
     hidden_KF = _activated(pre_KP, activation, gated) * weights_1K[0, :, None]
     out_D = inputs_1D.new_zeros(inputs_1D.shape[1])
     for rank, expert in chosen:
@@ -122,7 +125,7 @@ def _one_token(call: _Call) -> Tensor:
 
 def _all_experts(call: _Call) -> Tensor:
     """All experts for all tokens. Tokens come last, so that whatever is done to activations runs through memory."""
-    inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, activation, gated = call
+    inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, bias_EP, activation, gated = call
     num_experts, dim, width = down_EDF.shape
     # Ids past the last expert fall into a column that is left out.
     chosen_TK = experts_TK.clamp(max=num_experts)
@@ -130,9 +133,13 @@ def _all_experts(call: _Call) -> Tensor:
     weights_E1T = weights_TE[:, :num_experts].T[:, None]
     if len(inputs_TD) < FEW_TOKENS and inputs_TD.element_size() > 2:
         pre_ETP = inputs_TD.expand(num_experts, -1, -1) @ up_EPD.transpose(1, 2)
+        if bias_EP is not None:
+            pre_ETP = pre_ETP + bias_EP[:, None]
         hidden_ETF = _activated(pre_ETP, activation, gated) * weights_E1T.transpose(1, 2)
         return (hidden_ETF @ down_EDF.transpose(1, 2)).sum(dim=0)
     pre_EPT = (up_EPD.flatten(0, 1) @ inputs_TD.T).view(num_experts, -1, len(inputs_TD))
+    if bias_EP is not None:
+        pre_EPT = pre_EPT + bias_EP[:, :, None]
     parts_EFT = pre_EPT.split(width, dim=1)
     hidden_EFT = ACTIVATIONS[activation](parts_EFT[0])
     hidden_EFT = (hidden_EFT * parts_EFT[1] if gated else hidden_EFT) * weights_E1T
@@ -180,7 +187,7 @@ def _outer(left_NX: Tensor, right_NY: Tensor, experts: list[int], sizes: list[in
 
 def _one_by_one(call: _Call, keep_SP: Tensor | None = None) -> Tensor:
     """The tokens of one expert after the other; pre-activations go to `keep_SP`, sorted by expert, if it is there."""
-    inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, activation, gated = call
+    inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, bias_EP, activation, gated = call
     slots = _Sorted(experts_TK, len(up_EPD), inputs_TD[:1].nbytes)
     weights_S = weights_TK.flatten()
     # Halves would be rounded at every expert.
@@ -190,6 +197,8 @@ def _one_by_one(call: _Call, keep_SP: Tensor | None = None) -> Tensor:
         rows_ND = inputs_TD.index_select(0, token_N)
         pre_NP = rows_ND.new_empty(len(token_N), up_EPD.shape[1]) if keep_SP is None else keep_SP[rows]
         _multiply(rows_ND, up_EPD.transpose(1, 2), experts, sizes, out=pre_NP)
+        if bias_EP is not None:
+            pre_NP += bias_EP[experts].repeat_interleave(torch.tensor(sizes), dim=0)
         hidden_NF = _activated(pre_NP, activation, gated)
         hidden_NF *= weights_S.index_select(0, slots.slot_S[rows])[:, None]
         _multiply(hidden_NF, down_EDF.transpose(1, 2), experts, sizes, out=rows_ND)
@@ -204,14 +213,14 @@ class _OneByOne(torch.autograd.Function):
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         call = _Call(*arguments)
         pre_SP = call.inputs_TD.new_empty(call.experts_TK.numel(), call.up_EPD.shape[1])
-        ctx.save_for_backward(*call[:5], pre_SP)
+        ctx.save_for_backward(*call[:6], pre_SP)
         ctx.activation, ctx.gated = call.activation, call.gated
         return _one_by_one(call, pre_SP)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, pre_SP = ctx.saved_tensors
+        inputs_TD, up_EPD, down_EDF, experts_TK, weights_TK, bias_EP, pre_SP = ctx.saved_tensors
         slots = _Sorted(experts_TK, len(up_EPD), inputs_TD[:1].nbytes)
         weights_S, grad_weights_S = weights_TK.flatten(), torch.zeros_like(weights_TK.flatten())
         wanted = ctx.needs_input_grad
@@ -219,6 +228,7 @@ class _OneByOne(torch.autograd.Function):
         grad_inputs_TD = torch.zeros_like(inputs_TD, dtype=out) if wanted[0] else None
         grad_up_EPD = torch.zeros_like(up_EPD) if wanted[1] else None
         grad_down_EDF = torch.zeros_like(down_EDF) if wanted[2] else None
+        grad_bias_EP = torch.zeros_like(bias_EP) if wanted[5] else None
         for rows, experts, sizes in slots:
             token_N, slot_N = slots.token_S[rows], slots.slot_S[rows]
             grad_ND = grads[0].index_select(0, token_N)
@@ -235,10 +245,13 @@ class _OneByOne(torch.autograd.Function):
                 _outer(grad_ND, hidden_NF * weights_N1, experts, sizes, out=grad_down_EDF)
             if grad_up_EPD is not None:
                 _outer(grad_NP, inputs_TD.index_select(0, token_N), experts, sizes, out=grad_up_EPD)
+            if grad_bias_EP is not None:
+                for expert, some_NP in zip(experts, grad_NP.split(sizes), strict=True):
+                    grad_bias_EP[expert] = some_NP.sum(dim=0)
             if grad_inputs_TD is not None:
                 _multiply(grad_NP, up_EPD, experts, sizes, out=grad_ND)
                 grad_inputs_TD.index_add_(0, token_N, grad_ND.to(out))
         if grad_inputs_TD is not None:
             grad_inputs_TD = grad_inputs_TD.to(inputs_TD.dtype)
         grad_weights_TK = grad_weights_S.view_as(weights_TK)
-        return grad_inputs_TD, grad_up_EPD, grad_down_EDF, None, grad_weights_TK, None, None
+        return grad_inputs_TD, grad_up_EPD, grad_down_EDF, None, grad_weights_TK, grad_bias_EP, None, None

@@ -30,6 +30,7 @@ def decode(
     down_EDF: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
+    bias_EP: Tensor | None,
     *,
     activation: str,
     gated: bool,
@@ -55,6 +56,7 @@ def decode(
     decode_up_kernel[(slots, triton.cdiv(width, up_cols))](
         inputs_TD,
         up_EPD,
+        hidden if bias_EP is None else bias_EP,
         experts_TK,
         weights_TK,
         hits,
@@ -66,6 +68,7 @@ def decode(
         RANKS=triton.next_power_of_2(experts_TK.shape[1]),
         GATED=gated,
         ACTIVATION=activation,
+        BIASED=bias_EP is not None,
         COLS=up_cols,
         INNER=up.inner,
         num_warps=up.warps,
@@ -135,6 +138,7 @@ def list_kernel(
 def decode_up_kernel(
     inputs,
     weights,
+    bias,
     experts,
     gates,
     hits,
@@ -146,6 +150,7 @@ def decode_up_kernel(
     RANKS: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    BIASED: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
@@ -179,6 +184,11 @@ def decode_up_kernel(
             gate_acc = tl.dot(x, load_block(gate_at, inside, EVEN), gate_acc, input_precision=PRECISION)
         x_at += INNER
         gate_at += INNER
+    if BIASED:
+        bias_at = bias + expert * P + tl.minimum(col, F - 1)
+        up_acc += tl.load(bias_at + (P - F)).to(tl.float32)[None, :]
+        if GATED:
+            gate_acc += tl.load(bias_at).to(tl.float32)[None, :]
     if GATED:
         value = activate(gate_acc, ACTIVATION) * up_acc
     else:

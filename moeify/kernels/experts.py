@@ -24,8 +24,11 @@ from moeify.kernels.cpu import moe_ffn_cpu
 NAME = "moeify"
 # The Triton kernels on a CPU, in Triton's interpreter: for tests, where TRITON_INTERPRET was set before.
 INTERPRET = False
-# Rows of the weights are read 16 bytes at a time.
-ALIGNMENT_BYTES = 16
+# Copies into shared memory move at least so much of a row at once; compiled for odd rows of 2-byte numbers, the products
+# spill up to 384 bytes of registers (tests/kernels/kernel_compiler.py --dim 770 --width 33).
+ALIGNMENT_BYTES = 4
+# transformers' grouped_mm needs rows of whole so many bytes, on every device.
+GROUPED_ALIGNMENT_BYTES = 16
 # What the kernels call each class that transformers takes for an activation.
 ACTIVATION_TYPES: Mapping[type, str] = {
     nn.SiLU: "silu",
@@ -38,6 +41,9 @@ ACTIVATION_TYPES: Mapping[type, str] = {
             "gelu": "gelu",
             "gelu_pytorch_tanh": "gelu_tanh",
             "gelu_new": "gelu_tanh",
+            "gelu_fast": "gelu_tanh",
+            "gelu_accurate": "gelu_tanh",
+            "quick_gelu": "gelu_quick",
             "relu": "relu",
             "relu2": "relu2",
         }.items()
@@ -74,15 +80,17 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     if reason is not None:
         _say_once(f"{type(self).__name__}: {reason}")
         return _transformers_forward(self)(self, hidden_states, top_k_index, top_k_weights)
-    up, down = first_projection(self), self.down_proj
+    up, down, bias = first_projection(self), self.down_proj, first_bias(self)
     if autocast is not None:
         hidden_states, up, down = hidden_states.to(autocast), up.to(autocast), down.to(autocast)
+        bias = None if bias is None else bias.to(autocast)
     return operation(device)(
         hidden_states,
         up,
         down,
         top_k_index,
         top_k_weights,
+        bias_EP=bias,
         activation=str(activation_name(self.act_fn)),
         gated=self.has_gate,
     )
@@ -106,24 +114,29 @@ def unsupported(self: Any, hidden_states: Tensor, autocast: torch.dtype | None =
         hidden_states: its inputs.
         autocast: what inputs and weights are converted to before use.
     """
-    weights, width = first_projection(self), self.down_proj.shape[-1]
+    weights = first_projection(self)
     reason = unsupported_module(self) or _unsupported_tensors(weights, hidden_states, autocast)
     if reason is not None or INTERPRET:
         return reason
     if hidden_states.device.type == "cpu":
         # How many tokens an expert gets decides what it runs.
         return "torch.compile takes no branches" if torch.compiler.is_compiling() else None
-    aligned = ALIGNMENT_BYTES // (autocast or weights.dtype).itemsize
-    if hidden_states.shape[-1] % aligned or width % aligned:
-        return f"a hidden size of {hidden_states.shape[-1]} and a width of {width} are not multiples of {aligned}"
+    if not _has_rows_of(self, ALIGNMENT_BYTES, autocast or weights.dtype):
+        width = self.down_proj.shape[-1]
+        return f"a hidden size of {hidden_states.shape[-1]} and a width of {width} are not both even"
     return None
+
+
+def _has_rows_of(self: Any, num_bytes: int, dtype: torch.dtype) -> bool:
+    """Whether rows of both projections are multiples of so many bytes in a dtype."""
+    weights = (first_projection(self), self.down_proj)
+    return all(weight.shape[-1] * dtype.itemsize % num_bytes == 0 for weight in weights)
 
 
 def unsupported_module(self: Any) -> str | None:
     """Why the kernels cannot run an experts module, whatever its inputs; None if they can."""
     # Flags that an older transformers does not know describe what it does not do.
     refused = {
-        "has_bias": "its experts have biases",
         "is_transposed": "its weights are stored transposed",
         "has_post_expert_norm": "it normalises what experts return",
     }
@@ -132,6 +145,9 @@ def unsupported_module(self: Any) -> str | None:
             return reason
     if not getattr(self, "is_concatenated", True):
         return "gate and up rows are interleaved"
+    # moeify's own models say so: the bias of an FFN is added once there, not by expert.
+    if getattr(self, "has_bias", False) and getattr(self, "has_down_bias", True):
+        return "the outputs of its experts have biases"
     if self.has_gate and type(self)._apply_gate is not moe._default_apply_gate:
         return "it has a gating function of its own"
     if activation_name(self.act_fn) is None:
@@ -158,6 +174,14 @@ def first_projection(self: Any) -> Tensor:
     return weights
 
 
+def first_bias(self: Any) -> Tensor | None:
+    """(E, 2F) or (E, F): what is added to the rows of the first projection."""
+    if not getattr(self, "has_bias", False):
+        return None
+    bias: Tensor = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias
+    return bias
+
+
 def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
     """What the kernels call a module's activation; None if they have none for it."""
     if function is functional.silu:
@@ -166,8 +190,9 @@ def activation_name(function: Callable[[Tensor], Tensor]) -> str | None:
 
 
 def _transformers_forward(self: Any) -> Callable[[Any, Tensor, Tensor, Tensor], Tensor]:
-    # grouped_mm is what transformers takes by itself; it has no float64, which only the module's own loop computes.
-    if first_projection(self).dtype in DTYPES:
+    # grouped_mm is what transformers takes by itself; what it refuses, only the module's own loop computes.
+    dtype = first_projection(self).dtype
+    if dtype in DTYPES and _has_rows_of(self, GROUPED_ALIGNMENT_BYTES, dtype):
         found: Callable[[Any, Tensor, Tensor, Tensor], Tensor] = moe.grouped_mm_experts_forward
         return found
     forward: Any = type(self).forward

@@ -13,6 +13,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_quick": lambda x: x * torch.sigmoid(1.702 * x),
     "relu": functional.relu,
     "relu2": lambda x: functional.relu(x).square(),
 }
@@ -25,6 +26,7 @@ def moe_ffn_reference(
     experts_TK: Tensor,
     weights_TK: Tensor,
     *,
+    bias_EP: Tensor | None = None,
     activation: str = "silu",
     gated: bool = True,
 ) -> Tensor:
@@ -36,6 +38,7 @@ def moe_ffn_reference(
         down_EDF: the second projection.
         experts_TK: int64; an id of E or more names no expert and adds nothing.
         weights_TK: what each expert's output is multiplied with.
+        bias_EP: added to the rows of up_EPD's products, if it is there.
         activation: a key of ACTIVATIONS.
         gated: whether the first half of up_EPD gates the second.
 
@@ -45,7 +48,7 @@ def moe_ffn_reference(
     out_TD = torch.zeros_like(inputs_TD)
     for expert in range(len(up_EPD)):
         token, rank = torch.where(experts_TK == expert)
-        hidden = inputs_TD[token] @ up_EPD[expert].T
+        hidden = functional.linear(inputs_TD[token], up_EPD[expert], None if bias_EP is None else bias_EP[expert])
         if gated:
             gate, up = hidden.chunk(2, dim=-1)
             hidden = ACTIVATIONS[activation](gate) * up

@@ -23,6 +23,7 @@ def single(
     down_EDF: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
+    bias_EP: Tensor | None,
     *,
     activation: str,
     gated: bool,
@@ -38,12 +39,14 @@ def single(
     single_up_kernel[(num_ranks, triton.cdiv(width, up.cols))](
         inputs_TD,
         up_EPD,
+        hidden_KF if bias_EP is None else bias_EP,
         experts_TK,
         weights_TK,
         hidden_KF,
         dim,
         GATED=gated,
         ACTIVATION=activation,
+        BIASED=bias_EP is not None,
         COLS=up.cols,
         INNER=min(up.inner, triton.next_power_of_2(dim)),
         num_warps=up.warps,
@@ -71,12 +74,14 @@ def single(
 def single_up_kernel(
     inputs,
     weights,
+    bias,
     experts,
     gates,
     hidden,
     loop_size,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    BIASED: tl.constexpr,
     D: tl.constexpr,
     F: tl.constexpr,
     NUM_EXPERTS: tl.constexpr,
@@ -98,19 +103,26 @@ def single_up_kernel(
     tl.assume(loop_size > 0)
     for k in range(0, loop_size, INNER):
         there = k + inner < D
-        up = load_block(gate_at + (P - F) * D, there[None, :], EVEN)
+        up_block = load_block(gate_at + (P - F) * D, there[None, :], EVEN)
         if GATED:
-            gate = load_block(gate_at, there[None, :], EVEN)
+            gate_block = load_block(gate_at, there[None, :], EVEN)
         x = load_block(x_at, there, EVEN).to(tl.float32)[None, :]
-        up_acc += up.to(tl.float32) * x
+        up_acc += up_block.to(tl.float32) * x
         if GATED:
-            gate_acc += gate.to(tl.float32) * x
+            gate_acc += gate_block.to(tl.float32) * x
         x_at += INNER
         gate_at += INNER
+    up = tl.sum(up_acc, 1)
+    gate = tl.sum(gate_acc, 1)
+    if BIASED:
+        bias_at = bias + expert * P + tl.minimum(col, F - 1)
+        up += tl.load(bias_at + (P - F)).to(tl.float32)
+        if GATED:
+            gate += tl.load(bias_at).to(tl.float32)
     if GATED:
-        value = activate(tl.sum(gate_acc, 1), ACTIVATION) * tl.sum(up_acc, 1)
+        value = activate(gate, ACTIVATION) * up
     else:
-        value = activate(tl.sum(up_acc, 1), ACTIVATION)
+        value = activate(up, ACTIVATION)
     value = tl.where(chosen < NUM_EXPERTS, value * tl.load(gates + rank).to(tl.float32), 0.0)
     tl.store(hidden + rank * F + col, value.to(hidden.dtype.element_ty), mask=col < F)
 

@@ -21,6 +21,7 @@ def up(
     *,
     activation: str,
     gated: bool,
+    bias_EP: Tensor | None = None,
     pre_SP: Tensor | None = None,
 ) -> Tensor:
     """act(gate) * up of every routed slot, in sorted order.
@@ -31,6 +32,7 @@ def up(
         launch: the tiles; its rows are the routing's.
         activation: a name of reference.ACTIVATIONS.
         gated: whether the first half of up_EPD gates the second.
+        bias_EP: added before the activation, if it is there; contiguous.
         pre_SP: filled with what comes before the activation, for the backward pass.
 
     Returns:
@@ -49,6 +51,7 @@ def up(
         routing.tile_expert,
         routing.tile_row,
         routing.num_tiles,
+        hidden_SF if bias_EP is None else bias_EP,
         hidden_SF if pre_SP is None else pre_SP,
         hidden_SF,
         dim,
@@ -57,6 +60,7 @@ def up(
         F=width,
         GATED=gated,
         ACTIVATION=activation,
+        BIASED=bias_EP is not None,
         SAVE_PRE=pre_SP is not None,
         COLS=cols,
         TMA=tma,
@@ -74,6 +78,7 @@ def up_kernel(
     tile_expert,
     tile_row,
     num_tiles,
+    bias,
     pre,
     hidden,
     loop_size,
@@ -82,6 +87,7 @@ def up_kernel(
     F: tl.constexpr,
     GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    BIASED: tl.constexpr,
     SAVE_PRE: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
@@ -122,6 +128,11 @@ def up_kernel(
             gate_acc = tl.dot(x, gate_block, gate_acc, input_precision=PRECISION)
         x_at += INNER
         gate_at += INNER
+    if BIASED:
+        bias_at = bias + expert * P + tl.minimum(col, F - 1)
+        up_acc += tl.load(bias_at + (P - F)).to(tl.float32)[None, :]
+        if GATED:
+            gate_acc += tl.load(bias_at).to(tl.float32)[None, :]
     there = (row < num_rows)[:, None] & (col < F)[None, :]
     if SAVE_PRE:
         pre_at = pre + first * P + row[:, None] * P + col[None, :]

@@ -70,6 +70,8 @@ class _Experts(nn.Module):
     """All routed experts of a layer; transformers computes them as it is told to."""
 
     gated, biased = True, False
+    # Kernels that read it leave out the zeros of `down_proj_bias`.
+    has_down_bias = False
     _apply_gate: Any
 
     def __init__(self, config: Any, hidden_size: int) -> None:
@@ -235,8 +237,10 @@ def model_class(dense_class: Any, config_class: Any) -> Any:
         PREFIX + dense_class.__name__,
         (_WithExperts, dense_class),
         {
-            # transformers looks for the decorator of the experts in the source of this module, for attention elsewhere.
+            # transformers looks for the decorator of the experts in the source of this module, for attention elsewhere;
+            # what it once said of the dense class would be inherited.
             "__module__": __name__,
+            "_can_set_experts_implementation_cached_value": True,
             "__doc__": f"{dense_class.__name__} with experts.",
             "_can_set_attn_implementation_cached_value": dense_class._can_set_attn_implementation(),
             "config_class": config_class,

@@ -186,7 +186,9 @@ def test_outputs_of_experts_by_hand(name: str) -> None:
     inputs_TD = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     found_TE = output_energies(module, inputs_TD)
     for expert in range(found_TE.shape[1]):
-        if module.has_gate:
+        if module.has_bias:
+            hidden_TF = module.act_fn(inputs_TD @ module.up_proj[expert].T + module.up_proj_bias[expert])
+        elif module.has_gate:
             gate_TF, up_TF = (inputs_TD @ module.gate_up_proj[expert].T).chunk(2, dim=1)
             hidden_TF = module.act_fn(gate_TF) * up_TF
         else:

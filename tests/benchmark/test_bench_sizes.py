@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_moe import ARCHITECTURES, text, tiny
+from tiny_moe import ARCHITECTURES, OWN, text, tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,10 +54,12 @@ def test_every_parameter_is_in_one_part(model: Any) -> None:
     found = anatomy(model.config)
     assert found.num_parameters == sum(parameter.numel() for parameter in model.parameters())
     named = dict(model.named_parameters())
-    norms = sum(p.numel() for name, p in named.items() if "norm" in name)
+    norms = sum(p.numel() for name, p in named.items() if "norm" in name or ".ln_" in name)
     assert found.parts["norm"].parameters == norms
     assert ("head" in found.parts) is not found.tied
     assert found.parts["embedding"].parameters == 97 * 32
+    positions = 128 * 32 if hasattr(model.base_model, "wpe") else 0
+    assert (found.parts["positions"].parameters if positions else 0) == positions
     attention = [p for name, p in named.items() if ("attn" in name or "mixer.q" in name) and "norm" not in name]
     if attention and "NemotronH" not in type(model).__name__:
         assert found.parts["attention"].parameters == sum(p.numel() for p in attention)
@@ -87,10 +89,14 @@ def test_experts_are_found_and_counted(name: str) -> None:
     assert found.num_routed == next(module.parameters()).shape[0]
     assert found.num_chosen == model.config.num_experts_per_tok
     assert found.parameters_each * found.num_routed == sum(p.numel() for p in module.parameters())
-    widths = {"Mixtral": 0, "Qwen3Moe": 0, "Qwen2Moe": 1, "Glm4Moe": 1, "GraniteMoeShared": 1, "NemotronH": 1}
+    widths = {OWN: 1, "Mixtral": 0, "Qwen3Moe": 0, "Qwen2Moe": 1, "Glm4Moe": 1, "GraniteMoeShared": 1, "NemotronH": 1}
     assert found.num_shared == widths[name]
     assert found.layers == ((1,) if name in ("Glm4Moe", "NemotronH") else tuple(range(len(found.layers))))
-    doubled = {"GraniteMoeShared": {"shared_intermediate_size": 96}, "Glm4Moe": {"n_shared_experts": 3}}
+    doubled = {
+        OWN: {"shared_expert_intermediate_size": 72},
+        "GraniteMoeShared": {"shared_intermediate_size": 96},
+        "Glm4Moe": {"n_shared_experts": 3},
+    }
     if name in doubled:
         wide = anatomy(build(name, **doubled[name]).config).experts
         assert wide is not None
@@ -110,8 +116,8 @@ def test_a_token_uses_its_share_of_the_experts(name: str) -> None:
         for name, module in model.named_modules()
         if any(module is m for m in experts_modules(model).values())
     )
-    used = found.experts.routed_parameters - found.experts.idle_parameters
-    assert experts == 2 * ids.numel() * used
+    matrices = sum(p.numel() for m in experts_modules(model).values() for p in m.parameters() if p.ndim == 3)
+    assert experts == 2 * ids.numel() * (matrices - found.experts.idle_matrices)
     parts = parts_of(found, context=CONTEXT, element_bytes=FLOAT32)
     assert parts["ffn"].active_parameters == parts["ffn"].parameters - found.experts.idle_parameters
     assert (

@@ -30,7 +30,7 @@ from moeify.benchmark.layers.cases import (
     seed_of,
     work,
 )
-from moeify.benchmark.layers.peers import DENSE, EAGER, PEERS, Forward, find_peers, peer
+from moeify.benchmark.layers.peers import DENSE, EAGER, OURS, PEERS, Forward, find_peers, peer
 from moeify.benchmark.layers.results import LayerBench, Row, compared
 from moeify.benchmark.options import LayerBenchOptions
 from moeify.benchmark.timing import MAX_SAMPLES, MIN_SAMPLES, CpuTimer, take_turns, timer_for
@@ -41,7 +41,7 @@ from moeify.results import read, to_json, write
 bench_module = importlib.import_module("moeify.benchmark.layers.run")
 layer_bench, main = bench_module.layer_bench, importlib.import_module("moeify.benchmark.layers.__main__").main
 
-SMALL = "32x96-6/1+2"
+SMALL, PLAIN = "32x96-6/1+2", "32x96u-6/1+2"
 CPU_PEERS = ("dense", "grouped_mm", "eager", "batched_mm")
 CEILINGS = Ceilings(copy_bytes_per_second=4e12, matmul_flops_per_second=800e12, matmul_size=8192, dtype="bfloat16")
 
@@ -110,6 +110,18 @@ def test_unknown_routings_and_passes_are_named() -> None:
             quick(**options)
 
 
+def test_a_plain_ffn_has_two_matrices_and_biases() -> None:
+    shape = parse_shape("gpt2-xl-8/2")
+    assert (shape.hidden, shape.width, shape.plain) == (1600, 6400, True)
+    plain, gated = (work(one(name, 1), 2, CEILINGS, element_bytes=2).flops for name in (PLAIN, SMALL))
+    assert plain * 3 == gated * 2
+    layer, _ = draw(one(PLAIN))
+    assert layer.up_EPD.shape == (5, 16, 32)
+    assert all(bias is not None and bias.any() for bias in (layer.bias_EP, layer.dense_bias_P, layer.shared_bias_P))
+    with pytest.raises(ValueError, match="have a gate and no biases"):
+        PEERS["liger"].build(layer)
+
+
 def test_floor_by_hand() -> None:
     """D 4096, F 1792, bf16: two experts are 2 * 3 * 4096 * 1792 weights of 2 bytes, one token is 8 kB in and out."""
     forward = work(one("llama3-8b-8/2", 1), 2, CEILINGS, element_bytes=2)
@@ -164,8 +176,8 @@ def test_the_same_case_has_the_same_routing_everywhere() -> None:
     assert not torch.equal(first, other[:8])
 
 
-@pytest.mark.parametrize("name", CPU_PEERS)
-@pytest.mark.parametrize("shape", [SMALL, "32x96-6/3"])
+@pytest.mark.parametrize("name", [*CPU_PEERS, OURS])
+@pytest.mark.parametrize("shape", [SMALL, "32x96-6/3", PLAIN])
 def test_peers_compute_what_the_definition_says(name: str, shape: str) -> None:
     layer, batch = draw(one(shape))
     error = Reference(layer, batch, dense=name == DENSE, training=True).error(

@@ -122,13 +122,15 @@ def kernels(
     tokens: Sequence[int] = TOKENS,
     *,
     gated: bool = True,
+    biased: bool = False,
     tma: bool = False,
 ) -> list:
     """What moe_ffn launches, there and back, for 64 experts of which 8 are asked for."""
-    experts, ranks, activation = 64, 8, "silu" if gated else "relu2"
+    experts, ranks, activation = 64, 8, "silu" if gated else "gelu_tanh" if biased else "relu2"
     meta: dict[str, Any] = {"device": "meta", "dtype": dtype}
     up = torch.empty(experts, width * (2 if gated else 1), dim, **meta)
     down = torch.empty(experts, dim, width, **meta)
+    bias = torch.empty(up.shape[:2], **meta) if biased else None
     launches = {
         key: found if not tma else replace(found, tma=True)
         for key, found in launch.TABLE.items()
@@ -139,14 +141,14 @@ def kernels(
             inputs = torch.empty(number, dim, **meta)
             ids = torch.empty(number, ranks, device="meta", dtype=torch.int64)
             weights = torch.empty(number, ranks, device="meta", dtype=torch.float32)
-            named = {"activation": activation, "gated": gated}
+            tensors = (inputs, up, down, ids, weights, bias)
             if number <= launch.DECODE_TOKENS:
-                (single if number == 1 else decode)(inputs, up, down, ids, weights, **named)
+                (single if number == 1 else decode)(*tensors, activation=activation, gated=gated)
                 continue
-            ops._sorted(inputs, up, down, ids, weights, None, activation, gated)
+            ops._sorted(*tensors, None, activation, gated)
             pre = torch.empty(number * ranks, up.shape[1], **meta)
-            ops._sorted(inputs, up, down, ids, weights, pre, activation, gated)
-            ops._backward._init_fn(inputs, inputs, up, down, ids, weights, pre, activation, [True] * 4)
+            ops._sorted(*tensors, pre, activation, gated)
+            ops._backward._init_fn(inputs, *tensors, pre, activation, [*[True] * 4, biased])
     return list(compiler.found.values())
 
 
@@ -178,6 +180,7 @@ def lines(words: Sequence[str]) -> list[str]:
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--markdown", action="store_true", help="a table and no JSON")
     parser.add_argument("--ungated", action="store_true")
+    parser.add_argument("--biased", action="store_true")
     parser.add_argument("--tma", action="store_true")
     options = parser.parse_args(words)
     rows = kernels(
@@ -187,6 +190,7 @@ def lines(words: Sequence[str]) -> list[str]:
         getattr(torch, options.dtype),
         options.tokens,
         gated=not options.ungated,
+        biased=options.biased,
         tma=options.tma,
     )
     return markdown(rows) if options.markdown else [json.dumps(row) for row in rows]

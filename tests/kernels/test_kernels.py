@@ -55,12 +55,14 @@ def draw(
 def differentiate(
     function: Callable[..., Tensor], arguments: Arguments, dtype: torch.dtype, **options: object
 ) -> list[Tensor]:
-    """Output and gradients, computed in dtype."""
+    """Output and gradients, computed in dtype; of tensors among the options as well."""
     leaves = [t.detach().to(dtype).requires_grad_() if t.is_floating_point() else t for t in arguments]
-    out = function(*leaves, **options)
+    named = {name: t.detach().to(dtype).requires_grad_() for name, t in options.items() if isinstance(t, Tensor)}
+    out = function(*leaves, **options | named)
     torch.manual_seed(0)
     flow = torch.randn(out.shape).to(out)
-    return [out.detach(), *torch.autograd.grad(out, [leaf for leaf in leaves if leaf.is_floating_point()], flow)]
+    differentiable = [leaf for leaf in (*leaves, *named.values()) if leaf.is_floating_point()]
+    return [out.detach(), *torch.autograd.grad(out, differentiable, flow)]
 
 
 def assert_as_reference(arguments: Arguments, **options: object) -> None:
@@ -115,6 +117,22 @@ def test_outputs_and_gradients_are_those_of_plain_torch(shape: str, small_tiles:
 @pytest.mark.parametrize("tokens", [4, 66])
 def test_every_activation(activation: str, gated: bool, tokens: int) -> None:
     assert_as_reference(draw(tokens, 2, 4, 24, 40, gated=gated), activation=activation, gated=gated)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("tokens", [1, 4, 70])
+def test_biases_are_added_before_the_activation(tokens: int, gated: bool, small_tiles: None) -> None:
+    """Of tokens whose experts are elsewhere and of experts without tokens, they add nothing."""
+    arguments = draw(tokens, 3, 5, 24, 41, gated=gated, route_tokens=some_are_elsewhere)
+    assert_as_reference(arguments, bias_EP=torch.randn(arguments[1].shape[:2]).to(DEVICE), gated=gated)
+
+
+def test_a_bias_alone_may_learn() -> None:
+    inputs, up, down, ids, weights = draw(66, 2, 4, 32, 16)
+    bias = torch.randn(up.shape[:2]).to(DEVICE).requires_grad_()
+    (found,) = torch.autograd.grad(moe_ffn(inputs, up, down, ids, weights, bias_EP=bias).square().sum(), bias)
+    expected_TD = moe_ffn_reference(inputs, up, down, ids, weights, bias_EP=bias)
+    torch.testing.assert_close(found, *torch.autograd.grad(expected_TD.square().sum(), bias), atol=1e-4, rtol=1e-4)
 
 
 def test_the_checked_in_tiles() -> None:
@@ -188,10 +206,12 @@ def test_only_inputs_and_pre_activations_are_kept_for_the_way_back() -> None:
 def test_the_operators_keep_what_torch_asks_of_custom_ones() -> None:
     """Schema, fake tensors and autograd registration: what torch.compile relies on."""
     arguments = draw(5, 2, 4, 32, 16)
-    torch.library.opcheck(torch.ops.moeify.moe_ffn.default, (*arguments, "silu", True))
-    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in arguments]
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.moeify.moe_ffn_keeping.default, (*leaves, "silu", True), test_utils=checks)
+    for bias in (None, torch.randn(arguments[1].shape[:2]).to(DEVICE)):
+        torch.library.opcheck(torch.ops.moeify.moe_ffn.default, (*arguments, bias, "silu", True))
+        given = (t if t is None else t.clone() for t in (*arguments, bias))
+        given = [t if t is None or t.dtype == torch.int64 else t.requires_grad_() for t in given]
+        torch.library.opcheck(torch.ops.moeify.moe_ffn_keeping.default, (*given, "silu", True), test_utils=checks)
 
 
 def test_no_tokens() -> None:
@@ -231,8 +251,16 @@ def test_what_does_not_fit_is_refused(change: dict[int, Tensor], message: str) -
         moe_ffn(*arguments)
 
 
+def test_a_bias_that_does_not_fit_is_refused() -> None:
+    arguments = draw(3, 2, 4, 32, 16)
+    with pytest.raises(ValueError, match=r"bias_EP has shape \(4, 16\), expected \(4, 32\)"):
+        moe_ffn(*arguments, bias_EP=torch.zeros(4, 16, device=DEVICE))
+    with pytest.raises(ValueError, match="bias_EP is torch.float16, expected torch.float32 as the inputs"):
+        moe_ffn(*arguments, bias_EP=torch.zeros(4, 32, device=DEVICE).half())
+
+
 def test_an_unknown_activation_is_refused() -> None:
-    with pytest.raises(ValueError, match="activation tanh is none of silu, gelu, gelu_tanh, relu, relu2"):
+    with pytest.raises(ValueError, match="activation tanh is none of silu, gelu, gelu_tanh, gelu_quick, relu, relu2"):
         moe_ffn(*draw(3, 2, 4, 32, 16), activation="tanh")
 
 

@@ -75,20 +75,26 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("activation", "biased"), [*((name, name == "gelu") for name in ACTIVATIONS)])
 @pytest.mark.parametrize("sizes", SIZES)
 def test_output_and_gradients_are_the_references(
-    sizes: tuple[int, ...], activation: str, gated: bool, dtype: torch.dtype, ways: Counter[str]
+    sizes: tuple[int, ...], activation: str, biased: bool, gated: bool, dtype: torch.dtype, ways: Counter[str]
 ) -> None:
     tensors, experts_TK, flow_TD = task(sizes, dtype, gated=gated)
+    if biased:
+        tensors.append(torch.randn(tensors[1].shape[:2], generator=torch.Generator().manual_seed(1)).to(dtype))
     exact = [tensor.double().requires_grad_() for tensor in tensors]
     options: dict[str, Any] = {"activation": activation, "gated": gated}
-    expected_TD = moe_ffn_reference(*exact[:3], experts_TK, exact[3], **options)
+
+    def call(function: Callable[..., Tensor], given: list[Tensor]) -> Tensor:
+        return function(*given[:3], experts_TK, given[3], bias_EP=given[4] if biased else None, **options)
+
+    expected_TD = call(moe_ffn_reference, exact)
     expected_TD.backward(flow_TD.double())
     with torch.no_grad():
-        plain_TD = cpu.moe_ffn_cpu(*tensors[:3], experts_TK, tensors[3], **options)
+        plain_TD = call(cpu.moe_ffn_cpu, tensors)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    found_TD = cpu.moe_ffn_cpu(*leaves[:3], experts_TK, leaves[3], **options)
+    found_TD = call(cpu.moe_ffn_cpu, leaves)
     found_TD.backward(flow_TD)
     for found in (plain_TD, found_TD):
         assert found.dtype == dtype

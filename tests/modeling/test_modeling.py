@@ -89,6 +89,18 @@ def test_importing_moeify_imports_neither_torch_nor_transformers() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
+def test_experts_are_computed_as_told_where_the_dense_model_was_loaded_before(
+    make_dense: MakeDense, tmp_path: Path
+) -> None:
+    dense, out = make_dense("gpt2"), tmp_path / "out"
+    split(str(dense), out, SplitOptions(experts=8, tokens=1024, calibration=("builtin",)))
+    assert not AutoModelForCausalLM.from_pretrained(dense)._can_set_experts_implementation()
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    for implementation in ("grouped_mm", "eager"):
+        model.set_experts_implementation(implementation)
+        assert model.config._experts_implementation == implementation
+
+
 @pytest.mark.parametrize("style", ["hard", "softmax", "soft"])
 def test_the_router_weights_as_a_split_does(style: Style) -> None:
     layout = Layout(6, 1, 6 if style == "soft" else 4)

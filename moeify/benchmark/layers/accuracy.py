@@ -1,7 +1,7 @@
 """How exact a peer is, and what it keeps for backward. Everything here runs outside of what is timed.
 
 The reference is computed in float64 from the definition, for a few tokens and for the weights of one expert, so that it
-costs little at any size. T tokens, R the chosen ones, D hidden, F width, E experts, K experts a token, P = 2F.
+costs little at any size. T tokens, R the chosen ones, D hidden, F width, E experts, K experts a token, P = 2F or F.
 """
 
 import math
@@ -69,6 +69,7 @@ class Reference:
         self._dense = dense
         # The expert with the most tokens has the gradient with the most terms.
         self._expert = int(batch.experts_TK.flatten().bincount().argmax())
+        self._expert_parameters = 2 if layer.bias_EP is None else 3
         self._expected = self._rows(layer, batch, training=training)
         if training and not dense:
             self._expected += self._expert_gradients(layer, batch)
@@ -78,7 +79,7 @@ class Reference:
         rows = 2 if self._dense else 3
         parts = [tensor[self._rows_R] for tensor in found[:rows]]
         if not self._dense and len(found) > rows:
-            parts += [tensor[self._expert] for tensor in found[rows : rows + 2]]
+            parts += [tensor[self._expert] for tensor in found[rows : rows + self._expert_parameters]]
         errors = [relative_error(part, expected) for part, expected in zip(parts, self._expected, strict=True)]
         # max() would let a NaN slip through.
         worst = math.nan if any(math.isnan(error) for error in errors[1:]) else max(errors[1:], default=None)
@@ -89,7 +90,7 @@ class Reference:
         weights_RK = batch.weights_TK[self._rows_R].detach().double().requires_grad_(training)
         with torch.set_grad_enabled(training):
             if self._dense:
-                output_RD = _ffn(inputs_RD, layer.dense_up_PD, layer.dense_down_DI)
+                output_RD = _ffn(inputs_RD, layer.dense_up_PD, layer.dense_down_DI, layer.dense_bias_P)
             else:
                 output_RD = self._layer(layer, inputs_RD, batch.experts_TK[self._rows_R], weights_RK)
         if not training:
@@ -101,21 +102,23 @@ class Reference:
     def _layer(self, layer: Layer, inputs_RD: Tensor, experts_RK: Tensor, weights_RK: Tensor) -> Tensor:
         output_RD = torch.zeros_like(inputs_RD)
         if layer.shared_up_PD is not None and layer.shared_down_DS is not None:
-            output_RD = _ffn(inputs_RD, layer.shared_up_PD, layer.shared_down_DS)
+            output_RD = _ffn(inputs_RD, layer.shared_up_PD, layer.shared_down_DS, layer.shared_bias_P)
         for expert in experts_RK.unique().tolist():
             weight_R = (weights_RK * (experts_RK == expert)).sum(dim=-1)
-            routed_RD = _ffn(inputs_RD, layer.up_EPD[expert], layer.down_EDF[expert])
+            bias_P = None if layer.bias_EP is None else layer.bias_EP[expert]
+            routed_RD = _ffn(inputs_RD, layer.up_EPD[expert], layer.down_EDF[expert], bias_P)
             output_RD = output_RD + routed_RD * weight_R[:, None]
         return output_RD
 
     def _expert_gradients(self, layer: Layer, batch: Batch) -> list[Tensor]:
         """Of the weights of the chosen expert, which need all of its tokens."""
         tokens, slots = (batch.experts_TK == self._expert).nonzero(as_tuple=True)
-        up_PD = layer.up_EPD[self._expert].detach().double().requires_grad_()
-        down_DF = layer.down_EDF[self._expert].detach().double().requires_grad_()
-        output_TD = dense_ffn(batch.inputs_TD[tokens].detach().double(), up_PD, down_DF)
+        given = [layer.up_EPD, layer.down_EDF] + ([] if layer.bias_EP is None else [layer.bias_EP])
+        leaves = [weights[self._expert].detach().double().requires_grad_() for weights in given]
+        bias_P = leaves[2] if len(leaves) > 2 else None
+        output_TD = dense_ffn(batch.inputs_TD[tokens].detach().double(), leaves[0], leaves[1], bias_P)
         gradient_TD = batch.output_gradient_TD[tokens].double() * batch.weights_TK[tokens, slots].detach()[:, None]
-        return list(torch.autograd.grad(output_TD, [up_PD, down_DF], gradient_TD))
+        return list(torch.autograd.grad(output_TD, leaves, gradient_TD))
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -140,5 +143,6 @@ def saved_bytes(call: Callable[[], object], weights: Sequence[nn.Parameter]) -> 
     return sum(num_bytes for pointer, num_bytes in kept.items() if pointer not in known)
 
 
-def _ffn(inputs_TD: Tensor, up_PD: Tensor, down_DF: Tensor) -> Tensor:
-    return dense_ffn(inputs_TD, up_PD.detach().double(), down_DF.detach().double())
+def _ffn(inputs_TD: Tensor, up_PD: Tensor, down_DF: Tensor, bias_P: Tensor | None) -> Tensor:
+    up_PD, down_DF, bias_P = (None if part is None else part.detach().double() for part in (up_PD, down_DF, bias_P))
+    return dense_ffn(inputs_TD, up_PD, down_DF, bias_P)

@@ -18,9 +18,8 @@ from moeify.errors import UsageError, unknown
 
 # The popularity of the expert of rank r is 1 / r^ZIPF_EXPONENT.
 ZIPF_EXPONENT = 1.0
-# A forward pass multiplies each token with three matrices of D x width; a backward pass does twice that.
+# A forward pass multiplies each token with matrices of D x width; a backward pass does twice that.
 FLOPS_PER_WEIGHT = 2
-NUM_MATRICES = 3
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Shape:
         slices: the dense FFN's width is cut into so many.
         shared: slices that run for every token, as one dense FFN.
         active: further slices that run for a token: K.
+        plain: down(gelu(up(x) + b)) as in GPT-2, without a gate; else down(silu(gate(x)) * up(x)).
     """
 
     name: str
@@ -42,6 +42,7 @@ class Shape:
     slices: int
     shared: int
     active: int
+    plain: bool = False
 
     def __post_init__(self) -> None:
         if not (self.hidden and self.width and self.slices):
@@ -62,6 +63,10 @@ class Shape:
     @property
     def num_experts(self) -> int:
         return self.slices - self.shared
+
+    @property
+    def num_matrices(self) -> int:
+        return 2 if self.plain else 3
 
     @property
     def expert_width(self) -> int:
@@ -86,9 +91,9 @@ class Case:
         return f"{self.shape.name} T={self.tokens} {self.routing} {self.pass_name}"
 
 
-# "slices/active" or "slices/shared+active".
-_CUT = re.compile(r"(\d{1,6})x(\d{1,6})-(\d{1,6})/(?:(\d{1,6})\+)?(\d{1,6})")
-_MODELS = {"llama3-8b": "4096x14336", "qwen2.5-0.5b": "896x4864", "qwen3-8b": "4096x12288"}
+# "slices/active" or "slices/shared+active" behind the sizes, of which u says that there is up alone, with biases.
+_CUT = re.compile(r"(\d{1,6})x(\d{1,6})(u?)-(\d{1,6})/(?:(\d{1,6})\+)?(\d{1,6})")
+_MODELS = {"gpt2-xl": "1600x6400u", "llama3-8b": "4096x14336", "qwen2.5-0.5b": "896x4864", "qwen3-8b": "4096x12288"}
 # Those of the results, the most important first; each with how far behind the first it stands (see `cases`).
 SHAPES = {
     "llama3-8b-8/2": 0,
@@ -108,7 +113,7 @@ _TRAINING_TOKENS = 512
 
 
 def parse_shape(name: str) -> Shape:
-    """A shape by its name, or any as DxI-slices/active or DxI-slices/shared+active.
+    """A shape by its name, or any as DxI-slices/active or DxI-slices/shared+active; DxIu has no gate, but biases.
 
     Raises:
         UsageError: it is neither, or the numbers do not fit.
@@ -117,8 +122,8 @@ def parse_shape(name: str) -> Shape:
     match = _CUT.fullmatch(f"{_MODELS.get(model, model)}{separator}{cut}")
     if match is None:
         raise unknown("a case", name, SHAPES, "write one like 64x256-8/2 or 64x256-8/2+2, or name one of")
-    hidden, width, slices, shared, active = (int(number or 0) for number in match.groups())
-    return Shape(name, hidden, width, slices, shared, active)
+    hidden, width, plain, slices, shared, active = match.groups()
+    return Shape(name, int(hidden), int(width), int(slices), int(shared or 0), int(active), bool(plain))
 
 
 def cases(options: LayerBenchOptions) -> list[Case]:
@@ -143,7 +148,7 @@ def _rank(case: Case) -> int:
 
 @dataclass(frozen=True)
 class Layer:
-    """One copy of the weights: routed experts, shared part, and a dense FFN of the whole width."""
+    """One copy of the weights: routed experts, shared part, and a dense FFN of the whole width; biases if it is plain."""
 
     up_EPD: nn.Parameter
     down_EDF: nn.Parameter
@@ -151,6 +156,9 @@ class Layer:
     dense_down_DI: nn.Parameter
     shared_up_PD: nn.Parameter | None = None
     shared_down_DS: nn.Parameter | None = None
+    bias_EP: nn.Parameter | None = None
+    dense_bias_P: nn.Parameter | None = None
+    shared_bias_P: nn.Parameter | None = None
 
 
 @dataclass(frozen=True)
@@ -170,19 +178,25 @@ class Batch:
 
 def draw_layer(shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Layer:
     """Random weights that keep the size of what goes through them."""
-    hidden = shape.hidden
+    hidden, parts = shape.hidden, shape.num_matrices - 1
 
-    def draw(*size: int) -> nn.Parameter:
+    def draw(*size: int, scale: float | None = None) -> nn.Parameter:
         values = torch.randn(*size, dtype=dtype, device=generator.device, generator=generator)
-        return nn.Parameter(values.mul_(size[-1] ** -0.5))
+        return nn.Parameter(values.mul_(scale or size[-1] ** -0.5))
+
+    def draw_bias(*size: int) -> nn.Parameter | None:
+        return draw(*size, scale=1.0) if shape.plain else None
 
     return Layer(
-        up_EPD=draw(shape.num_experts, 2 * shape.expert_width, hidden),
+        up_EPD=draw(shape.num_experts, parts * shape.expert_width, hidden),
         down_EDF=draw(shape.num_experts, hidden, shape.expert_width),
-        dense_up_PD=draw(2 * shape.width, hidden),
+        dense_up_PD=draw(parts * shape.width, hidden),
         dense_down_DI=draw(hidden, shape.width),
-        shared_up_PD=draw(2 * shape.shared_width, hidden) if shape.shared else None,
+        shared_up_PD=draw(parts * shape.shared_width, hidden) if shape.shared else None,
         shared_down_DS=draw(hidden, shape.shared_width) if shape.shared else None,
+        bias_EP=draw_bias(shape.num_experts, shape.expert_width),
+        dense_bias_P=draw_bias(shape.width),
+        shared_bias_P=draw_bias(shape.shared_width) if shape.shared else None,
     )
 
 
@@ -231,7 +245,7 @@ def work(case: Case, experts_hit: float, ceilings: Ceilings, *, element_bytes: i
     Forward: every weight that is used is read once, every token is read and written once. Backward begins when forward
     has ended: those weights, the inputs and the output's gradient are read again, the inputs' gradient is written, and
     so is the gradient of every weight, zeros where nothing was routed. Each pass takes the longer of its bytes over
-    copy bandwidth and its operations over the matrix product rate.
+    copy bandwidth and its operations over the matrix product rate. Biases are left out.
 
     Args:
         experts_hit: routed experts that at least one token chose; a mean over batches need not be a whole number.
@@ -240,9 +254,9 @@ def work(case: Case, experts_hit: float, ceilings: Ceilings, *, element_bytes: i
     shape = case.shape
     routed = 0 if dense else shape.expert_width
     always = shape.width if dense else shape.shared_width
-    weights_used = NUM_MATRICES * shape.hidden * (experts_hit * routed + always)
-    weights = NUM_MATRICES * shape.hidden * (shape.num_experts * routed + always)
-    weights_a_token = NUM_MATRICES * shape.hidden * (shape.active * routed + always)
+    weights_used = shape.num_matrices * shape.hidden * (experts_hit * routed + always)
+    weights = shape.num_matrices * shape.hidden * (shape.num_experts * routed + always)
+    weights_a_token = shape.num_matrices * shape.hidden * (shape.active * routed + always)
     tokens = case.tokens * shape.hidden
     passes = [(weights_used + 2 * tokens, FLOPS_PER_WEIGHT * case.tokens * weights_a_token)]
     if case.pass_name == "training":
@@ -258,7 +272,7 @@ def touched_bytes(case: Case, experts_hit: float, element_bytes: int) -> float:
     """Weights that one forward call reads."""
     shape = case.shape
     width = experts_hit * shape.expert_width + shape.shared_width
-    return NUM_MATRICES * shape.hidden * width * element_bytes
+    return shape.num_matrices * shape.hidden * width * element_bytes
 
 
 def seed_of(case: Case) -> int:

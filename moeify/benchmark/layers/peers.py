@@ -5,7 +5,7 @@ one, write it below with the decorator, which gives it its name, the packages wh
 in the table. It may raise whatever it likes: the benchmark reports the reason.
 
 T tokens, D hidden, I dense FFN width, F width of one expert, S width of the shared part, E routed experts, K routed
-experts a token, P = 2F rows of gate and up (2S, 2I in the shared part and the dense FFN).
+experts a token, P = 2F rows of gate and up (2S, 2I in the shared part and the dense FFN), or F rows of up alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,9 +41,9 @@ class Peer:
 
     def parameters(self, layer: Layer) -> list[nn.Parameter]:
         """The weights that it uses, and that get gradients in training."""
-        if self.dense:
-            return [layer.dense_up_PD, layer.dense_down_DI]
-        used = (layer.up_EPD, layer.down_EDF, layer.shared_up_PD, layer.shared_down_DS)
+        shared = (layer.shared_up_PD, layer.shared_down_DS, layer.shared_bias_P)
+        dense = (layer.dense_up_PD, layer.dense_down_DI, layer.dense_bias_P)
+        used = dense if self.dense else (layer.up_EPD, layer.down_EDF, layer.bias_EP, *shared)
         return [weight for weight in used if weight is not None]
 
 
@@ -76,8 +76,11 @@ def find_peers(names: Sequence[str]) -> list[Peer]:
     return [found for name, found in PEERS.items() if name in names or not names]
 
 
-def dense_ffn(inputs_TD: Tensor, up_PD: Tensor, down_DF: Tensor) -> Tensor:
-    """silu(gate) * up through the library's matrix products, gate and up in one."""
+def dense_ffn(inputs_TD: Tensor, up_PD: Tensor, down_DF: Tensor, bias_P: Tensor | None) -> Tensor:
+    """silu(gate) * up through the library's matrix products, gate and up in one; gelu(up + bias) if there is a bias."""
+    if bias_P is not None:
+        hidden_TF = nn.functional.gelu(nn.functional.linear(inputs_TD, up_PD, bias_P), approximate="tanh")
+        return nn.functional.linear(hidden_TF, down_DF)
     gate_TF, up_TF = nn.functional.linear(inputs_TD, up_PD).chunk(2, dim=-1)
     return nn.functional.linear(nn.functional.silu(gate_TF) * up_TF, down_DF)
 
@@ -87,7 +90,7 @@ def with_shared(layer: Layer, routed: Forward) -> Forward:
     up_PD, down_DS = layer.shared_up_PD, layer.shared_down_DS
     if up_PD is None or down_DS is None:
         return routed
-    return lambda batch: routed(batch) + dense_ffn(batch.inputs_TD, up_PD, down_DS)
+    return lambda batch: routed(batch) + dense_ffn(batch.inputs_TD, up_PD, down_DS, layer.shared_bias_P)
 
 
 @peer(OURS, "triton")
@@ -96,11 +99,12 @@ def moeify_kernels(layer: Layer) -> Forward:
     from moeify.kernels.experts import operation
 
     moe_ffn = operation(layer.up_EPD.device.type)
+    plain = layer.bias_EP is not None
+    options = {"activation": "gelu_tanh" if plain else "silu", "gated": not plain, "bias_EP": layer.bias_EP}
 
     def forward(batch: Batch) -> Tensor:
-        output_TD: Tensor = moe_ffn(
-            batch.inputs_TD, layer.up_EPD, layer.down_EDF, batch.experts_TK, batch.weights_TK, activation="silu"
-        )
+        tensors = (batch.inputs_TD, layer.up_EPD, layer.down_EDF, batch.experts_TK, batch.weights_TK)
+        output_TD: Tensor = moe_ffn(*tensors, **options)
         return output_TD
 
     return with_shared(layer, forward)
@@ -109,7 +113,7 @@ def moeify_kernels(layer: Layer) -> Forward:
 @peer(DENSE, "torch", dense=True)
 def dense(layer: Layer) -> Forward:
     """The dense FFN of the whole width: what a conversion starts from. cuBLAS on CUDA devices."""
-    return lambda batch: dense_ffn(batch.inputs_TD, layer.dense_up_PD, layer.dense_down_DI)
+    return lambda batch: dense_ffn(batch.inputs_TD, layer.dense_up_PD, layer.dense_down_DI, layer.dense_bias_P)
 
 
 @peer("grouped_mm", "transformers")
@@ -121,6 +125,8 @@ def grouped_mm(layer: Layer) -> Forward:
 @peer("liger", "liger-kernel")
 def liger(layer: Layer) -> Forward:
     """liger-kernel's fused MoE in Triton."""
+    if layer.bias_EP is not None:
+        raise ValueError("its experts have a gate and no biases")
     from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
 
     def forward(batch: Batch) -> Tensor:
@@ -170,20 +176,38 @@ def batched_mm(layer: Layer) -> Forward:
 
 def _transformers(layer: Layer, implementation: str) -> Forward:
     """One of transformers' own implementations, through a module of a real model."""
-    from transformers import MixtralConfig
-    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-
-    num_experts, hidden, width = layer.down_EDF.shape
-    config = MixtralConfig(
-        num_local_experts=num_experts, hidden_size=hidden, intermediate_size=width, hidden_act="silu"
-    )
-    config._experts_implementation = implementation
     with torch.device("meta"):
-        module: Any = MixtralExperts(config)
-    module.gate_up_proj, module.down_proj = layer.up_EPD, layer.down_EDF
+        module = _plain_experts(layer) if layer.bias_EP is not None else _gated_experts(layer)
+    module.config._experts_implementation = implementation
+    module.down_proj = layer.down_EDF
 
     def forward(batch: Batch) -> Tensor:
         output_TD: Tensor = module(batch.inputs_TD, batch.experts_TK, batch.weights_TK)
         return output_TD
 
     return with_shared(layer, forward)
+
+
+def _gated_experts(layer: Layer) -> Any:
+    """Mixtral's, with these weights."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    num_experts, hidden, width = layer.down_EDF.shape
+    module: Any = MixtralExperts(
+        MixtralConfig(num_local_experts=num_experts, hidden_size=hidden, intermediate_size=width, hidden_act="silu")
+    )
+    module.gate_up_proj = layer.up_EPD
+    return module
+
+
+def _plain_experts(layer: Layer) -> Any:
+    """Those of moeify's own models, with these weights."""
+    from moeify.modeling.configuration_moeify import MoeifyConfig
+    from moeify.modeling.modeling_moeify import PlainBiasedExperts
+
+    num_experts, hidden, width = layer.down_EDF.shape
+    values = {"num_experts": num_experts, "moe_intermediate_size": width, "expert_activation": "gelu_new"}
+    module: Any = PlainBiasedExperts(MoeifyConfig(dense_model_type="gpt2", **values), hidden)
+    module.up_proj, module.up_proj_bias = layer.up_EPD, layer.bias_EP
+    return module

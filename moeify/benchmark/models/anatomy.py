@@ -35,7 +35,7 @@ class Experts:
     Args:
         layers: indices of these layers.
         num_routed, num_chosen: E and K.
-        parameters_each: of one expert of one layer.
+        parameters_each, matrices_each: of one expert of one layer, with biases and without.
         num_shared: how many times wider than one expert the always-on part beside them is; one if that is no whole
             number, none if there is no such part.
     """
@@ -44,6 +44,7 @@ class Experts:
     num_routed: int
     num_chosen: int
     parameters_each: int
+    matrices_each: int
     num_shared: int
 
     @property
@@ -54,7 +55,16 @@ class Experts:
     @property
     def idle_parameters(self) -> int:
         """Of the experts that a token does not use."""
-        return len(self.layers) * (self.num_routed - self.num_chosen) * self.parameters_each
+        return self._idle * self.parameters_each
+
+    @property
+    def idle_matrices(self) -> int:
+        """The same without biases."""
+        return self._idle * self.matrices_each
+
+    @property
+    def _idle(self) -> int:
+        return len(self.layers) * (self.num_routed - self.num_chosen)
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class Anatomy:
         num_layers: decoder layers.
         vocab_size, hidden_size: V and D.
         tied: the head is the embedding.
+        position_width: numbers that a learned position adds to a token; none where positions rotate.
         parts: by moeify.benchmark.model_results.PARTS.
         experts: None for a dense model.
         windows: of each attention layer, how far back it sees; None for everything.
@@ -77,6 +88,7 @@ class Anatomy:
     vocab_size: int
     hidden_size: int
     tied: bool
+    position_width: int
     parts: Mapping[str, Count]
     experts: Experts | None
     windows: tuple[int | None, ...]
@@ -108,6 +120,7 @@ def anatomy(config: Any) -> Anatomy:
         vocab_size=int(config.vocab_size),
         hidden_size=int(config.hidden_size),
         tied=head is not None and head.weight is embedding,
+        position_width=sum(table.embedding_dim for table in _tables(model)),
         parts=_parts(model),
         experts=_experts(model, config),
         windows=_windows(model, config),
@@ -139,7 +152,8 @@ def _parts(model: Any) -> dict[str, Count]:
         owners = [model.get_submodule(".".join(path[:depth])) for depth in range(1, len(path) + 1)]
         total = totals.setdefault(_part(model, parameter, owners, routers), [0, 0])
         total[0] += parameter.numel()
-        total[1] += parameter.numel() if parameter.ndim > 1 else 0
+        # The biases of experts are a matrix, by which nothing is multiplied.
+        total[1] += parameter.numel() if parameter.ndim > 1 and not name.endswith("bias") else 0
     return {part: Count(*total) for part, total in totals.items()}
 
 
@@ -148,7 +162,7 @@ def _part(model: Any, parameter: nn.Parameter, owners: list[nn.Module], routers:
     names = [type(owner).__name__ for owner in owners]
     head = model.get_output_embeddings()
     if isinstance(owners[-1], nn.Embedding):
-        return "embedding"
+        return "embedding" if owners[-1] is model.get_input_embeddings() else "positions"
     if head is not None and owners[-1] is head:
         return "head"
     if any(owner is router for owner in owners for router in routers):
@@ -156,6 +170,12 @@ def _part(model: Any, parameter: nn.Parameter, owners: list[nn.Module], routers:
     if parameter.ndim == 1 and "Norm" in names[-1]:
         return "norm"
     return "attention" if any(name.endswith(MIXERS) for name in names) else "ffn"
+
+
+def _tables(model: Any) -> list[nn.Embedding]:
+    """Of positions: whatever is looked up besides tokens."""
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    return [table for table in tables if table is not model.get_input_embeddings()]
 
 
 def _router_modules(model: nn.Module) -> list[nn.Module]:
@@ -185,17 +205,14 @@ def _experts(model: nn.Module, config: Any) -> Experts | None:
             f"the config of {config.model_type} does not say how many experts a token uses",
             "only models whose config has num_experts_per_tok are measured",
         )
-    sizes = {
-        (_num_experts(module), sum(parameter.numel() for parameter in module.parameters()))
-        for module in modules.values()
-    }
+    sizes = {(_num_experts(module), _numbers(module), _numbers(module, ndim=3)) for module in modules.values()}
     if len(sizes) > 1:
         raise InputError(
             f"the layers of this {config.model_type} have experts of different sizes: {sorted(sizes)}",
             "only models with experts of one size are measured",
         )
-    ((num_routed, parameters),) = sizes
-    each = parameters // num_routed
+    ((num_routed, parameters, matrices),) = sizes
+    each = matrices // num_routed
     first = min(modules)
     shared = sum(
         parameter.numel()
@@ -204,7 +221,12 @@ def _experts(model: nn.Module, config: Any) -> Experts | None:
         if re.search(rf"\.{first}\..*shared", name) and parameter.ndim == 2 and parameter.shape[0] > 1
     )
     num_shared = shared // each if shared % each == 0 else 1
-    return Experts(tuple(sorted(modules)), num_routed, int(chosen), each, num_shared)
+    return Experts(tuple(sorted(modules)), num_routed, int(chosen), parameters // num_routed, each, num_shared)
+
+
+def _numbers(module: nn.Module, ndim: int | None = None) -> int:
+    """Parameters of a module, of all shapes or of one."""
+    return sum(parameter.numel() for parameter in module.parameters() if ndim in (None, parameter.ndim))
 
 
 def _windows(model: nn.Module, config: Any) -> tuple[int | None, ...]:

@@ -20,7 +20,7 @@ SAME_WITHIN = 0.05
 # Name of the quality over the blocks of all texts, where there are several.
 ALL_TEXTS = "all texts"
 # Where parameters are.
-PARTS = ("embedding", "attention", "ffn", "router", "norm", "head")
+PARTS = ("embedding", "positions", "attention", "ffn", "router", "norm", "head")
 
 
 @dataclass(frozen=True)

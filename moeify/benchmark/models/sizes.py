@@ -30,8 +30,8 @@ class Work:
 def parts_of(anatomy: Anatomy, *, context: int, element_bytes: int) -> dict[str, Part]:
     """What one token costs, by part.
 
-    Of the routed experts a token uses K of E. An embedding that is not the head is looked up: no parameter of it is
-    multiplied, and one row is read. Attention is that of a token which sees `context` positions, their keys and values
+    Of the routed experts a token uses K of E. An embedding that is not the head is looked up, as learned positions are:
+    no parameter of it is multiplied, and one row is read. Attention is that of a token which sees `context` positions, their keys and values
     included in the bytes.
 
     Args:
@@ -46,9 +46,11 @@ def parts_of(anatomy: Anatomy, *, context: int, element_bytes: int) -> dict[str,
         active, multiplied, extra = count.parameters, count.matrices, 0
         if part == "embedding" and not anatomy.tied:
             active, multiplied, extra = 0, 0, anatomy.hidden_size
+        if part == "positions":
+            active, multiplied, extra = 0, 0, anatomy.position_width
         if part == "ffn" and anatomy.experts is not None:
             active -= anatomy.experts.idle_parameters
-            multiplied -= anatomy.experts.idle_parameters
+            multiplied -= anatomy.experts.idle_matrices
         flops = FLOPS_PER_WEIGHT * multiplied
         if part == "attention":
             flops += 2 * FLOPS_PER_WEIGHT * anatomy.query_width * positions
@@ -89,10 +91,12 @@ def pass_work(
     embedding = anatomy.parts["embedding"]
     if not anatomy.tied:
         weights += distinct_tokens * anatomy.hidden_size - embedding.parameters
+    if "positions" in anatomy.parts:
+        weights += len(lengths) * anatomy.position_width - anatomy.parts["positions"].parameters
     kept = sum(_seen(window, prompt) for window in anatomy.windows)
     head = embedding if anatomy.tied else anatomy.parts["head"]
-    body = sum(count.matrices for part, count in anatomy.parts.items() if part not in ("embedding", "head"))
-    body -= experts.idle_parameters if experts else 0
+    body = sum(anatomy.parts[part].matrices for part in anatomy.parts if part not in ("embedding", "positions", "head"))
+    body -= experts.idle_matrices if experts else 0
     seen = sum(_seen(window, length) for window in anatomy.windows for length in lengths)
     flops = FLOPS_PER_WEIGHT * (tokens * body + batch * head.matrices)
     flops += 2 * FLOPS_PER_WEIGHT * anatomy.query_width * batch * seen
