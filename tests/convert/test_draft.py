@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
+from transformers import AutoConfig
 
 from moeify import families
 from moeify.cli.app import run_command
@@ -14,8 +15,9 @@ from moeify.families import Family
 
 
 def folder_of(family: str, tmp_path: Path, **values: Any) -> Path:
-    config = AutoConfig.for_model(family, **{**families.find(family).tiny_values, **values})
-    config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
+    found = families.find(family)
+    config = AutoConfig.for_model(family, **{**found.tiny_values, **values})
+    config.architectures = [getattr(transformers, found.auto)._model_mapping[type(config)].__name__]
     config.save_pretrained(tmp_path)
     return tmp_path
 
@@ -33,7 +35,8 @@ def test_a_draft_is_what_was_written_by_hand(name: str, tmp_path: Path) -> None:
     drafted = draft(folder_of(name, tmp_path, **{families.find(name).width: 72}))
     assert (drafted.model_type, drafted.file) == (name, f"moeify/families/{name}.py")
     found, written = family_in(drafted.text), families.find(name)
-    parts = ("model_type", "blocks", "read", "write", "ffn", "activation", "width")
+    assert "# The FFN" not in drafted.text
+    parts = ("model_type", "blocks", "read", "write", "between", "ffn", "activation", "width", "auto", "modality")
     assert {part: getattr(found, part) for part in parts} == {part: getattr(written, part) for part in parts}
 
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
+from transformers.modeling_outputs import CausalLMOutput
 
 from moeify.training import losses as finetune_losses
-from moeify.training.losses import ScoringHead, TeacherHead, hidden_error, load_figures, router_losses
+from moeify.training.logits import Head
+from moeify.training.losses import ScoringHead, hidden_error, load_figures, router_losses
 
 BLOCKS, CONTEXT, HIDDEN, VOCABULARY = 3, 9, 8, 40
 
@@ -28,15 +30,43 @@ def parts() -> dict[str, Any]:
         "hidden": noise(BLOCKS, CONTEXT, HIDDEN, seed=1).requires_grad_(),
         "ids": torch.randint(VOCABULARY, (BLOCKS, CONTEXT), generator=torch.Generator().manual_seed(2)),
         "its": noise(BLOCKS, CONTEXT, HIDDEN + 2, seed=3),
-        "teacher": TeacherHead(noise(VOCABULARY, HIDDEN + 2, seed=4), 0.5),
+        "teacher": Head(noise(VOCABULARY, HIDDEN + 2, seed=4), None, halved),
     }
+
+
+def halved(raw: Tensor) -> Tensor:
+    return raw * 0.5
+
+
+class Tiny(nn.Module):
+    """As much of a language model as scoring needs."""
+
+    base_model_prefix = "base"
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.base, self.head = nn.Identity(), head
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        found = self.base(input_ids)
+        hidden = found if isinstance(found, Tensor) else found.last_hidden_state
+        return CausalLMOutput(logits=self.head(hidden))  # type: ignore[arg-type]
+
+
+def scoring_of(parts: dict[str, Any], *, kl: float, lm: float) -> tuple[Tiny, ScoringHead]:
+    """A model with this head, and what scores it."""
+    model = Tiny(parts["head"])
+    return model, ScoringHead(model, kl=kl, lm=lm)
 
 
 def plain(parts: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """kl_B and lm_B as a textbook has them."""
     logits = parts["head"].weight @ parts["hidden"][:, :-1, :, None]
     student = logits.squeeze(-1).log_softmax(-1)
-    teacher = (parts["its"][:, :-1] @ parts["teacher"].weight_VD.T * parts["teacher"].scale).log_softmax(-1)
+    teacher = (parts["its"][:, :-1] @ parts["teacher"].weight_VD.T * 0.5).log_softmax(-1)
     divergence = kl_div(student, teacher, log_target=True, reduction="none").sum(-1).mean(1)
     language = cross_entropy(student.transpose(1, 2), parts["ids"][:, 1:], reduction="none").mean(1)
     return divergence, language
@@ -51,9 +81,9 @@ def test_chunks_give_the_plain_losses_and_gradients(
     divergence_B, language_B = plain(parts)
     wanted = 0.7 * divergence_B.mean() + 0.2 * language_B.mean()
     expected = torch.autograd.grad(3 * wanted, [parts["hidden"], parts["head"].weight])
-    scoring = ScoringHead(parts["head"], kl=0.7, lm=0.2)
+    model, scoring = scoring_of(parts, kl=0.7, lm=0.2)
     scoring.targets = (parts["ids"], parts["its"], parts["teacher"])
-    losses_B3 = parts["head"](parts["hidden"])
+    losses_B3 = model(parts["hidden"]).logits
     found = torch.autograd.grad(3 * losses_B3[:, 0].mean(), [parts["hidden"], parts["head"].weight])
     torch.testing.assert_close(losses_B3[:, 0], wanted.expand(BLOCKS))
     torch.testing.assert_close(losses_B3[:, 1], divergence_B)
@@ -72,9 +102,9 @@ def test_logits_exist_a_few_tokens_at_a_time(parts: dict[str, Any], monkeypatch:
         return plain_losses(logits_TV, *others)
 
     monkeypatch.setattr(finetune_losses, "_token_losses", note)
-    scoring = ScoringHead(parts["head"], kl=1, lm=0)
+    model, scoring = scoring_of(parts, kl=1, lm=0)
     scoring.targets = (parts["ids"], parts["its"], parts["teacher"])
-    parts["head"](parts["hidden"])
+    model(parts["hidden"])
     assert sum(rows for rows, _ in seen) == BLOCKS * (CONTEXT - 1)
     assert max(rows for rows, _ in seen) <= 5
     assert len(seen) == -(-BLOCKS * (CONTEXT - 1) // 5)
@@ -82,40 +112,41 @@ def test_logits_exist_a_few_tokens_at_a_time(parts: dict[str, Any], monkeypatch:
 
 @pytest.mark.parametrize("rows", [VOCABULARY - 3, VOCABULARY + 3])
 def test_vocabularies_padded_to_different_sizes(parts: dict[str, Any], rows: int) -> None:
-    teacher = TeacherHead(noise(rows, HIDDEN + 2, seed=4), 0.5)
+    teacher = Head(noise(rows, HIDDEN + 2, seed=4), None, halved)
     parts["ids"].clamp_(max=VOCABULARY - 4)
     logits = (parts["hidden"][:, :-1] @ parts["head"].weight.T).log_softmax(-1)[..., :rows]
     its = (parts["its"][:, :-1] @ teacher.weight_VD.T * 0.5).log_softmax(-1)[..., :VOCABULARY]
     expected = torch.autograd.grad((its.exp() * (its - logits)).sum(-1).mean(), parts["hidden"])
-    scoring = ScoringHead(parts["head"], kl=1, lm=0)
+    model, scoring = scoring_of(parts, kl=1, lm=0)
     scoring.targets = (parts["ids"], parts["its"], teacher)
-    found = torch.autograd.grad(parts["head"](parts["hidden"])[:, 0].mean(), parts["hidden"])
+    found = torch.autograd.grad(model(parts["hidden"]).logits[:, 0].mean(), parts["hidden"])
     torch.testing.assert_close(found, expected)
 
 
 def test_a_head_without_targets_gives_logits_again(parts: dict[str, Any]) -> None:
     expected = parts["hidden"] @ parts["head"].weight.T
-    scoring = ScoringHead(parts["head"], kl=1, lm=0)
-    torch.testing.assert_close(parts["head"](parts["hidden"]), expected)
+    model, scoring = scoring_of(parts, kl=1, lm=0)
+    torch.testing.assert_close(model(parts["hidden"]).logits, expected)
     scoring.remove()
     assert "forward" not in vars(parts["head"])
 
 
 def test_a_frozen_head_gets_no_gradient_and_evaluation_none_at_all(parts: dict[str, Any]) -> None:
-    scoring = ScoringHead(parts["head"].requires_grad_(requires_grad=False), kl=1, lm=1)
+    parts["head"].requires_grad_(requires_grad=False)
+    model, scoring = scoring_of(parts, kl=1, lm=1)
     scoring.targets = (parts["ids"], parts["its"], parts["teacher"])
-    parts["head"](parts["hidden"])[:, 0].mean().backward()
+    model(parts["hidden"]).logits[:, 0].mean().backward()
     assert parts["head"].weight.grad is None
     assert parts["hidden"].grad.abs().sum() > 0
     assert parts["hidden"].grad[:, -1].abs().sum() == 0
     with torch.no_grad():
-        assert not parts["head"](parts["hidden"]).requires_grad
+        assert not model(parts["hidden"]).logits.requires_grad
 
 
 def test_a_student_like_its_teacher_has_no_divergence(parts: dict[str, Any]) -> None:
-    scoring = ScoringHead(parts["head"], kl=1, lm=0)
-    scoring.targets = (parts["ids"], parts["hidden"].detach(), TeacherHead(parts["head"].weight.detach()))
-    assert parts["head"](parts["hidden"])[:, 1].abs().max() < 1e-6
+    model, scoring = scoring_of(parts, kl=1, lm=0)
+    scoring.targets = (parts["ids"], parts["hidden"].detach(), Head(parts["head"].weight.detach()))
+    assert model(parts["hidden"]).logits[:, 1].abs().max() < 1e-6
 
 
 def test_hidden_errors_are_relative_for_each_token() -> None:

@@ -99,6 +99,8 @@ def routers_of(model: Any, folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", targets.names())
 def test_the_cards_advice_keeps_the_choice_of_experts(name: str, convert: Convert) -> None:
     folder, shares = convert(name), {}
+    # Without a gradient nothing needs to be frozen.
+    reached = not targets.find(name).exact_weights
     for frozen in (True, False):
         model: Any = stock.load(folder)
         before, routers = choices(model, folder), routers_of(model, folder)
@@ -107,10 +109,10 @@ def test_the_cards_advice_keeps_the_choice_of_experts(name: str, convert: Conver
         train(model, folder)
         shares[frozen] = share(model, folder, before)
         same = [torch.equal(router, routers[key]) for key, router in routers_of(model, folder).items()]
-        assert all(same) if frozen else not any(same)
+        assert all(same) if frozen or not reached else not any(same)
     assert shares[True] >= ENOUGH
     # Why the advice is given.
-    assert shares[False] < shares[True] - 0.2
+    assert (shares[False] < shares[True] - 0.2) == reached
 
 
 # peft asks transformers by an old name.
