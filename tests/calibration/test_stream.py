@@ -12,8 +12,11 @@ from transformers import AutoModelForCausalLM
 from moeify import families
 from moeify.calibration import stream as calibration
 from moeify.calibration.stream import HiddenStream
+from moeify.modeling.modeling_moeify import blocks_in
+from moeify.models.config import load_config
 from moeify.models.dense import open_dense
 from moeify.models.ffn import pack
+from moeify.models.heads import auto_class
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -33,10 +36,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 @torch.no_grad()
 def stock_ffn(folder: Path, ids_BC: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Inputs and outputs of every FFN of the stock model."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = auto_class(load_config(folder)).from_pretrained(folder, dtype=torch.float32).eval()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    sites = families.find(model.config.model_type).sites
-    for block in model.get_submodule(sites.blocks):
+    sites = families.find(model.config.model_type)
+    for block in model.get_submodule(blocks_in(model, sites.blocks)):
         pair: list[torch.Tensor] = []
         block.get_submodule(sites.read).register_forward_pre_hook(
             lambda _, inputs, pair=pair: pair.append(inputs[0].flatten(0, -2))

@@ -23,6 +23,7 @@ from moeify.convert.pipeline import split
 from moeify.convert.search import search
 from moeify.data.examples import text_examples
 from moeify.errors import InputError, UsageError
+from moeify.models.heads import classes_of_type
 from moeify.options import EvalOptions, SplitOptions
 
 # Short texts and small sets are warned of, and enough here.
@@ -37,12 +38,12 @@ WORDS = {
 
 @pytest.fixture(scope="module")
 def made(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """made(class name) -> folder of a tiny bert with a tokenizer that has a mask."""
+    """made(class name, family) -> folder of a tiny bert with a tokenizer that has a mask."""
     folders: dict[str, Path] = {}
 
-    def make(name: str, **values: Any) -> Path:
+    def make(name: str, family: str = "bert", **values: Any) -> Path:
         if name not in folders:
-            folder = make_dense("bert", architectures=[name], vocab_size=512, **values)
+            folder = make_dense(family, architectures=[name], vocab_size=512, **values)
             tokenizer = AutoTokenizer.from_pretrained(folder)
             tokenizer.add_special_tokens({"mask_token": "<mask>"})
             tokenizer.save_pretrained(folder)
@@ -153,6 +154,27 @@ def test_a_head_is_carried_and_measured(made: Any, topics: Path, text: str, tmp_
     file.write_text(json.dumps({**json.loads(file.read_text()), "id2label": {"0": "a", "1": "b", "2": "c"}}))
     failed = [check.name for check in verify(out, str(dense)).checks if not check.passed]
     assert failed == ["config is the plan's", "architecture is the dense model's"]
+
+
+@pytest.mark.parametrize("family", ["distilbert", "electra", "modernbert", "roberta"])
+def test_masked_models_of_every_kind_go_in(family: str, made: Any, calibration_file: Path, tmp_path: Path) -> None:
+    (name,) = classes_of_type("AutoModelForMaskedLM", family)
+    dense = made(name, family)
+    options = SplitOptions(experts=8, active=4, tokens=1024, calibration=(str(calibration_file),))
+    assert split(str(dense), tmp_path / "out", options).target == "moeify"
+    report = verify(tmp_path / "out", str(dense))
+    assert report.passed, report.checks
+
+
+def test_a_classifier_of_a_language_model_becomes_a_stock_one(
+    make_dense: MakeDense, calibration_file: Path, tmp_path: Path
+) -> None:
+    dense, out = make_dense("llama", architectures=["LlamaForSequenceClassification"]), tmp_path / "out"
+    text = {"tokens": 1024, "calibration": (str(calibration_file),)}
+    split(str(dense), out, SplitOptions(experts=8, active=4, shared=0, target="mixtral", **text))
+    assert verify(out, str(dense)).passed
+    model = AutoModelForSequenceClassification.from_pretrained(out)
+    assert type(model).__name__ == "MixtralForSequenceClassification"
 
 
 def test_methods_and_layers_are_compared_by_features(made: Any, text: str, topics: Path) -> None:

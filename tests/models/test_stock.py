@@ -21,8 +21,10 @@ from moeify.convert.pipeline import split
 from moeify.convert.prepare import prepare
 from moeify.errors import InputError, MoeifyWarning
 from moeify.models import stock
+from moeify.models.config import load_config
 from moeify.models.dense import open_dense
 from moeify.models.files import SINGLE_FILE
+from moeify.models.heads import auto_class
 from moeify.options import SplitOptions
 
 EMBEDDING, HEAD, UP = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
@@ -47,7 +49,8 @@ def change_config(folder: Path, **values: Any) -> None:
 
 def loaded(folder: Path) -> dict[str, Tensor]:
     """What transformers itself loads, parameters that are shared once."""
-    return {name: p.detach() for name, p in AutoModelForCausalLM.from_pretrained(folder).named_parameters()}
+    model = auto_class(load_config(folder)).from_pretrained(folder)
+    return {name: p.detach() for name, p in model.named_parameters()}
 
 
 def assert_same_as_transformers(folder: Path) -> None:
