@@ -143,6 +143,10 @@ class HiddenStream:
         return self.residual()
 
     @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    @property
     def block_tokens(self) -> int:
         """C, the tokens that the model makes of a block."""
         return self._hidden_BCD.shape[1]
@@ -182,7 +186,7 @@ class HiddenStream:
         self._fill_base(outer)
         for block in range(self._num_blocks):
             passages[-1].gives = hidden_1CD = self._at(slice(block, block + 1))
-            normed_1CD = base(inputs_embeds=hidden_1CD, use_cache=False)[0]
+            normed_1CD = base(inputs_embeds=self._embedded(hidden_1CD), **uncached(base))[0]
             check_activations(normed_1CD * steepest, "behind the last layer: the logits, by their bound,", LARGEST**2)
 
     @torch.no_grad()
@@ -220,8 +224,13 @@ class HiddenStream:
                     self._fill(head, f"{name}.")
         for block in blocks:
             passages[-1].gives = hidden_1CD = self._at(slice(block, block + 1))
-            inputs = {"inputs_embeds": hidden_1CD} if text else self._called_with(self._first)
+            inputs = {"inputs_embeds": self._embedded(hidden_1CD)} if text else self._called_with(self._first)
             yield output_of(outer(**inputs, **uncached(outer)))[0]
+
+    def _embedded(self, hidden_1CD: Tensor) -> Tensor:
+        """What stands for embeddings whose values matter no more; some models make them wider for their blocks."""
+        width = self._model.skeleton.get_input_embeddings().weight.shape[1]
+        return hidden_1CD if width == hidden_1CD.shape[2] else hidden_1CD.new_zeros(*hidden_1CD.shape[:2], width)
 
     def _called_with(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Inputs where the arithmetic runs, and in its type but for those that are numbers of something."""

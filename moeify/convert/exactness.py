@@ -166,7 +166,7 @@ def twin_values(config: Any, family: Family) -> dict[str, Any]:
     # A window that no text of this model fills does nothing, and does nothing in the twin.
     if window is not None and window < limit:
         sizes["sliding_window"] = WINDOW
-    sizes["max_position_embeddings"] = max(CONTEXT, limit)
+    sizes["max_position_embeddings"] = max(CONTEXT + family.reserved(config), limit)
     for name, size in sizes.items():
         if hasattr(config, name):
             values[config.attribute_map.get(name, name)] = size

@@ -7,5 +7,4 @@ FAMILY = Family(
     auto="AutoModel",
     ffn=FFNFormat(gate="mlp.Wi", up="mlp.Wi", down="mlp.Wo", fused=True),
     activation="hidden_activation",
-    tiny={"layer_types": ["full_attention", "sliding_attention"]},
 )

@@ -10,5 +10,5 @@ FAMILY = Family(
     auto="AutoModel",
     ffn=FFNFormat(gate=None, up="intermediate.dense", down="output.dense"),
     reserved=lambda config: int(config.pad_token_id) + 1,
-    tiny={"pad_token_id": 0, "max_position_embeddings": 512},
+    tiny={"pad_token_id": 0, "max_position_embeddings": 66},
 )

@@ -16,6 +16,8 @@ LANGUAGE_MODELS = (LANGUAGE_MODEL, "AutoModelForImageTextToText")
 MASKED_MODEL = "AutoModelForMaskedLM"
 SPEECH_MODEL = "AutoModelForSpeechSeq2Seq"
 BASE = "AutoModel"
+# Whose models have defaults for generating text.
+GENERATING = (LANGUAGE_MODEL, "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText")
 # Whose heads have a name for each of their classes.
 LABELLED = (
     "AutoModelForSequenceClassification",
@@ -51,7 +53,9 @@ def auto_name(config: Any) -> str:
     usual = families.find(dense_type(config)).auto if dense_type(config) in families.names() else LANGUAGE_MODEL
     names = [name for name in getattr(config, "architectures", None) or [] if isinstance(name, str)]
     for name in names:
-        found = [auto for auto in (usual, *AUTO_CLASSES) if name.removeprefix(PREFIX) in classes(auto, config)]
+        found = [
+            auto for auto in (usual, *AUTO_CLASSES) if _is_one_of(name.removeprefix(PREFIX), classes(auto, config))
+        ]
         if not found:
             known = {one for auto in AUTO_CLASSES for one in classes(auto, config)}
             raise InputError(
@@ -60,6 +64,11 @@ def auto_name(config: Any) -> str:
             )
         return usual if found[0] == BASE else found[0]
     return usual
+
+
+def _is_one_of(name: str, known: tuple[str, ...]) -> bool:
+    """Old files write LLaMAForCausalLM."""
+    return name.casefold() in {one.casefold() for one in known}
 
 
 def auto_class(config: Any) -> Any:

@@ -172,9 +172,23 @@ def placed(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[dict[str
         origin = marks.get(tensor.storage_offset())
         if origin is not None and tensor.shape == stand_ins[origin].shape and tensor.is_contiguous():
             stored[name] = origin
+    stored |= _padded(model, stored, set(stand_ins) - set(info["unexpected_keys"]), stand_ins)
     # Of tied tensors that are both not there, one is needed.
     tied = {name for name, source in model.all_tied_weights_keys.items() if source in info["missing_keys"]}
     return stored, Report.of({**info, "missing_keys": info["missing_keys"] - tied})
+
+
+def _padded(
+    model: Any, stored: Mapping[str, str], known: set[str], shapes: Mapping[str, torch.Tensor]
+) -> dict[str, str]:
+    """Of the bias of a head that is tied to the embedding, which the loader pads by nothing and so copies."""
+    bias = getattr(model.get_output_embeddings(), "bias", None)
+    left = known - set(stored.values())
+    return {
+        name: name
+        for name, tensor in model.state_dict().items()
+        if name in left and bias is not None and tensor.shape == bias.shape == shapes[name].shape
+    }
 
 
 @contextmanager

@@ -172,7 +172,7 @@ def test_the_file(whole: tuple[Comparison, Path], dense: Path) -> None:
     assert written["schema"] == "moeify.compare/1"
     assert written["model"] == found.model == str(dense)
     assert [row["perplexity"] for row in written["rows"]] == [row.perplexity for row in found.rows]
-    assert set(written) == {"schema", "model", "rows", "calibration", "evaluation", "tasks"}
+    assert set(written) == {"schema", "model", "rows", "calibration", "evaluation", "tasks", "measure"}
 
 
 def test_a_few_methods_are_those_of_the_whole_table(run: Run, whole: tuple[Comparison, Path]) -> None:

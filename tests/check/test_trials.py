@@ -149,12 +149,12 @@ def test_evaluation_text_does_not_influence_the_fit(
 
 
 def test_gradients_are_taken_once_and_only_if_they_are_needed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Tensor] = []
+    calls: list[Any] = []
     really = trial.output_gradients
 
-    def counting(dense: Any, ids_BC: Tensor, device: str) -> list[Tensor]:
-        calls.append(ids_BC)
-        return really(dense, ids_BC, device)
+    def counting(dense: Any, inputs: Any, device: str) -> list[Tensor]:
+        calls.append(inputs)
+        return really(dense, inputs, device)
 
     monkeypatch.setattr(trial, "output_gradients", counting)
     trials = bench.trials()
@@ -163,7 +163,7 @@ def test_gradients_are_taken_once_and_only_if_they_are_needed(bench: Bench, monk
     trials.split(bench.prepare(partition="gradient"))
     trials.split(bench.prepare(partition="gradient", active=4))
     assert len(calls) == 1
-    assert torch.equal(calls[0], bench.calibration_BC)
+    assert torch.equal(calls[0]["input_ids"], bench.calibration_BC)
 
 
 def test_a_refit_to_the_stream_aims_elsewhere(bench: Bench) -> None:

@@ -21,8 +21,10 @@ from moeify.convert.pipeline import split
 from moeify.convert.prepare import prepare
 from moeify.errors import InputError, MoeifyWarning
 from moeify.models import stock
+from moeify.models.config import load_config
 from moeify.models.dense import open_dense
 from moeify.models.files import SINGLE_FILE
+from moeify.models.heads import LANGUAGE_MODEL, auto_class, auto_name
 from moeify.options import SplitOptions
 
 EMBEDDING, HEAD, UP = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"
@@ -47,7 +49,8 @@ def change_config(folder: Path, **values: Any) -> None:
 
 def loaded(folder: Path) -> dict[str, Tensor]:
     """What transformers itself loads, parameters that are shared once."""
-    return {name: p.detach() for name, p in AutoModelForCausalLM.from_pretrained(folder).named_parameters()}
+    model = auto_class(load_config(folder)).from_pretrained(folder)
+    return {name: p.detach() for name, p in model.named_parameters()}
 
 
 def assert_same_as_transformers(folder: Path) -> None:
@@ -65,14 +68,14 @@ def test_no_other_file_loads_models() -> None:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained"
     }
-    others = ("AutoConfig", "AutoTokenizer", "GenerationConfig")
+    others = ("AutoConfig", "AutoTokenizer", "AutoImageProcessor", "GenerationConfig")
     models = {call for call in calls if not call.endswith(tuple(f"{name}.from_pretrained" for name in others))}
-    assert models - {"models/stock.py: AutoModelForCausalLM.from_pretrained"} <= {
-        "models/stock.py: model_class.from_pretrained",
-        "convert/exactness.py: model_class.from_pretrained",
-        "models/generation.py: GenerationConfig.from_pretrained",
+    assert models == {
+        "models/stock.py: maker.from_pretrained",
+        "models/stock.py: class_of(config).from_pretrained",
+        "convert/exactness.py: class_of(config).from_pretrained",
+        "modeling/modeling_moeify.py: cls.leads_to(config).from_pretrained",
     }
-    assert len(models) >= 3
 
 
 @pytest.mark.parametrize("family", families.names())
@@ -144,15 +147,14 @@ def test_tied_model_that_stores_the_head_alone(dense: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_reward_models_are_refused(make_dense: MakeDense, tmp_path: Path, family: str) -> None:
+def test_reward_models_keep_their_head(make_dense: MakeDense, tmp_path: Path, family: str) -> None:
     config = open_dense(str(make_dense(family))).config
     config.num_labels, config.pad_token_id = 1, 0
     folder = Path(shutil.copytree(make_dense(family), tmp_path / "reward"))
     AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
-    for use in (open_dense, load):
-        with pytest.raises(InputError, match="ForSequenceClassification, expected a language model"):
-            use(str(folder))
-    # The tensor tells as well.
+    assert_same_as_transformers(folder)
+    assert "score.weight" in open_dense(str(folder)).shapes
+    # Without its class the tensor tells that something would be lost.
     change_config(folder, architectures=None)
     with pytest.raises(InputError, match=r"score\.weight belongs to a head"):
         open_dense(str(folder))
@@ -162,7 +164,7 @@ def test_reward_models_are_refused(make_dense: MakeDense, tmp_path: Path, family
 def test_architectures_of_language_models(dense: Path, names: Any) -> None:
     config = open_dense(str(dense)).config
     config.architectures = names
-    stock.check_architecture(config)
+    assert auto_name(config) == LANGUAGE_MODEL
 
 
 def test_tensors_that_transformers_leaves_out_are_said(dense: Path) -> None:

@@ -24,7 +24,9 @@ from moeify.convert.pipeline import SplitResult, split
 from moeify.convert.preview import preview
 from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
+from moeify.models.config import load_config
 from moeify.models.dense import open_dense
+from moeify.models.heads import auto_class
 from moeify.options import SplitOptions
 from moeify.plan import Layout, load_plan
 from moeify.routers import LinearRouter
@@ -653,7 +655,7 @@ def test_static_pruning_keeps_the_dense_architecture(
     assert after["architectures"] == before["architectures"]
     width = families.find(family).width
     assert (before[width], after[width]) == (64, 48)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    loaded: Any = auto_class(load_config(out)).from_pretrained(out, output_loading_info=True)
     assert not any(loaded[1][kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     pruned, whole = open_dense(out), open_dense(dense_models[family])
     for layer in load_plan(out).layers:
