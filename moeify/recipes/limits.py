@@ -63,7 +63,9 @@ def _scores(recipe: Recipe, evaluation: Evaluation) -> Iterator[Limit]:
 def _tasks(recipe: Recipe, evaluation: Evaluation) -> Iterator[Limit]:
     """What a score, a share of right answers, may lose to the dense model's."""
     limit = recipe.limits.max_drop
-    for task in evaluation.tasks if limit is not None else ():
+    if limit is None:
+        return
+    for task in evaluation.tasks:
         if task.model == judged(recipe, MAIN) and task.chance is not None:
             name = f"{task.metric} on {task.task} under dense"
             yield Limit(name, f"{-task.difference:.3f}", f"<= {limit:g}", -task.difference <= limit)
