@@ -46,8 +46,8 @@ PROCESSOR = {
 class VitRecipe:
     """Everything that decides the embedded ViT besides its images. Changing a field gives another cache folder.
 
-    Measured with the default: ACCURACY of the 359 digits that are held out, in 25 s of processor time (one core of an
-    Intel Xeon, PyTorch 2.13, 2026-11-26). With images moved by a pixel at random the same steps end at 0.847.
+    Measured with the default: of the 359 digits that are held out 0.975 are told right, after 24 s of processor time
+    (one core of an Intel Xeon, PyTorch 2.13, 2026-11-26). With images moved by a pixel at random it is 0.847.
     """
 
     hidden_size: int = 64

@@ -70,6 +70,9 @@ def test_options_about_text_are_refused(tmp_path: Path) -> None:
     dense = make_model(tmp_path / "dense", "vit", "ViTModel")
     with pytest.raises(UsageError, match="--context is about text"):
         split(str(dense), tmp_path / "moe", SplitOptions(experts=4, context=16, calibration=("digits",)))
-    with pytest.raises(InputError, match="needs a language model"):
+    with (
+        pytest.raises(InputError, match="needs a language model"),
+        pytest.warns(MoeifyWarning, match="handwritten digits"),
+    ):
         split(str(dense), tmp_path / "moe", SplitOptions(experts=4, tokens=1024, partition="gradient"))
     assert not (tmp_path / "moe").exists()
