@@ -32,11 +32,13 @@ def test_training_comes_nearer_to_the_teacher(part: str, tmp_path: Path) -> None
     options = FinetuneOptions(stage=("full",), tokens=1024, eval_tokens=512, batch=8, every=100, learning_rate=1e-3)
     (full,) = finetune(str(tmp_path / "moe"), dense, tmp_path / "tuned", options).stages
     assert full.after[part] < full.before[part]
+    beside = "agreement" if part == "kl" else "feature_cosine"
+    assert full.after[beside] >= full.before[beside]
     assert verify(str(tmp_path / "tuned"), dense).passed
     evaluation = measure([dense, str(tmp_path / "moe"), str(tmp_path / "tuned")], EvalOptions(tokens=512))
     first, moe, tuned = (score.value for score in evaluation.scores)
     assert first == pytest.approx(1)
-    assert moe < tuned < 1
+    assert max(moe, tuned) < 1
     assert {score.data for score in evaluation.scores} == {"digits-heldout"}
     assert {task.metric for task in evaluation.tasks} == ({"accuracy", "agreement"} if part == "kl" else set())
 
@@ -73,5 +75,5 @@ def test_what_only_language_models_have_is_refused(tmp_path: Path) -> None:
         finetune(moe, dense, out, FinetuneOptions(cache_teacher=True))
     with pytest.raises(UsageError, match="--minutes is for language models"):
         finetune(moe, dense, out, FinetuneOptions(stage=("full",), minutes=1))
-    with pytest.raises(InputError, match="the teacher must be the dense model itself or one of its kind"):
+    with pytest.raises(InputError, match="is made by AutoModel, .* by AutoModelForImageClassification"):
         finetune(moe, other, out, FinetuneOptions())
