@@ -76,3 +76,15 @@ def test_options_about_text_are_refused(tmp_path: Path) -> None:
     ):
         split(str(dense), tmp_path / "moe", SplitOptions(experts=4, tokens=1024, partition="gradient"))
     assert not (tmp_path / "moe").exists()
+
+
+def test_pruning_says_the_width_as_the_family_does(tmp_path: Path) -> None:
+    """DINOv2's config has the inner width as a multiple of the hidden size."""
+    dense, digits = make_model(tmp_path / "dense", "dinov2", "Dinov2Model"), ("digits",)
+    options = SplitOptions(static=True, experts=4, active=2, tokens=1024, calibration=digits, refit=False)
+    with pytest.warns(MoeifyWarning, match="handwritten digits"):
+        split(str(dense), tmp_path / "pruned", options)
+    pruned = open_dense(str(tmp_path / "pruned"))
+    assert (pruned.num_neurons, pruned.config.mlp_ratio) == (32, 1)
+    with pytest.raises(InputError, match="48 neurons are left of each FFN, a dinov2 has a whole multiple of 32"):
+        split(str(dense), tmp_path / "no", SplitOptions(static=True, experts=4, active=3, calibration=digits))

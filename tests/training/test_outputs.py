@@ -75,5 +75,5 @@ def test_what_only_language_models_have_is_refused(tmp_path: Path) -> None:
         finetune(moe, dense, out, FinetuneOptions(cache_teacher=True))
     with pytest.raises(UsageError, match="--minutes is for language models"):
         finetune(moe, dense, out, FinetuneOptions(stage=("full",), minutes=1))
-    with pytest.raises(InputError, match="is made by AutoModel, .* by AutoModelForImageClassification"):
+    with pytest.raises(InputError, match=r"is made by AutoModel, .* by AutoModelForImageClassification"):
         finetune(moe, other, out, FinetuneOptions())
