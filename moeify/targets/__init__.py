@@ -327,7 +327,7 @@ def static_target(dense: DenseModel) -> Target:
         holds_shared=True,
         engines=("everything that loads the dense model",),
         config=lambda dense, layout, width: dense.config_with(
-            {**family.fixed, family.width: layout.num_active * width}
+            {**family.fixed, **family.with_width(dense.text_config, layout.num_active * width)}
         ),
         routed_fold=lambda layout: 1.0,
         ffn_tensors=lambda prefix, experts: pack(family.ffn, prefix, experts.shared),

@@ -110,9 +110,8 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
             f"{moe} is made by {auto_name(config)}, {dense.name} by {auto_name(dense.config)}",
             "the teacher must be the dense model itself or one of its kind",
         )
-    if auto_name(config) != LANGUAGE_MODEL and (options.minutes is not None or options.cache_teacher):
-        option = "--minutes" if options.minutes is not None else "--cache-teacher"
-        raise UsageError(f"{option} is for language models", "--tokens says how long another model is trained")
+    if auto_name(config) != LANGUAGE_MODEL and options.cache_teacher:
+        raise UsageError("--cache-teacher is for language models, which have large teachers", "leave it out")
     if dense.family.modality == "image":
         return opened(*image_inputs(moe, path, dense, options))
     context = _context(options, config, dense.config)
