@@ -16,6 +16,8 @@ LANGUAGE_MODELS = (LANGUAGE_MODEL, "AutoModelForImageTextToText")
 MASKED_MODEL = "AutoModelForMaskedLM"
 SPEECH_MODEL = "AutoModelForSpeechSeq2Seq"
 BASE = "AutoModel"
+# Whose models have defaults for generating text.
+GENERATING = (LANGUAGE_MODEL, "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText")
 # Whose heads have a name for each of their classes.
 LABELLED = (
     "AutoModelForSequenceClassification",
