@@ -323,7 +323,7 @@ def _task_rows(asked: Tasks, dense: DenseModel) -> TaskRows:
     questions = asked.questions()
     if questions:
         check_language_model(dense.config, "a multiple choice")
-    return TaskRows.of(questions, dense.tokenizer() if questions else None, dense.family.context_of(dense.config))
+    return TaskRows.of(questions, dense.tokenizer() if questions else None, dense.family.context_of(dense.text_config))
 
 
 def _evaluation(prepared: Prepared, source: str, tokens: int) -> Inputs:
