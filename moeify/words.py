@@ -37,6 +37,7 @@ DEFINITIONS = {
     "static": "plain pruning: the same neurons for every token, the others dropped; what a split has to beat",
     "to first": "difference to the first model's score on the same questions",
     "top 1": "share of positions where the likeliest next token is the dense model's",
+    "word error rate": "words that were left out, added or taken for others, over the words that were said",
 }
 # Control, format, surrogate and unassigned characters, and separators of lines and paragraphs.
 UNPRINTABLE = frozenset(("Cc", "Cf", "Cs", "Cn", "Zl", "Zp"))

@@ -19,7 +19,7 @@ from moeify.models import stock
 from moeify.models.config import load_config
 from moeify.models.device import find_device
 from moeify.models.files import locate
-from moeify.models.heads import LANGUAGE_MODEL, auto_name, modality_of
+from moeify.models.heads import LANGUAGE_MODELS, auto_name, modality_of
 from moeify.options import DType, EvalOptions, Names, Track
 from moeify.progress import shown
 from moeify.readable import Readable, Rows
@@ -136,7 +136,7 @@ def measure(models: Sequence[str], options: EvalOptions, *, track: Track[Any] = 
     find_device(options.device)
     measured = open_measure(paths, options)
     tasks = Tasks(options.tasks, options.questions, track, context=options.context)
-    speaks = all(auto_name(load_config(path)) == LANGUAGE_MODEL for path in paths.values())
+    speaks = all(auto_name(load_config(path)) in LANGUAGE_MODELS for path in paths.values())
     loops = Loops(paths, options.answers if speaks else 0)
     own = {name: calibrated_on(path) for name, path in paths.items()}
     warn_of_kind(own, options.data)

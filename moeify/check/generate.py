@@ -18,9 +18,11 @@ from moeify.check.evaluate import load
 from moeify.command_line import names_of
 from moeify.errors import InputError
 from moeify.models.chat import Message, conversation_ids, has_template
+from moeify.models.config import load_config
 from moeify.models.device import find_device
 from moeify.models.files import locate
 from moeify.models.generation import ends_of
+from moeify.models.heads import check_language_model
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import GenerateOptions, Names, Track, untracked
 from moeify.progress import shown
@@ -89,7 +91,9 @@ class Speaker:
         Raises:
             InputError: one of them cannot be read.
         """
-        tokenizer = load_tokenizer(locate(name, track))
+        path = locate(name, track)
+        check_language_model(load_config(path), "writing text")
+        tokenizer = load_tokenizer(path)
         return cls.of(name, load(name, dtype=options.dtype, device=options.device), tokenizer, options)
 
     @classmethod

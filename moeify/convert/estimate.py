@@ -53,7 +53,8 @@ def estimate(prepared: "Prepared") -> Estimate:
     dense, writer = prepared.dense, prepared.writer
     tokens = prepared.options.tokens if prepared.needs_text else 0
     texts = prepared.options.calibration
-    own = tokens * texts.count("self") // len(texts)
+    # A model of sound is split on what its user names, which may not be known yet.
+    own = tokens * texts.count("self") // max(1, len(texts))
     neurons = dense.num_neurons
     rate = matmul_rate(prepared.options.device)
     largest_layer = 4 * sum(

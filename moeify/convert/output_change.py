@@ -14,7 +14,7 @@ from torch.nn.functional import cosine_similarity, kl_div
 
 from moeify.calibration.overflow import check_activations
 from moeify.calibration.stream import HiddenStream
-from moeify.models.heads import BASE, LANGUAGE_MODEL, auto_name
+from moeify.models.heads import BASE, LANGUAGE_MODELS, auto_name
 
 PERPLEXITY, KL, FEATURE_ERROR = "perplexity", "KL", "feature error"
 
@@ -22,7 +22,7 @@ PERPLEXITY, KL, FEATURE_ERROR = "perplexity", "KL", "feature error"
 def measure_of(config: Any) -> str:
     """What a changed model is judged by, without labels: perplexity of language models, else the change of outputs."""
     head = auto_name(config)
-    return {LANGUAGE_MODEL: PERPLEXITY, BASE: FEATURE_ERROR}.get(head, KL)
+    return {**dict.fromkeys(LANGUAGE_MODELS, PERPLEXITY), BASE: FEATURE_ERROR}.get(head, KL)
 
 
 def output_change(changed: Tensor, expected: Tensor, config: Any) -> Tensor:

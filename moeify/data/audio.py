@@ -15,6 +15,7 @@ import random
 import wave
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def sound_blocks(
     made: list[dict[str, Tensor]] = []
     for place, source in enumerate(sources):
         count = num_pieces // len(sources) + (place < num_pieces % len(sources))
-        found = [inputs for inputs, _ in zip(_pieces(source, processor, seed), range(count), strict=False)]
+        found = list(islice(_pieces(source, processor, seed), count))
         if len(found) < count:
             raise InputError(
                 f"{source} gives {len(found):,} pieces of sound, {count:,} were asked for ({block_tokens:,} positions "
@@ -86,15 +87,27 @@ def sound_blocks(
             )
         made += found
     order = torch.randperm(len(made), generator=torch.Generator().manual_seed(seed)).tolist()
-    inputs = {name: torch.cat([made[place][name] for place in order]) for name in made[0]}
+    return _joined([made[place] for place in order], " + ".join(sources), block_tokens, seed)
+
+
+def all_sound(source: str, processor: SoundProcessor, most: int, block_tokens: int) -> SoundBlocks:
+    """At most so many pieces of sound of one source, in its order."""
+    return _joined(list(islice(_pieces(source, processor, None), most)), source, block_tokens, 0)
+
+
+def _joined(made: Sequence[dict[str, Tensor]], source: str, block_tokens: int, seed: int) -> SoundBlocks:
+    if not made:
+        raise InputError(f"{source} holds no sound, its recordings are empty", f"a source is {KINDS}")
+    inputs = {name: torch.cat([one[name] for one in made]) for name in made[0]}
     digest = hashlib.sha256(inputs["input_features"].numpy().astype("<f4").tobytes()).hexdigest()
-    provenance = Provenance(" + ".join(sources), digest, num_pieces * block_tokens, num_pieces, block_tokens, seed)
+    provenance = Provenance(source, digest, len(made) * block_tokens, len(made), block_tokens, seed)
     return SoundBlocks(inputs, provenance)
 
 
-def _pieces(source: str, processor: SoundProcessor, seed: int) -> Iterator[dict[str, Tensor]]:
+def _pieces(source: str, processor: SoundProcessor, seed: int | None) -> Iterator[dict[str, Tensor]]:
     found = recordings(source)
-    random.Random(seed).shuffle(found)
+    if seed is not None:
+        random.Random(seed).shuffle(found)
     length = round(processor.seconds * processor.rate)
     for recording in found:
         samples = samples_of(recording.path, processor.rate)

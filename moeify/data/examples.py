@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moeify import families
+from moeify.data.audio import all_sound
 from moeify.data.images import image_of, prepared_blocks, read_images
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError
@@ -20,7 +21,8 @@ from moeify.families import Modality
 from moeify.models.config import load_config
 from moeify.models.heads import dense_type
 from moeify.models.image_processor import ImageProcessor
-from moeify.models.inputs import Inputs
+from moeify.models.inputs import Inputs, some_blocks
+from moeify.models.sound_processor import SoundProcessor
 from moeify.models.tokenizer import load_tokenizer
 
 # One example -> inputs of B = 1.
@@ -97,10 +99,28 @@ def image_examples(path: Path, source: str, tokens: int, _: int | None) -> tuple
     return [{"pixel_values": one} for one in blocks.inputs["pixel_values"].split(1)], blocks.provenance.sha256
 
 
+def sound_examples(path: Path, source: str, tokens: int, _: int | None) -> tuple[list[Inputs], str]:
+    """Pieces of the recordings of a source, and the hash of what the model sees of them.
+
+    Args:
+        path: folder of the model.
+        source: see audio.py.
+        tokens: at most so many positions of sound.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    positions = int(load_config(path).max_source_positions)
+    blocks = all_sound(source, SoundProcessor(path), max(1, tokens // positions), positions)
+    pieces = len(blocks.inputs["input_features"])
+    return [some_blocks(blocks.inputs, slice(place, place + 1)) for place in range(pieces)], blocks.provenance.sha256
+
+
 # Examples without labels: folder of the model, source, number of tokens, tokens of one -> examples and their hash.
 EXAMPLES: dict[Modality, Callable[[Path, str, int, int | None], tuple[list[Inputs], str]]] = {
     "text": text_examples,
     "image": image_examples,
+    "audio": sound_examples,
 }
 
 

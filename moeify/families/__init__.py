@@ -198,8 +198,9 @@ class Family:
         return SIZES[self.modality]
 
     def context_of(self, config: Any) -> int:
-        """Tokens of the longest text that a model takes."""
-        return int(config.max_position_embeddings) - self.reserved(config)
+        """Tokens of the longest text that a model takes, or writes; 0 of one of images."""
+        longest = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", 0))
+        return max(0, int(longest) - self.reserved(config))
 
     @property
     def tiny_values(self) -> dict[str, Any]:

@@ -198,9 +198,8 @@ def _declared_parts(
         if not isinstance(values, dict):
             raise _refused(file, name, values, "a mapping")
         kind = values.get("model_type")
-        if its_class is AutoConfig or kind is not None:
-            if not isinstance(kind, str | None) or (kind is not None and kind not in CONFIG_MAPPING):
-                raise _refused(file, f"{name}.model_type", kind, "the name of an architecture")
+        if kind is not None and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+            raise _refused(file, f"{name}.model_type", kind, "the name of an architecture")
         known = CONFIG_MAPPING[kind] if its_class is AutoConfig and kind is not None else its_class
         if known is not AutoConfig:
             yield f"{file}, {name}", values, known

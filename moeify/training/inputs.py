@@ -26,7 +26,7 @@ from moeify.models.dense import DenseModel, open_dense
 from moeify.models.device import halves_are_fast
 from moeify.models.files import find_shards, locate
 from moeify.models.fingerprint import Fingerprint
-from moeify.models.heads import LANGUAGE_MODEL, auto_name
+from moeify.models.heads import LANGUAGE_MODELS, auto_name
 from moeify.models.image_processor import ImageProcessor
 from moeify.models.inputs import Inputs as ModelInputs
 from moeify.models.tokenizer import load_tokenizer
@@ -78,7 +78,7 @@ class Inputs:
     @property
     def of_language(self) -> bool:
         """Whether it is a language model that is trained."""
-        return auto_name(self.teacher.config) == LANGUAGE_MODEL
+        return auto_name(self.teacher.config) in LANGUAGE_MODELS
 
     def check_unchanged(self) -> None:
         """Compare the files of both models with what they were when they were opened.
@@ -110,8 +110,10 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
             f"{moe} is made by {auto_name(config)}, {dense.name} by {auto_name(dense.config)}",
             "the teacher must be the dense model itself or one of its kind",
         )
-    if auto_name(config) != LANGUAGE_MODEL and options.cache_teacher:
+    if auto_name(config) not in LANGUAGE_MODELS and options.cache_teacher:
         raise UsageError("--cache-teacher is for language models, which have large teachers", "leave it out")
+    if dense.family.modality == "audio":
+        raise InputError(f"{moe} hears, and only models of text and of images are trained", "leave fine-tuning out")
     if dense.family.modality == "image":
         return opened(*image_inputs(moe, path, dense, options))
     context = _context(options, config, dense.config)
@@ -137,7 +139,7 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
         )
     warn_of_few(", ".join(options.eval_data), eval_BC.numel() - len(eval_BC))
     largest = int(max(blocks.ids_BC.max(), eval_BC.max()))
-    for name, found in ((moe, config), (dense.name, dense.config)):
+    for name, found in ((moe, config.get_text_config()), (dense.name, dense.text_config)):
         if largest >= found.vocab_size:
             raise InputError(
                 f"the tokenizer gives token id {largest}, {name} has {found.vocab_size} tokens",
@@ -199,7 +201,7 @@ def _check_alike(name: str, tokenizer: Any, config: Any, teacher: DenseModel, da
             f"{name} and {teacher.name} cut {source} into different tokens, first at token {place:,}",
             "the teacher must be the dense model itself or one with its tokenizer",
         )
-    shared, found = int(config.vocab_size), int(teacher.config.vocab_size)
+    shared, found = int(config.get_text_config().vocab_size), int(teacher.text_config.vocab_size)
     if mine and max(mine) >= min(shared, found):
         raise InputError(
             f"{name} has {shared:,} tokens and {teacher.name} {found:,}, the text needs {max(mine) + 1:,}",

@@ -112,7 +112,7 @@ def beside(student: Student, teacher: DenseModel) -> DenseModel:
     dropped = student.plan.options.drop_layers if student.plan else ()
     if len(dropped) < teacher.num_layers:
         teacher = without_layers(teacher, [layer for layer in dropped if layer < teacher.num_layers])
-    mine, its = student.model.config, teacher.config
+    mine, its = student.model.config.get_text_config(), teacher.text_config
     for what, name in (("layers", "num_hidden_layers"), ("a hidden size of", "hidden_size")):
         if getattr(mine, name) != getattr(its, name):
             raise InputError(

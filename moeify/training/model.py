@@ -65,20 +65,20 @@ class Student:
         """The list of blocks, by its name in the model."""
         if self.target is not None:
             return self.target.blocks
-        return blocks_in(self.model, families.find(self.model.config.model_type).blocks)
+        return blocks_in(self.model, families.of(self.model.config).blocks)
 
     @property
     def activation(self) -> str:
         """Of the FFNs; every target has it under the name that most families use."""
-        config = self.model.config
+        config, text = self.model.config, self.model.config.get_text_config()
         if self.target is not None:
-            return str(config.hidden_act if self.target.is_stock else config.expert_activation)
-        return families.find(config.model_type).activation_of(config)
+            return str(text.hidden_act if self.target.is_stock else config.expert_activation)
+        return families.of(config).activation_of(text)
 
     @property
     def dense_ffn(self) -> FFNFormat:
         """How FFNs lie that are not cut into experts."""
-        return families.find(self.model.config.model_type).ffn if self.target is None else self.target.dense_ffn
+        return families.of(self.model.config).ffn if self.target is None else self.target.dense_ffn
 
     @property
     def cut_layers(self) -> list[int]:

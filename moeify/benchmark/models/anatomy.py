@@ -15,6 +15,7 @@ from torch import nn
 
 from moeify.errors import InputError
 from moeify.models.config import empty_model
+from moeify.models.heads import config_of_experts
 
 # Ends of class names that say what mixes tokens; whatever else is in a layer is its FFN.
 MIXERS = ("Attention", "Mamba", "Mamba2Mixer", "Mixer", "GatedDeltaNet")
@@ -110,7 +111,7 @@ def anatomy(config: Any) -> Anatomy:
         InputError: transformers cannot build it, or its layers have experts of different sizes.
     """
     model = empty_model(config, buffers=False)
-    config = config.get_text_config()
+    whole, config = config, config.get_text_config()
     heads = int(config.num_attention_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
@@ -122,7 +123,7 @@ def anatomy(config: Any) -> Anatomy:
         tied=head is not None and head.weight is embedding,
         position_width=sum(table.embedding_dim for table in _tables(model)),
         parts=_parts(model),
-        experts=_experts(model, config),
+        experts=_experts(model, config_of_experts(whole)),
         windows=_windows(model, config),
         query_width=heads * head_dim,
         kv_width=2 * int(getattr(config, "num_key_value_heads", None) or heads) * head_dim,

@@ -22,6 +22,7 @@ from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
 from moeify.models.config import load_config
 from moeify.models.files import find_shards, locate
+from moeify.models.heads import check_language_model
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track
 
@@ -77,6 +78,7 @@ def open_entrant(name: str, word: str, track: Track[Any]) -> Entrant:
     """Raise InputError for a model that is not there or is of no use."""
     path = locate(word, track)
     config = load_config(path)
+    check_language_model(config, "a benchmark of models")
     return Entrant(name, word, path, config, anatomy(config))
 
 
@@ -163,7 +165,7 @@ class Texts:
         Raises:
             InputError: a text is too short, blocks or prompts are too long, or models cut text differently.
         """
-        limit = min(int(one.config.max_position_embeddings) for one in entrants)
+        limit = min(int(one.config.get_text_config().max_position_embeddings) for one in entrants)
         context = options.context or min(DEFAULT_CONTEXT, limit)
         # Decode adds one.
         lengths = options.prompt or tuple(length for length in PROMPTS if length < limit) or (max(1, limit // 2),)
