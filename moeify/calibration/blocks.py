@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from moeify.families import Sites
 
@@ -30,17 +31,38 @@ class Passage(nn.Module):
         # What it gives instead of what it gets, if anything; or whether the model goes no further.
         self.gives: Tensor | None = None
         self.stops = False
+        # In a list, so that it is no part of this module.
+        self._block, self._gives_tuple = [block], False
         # Some models choose the mask by an attribute of the block.
         for name in ("attention_type", "layer_type"):
             if hasattr(block, name):
                 setattr(self, name, getattr(block, name))
 
-    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        if self._block:
+            self._gives_tuple = gives_tuple(self._block.pop(), arguments, named)
         self.hidden_BCD = arguments[0] if arguments else named.pop("hidden_states")
         self.call = (arguments[1:], named)
         if self.stops:
             raise Arrived
-        return self.hidden_BCD if self.gives is None else self.gives
+        gives = self.hidden_BCD if self.gives is None else self.gives
+        return (gives, None) if self._gives_tuple else gives
+
+
+def gives_tuple(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Whether a block gives more than its hidden states, as older models do: it runs on the meta device.
+
+    Args:
+        block: on the meta device but for its buffers.
+        arguments, named: what the model passes to it.
+    """
+    empty = copy.deepcopy(block).to("meta")
+    arguments, named = tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, (arguments, named))
+    try:
+        return isinstance(empty(*arguments, **named), tuple)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+        # What looks at numbers does not run there; models of today give a tensor.
+        return False
 
 
 class _Site:

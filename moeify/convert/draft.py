@@ -134,7 +134,8 @@ def _shapes(block: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
 def _width(config: Any, inner: int) -> str:
     """The config's field of the inner width: one of that value, or one that is open; llama's where there is none."""
     fields: Mapping[str, Any] = config.to_dict()
-    names = [name for name, value in fields.items() if type(value) is int and value == inner]
+    others = {config.attribute_map.get(name, name) for name in families.TINY if name != Family.width}
+    names = [name for name, value in fields.items() if type(value) is int and value == inner and name not in others]
     usual = Family.width
     names = names or [name for name in WIDTHS if name in fields and fields[name] is None]
     return usual if usual in names or not names else names[0]
@@ -160,7 +161,7 @@ def _text(family: Family, config: Any, inner: int, *, is_proven: bool) -> str:
     doubts = []
     if not is_proven:
         doubts.append("# The FFN of a tiny model gives something else, or none runs: look at site and activation.")
-    if getattr(config, family.width, None) != inner:
+    if not hasattr(config, family.width):
         doubts.append(f"# No field of the config is the inner width, {inner}: --static cannot prune such a model.")
     lines = [
         f'"""{family.model_type}: say what it has that llama has not."""',

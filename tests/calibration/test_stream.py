@@ -35,7 +35,7 @@ def stock_ffn(folder: Path, ids_BC: torch.Tensor) -> list[tuple[torch.Tensor, to
     """Inputs and outputs of every FFN of the stock model."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    sites = families.find(model.config.model_type).sites
+    sites = families.find(model.config.model_type)
     for block in model.get_submodule(sites.blocks):
         pair: list[torch.Tensor] = []
         block.get_submodule(sites.read).register_forward_pre_hook(
