@@ -24,7 +24,7 @@ class Arrived(Exception):  # noqa: N818
 class Passage(nn.Module):
     """Stands in for a block: notes what the model passes to it, and lets the hidden states through."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, sites: Sites) -> None:
         super().__init__()
         self.hidden_BCD = torch.empty(0)
         self.call: Call = ((), {})
@@ -32,7 +32,7 @@ class Passage(nn.Module):
         self.gives: Tensor | None = None
         self.stops = False
         # In a list, so that it is no part of this module.
-        self._block, self._gives_tuple = [block], False
+        self._block, self._sites, self._gives_tuple = [block], sites, False
         # Some models choose the mask by an attribute of the block.
         for name in ("attention_type", "layer_type"):
             if hasattr(block, name):
@@ -40,7 +40,7 @@ class Passage(nn.Module):
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         if self._block:
-            self._gives_tuple = gives_tuple(self._block.pop(), arguments, named)
+            self._gives_tuple = gives_tuple(self._block.pop(), self._sites, (arguments, named))
         self.hidden_BCD = arguments[0] if arguments else named.pop("hidden_states")
         self.call = (arguments[1:], named)
         if self.stops:
@@ -49,17 +49,19 @@ class Passage(nn.Module):
         return (gives, None) if self._gives_tuple else gives
 
 
-def gives_tuple(block: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> bool:
-    """Whether a block gives more than its hidden states, as older models do: it runs on the meta device.
+def gives_tuple(block: nn.Module, sites: Sites, call: Call) -> bool:
+    """Whether a block gives more than its hidden states, as older models do: without its FFN it runs on the meta device.
 
     Args:
-        block: on the meta device but for its buffers.
-        arguments, named: what the model passes to it.
+        block: stays as it is.
+        sites: where its FFN reads and writes.
+        call: what the model passes to it, the hidden states included.
     """
-    empty = copy.deepcopy(block).to("meta")
-    arguments, named = tree_map(lambda v: v.to("meta") if isinstance(v, Tensor) else v, (arguments, named))
+    module = copy_sharing(block)
+    Block(module, sites, call)
+    arguments, named = tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, call)
     try:
-        return isinstance(empty(*arguments, **named), tuple)
+        return isinstance(module.to("meta")(*arguments, **named), tuple)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
         # What looks at numbers does not run there; models of today give a tensor.
         return False

@@ -64,15 +64,15 @@ def draft(model: str | Path, *, track: Track[Any] = shown) -> FamilyDraft:
     """
     config = load_config(locate(str(model), track))
     name = str(config.model_type)
-    model = empty_model(config, buffers=False)
-    blocks, layers = _blocks(config, model)
+    skeleton = empty_model(config, buffers=False)
+    blocks, layers = _blocks(config, skeleton)
     ffns = [found for block in layers if (found := _ffn(block, int(config.hidden_size))) is not None]
     if not ffns:
         raise InputError(f"no block of {name} has an FFN of matrices to a wider inner size and back", HINT)
     ffn, inner = ffns[0]
     parent = ffn.down.rpartition(".")[0]
     # By its name in the model with its head.
-    above = f"{model.base_model_prefix}." if model.base_model is model else ""
+    above = f"{skeleton.base_model_prefix}." if skeleton.base_model is skeleton else ""
     guess = Family(
         name,
         blocks=above + blocks,
@@ -82,7 +82,7 @@ def draft(model: str | Path, *, track: Track[Any] = shown) -> FamilyDraft:
         activation=next((field for field in FIELDS if isinstance(getattr(config, field, None), str)), "silu"),
         width=_width(config, inner),
         auto=auto_name(config),
-        modality="image" if model.main_input_name == "pixel_values" else "text",
+        modality="image" if skeleton.main_input_name == "pixel_values" else "text",
     )
     family = proven(guess, config)
     nearest = tuple(get_close_matches(name, families.names(), n=3, cutoff=0.4))

@@ -116,6 +116,7 @@ def _candidates(family: Family, calls: dict[str, Call], config: Any) -> Iterator
             yield replace(family, activation=activation, **site)
 
 
+@torch.no_grad()
 def _fits(family: Family, block: nn.Module, calls: dict[str, Call], config: Any) -> bool:
     if not {family.read, family.write} <= set(calls):
         return False
