@@ -50,7 +50,7 @@ class Passage(nn.Module):
 
 
 def gives_tuple(block: nn.Module, sites: Sites, call: Call) -> bool:
-    """Whether a block gives more than its hidden states, as older models do: without its FFN it runs on the meta device.
+    """Whether a block gives more than its hidden states, as older models do; it runs, without its FFN, on no device.
 
     Args:
         block: stays as it is.

@@ -48,10 +48,10 @@ def test_every_family_is_represented_exactly(family: str) -> None:
 
 
 def test_a_target_completes_its_own_config_and_not_the_models() -> None:
-    """A factor that glm4_moe adds to rotations made every twin after it another model."""
+    """A factor that qwen3_5_moe_text adds to rotations made every twin after it another model."""
     twin = make_twin(twin_values(small_config("cwm"), families.find("cwm")))
     before = json.dumps(twin.config.to_dict(), sort_keys=True, default=str)
-    MoEWriter(twin, targets.find("glm4_moe"), LAYOUTS[0], torch.float32).config()
+    MoEWriter(twin, targets.find("qwen3_5_moe_text"), LAYOUTS[0], torch.float32).config()
     assert json.dumps(twin.config.to_dict(), sort_keys=True, default=str) == before
 
 
