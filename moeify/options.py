@@ -31,6 +31,8 @@ Place = Literal["auto", "memory", "disk"]
 FileType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 GGUFType = Literal[FileType, "q6_k", "q5_k", "q4_k", "q3_k", "q2_k"]
 
+# Models that moeify trains itself, once: of text, and of images.
+EMBEDDED = ("builtin", "builtin-vit")
 # Help of options that several commands have.
 DATA = "Files, folders, hub data sets"
 TASKS = "Questions: FILE.jsonl, lm-eval names"

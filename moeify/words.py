@@ -19,6 +19,7 @@ DEFINITIONS = {
     "exact": "with every expert on, the target computes the dense model's logits",
     "expert": "a slice as an FFN of its own, shared or routed",
     "gain reached": "of what the oracle keeps more than static pruning, the share that the router keeps",
+    "feature error": "mean of 1 - cosine of a position's last hidden state and the dense model's",
     "feature cosine": "mean cosine of an example's features and the first model's; features are means over positions",
     "gap closed": "share of the way from static pruning with refit (0 %) to the dense model (100 %), in log-perplexity",
     "hit": "share of the experts that the batch used",

@@ -143,6 +143,10 @@ class HiddenStream:
         return self.residual()
 
     @property
+    def num_blocks(self) -> int:
+        return self._num_blocks
+
+    @property
     def block_tokens(self) -> int:
         """C, the tokens that the model makes of a block."""
         return self._hidden_BCD.shape[1]

@@ -51,6 +51,18 @@ def perplexity_ratio(losses_N: Tensor, other_N: Tensor) -> Estimate:
     return perplexity_of(losses_N - other_N)
 
 
+def mean_of(values_N: Tensor) -> Estimate:
+    """The mean, and its interval."""
+    return Estimate(float(values_N.mean()), *interval(values_N[draws(len(values_N))].mean(dim=1)))
+
+
+def mean_ratio(values_N: Tensor, other_N: Tensor) -> Estimate:
+    """A mean over another one of the same blocks, each drawn for both at once; NaN where that is zero."""
+    drawn_SN = draws(len(values_N))
+    ratios_S = values_N[drawn_SN].mean(dim=1) / other_N[drawn_SN].mean(dim=1)
+    return Estimate(float(values_N.mean() / other_N.mean()), *interval(ratios_S))
+
+
 def _exp(value: float) -> float:
     """Infinite where a float ends or there is no number."""
     try:

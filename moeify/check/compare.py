@@ -2,12 +2,15 @@
 
 Losses of finished methods are kept in the cache, so that a run that was stopped goes on.
 
-Legend: T tokens, B blocks of C tokens, L = C - 1 losses a block.
+A language model is judged by its perplexity; another by how far its outputs move from the dense model's, see
+convert/output_change.py.
+
+Legend: T tokens, B blocks of C tokens, L losses a block.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from moeify.cache import cache_dir, check_place, digest, once
 from moeify.check.baselines import NeuronOracle, fit_bias_compensated
-from moeify.check.bootstrap import perplexity_of, perplexity_ratio
+from moeify.check.bootstrap import mean_of, mean_ratio, perplexity_of, perplexity_ratio
 from moeify.check.calibrated import warn_of_kind
 from moeify.check.depth_trials import DepthTrial
 from moeify.check.methods import REFERENCE, Method, methods
@@ -27,12 +30,16 @@ from moeify.check.tasks_results import TaskResult
 from moeify.check.tasks_rows import TaskRows
 from moeify.check.trials import Control, Trial, Trials
 from moeify.command_line import names_of, several
+from moeify.convert.output_change import PERPLEXITY, measure_of
 from moeify.convert.prepare import Prepared, prepare
 from moeify.convert.search_scores import Absent
-from moeify.convert.texts import calibration_text
+from moeify.convert.texts import Blocks, calibration_inputs
+from moeify.data.examples import EXAMPLES
 from moeify.data.text import evaluation_tokens
 from moeify.errors import UsageError, kept_when_interrupted, unknown
 from moeify.models.dense import DenseModel, open_dense
+from moeify.models.heads import check_language_model
+from moeify.models.inputs import Inputs, num_blocks, one_behind_other
 from moeify.options import CompareOptions, Names, SplitOptions, Track
 from moeify.progress import Resumed, shown
 from moeify.readable import Readable
@@ -48,11 +55,12 @@ class Row:
     Args:
         method: its name.
         budget: share of the FFN parameters that a token uses; one for the dense model.
-        perplexity, low, high: over all evaluation tokens, with its confidence interval (bootstrap over blocks).
+        perplexity, low, high: over all evaluation tokens, with its confidence interval (bootstrap over blocks); of what
+            is no language model, the mean of `Comparison.measure`.
         ratio, ratio_low, ratio_high: to static pruning with refit at the same budget; the same blocks are drawn for
             both.
-        gap_closed: share of the distance in log-perplexity from static + refit to dense.
-        texts: perplexity on each text.
+        gap_closed: share of the distance in log-perplexity, or that mean, from static + refit to dense.
+        texts: perplexity, or that mean, on each text.
         diagnostics: means over the cut layers of what the fits measured.
     """
 
@@ -71,13 +79,18 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Comparison(Readable):
-    """The whole table and what it was measured on; `tasks` name the method and, of several budgets, which."""
+    """The whole table and what it was measured on; `tasks` name the method and, of several budgets, which.
+
+    Args:
+        measure: perplexity; or KL, or feature error (1 - cosine of the last hidden states), both to the dense model.
+    """
 
     model: str
     rows: tuple[Row, ...]
     calibration: Mapping[str, Any]
     evaluation: Mapping[str, Any]
     tasks: tuple[TaskResult, ...] = ()
+    measure: str = PERPLEXITY
 
 
 def compare(
@@ -138,27 +151,30 @@ def compare(
     experts = prepared.layout.num_experts
     base = replace(base, experts=experts)
     _check_experts(experts, budgets, only)
-    blocks = calibration_text(prepared)
-    texts = {source: _blocks(prepared, source, tokens) for source in data}
+    blocks = calibration_inputs(prepared)
+    texts = {source: _evaluation(prepared, source, tokens) for source in data}
+    whole = reduce(one_behind_other, texts.values())
     check_place(cache_dir() / "compare" / "losses")
-    rows = TaskRows.of(asked.questions(), dense.tokenizer(), int(dense.config.max_position_embeddings))
-    trials = Trials(prepared, blocks.ids_BC, torch.cat(list(texts.values())), rows.ids_BC)
-    rows_of = _Entries(prepared, trials, blocks.ids_BC, base)
+    rows = _task_rows(asked, dense)
+    trials = Trials(prepared, blocks.inputs, whole, rows.ids_BC)
+    rows_of = _Entries(prepared, trials, blocks, base)
     entries = [*rows_of.known(budgets, only), *rows_of.further(further or {})]
-    ids = [ids_BC.numpy() for ids_BC in (blocks.ids_BC, *texts.values())]
+    ids = [tensor.numpy() for inputs in (blocks.inputs, *texts.values()) for tensor in inputs.values()]
     waiting = Resumed(
         entries, sum(1 for _ in takewhile(lambda entry: entry.file(prepared, ids, rows).is_file(), entries))
     )
     with kept_when_interrupted("the methods that are measured"):
         results = [entry.result(prepared, ids, rows) for entry in track(waiting, "comparing methods", len(entries))]
     names = [entry.name if len(budgets) == 1 else f"{entry.name}, {entry.budget:.0%}" for entry in entries]
-    num_blocks = {source: len(ids_BC) for source, ids_BC in texts.items()}
+    counts = {source: num_blocks(inputs) for source, inputs in texts.items()}
+    context, measure = prepared.options.context or 0, measure_of(dense.config)
     comparison = Comparison(
         prepared.dense.name,
-        tuple(_rows(dict(zip(entries, results, strict=True)), budgets, num_blocks)),
+        tuple(_rows(dict(zip(entries, results, strict=True)), budgets, counts, measure)),
         asdict(blocks.provenance),
-        {"tokens": {name: ids_BC.numel() for name, ids_BC in texts.items()}, "context": prepared.options.context},
+        {"tokens": {name: count * context for name, count in counts.items()}, "context": context},
         tuple(rows.results({name: result.likelihoods for name, result in zip(names, results, strict=True)})),
+        measure,
     )
     if out is not None:
         write(comparison, out)
@@ -234,13 +250,13 @@ class _Entries:
     Args:
         prepared: the model.
         trials: measure them.
-        ids_BC: the calibration text.
+        blocks: what splits are calibrated on.
         base: options that all splits share.
     """
 
     prepared: Prepared
     trials: Trials
-    ids_BC: Tensor
+    blocks: Blocks
     base: SplitOptions
 
     def known(self, budgets: Sequence[float], only: Sequence[str]) -> Iterator[_Entry]:
@@ -277,7 +293,7 @@ class _Entries:
         return _Entry(name, share if budget is None else budget, inputs, measure)
 
     def _by_depth(self, name: str, budget: float, absent: Absent) -> _Entry:
-        trial = DepthTrial(self.prepared, self.ids_BC, self.base, absent, budget)
+        trial = DepthTrial(self.prepared, self.blocks, self.base, absent, budget)
         inputs = ["without", absent.value, budget, asdict(self.base)]
         return _Entry(name, budget, inputs, partial(trial.measure, self.trials))
 
@@ -302,18 +318,32 @@ def _exists(method: Method, budget: float, num_neurons: int) -> bool:
     return num_neurons % experts == 0 and (experts == 1 or (budget * experts).is_integer())
 
 
-def _blocks(prepared: Prepared, source: str, tokens: int) -> Tensor:
-    """The first whole blocks of a text."""
-    context = prepared.options.context
+def _task_rows(asked: Tasks, dense: DenseModel) -> TaskRows:
+    """The questions of all tasks, which only language models are asked."""
+    questions = asked.questions()
+    if questions:
+        check_language_model(dense.config, "a multiple choice")
+    return TaskRows.of(questions, dense.tokenizer() if questions else None, dense.family.context_of(dense.config))
+
+
+def _evaluation(prepared: Prepared, source: str, tokens: int) -> Inputs:
+    """The first whole blocks of a text; examples for what is no language model."""
+    context, dense = prepared.options.context, prepared.dense
     assert context is not None
+    if measure_of(dense.config) != PERPLEXITY:
+        examples, _ = EXAMPLES[dense.family.modality](dense.path, source, tokens, context)
+        return reduce(one_behind_other, examples)
     ids_T = evaluation_tokens(source, prepared.dense.tokenizer(), num_tokens=tokens).ids_T
     blocks_BC = whole_blocks(source, ids_T, context)
     warn_of_few(source, blocks_BC.numel() - len(blocks_BC))
-    return blocks_BC
+    return {"input_ids": blocks_BC}
 
 
-def _rows(results: Mapping[_Entry, _Result], budgets: Sequence[float], num_blocks: Mapping[str, int]) -> Iterator[Row]:
-    """The table, in the order of the entries; `num_blocks` of each text."""
+def _rows(
+    results: Mapping[_Entry, _Result], budgets: Sequence[float], counts: Mapping[str, int], measure: str
+) -> Iterator[Row]:
+    """The table, in the order of the entries; `counts` of blocks of each text."""
+    value_of, over = (perplexity_of, perplexity_ratio) if measure == PERPLEXITY else (mean_of, mean_ratio)
     dense_B = next(iter(results.values())).losses_B
     references = {entry.budget: result.losses_B for entry, result in results.items() if entry.name == REFERENCE}
     for entry, result in results.items():
@@ -321,8 +351,8 @@ def _rows(results: Mapping[_Entry, _Result], budgets: Sequence[float], num_block
         static_B = references[_nearest(budgets, entry.budget)]
         losses_B = result.losses_B
         gap = float(static_B.mean() - dense_B.mean())
-        own, ratio = perplexity_of(losses_B), perplexity_ratio(losses_B, static_B)
-        parts = losses_B.split(list(num_blocks.values()))
+        own, ratio = value_of(losses_B), over(losses_B, static_B)
+        parts = losses_B.split(list(counts.values()))
         yield Row(
             method=entry.name,
             budget=entry.budget,
@@ -333,7 +363,7 @@ def _rows(results: Mapping[_Entry, _Result], budgets: Sequence[float], num_block
             ratio_low=ratio.low,
             ratio_high=ratio.high,
             gap_closed=float(static_B.mean() - losses_B.mean()) / gap if gap else 0.0,
-            texts={name: float(part.mean().exp()) for name, part in zip(num_blocks, parts, strict=True)},
+            texts={name: value_of(part).value for name, part in zip(counts, parts, strict=True)},
             diagnostics=result.diagnostics,
         )
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from moeify.check.trials import Trial, Trials
-from moeify.convert.depth import check_text, choose_absent
+from moeify.convert.depth import check_inputs, choose_absent
 from moeify.convert.layer import fit_layer
 from moeify.convert.prepare import Prepared, prepare
 from moeify.convert.search_scores import Absent
+from moeify.convert.texts import Blocks
 from moeify.models.ffn import FFNWeights
 from moeify.options import SplitOptions, untracked
 from moeify.strategies import TOLERANCE
@@ -28,14 +29,14 @@ class DepthTrial:
 
     Args:
         whole: the dense model, prepared in any way.
-        ids_BC: the calibration text.
+        blocks: what splits are calibrated on.
         options: of the splits beside it.
         absent: layers, or their FFNs.
         budget: share of the FFN parameters that a token uses.
     """
 
     whole: Prepared
-    ids_BC: Tensor
+    blocks: Blocks
     options: SplitOptions
     absent: Absent
     budget: float
@@ -46,7 +47,8 @@ class DepthTrial:
         assert experts is not None
         surplus = (1 - self.budget) * dense.num_layers
         num_gone = int(surplus + TOLERANCE)
-        gone, (pruned, *others) = choose_absent(self.whole, check_text(self.ids_BC), self.absent, num_gone, untracked)
+        chosen_by = check_inputs(self.blocks.inputs, self.blocks.provenance.context)
+        gone, (pruned, *others) = choose_absent(self.whole, chosen_by, self.absent, num_gone, untracked)
         active = round(experts * (1 - (surplus - num_gone)))
         static = replace(self.options, static=True, shared=None, active=active)
         if active < experts:

@@ -13,10 +13,13 @@ from moeify.check.perplexity import EvalResult
 from moeify.check.tasks import Tasks
 from moeify.check.tasks_results import TaskResult
 from moeify.command_line import names_of
+from moeify.data.images import DIGITS
 from moeify.kernels import register
 from moeify.models import stock
+from moeify.models.config import load_config
 from moeify.models.device import find_device
 from moeify.models.files import locate
+from moeify.models.heads import LANGUAGE_MODEL, auto_name, modality_of
 from moeify.options import DType, EvalOptions, Names, Track
 from moeify.progress import shown
 from moeify.readable import Readable, Rows
@@ -107,6 +110,15 @@ def evaluate(
     return Rows[Any]([*evaluation.results, *evaluation.scores])
 
 
+def suited(options: EvalOptions, configs: Sequence[Any]) -> EvalOptions:
+    """The options with data of the models' kind where nobody said which."""
+    if {modality_of(config) for config in configs} != {"image"} or options.data != EvalOptions.data:
+        return options
+    names = [set((config.id2label or {}).values()) for config in configs]
+    tasks = (DIGITS[0],) if not options.tasks and all({*map(str, range(10))} == one for one in names) else options.tasks
+    return replace(options, data=(DIGITS[1],), tasks=tasks)
+
+
 def measure(models: Sequence[str], options: EvalOptions, *, track: Track[Any] = shown) -> Evaluation:
     """Measure each model on each text, and have it answer each task; models for chats answer some questions.
 
@@ -120,10 +132,12 @@ def measure(models: Sequence[str], options: EvalOptions, *, track: Track[Any] = 
         InputError: a model, text or task cannot be read, or two models cut a text into different tokens.
     """
     paths = {model: locate(model, track) for model in models}
+    options = suited(options, [load_config(path) for path in paths.values()])
     find_device(options.device)
     measured = open_measure(paths, options)
     tasks = Tasks(options.tasks, options.questions, track, context=options.context)
-    loops = Loops(paths, options.answers)
+    speaks = all(auto_name(load_config(path)) == LANGUAGE_MODEL for path in paths.values())
+    loops = Loops(paths, options.answers if speaks else 0)
     own = {name: calibrated_on(path) for name, path in paths.items()}
     warn_of_kind(own, options.data)
     results = []

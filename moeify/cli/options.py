@@ -26,7 +26,7 @@ from moeify.command_line import (
     value_name,
 )
 from moeify.errors import UsageError
-from moeify.options import SplitOptions
+from moeify.options import EMBEDDED, SplitOptions
 from moeify.plugins import names_in
 from moeify.version import __version__
 
@@ -142,7 +142,7 @@ def beside(model: str, suffix: str) -> Path:
 def is_there(model: str) -> bool:
     """Whether a model that was named before can be named again from this folder."""
     on_the_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model)
-    return model == "builtin" or bool(on_the_hub) or (model != "" and Path(model).expanduser().exists())
+    return model in EMBEDDED or bool(on_the_hub) or (model != "" and Path(model).expanduser().exists())
 
 
 def _version(show: bool) -> None:

@@ -31,10 +31,11 @@ from moeify import strategies
 from moeify.cache import cache_dir, digest, once
 from moeify.convert.prepare import MIN_TOKENS, WHOLE_SLICES, Prepared, prepare
 from moeify.convert.search_scores import Absent, Change, OutputCheck
-from moeify.convert.texts import DEFAULT_CONTEXT, calibration_text
+from moeify.convert.texts import DEFAULT_CONTEXT, calibration_inputs
 from moeify.data.documents import BUILTIN
 from moeify.errors import InputError, UsageError
 from moeify.models.dense import DenseModel
+from moeify.models.inputs import Inputs, named, num_blocks, some_blocks
 from moeify.options import SplitOptions, Track
 from moeify.strategies import TOLERANCE, Choice, Problem
 from moeify.strategies._repair import FREE
@@ -69,22 +70,23 @@ def left_out(choice: Choice) -> tuple[int, ...]:
 
 
 def choose_absent(
-    prepared: Prepared, ids_BC: Tensor, absent: Absent, num_layers: int, track: Track[Any]
+    prepared: Prepared, inputs: Tensor | Inputs, absent: Absent, num_layers: int, track: Track[Any]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The layers that lose least when they, or their FFNs, go; and the others, the next to go first.
 
     Args:
         prepared: the whole model.
-        ids_BC: text to choose by.
+        inputs: what to choose by; a tensor is ids_BC of text.
         absent: what goes.
         num_layers: how many.
         track: wraps the loop over layers.
     """
     dense = prepared.dense
-    file = cache_dir() / "depth" / f"{digest(dense.fingerprint(), absent.value, num_layers, ids_BC.numpy())}.json"
+    key = (dense.fingerprint(), absent.value, num_layers, *(tensor.numpy() for tensor in named(inputs).values()))
+    file = cache_dir() / "depth" / f"{digest(*key)}.json"
 
     def choose() -> dict[str, Any]:
-        check = OutputCheck(prepared, ids_BC)
+        check = OutputCheck(prepared, inputs)
         losses = [change.divergence for change in check.without(absent, track)]
 
         def joint(choice: Choice) -> float:
@@ -125,13 +127,18 @@ def under_budget_by_depth(dense: DenseModel, options: SplitOptions, track: Track
     tokens = max(DEPTH_TOKENS, MIN_TOKENS, blocks)
     whole = replace(options, budget=None, tokens=tokens, experts=WHOLE_SLICES, active=WHOLE_SLICES)
     prepared = prepare(dense, whole, writable=False)
-    gone, _ = choose_absent(prepared, calibration_text(prepared).ids_BC, Absent.LAYER, num_dropped, track)
+    gone, _ = choose_absent(prepared, calibration_inputs(prepared).inputs, Absent.LAYER, num_dropped, track)
     return replace(options, budget=None, drop_layers=gone)
 
 
-def check_text(ids_BC: Tensor) -> Tensor:
-    """The last blocks of a calibration text, by which layers are chosen."""
-    num_blocks = max(1, DEPTH_TOKENS // ids_BC.shape[1])
-    if len(ids_BC) < num_blocks:
-        raise InputError(f"{ids_BC.numel():,} tokens are too few to choose layers by", "give more --tokens")
-    return ids_BC[-num_blocks:]
+def check_inputs(inputs: Inputs, block_tokens: int) -> Inputs:
+    """The last blocks of the calibration inputs, by which layers are chosen.
+
+    Args:
+        inputs: all blocks.
+        block_tokens: that the model makes of one.
+    """
+    needed, given = max(1, DEPTH_TOKENS // block_tokens), num_blocks(inputs)
+    if given < needed:
+        raise InputError(f"{given * block_tokens:,} tokens are too few to choose layers by", "give more --tokens")
+    return some_blocks(inputs, slice(given - needed, None))

@@ -45,6 +45,8 @@ MAX_LAYERS = 4
 # Long enough to tell rotations of low frequency apart.
 CONTEXT = 256
 WINDOW = 32
+# Which layers a backbone of images hands out.
+BACKBONE = ("stage_names", "out_features", "out_indices")
 # As small as trained embeddings, so that a wrong epsilon in a norm shows.
 EMBEDDING_SCALE = 0.02
 # What transformers raises for a model that it cannot build; its configs' own errors are no ValueErrors.
@@ -169,6 +171,9 @@ def twin_values(config: Any, family: Family) -> dict[str, Any]:
     kept = _kinds(listed, layers)
     values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = len(kept)
     values |= {name: [value[layer] for layer in kept] for name, value in listed.items()}
+    for name in BACKBONE:
+        # Layers by their numbers, of which the twin has fewer.
+        values.pop(name, None)
     _shorten_rotation(values, sizes.get("head_dim", 8))
     return values
 

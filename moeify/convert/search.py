@@ -28,9 +28,10 @@ from moeify.convert.prepare import MIN_TOKENS, Prepared, prepare
 from moeify.convert.search_layouts import affordable_layouts, candidate_layouts, likely_layout
 from moeify.convert.search_points import Point, Points
 from moeify.convert.search_scores import Absent, OutputCheck, score
-from moeify.convert.texts import calibration_text
+from moeify.convert.texts import calibration_inputs
 from moeify.errors import InputError, UsageError, kept_when_interrupted
 from moeify.models.dense import DenseModel, open_dense
+from moeify.models.inputs import num_blocks, some_blocks
 from moeify.options import Announce, SplitOptions, Track
 from moeify.plan import Layout
 from moeify.progress import Resumed, said, shown
@@ -55,7 +56,8 @@ class SearchResult(Readable):
         choice: the layers and the layout that the strategy chose.
         uniform: every layer cut alike, at the same budget.
         frontier: greedy choices for other budgets, by falling share.
-        dense_perplexity: of the check text.
+        dense_perplexity: of the check text; NaN of a model that no perplexity is of, which is judged by the KL of its
+            head's distribution, or by 1 - cosine of its last hidden states.
         losses: layout (`active/experts`, with `+shared` where that is a choice), or what is left out -> KL of every
             layer if only it is changed.
         by_depth: the control, whole layers dropped until the budget is met.
@@ -157,19 +159,20 @@ def _score(
     if quick and prepared.layout.dense_layers:
         layouts = [likely_layout(layouts, budget)]
     affordable_layouts(layouts, budget)
-    blocks = calibration_text(prepared)
+    blocks = calibration_inputs(prepared)
     context = prepared.options.context
     assert context is not None
     num_check = max(1, CHECK_TOKENS // context)
-    if len(blocks.ids_BC) <= num_check:
+    num_fit = num_blocks(blocks.inputs) - num_check
+    if num_fit <= 0:
         raise InputError(
-            f"{blocks.ids_BC.numel():,} tokens in blocks of {context:,} leave none to fit to",
+            f"{blocks.provenance.num_tokens:,} tokens in blocks of {context:,} leave none to fit to",
             "take a smaller --context",
         )
     folder = _folder(prepared, layouts, blocks.provenance.sha256)
     announce(f"the search will take about {duration(_estimate(prepared, len(layouts), folder))}")
-    check = OutputCheck(prepared, blocks.ids_BC[-num_check:])
-    layers = Resumed(score(prepared, blocks.ids_BC, check, layouts, folder), _num_scored(folder))
+    check = OutputCheck(prepared, some_blocks(blocks.inputs, slice(num_fit, None)))
+    layers = Resumed(score(prepared, blocks.inputs, check, layouts, folder), _num_scored(folder))
     with kept_when_interrupted("the layers that are scored"):
         scored = list(track(layers, "scoring layers", prepared.dense.num_layers))
     return Points(prepared, layouts, scored, check, droppable=droppable)

@@ -20,12 +20,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.nn.functional import kl_div, nll_loss
+from torch.nn.functional import cross_entropy
 
 from moeify.cache import intact, replacing
 from moeify.calibration.stream import HiddenStream
 from moeify.convert.layer import converted, fit_layer
+from moeify.convert.output_change import PERPLEXITY, measure_of, output_change
 from moeify.convert.prepare import Prepared
+from moeify.models.inputs import Inputs, named
 from moeify.options import Track
 from moeify.plan import LayerPlan, Layout
 
@@ -35,8 +37,8 @@ class OutputChange:
     """The output of a changed model on the check text, beside the dense model's.
 
     Args:
-        divergence: mean KL(dense || changed) of a token's output distribution, nats.
-        log_perplexity: mean negative log-likelihood of a token, nats.
+        divergence: mean KL(dense || changed) of a token's output distribution, nats; without a head 1 - cosine.
+        log_perplexity: mean negative log-likelihood of a token, nats; NaN of what is no language model.
     """
 
     divergence: float
@@ -55,17 +57,17 @@ Change = LayerPlan | Absent | None
 
 
 class OutputCheck:
-    """Compares changed models with the dense one by their output distributions on the same text."""
+    """Compares changed models with the dense one by their outputs for the same inputs; a tensor is ids_BC of text."""
 
-    def __init__(self, prepared: Prepared, ids_BC: Tensor) -> None:
-        self._prepared, self._ids_BC = prepared, ids_BC
-        self._dense = prepared.stream(ids_BC)
+    def __init__(self, prepared: Prepared, inputs: Tensor | Inputs) -> None:
+        self._prepared, self._inputs = prepared, named(inputs)
+        self._dense = prepared.stream(self._inputs)
         for layer in range(prepared.dense.num_layers):
             self._dense.pass_through(layer, prepared.ffn(layer))
 
     @property
     def num_tokens(self) -> int:
-        return self._ids_BC.numel()
+        return self._dense.num_blocks * self._dense.block_tokens
 
     def finish(self, stream: HiddenStream, first_layer: int) -> list[OutputChange]:
         """Take one or several variants of the check blocks, through the dense rest of the model."""
@@ -75,7 +77,7 @@ class OutputCheck:
 
     def joint(self, layout: Layout, changes: Sequence[Change]) -> OutputChange:
         """All layers changed together."""
-        stream = self._prepared.stream(self._ids_BC)
+        stream = self._prepared.stream(self._inputs)
         for layer, change in enumerate(changes):
             if change is Absent.LAYER:
                 continue
@@ -90,7 +92,7 @@ class OutputCheck:
 
     def without(self, absent: Absent, track: Track[Any]) -> list[OutputChange]:
         """Each layer changed alone: it is not there, or its FFN is not."""
-        stream, changes = self._prepared.stream(self._ids_BC), []
+        stream, changes = self._prepared.stream(self._inputs), []
         num_layers = self._prepared.dense.num_layers
         for layer in track(range(num_layers), "leaving out layers", num_layers):
             before_TD = stream.residual().clone()
@@ -105,17 +107,20 @@ class OutputCheck:
         return self._compare(self._dense)[0]
 
     def _compare(self, stream: HiddenStream) -> list[OutputChange]:
-        num_blocks = len(self._ids_BC)
-        num_variants = len(stream.residual()) // self._ids_BC.numel()
+        num_blocks, config = self._dense.num_blocks, self._prepared.dense.config
+        num_variants = len(stream.residual()) // self.num_tokens
         sums = torch.zeros(num_variants, 2)
-        for block, logits_CV in enumerate(self._dense.outputs(range(num_blocks))):
-            expected_CV = logits_CV.log_softmax(dim=1)
-            next_C = self._ids_BC[block, 1:].to(expected_CV.device)
-            for variant, changed_CV in enumerate(stream.outputs(range(block, num_variants * num_blocks, num_blocks))):
-                logs_CV = changed_CV.log_softmax(dim=1)
-                divergence = kl_div(logs_CV, expected_CV, reduction="batchmean", log_target=True)
-                sums[variant] += torch.stack([divergence, nll_loss(logs_CV[:-1], next_C)]).cpu() / num_blocks
+        for block, expected in enumerate(self._dense.outputs(range(num_blocks))):
+            for variant, changed in enumerate(stream.outputs(range(block, num_variants * num_blocks, num_blocks))):
+                divergence = output_change(changed, expected, config).mean()
+                sums[variant] += torch.stack([divergence, self._loss(block, changed)]).cpu() / num_blocks
         return [OutputChange(*row) for row in sums.tolist()]
+
+    def _loss(self, block: int, outputs: Tensor) -> Tensor:
+        """Of the next token; NaN where the outputs are of none."""
+        if measure_of(self._prepared.dense.config) != PERPLEXITY:
+            return torch.full((), torch.nan, device=outputs.device)
+        return cross_entropy(outputs[:-1], self._inputs["input_ids"][block, 1:].to(outputs.device))
 
 
 @dataclass(frozen=True)
@@ -142,26 +147,26 @@ class ScoredLayer:
 
 
 def score(
-    prepared: Prepared, ids_BC: Tensor, check: OutputCheck, layouts: Sequence[Layout], folder: Path
+    prepared: Prepared, inputs: Tensor | Inputs, check: OutputCheck, layouts: Sequence[Layout], folder: Path
 ) -> Iterator[ScoredLayer]:
     """Fit and score every layout in every layer.
 
     Args:
         prepared: the model and the methods.
-        ids_BC: calibration blocks, and after them those of the check.
+        inputs: calibration blocks, and after them those of the check; a tensor is ids_BC of text.
         check: compares outputs.
         layouts: the candidates beside leaving the layer dense.
         folder: keeps finished layers; it must belong to this very job.
     """
-    stream = prepared.stream(ids_BC)
-    num_fit = ids_BC.numel() - check.num_tokens
+    stream = prepared.stream(inputs)
+    num_fit = len(stream.residual()) - check.num_tokens
     for layer in range(prepared.dense.num_layers):
         before_ED = stream.residual()[num_fit:].clone()
         ffn, inputs_TD = prepared.ffn(layer), stream.attend(layer)
         file = folder / f"layer-{layer:05d}.safetensors"
         scored = intact(file, partial(_load, layer))
         if scored is None:
-            first = num_fit // ids_BC.shape[1]
+            first = num_fit // stream.block_tokens
             fitted = [fit_layer(ffn, inputs_TD[:num_fit], prepared.fit(layout))[0] for layout in layouts]
             check_ED = inputs_TD[num_fit:]
             outputs = [*(candidate(check_ED) for candidate in fitted), torch.zeros_like(check_ED)]

@@ -6,17 +6,20 @@ Legend: B examples in a batch, C tokens of one.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moeify import families
+from moeify.data.images import image_of, prepared_blocks, read_images
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError
 from moeify.families import Modality
 from moeify.models.config import load_config
 from moeify.models.heads import dense_type
+from moeify.models.image_processor import ImageProcessor
 from moeify.models.inputs import Inputs
 from moeify.models.tokenizer import load_tokenizer
 
@@ -43,8 +46,14 @@ def text_reader(path: Path, context: int | None) -> Reader:
     return read
 
 
+def image_reader(path: Path, _: int | None) -> Reader:
+    """Reads an image, a file of one or an array, as the preprocessor in a model's folder does."""
+    processor = ImageProcessor(path)
+    return lambda item: processor([image_of(item)])
+
+
 # Opens a reader: folder of the model, and tokens of an example, where it has tokens (None: as many as are usual).
-READERS: dict[Modality, Callable[[Path, int | None], Reader]] = {"text": text_reader}
+READERS: dict[Modality, Callable[[Path, int | None], Reader]] = {"text": text_reader, "image": image_reader}
 
 
 def text_examples(path: Path, source: str, tokens: int, context: int | None) -> tuple[list[Inputs], str]:
@@ -69,8 +78,30 @@ def text_examples(path: Path, source: str, tokens: int, context: int | None) -> 
     return [{"input_ids": torch.cat([before, piece, after])[None]} for piece in pieces], text.provenance.sha256
 
 
+def image_examples(path: Path, source: str, tokens: int, _: int | None) -> tuple[list[Inputs], str]:
+    """Images of a source, in its order, and the hash of what the model sees of them.
+
+    Args:
+        path: folder of the model.
+        source: see images.py.
+        tokens: at most so many patches of images.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    processor, images = ImageProcessor(path), read_images(source)
+    first = next(images)
+    side = processor([first[0]])["pixel_values"].shape[-1] // int(load_config(path).patch_size)
+    rest = islice(images, max(1, tokens // side**2) - 1)
+    blocks = prepared_blocks([first, *rest], processor, source, side**2)
+    return [{"pixel_values": one} for one in blocks.inputs["pixel_values"].split(1)], blocks.provenance.sha256
+
+
 # Examples without labels: folder of the model, source, number of tokens, tokens of one -> examples and their hash.
-EXAMPLES: dict[Modality, Callable[[Path, str, int, int | None], tuple[list[Inputs], str]]] = {"text": text_examples}
+EXAMPLES: dict[Modality, Callable[[Path, str, int, int | None], tuple[list[Inputs], str]]] = {
+    "text": text_examples,
+    "image": image_examples,
+}
 
 
 def special_ids(tokenizer: Any) -> tuple[list[int], list[int]]:

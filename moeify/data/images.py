@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -28,15 +29,13 @@ from torch import Tensor
 from moeify.data.documents import EXTRA, HUB_SOURCE
 from moeify.data.text import Provenance, shuffled
 from moeify.errors import InputError, MoeifyError, UsageError, first_line, nearest
+from moeify.models.builtin_vit import LEVELS, digits
 from moeify.models.image_processor import ImageProcessor
 
 DIGITS = ("digits", "digits-heldout")
-# Of so many digits one is held out.
-HELDOUT_STEP = 5
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ARRAYS = (".npz", ".npy")
 KINDS = "a folder of images, an image, a .parquet, .npz or .npy file, org/name on the hub, digits or digits-heldout"
-LEVELS = 255
 # Images that are prepared at once.
 BATCH = 64
 # An image of pillow, and its label.
@@ -123,15 +122,15 @@ def read_images(source: str, seed: int | None = None) -> Iterator[Labelled]:
     """
     path = Path(source).expanduser()
     if source in DIGITS:
-        return _of_arrays(*_digits(heldout=source == "digits-heldout"), seed)
+        return of_arrays(*digits(heldout=source == "digits-heldout"), seed)
     if path.is_dir():
         return _of_folder(path, seed)
     if path.suffix.lower() in ARRAYS and path.is_file():
-        return _of_arrays(*_arrays(path), seed)
+        return of_arrays(*_images_in(path, _held(path)), seed)
     if path.suffix == ".parquet" and path.is_file():
         return _of_records(_in_order(_parquet(path), seed), source)
     if path.is_file():
-        return iter([(_opened(path), None)])
+        return iter([(opened_image(path), None)])
     hub = HUB_SOURCE.fullmatch(source)
     if hub is None or path.suffix in (*SUFFIXES, *ARRAYS, ".parquet") or path.parent.is_dir():
         near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -146,22 +145,33 @@ def _in_order(records: Iterator[Any], seed: int | None) -> Iterator[Any]:
     return records if seed is None else shuffled(records, random.Random(seed))
 
 
-def _digits(*, heldout: bool) -> tuple[Any, Any]:
-    from sklearn.datasets import load_digits
+def labelled_arrays(path: Path) -> tuple[Any, Any, Any]:
+    """Images, labels and, or None, splits of a file of numpy.
 
-    digits = load_digits()
-    held = np.arange(len(digits.images)) % HELDOUT_STEP == HELDOUT_STEP - 1
-    chosen = held if heldout else ~held
-    return digits.images[chosen] / digits.images.max(), digits.target[chosen]
+    Raises:
+        InputError: it cannot be read, or has no labels.
+    """
+    held = _held(path)
+    images, labels = _images_in(path, held)
+    if labels is None:
+        raise InputError(f"{path} has no labels [{len(images)}], expected an array of that name", "write it again")
+    splits = held.get("splits")
+    if splits is not None and splits.shape != labels.shape:
+        raise InputError(f"{path}: splits are {list(splits.shape)}, labels {list(labels.shape)}", "one for each image")
+    return images, labels, splits
 
 
-def _arrays(path: Path) -> tuple[Any, Any]:
-    """Images and labels, or None, of a file of numpy; nothing in it is unpickled."""
+def _held(path: Path) -> dict[str, Any]:
+    """The arrays of a file of numpy; nothing in it is unpickled."""
     try:
         loaded = np.load(path, allow_pickle=False)
-        held = {name: loaded[name] for name in loaded.files} if path.suffix.lower() == ".npz" else {"images": loaded}
-    except (OSError, ValueError, EOFError) as error:
+        return {name: loaded[name] for name in loaded.files} if path.suffix.lower() == ".npz" else {"images": loaded}
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise InputError(f"{path} is not a readable file of arrays: {first_line(error)}", "write it again") from error
+
+
+def _images_in(path: Path, held: dict[str, Any]) -> tuple[Any, Any]:
+    """Images and labels, or None, of arrays by their names."""
     images = next((held[name] for name in ("images", "x") if name in held), None)
     labels = next((held[name] for name in ("labels", "y") if name in held), None)
     if images is None or images.ndim not in (3, 4) or not (labels is None or labels.shape == images.shape[:1]):
@@ -179,15 +189,24 @@ def _arrays(path: Path) -> tuple[Any, Any]:
     return images, labels
 
 
-def _of_arrays(images: Any, labels: Any, seed: int | None) -> Iterator[Labelled]:
-    from PIL import Image
-
+def of_arrays(images: Any, labels: Any, seed: int | None) -> Iterator[Labelled]:
     order = np.arange(len(images)) if seed is None else np.random.default_rng(seed).permutation(len(images))
     for place in order:
-        pixels = images[place]
-        pixels = pixels if pixels.dtype == np.uint8 else np.rint(pixels * LEVELS).astype(np.uint8)
-        image = Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)
-        yield image, None if labels is None else str(labels[place])
+        yield image_of(images[place]), None if labels is None else str(labels[place])
+
+
+def image_of(item: Any) -> Any:
+    """An image of pillow from a file's path, or from an array of pixels.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if isinstance(item, Path):
+        return opened_image(item)
+    from PIL import Image
+
+    pixels = item if item.dtype == np.uint8 else np.rint(item * LEVELS).astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels)
 
 
 def _of_folder(folder: Path, seed: int | None) -> Iterator[Labelled]:
@@ -202,10 +221,10 @@ def _of_folder(folder: Path, seed: int | None) -> Iterator[Labelled]:
         raise InputError(f"{folder} holds no image", f"a folder is searched for {', '.join(SUFFIXES)}")
     if seed is not None:
         random.Random(seed).shuffle(paths)
-    return ((_opened(path), None if path.parent == folder else path.parent.name) for path in paths)
+    return ((opened_image(path), None if path.parent == folder else path.parent.name) for path in paths)
 
 
-def _opened(file: Any, name: str = "") -> Any:
+def opened_image(file: Any, name: str = "") -> Any:
     """An image, read whole.
 
     Raises:
@@ -257,7 +276,7 @@ def _of_records(records: Iterator[Any], source: str) -> Iterator[Labelled]:
         image, label = record.get("image"), record.get("label")
         image = image.get("bytes") if isinstance(image, dict) else image
         if isinstance(image, bytes):
-            image = _opened(io.BytesIO(image), f"{source}, image {number}")
+            image = opened_image(io.BytesIO(image), f"{source}, image {number}")
         if not hasattr(image, "convert"):
             raise InputError(
                 f"{source}, record {number}: there is no image, but {', '.join(map(str, record)) or 'nothing'}",

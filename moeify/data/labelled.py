@@ -3,6 +3,8 @@
 A SET is one of
 
     labels.csv        columns `text` or `path`, and `label`; paths are relative to the file
+    set.npz           arrays `images` [N, H, W] and `labels` [N], and, if they are divided, texts `splits` [N]
+    digits            scikit-learn's handwritten digits, every fifth for the test
     folder/           one folder a class; with `train` and `test` (or `val`) in it, these hold the folders of classes
 
 A column `split` that says `train` or `test` (or `val`, `validation`), or such folders, divide it. Otherwise a seeded
@@ -22,15 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeify.data.images import ARRAYS, labelled_arrays
+from moeify.data.images import SUFFIXES as IMAGE_SUFFIXES
 from moeify.errors import InputError
 from moeify.families import Modality
+from moeify.models.builtin_vit import digits
 from moeify.words import listing, printable
 
 TABLE = ".csv"
 # What divides a set: its names, and whether it is the test.
 SPLITS: Mapping[str, bool] = {"train": False, "training": False, "test": True, "val": True, "validation": True}
 # Files by their endings, and what they hold; those of images and sound are added by what reads them.
-SUFFIXES: Mapping[str, Modality] = {".txt": "text"}
+SUFFIXES: Mapping[str, Modality] = {".txt": "text", **dict.fromkeys(IMAGE_SUFFIXES, "image")}
 TEST_SHARE = 0.2
 HINT = "a labelled set is a .csv with the columns text (or path) and label, or a folder with one folder a class"
 
@@ -68,12 +73,14 @@ class Labelled:
 
 
 # Sets that have a name: name -> opens it; added by what reads them.
-NAMED: dict[str, Callable[[], Labelled]] = {}
+NAMED: dict[str, Callable[[], Labelled]] = {
+    "digits": lambda: make_labelled("digits", list(_digit_rows()), modality="image")
+}
 
 
 def is_labelled(name: str) -> bool:
     """Whether a name is that of a labelled set, be it there or not."""
-    return name in NAMED or Path(name).suffix == TABLE or Path(name).is_dir()
+    return name in NAMED or Path(name).suffix in (TABLE, *ARRAYS) or Path(name).is_dir()
 
 
 def open_labelled(name: str, *, seed: int = 0) -> Labelled:
@@ -89,6 +96,8 @@ def open_labelled(name: str, *, seed: int = 0) -> Labelled:
     if name in NAMED:
         return NAMED[name]()
     path = Path(name).expanduser()
+    if path.suffix in ARRAYS:
+        return make_labelled(name, list(_array_rows(path)), modality="image", seed=seed)
     rows = list(_table_rows(path) if path.suffix == TABLE and not path.is_dir() else _folder_rows(path))
     return make_labelled(name, rows, seed=seed)
 
@@ -118,7 +127,7 @@ def make_labelled(
     items = [item for item, _, _ in rows]
     digest = hashlib.sha256()
     for item, label, split in rows:
-        known = str(item).encode(errors="surrogateescape") if isinstance(item, str | Path) else bytes(item)
+        known = str(item).encode(errors="surrogateescape") if isinstance(item, str | Path) else item.tobytes()
         digest.update(b"\0".join((known, label.encode(), split.encode())) + b"\1")
     if splits == {""}:
         order_N = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
@@ -167,6 +176,20 @@ def _table_rows(path: Path) -> Iterator[tuple[Any, str, str]]:
         raise InputError(f"cannot read {path}: {error.strerror or error}", HINT) from error
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path} is no UTF-8 table: {error}", HINT) from error
+
+
+def _array_rows(path: Path) -> Iterator[tuple[Any, str, str]]:
+    """(image, label, split) of a file of numpy."""
+    images, labels, splits = labelled_arrays(path)
+    for place, label in enumerate(labels):
+        yield images[place], str(label), "" if splits is None else str(splits[place])
+
+
+def _digit_rows() -> Iterator[tuple[Any, str, str]]:
+    """(image, label, split) of scikit-learn's digits."""
+    for split, heldout in (("train", False), ("test", True)):
+        for image, label in zip(*digits(heldout=heldout), strict=True):
+            yield image, str(label), split
 
 
 def _folder_rows(path: Path) -> Iterator[tuple[Path, str, str]]:

@@ -22,7 +22,7 @@ from moeify.models.companions import companion_names, tokenizer_names
 from moeify.models.config import load_config
 from moeify.models.files import inside
 from moeify.models.generation import GENERATION_FILE, default_generation, usable_generation
-from moeify.models.heads import class_of
+from moeify.models.heads import GENERATING, auto_name
 from moeify.models.json_files import read_mapping
 from moeify.models.same_tokens import token_difference
 from moeify.models.tokenizer import LIMIT_BYTES, load_tokenizer, stock_tokenizer
@@ -71,7 +71,7 @@ def settle_companions(source: Path, config: str) -> Companions:
     written: dict[str, bytes] = {}
     if usable_generation(source):
         copies[GENERATION_FILE] = inside(source, GENERATION_FILE)
-    elif class_of(source_config).can_generate():
+    elif auto_name(source_config) in GENERATING:
         written[GENERATION_FILE] = default_generation(source_config).to_json_string().encode()
     companions = Companions(copies, written)
     if not tokenizer_names(source):

@@ -119,6 +119,8 @@ class Family:
         ffn: how the matrices lie on disk.
         activation: name of the activation's field in the config; of a family whose config has none, the activation.
         width: name of the inner width's field in the config.
+        narrowed: config values of the same model with another inner width, where no field says it; raises InputError
+            for a width that it cannot have.
         fixed: further config values by which `width` is the inner width, whatever the model's own config makes of it.
         rotates_pairs: its attention rotates neighbouring rows of a head's q and k, where llama rotates halves.
         norm_offset: what its norms add to their weights.
@@ -138,6 +140,7 @@ class Family:
     ffn: FFNFormat = field(default_factory=FFNFormat)
     activation: str = "hidden_act"
     width: str = "intermediate_size"
+    narrowed: Callable[[Any, int], Mapping[str, Any]] | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     rotates_pairs: bool = False
     norm_offset: float = 0.0
@@ -150,6 +153,14 @@ class Family:
     def activation_of(self, config: Any) -> str:
         """The activation's name in transformers."""
         return str(getattr(config, self.activation, self.activation))
+
+    def with_width(self, config: Any, neurons: int) -> Mapping[str, Any]:
+        """Config values of the same model with so many neurons in each FFN.
+
+        Raises:
+            InputError: it cannot have so many.
+        """
+        return {self.width: neurons} if self.narrowed is None else self.narrowed(config, neurons)
 
     @property
     def sizes(self) -> Mapping[str, Any]:

@@ -199,7 +199,11 @@ class _WithExperts:
 def blocks_in(model: Any, name: str) -> str:
     """Name of the list of blocks in a model, whether it has a head or is what stands below one."""
     prefix = f"{model.base_model_prefix}."
-    return name.removeprefix(prefix) if model.base_model is model else name
+    if model.base_model is model:
+        return name.removeprefix(prefix)
+    # Some classes with a head call what stands below it in another way than the others of their family.
+    first, _, rest = name.partition(".")
+    return name if hasattr(model, first) else prefix + rest
 
 
 def put_experts(block: nn.Module, config: Any) -> None:

@@ -222,7 +222,7 @@ def train_model(
         )
         for step in track(range(recipe.steps), "training the built-in model", recipe.steps):
             for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * _schedule(recipe, step)
+                group["lr"] = recipe.learning_rate * schedule(step, recipe.steps, recipe.warmup_steps)
             ids_BC = _batch(ids_N, recipe, batches)
             # Every other block starts with BOS: the model meets text both with and without it.
             ids_BC[::2, 0] = tokenizer.bos_token_id
@@ -250,9 +250,9 @@ def _batch(ids_N: Tensor, recipe: BuiltinRecipe, generator: torch.Generator) -> 
     return ids_N[starts_B[:, None] + torch.arange(recipe.context)]
 
 
-def _schedule(recipe: BuiltinRecipe, step: int) -> float:
+def schedule(step: int, steps: int, warmup_steps: int) -> float:
     """Return the share of the peak learning rate: linear warmup, then a cosine down to zero."""
-    if step < recipe.warmup_steps:
-        return (step + 1) / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * done))

@@ -256,15 +256,15 @@ def _tensors(config: Any, headers: Mapping[str, Stored]) -> tuple[Any, dict[str,
 
 
 def _refuse_heads(skeleton: Any, unexpected: Iterable[str], headers: Mapping[str, Stored]) -> None:
-    """Refuse what reads the last hidden state beside the head of the language model: the result would lose it."""
+    """Refuse what reads the last hidden state beside the model's own head: the result would lose it."""
     own = {name for name, _ in skeleton.named_children()}
     hidden_size = skeleton.config.get_text_config().hidden_size
     for name in unexpected:
         shape = headers[name].shape if name in headers else ()
         if name.split(".")[0] not in own and len(shape) == 2 and shape[1] == hidden_size:
             raise InputError(
-                f"{printable(name)} belongs to a head that is not a language model's",
-                "the result would lose it: start from the language model, or remove its tensors from the checkpoint",
+                f"{printable(name)} belongs to a head that {type(skeleton).__name__} does not have",
+                "the result would lose it: name the model's class in config.json, or remove the head's tensors",
             )
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from moeify.errors import InputError, first_line, nearest
 from moeify.models.companions import COMPANION_PATTERNS
-from moeify.options import Track, untracked
+from moeify.options import EMBEDDED, Track, untracked
 from moeify.words import printable
 
 INDEX_FILE = "model.safetensors.index.json"
@@ -36,6 +36,10 @@ def locate(model: str, track: Track[Any] = untracked) -> Path:
         from moeify.models.builtin import builtin_model
 
         return builtin_model(track=track)
+    if model == "builtin-vit":
+        from moeify.models.builtin_vit import builtin_vit
+
+        return builtin_vit(track=track)
     if (gguf := gguf_of(path)) is not None:
         from moeify.models.gguf import from_gguf
 
@@ -62,7 +66,7 @@ def _hint(path: Path) -> str:
         beside = [entry.name for entry in path.parent.iterdir()]
     except OSError:
         beside = []
-    similar = nearest(path.name, [*beside, "builtin"])
+    similar = nearest(path.name, [*beside, *EMBEDDED])
     question = f"did you mean {path.with_name(similar)}? " if similar else ""
     return f"{question}give a folder, a .gguf file, a hub id (org/name) or `builtin`"
 

@@ -13,6 +13,8 @@ from moeify.words import listing, printable
 LANGUAGE_MODEL = "AutoModelForCausalLM"
 MASKED_MODEL = "AutoModelForMaskedLM"
 BASE = "AutoModel"
+# Whose models have defaults for generating text.
+GENERATING = (LANGUAGE_MODEL, "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText")
 # Whose heads have a name for each of their classes.
 LABELLED = (
     "AutoModelForSequenceClassification",

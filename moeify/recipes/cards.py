@@ -41,6 +41,10 @@ def _lines(model: str, evaluation: Evaluation) -> Iterator[str]:
             name = f"perplexity of {_cell(row.data)}, {row.num_tokens:,} tokens"
             other = dense[row.data]
             yield f"| {name} | {other:,.2f} | {row.perplexity:,.2f} | {row.perplexity / other:.3f} |"
+    for score in evaluation.scores:
+        if score.model == model:
+            name = f"{on_one_line(score.measure)} on {_cell(score.data)}, {score.num_examples:,} examples"
+            yield f"| {name} | 1 | {score.value:.4f} | |"
     for task in evaluation.tasks:
         if task.model == model:
             name = f"{on_one_line(task.metric)} of {_cell(task.task)}, {task.num_questions:,} questions"

@@ -84,11 +84,14 @@ class Strict(BaseModel):
 class Limits(Strict):
     """What must hold for the run to pass; ratios are of perplexities, and each text is checked.
 
+    Where there are none, of images and the like, controls are beaten by the cosine of features to the dense model's.
+
     What was fine-tuned is judged as it is then.
 
     Args:
         max_ratio: the main split over dense at most.
         beats: controls whose perplexity the main split must stay under.
+        max_drop: what the score of a task, a share of right answers, may lose to the dense model's.
         max_logit_difference: of `verify`.
         max_decode_time, max_prefill_time: of the main split over dense at most, on its fastest implementation at every
             batch and prompt that `bench` measures; a time fails if its whole interval lies above.
@@ -96,6 +99,7 @@ class Limits(Strict):
 
     max_ratio: Positive | None = None
     beats: tuple[str, ...] = ()
+    max_drop: Positive | None = None
     max_logit_difference: Positive | None = None
     max_decode_time: Positive | None = None
     max_prefill_time: Positive | None = None
@@ -218,6 +222,8 @@ def _check_sections(path: Path, recipe: Recipe) -> None:
     """Raise UsageError if a section needs another one."""
     if recipe.eval is None and (recipe.limits.beats or recipe.limits.max_ratio is not None):
         raise UsageError(f"{path}: limits on perplexity need an eval section", "add: eval: {}")
+    if recipe.limits.max_drop is not None and not (recipe.eval and recipe.eval.tasks):
+        raise UsageError(f"{path}: limits.max_drop needs tasks in the eval section", "add: eval: {tasks: [digits]}")
     timed = recipe.bench is not None and "speed" not in recipe.bench.skip and "transformers" in recipe.bench.engine
     if recipe.limits.max_times and not timed:
         raise UsageError(

@@ -14,6 +14,7 @@ from moeify.benchmark.options import BenchOptions
 from moeify.cache import digest
 from moeify.check.compare import compare
 from moeify.check.evaluate import Evaluation, measure
+from moeify.check.features import Score
 from moeify.check.loops import LoopResult
 from moeify.check.perplexity import EvalResult
 from moeify.check.tasks import Tasks
@@ -56,6 +57,7 @@ class RunResult(Readable):
     limits: tuple[Limit, ...]
     tasks: tuple[TaskResult, ...] = ()
     loops: tuple[LoopResult, ...] = ()
+    scores: tuple[Score, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -110,8 +112,8 @@ def run(
         for name in names:
             note_quality(out / name, evaluation)
     speeds = stages.bench() if recipe.bench else None
-    limits = (*check_quality(recipe, report, evaluation.results), *check_times(recipe, speeds))
-    measured = (evaluation.results, limits, evaluation.tasks, evaluation.loops)
+    limits = (*check_quality(recipe, report, evaluation), *check_times(recipe, speeds))
+    measured = (evaluation.results, limits, evaluation.tasks, evaluation.loops, evaluation.scores)
     result = RunResult(out, tuple(stages.skipped), report, *measured)
     write_text(recipe_text(recipe), out / RECIPE_FILE, HEADER)
     write(result, out / RUN_FILE)

@@ -317,7 +317,7 @@ def static_target(dense: DenseModel) -> Target:
         config=lambda dense, layout, width: {
             **dense.config.to_dict(),
             **family.fixed,
-            family.width: layout.num_active * width,
+            **family.with_width(dense.config, layout.num_active * width),
         },
         routed_fold=lambda layout: 1.0,
         ffn_tensors=lambda prefix, experts: pack(family.ffn, prefix, experts.shared),

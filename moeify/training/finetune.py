@@ -20,7 +20,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -33,6 +33,8 @@ from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
 from moeify.models.dense import DenseModel
 from moeify.models.device import find_device, halves_are_fast
+from moeify.models.inputs import num_blocks as blocks_of
+from moeify.models.inputs import some_blocks
 from moeify.options import Track
 from moeify.progress import shown
 from moeify.readable import Readable
@@ -42,9 +44,12 @@ from moeify.training.layers import beside, fit_layers
 from moeify.training.model import Student
 from moeify.training.options import Device, FinetuneOptions, Precision, Stage
 from moeify.training.rate import settle_tokens
-from moeify.training.teacher import Blocks, Teacher, open_teacher
+from moeify.training.teacher import open_teacher
 from moeify.training.writer import write_trained
 from moeify.version import __version__
+
+if TYPE_CHECKING:
+    from moeify.training.stage import Targets
 
 HISTORY_FILE = "finetune.json"
 # One process may fit layers or fill the cache for hours while the others wait.
@@ -193,7 +198,7 @@ class _Stages:
     def run(self) -> tuple[StageResult, ...]:
         results: list[StageResult] = []
         history: list[StageHistory] = []
-        targets: tuple[Teacher, list[Blocks]] | None = None
+        targets: Targets | None = None
         for number, stage in enumerate(self.options.stage):
             seconds, peak = None, None
             if not self.workspace.has(_state_file(number, stage)):
@@ -220,15 +225,15 @@ class _Stages:
     def _layers(self, number: int) -> None:
         student = _student(self.inputs, self.options, self.workspace, number)
         teacher = beside(student, self.inputs.teacher)
-        ids_BC = self.inputs.ids_BC
-        ids_BC = ids_BC[: max(1, self.options.layer_tokens // ids_BC.shape[1])]
-        fits = fit_layers(student, teacher, ids_BC, self.options)
+        num_blocks = max(1, self.options.layer_tokens // self.inputs.context)
+        some = some_blocks(self.inputs.train, slice(num_blocks))
+        fits = fit_layers(student, teacher, some, self.options)
         layers = list(self.track(fits, "fitting layers", teacher.num_layers))
         tensors = {name: tensor for layer in layers for name, tensor in layer.tensors.items()}
         figures = {
             "before": {"layer_error": sum(layer.error_before for layer in layers) / len(layers)},
             "after": {"layer_error": sum(layer.error_after for layer in layers) / len(layers)},
-            "num_tokens": ids_BC.numel(),
+            "num_tokens": blocks_of(some) * self.inputs.context,
             "history": [
                 {"layer": layer.layer, "error_before": layer.error_before, "error_after": layer.error_after}
                 for layer in layers
@@ -236,7 +241,7 @@ class _Stages:
         }
         self._finish(number, "layers", tensors, figures)
 
-    def _train(self, number: int, stage: Stage, targets: tuple[Teacher, list[Blocks]]) -> None:
+    def _train(self, number: int, stage: Stage, targets: "Targets") -> None:
         from moeify.training.stage import train_stage
 
         student = _student(self.inputs, self.options, self.workspace, number)
@@ -265,8 +270,14 @@ class _Stages:
         self.workspace.write_text(_figures_file(number, stage), json.dumps({"stage": stage, **figures}))
         self.workspace.write_tensors(_state_file(number, stage), state, {"format": "pt"})
 
-    def _teacher(self) -> tuple[Teacher, list[Blocks]]:
-        options = self.options
+    def _teacher(self) -> "Targets":
+        options, inputs = self.options, self.inputs
+        if not inputs.of_language:
+            from moeify.training.outputs import InputBlocks, OutputTeacher
+
+            blocks = [InputBlocks(part, inputs.context) for part in (inputs.train, inputs.held_out)]
+            half = options.precision == "bfloat16"
+            return OutputTeacher.open(inputs.teacher, str(self.processes.device), half=half), blocks
         return open_teacher(
             self.inputs.teacher,
             [self.inputs.ids_BC, self.inputs.eval_BC],

@@ -4,6 +4,8 @@ Legend: B blocks of C tokens.
 """
 
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import torch
 from torch import Tensor
 
 from moeify.check.perplexity import warn_of_few
+from moeify.convert.texts import tokens_of_image
 from moeify.data.documents import read_documents
+from moeify.data.images import DIGITS, image_blocks, prepared_blocks, read_images
 from moeify.data.sampling import sample_from_model
 from moeify.data.text import calibration_blocks, evaluation_tokens
 from moeify.errors import InputError, UsageError
@@ -22,6 +26,9 @@ from moeify.models.dense import DenseModel, open_dense
 from moeify.models.device import halves_are_fast
 from moeify.models.files import find_shards, locate
 from moeify.models.fingerprint import Fingerprint
+from moeify.models.heads import LANGUAGE_MODEL, auto_name
+from moeify.models.image_processor import ImageProcessor
+from moeify.models.inputs import Inputs as ModelInputs
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track
 from moeify.plan import PLAN_FILE, SplitPlan, load_plan
@@ -43,7 +50,8 @@ class Inputs:
         plan: of its split; None for a model that moeify did not cut.
         files: fingerprint of its files when it was opened.
         teacher: the dense model.
-        ids_BC, eval_BC: training and held-out text.
+        train, held_out: what both models are called with, by name.
+        context: tokens of a block.
         provenance: of both.
     """
 
@@ -52,9 +60,25 @@ class Inputs:
     plan: SplitPlan | None
     files: Fingerprint
     teacher: DenseModel
-    ids_BC: Tensor
-    eval_BC: Tensor
+    train: ModelInputs
+    held_out: ModelInputs
+    context: int
     provenance: dict[str, Any]
+
+    @property
+    def ids_BC(self) -> Tensor:
+        """The training text."""
+        return self.train["input_ids"]
+
+    @property
+    def eval_BC(self) -> Tensor:
+        """The held-out text."""
+        return self.held_out["input_ids"]
+
+    @property
+    def of_language(self) -> bool:
+        """Whether it is a language model that is trained."""
+        return auto_name(self.teacher.config) == LANGUAGE_MODEL
 
     def check_unchanged(self) -> None:
         """Compare the files of both models with what they were when they were opened.
@@ -80,6 +104,16 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
         open_dense(str(path), track)
     check_stages(plan, options, path)
     dense = open_dense(teacher, track)
+    opened = partial(Inputs, moe, path, plan, Fingerprint.take(path, shards), dense)
+    if auto_name(dense.config) != auto_name(config):
+        raise InputError(
+            f"{moe} is made by {auto_name(config)}, {dense.name} by {auto_name(dense.config)}",
+            "the teacher must be the dense model itself or one of its kind",
+        )
+    if auto_name(config) != LANGUAGE_MODEL and options.cache_teacher:
+        raise UsageError("--cache-teacher is for language models, which have large teachers", "leave it out")
+    if dense.family.modality == "image":
+        return opened(*image_inputs(moe, path, dense, options))
     context = _context(options, config, dense.config)
     tokenizer = load_tokenizer(path)
     _check_alike(moe, tokenizer, config, dense, options.data)
@@ -110,7 +144,33 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
                 "tokenizer and weights are not of the same model",
             )
     provenance = {"data": asdict(blocks.provenance), "eval": [asdict(stream.provenance) for stream in streams]}
-    return Inputs(moe, path, plan, Fingerprint.take(path, shards), dense, blocks.ids_BC, eval_BC, provenance)
+    return opened(blocks.inputs, {"input_ids": eval_BC}, context, provenance)
+
+
+def image_inputs(
+    name: str, path: Path, dense: DenseModel, options: FinetuneOptions
+) -> tuple[ModelInputs, ModelInputs, int, dict[str, Any]]:
+    """Images for training and held out, tokens of one, and where they are from.
+
+    Raises:
+        InputError: they cannot be read, or the models see them differently.
+    """
+    data = DIGITS[:1] if options.data == FinetuneOptions.data else options.data
+    held = DIGITS[1:] if options.eval_data == FinetuneOptions.eval_data else options.eval_data
+    processor, context = ImageProcessor(dense.path), tokens_of_image(dense)
+    blocks = image_blocks(
+        data, processor, num_images=options.tokens // context, block_tokens=context, seed=options.seed
+    )
+    images = [list(islice(read_images(source), max(1, options.eval_tokens // context))) for source in held]
+    evaluated = [prepared_blocks(some, processor, source, context) for some, source in zip(images, held, strict=True)]
+    its = prepared_blocks(images[0][:1], ImageProcessor(path), held[0], context).inputs
+    if not all(torch.equal(its[key], tensor[:1]) for key, tensor in evaluated[0].inputs.items()):
+        raise InputError(
+            f"{name} and {dense.name} prepare images differently", "the teacher must be the dense model itself"
+        )
+    held_out = {key: torch.cat([some.inputs[key] for some in evaluated]) for key in blocks.inputs}
+    provenance = {"data": asdict(blocks.provenance), "eval": [asdict(some.provenance) for some in evaluated]}
+    return blocks.inputs, held_out, context, provenance
 
 
 def _context(options: FinetuneOptions, *configs: Any) -> int:

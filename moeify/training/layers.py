@@ -29,6 +29,7 @@ from moeify.export.in_memory import folds, sites_of, split_ffn
 from moeify.families import Sites
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import FFNWeights, joined, pack, unpack
+from moeify.models.inputs import Inputs, named
 from moeify.models.shallow import without_layers
 from moeify.plan import Layout
 from moeify.training.model import Student
@@ -119,19 +120,19 @@ def beside(student: Student, teacher: DenseModel) -> DenseModel:
 
 
 def fit_layers(
-    student: Student, teacher: DenseModel, ids_BC: Tensor, options: FinetuneOptions
+    student: Student, teacher: DenseModel, inputs: Tensor | Inputs, options: FinetuneOptions
 ) -> Iterator[LayerResult]:
     """Yield every layer in order, with what it became under the names it has in memory.
 
     Args:
         student: as it was split.
         teacher: the dense model.
-        ids_BC: blocks of text.
+        inputs: of the model; a tensor is blocks of text.
         options: rates, seed and device.
     """
     assert student.plan is not None
     sites = sites_of(student.target) if student.target else teacher.sites
-    stream = HiddenStream(_Loaded(student.model, sites), {"input_ids": ids_BC}, options.device)
+    stream = HiddenStream(_Loaded(student.model, sites), named(inputs), options.device)
     for layer in range(teacher.num_layers):
         inputs_TD = stream.attend(layer)
         dense = teacher.ffn(layer).map(lambda tensor: tensor.to(options.device, torch.float32))

@@ -149,7 +149,7 @@ def check_stages(plan: SplitPlan | None, options: FinetuneOptions, path: Path) -
     stages, routed = options.stage, plan is not None and not plan.layout.is_static
     if "router" in stages and not routed:
         raise InputError(f"{path} has no routers to train", "--stage full or --stage lora trains it")
-    exact = plan is not None and weights_are_exact(targets.find(plan.target), plan.layout)
+    exact = routed and plan is not None and weights_are_exact(targets.find(plan.target), plan.layout)
     if "router" in stages and exact and not options.explore:
         raise InputError(
             f"the weight of an expert is one in {path} whatever its score: no gradient reaches its router",

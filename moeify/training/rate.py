@@ -103,6 +103,8 @@ def _measured(
     probe = replace(options, minutes=None, tokens=num_steps * step_blocks * (options.context or 512), every=1 << 30)
     inputs = open_inputs(moe, teacher, probe, track)
     opened = time.perf_counter() - began
+    if not inputs.of_language:
+        raise UsageError("--minutes is for language models", "--tokens says how long another model is trained")
     step_tokens = step_blocks * inputs.ids_BC.shape[1]
     step_s = sum(_step_seconds(inputs, probe, stage, out, processes) for stage in options.stage)
     text_s = opened / inputs.ids_BC.numel() * step_tokens if "self" in options.data else 0.0

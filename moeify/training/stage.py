@@ -18,9 +18,12 @@ from moeify.progress import Resumed
 from moeify.resources import check_room
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions, Stage
+from moeify.training.outputs import InputBlocks, OutputTeacher, OutputTrainer
 from moeify.training.teacher import Blocks, Teacher
 from moeify.training.trainer import COMPLETE_FILE, FinetuneTrainer, last_checkpoint, reading, step_of
 
+# Teachers, with what is trained on and what is held out.
+Targets = tuple[Teacher, list[Blocks]] | tuple[OutputTeacher, list[InputBlocks]]
 CLIP_NORM = 1.0
 KEPT_CHECKPOINTS = 2
 # What changes from run to run is left out of the history, and the mean loss, which is of the last session.
@@ -29,7 +32,7 @@ TIMES = ("runtime", "per_second", "flos")
 
 def train_stage(
     student: Student,
-    targets: tuple[Teacher, list[Blocks]],
+    targets: Targets,
     stage: Stage,
     options: FinetuneOptions,
     *,
@@ -61,7 +64,7 @@ def train_stage(
         _check_room(student, folder, num_saves=-(-num_steps // int(arguments.save_steps)))
     steps = Resumed(range(num_steps), 0 if checkpoint is None else step_of(checkpoint))
     bar = iter(track(steps, f"training {stage}", num_steps))
-    trainer = FinetuneTrainer(
+    trainer = (OutputTrainer if isinstance(teacher, OutputTeacher) else FinetuneTrainer)(
         student,
         teacher,
         options,
@@ -84,7 +87,7 @@ def train_stage(
         if processes.is_main_process:
             # What a full disk cut short takes room that the next run needs.
             _drop_incomplete(folder)
-    step_tokens = blocks.ids_BC.shape[1] * options.batch * options.accumulate * int(processes.num_processes)
+    step_tokens = blocks.block_tokens * options.batch * options.accumulate * int(processes.num_processes)
     num_tokens = int(trainer.state.global_step * step_tokens)
     return state, {**_before_and_after(history, options), "num_tokens": num_tokens, "history": history}
 

@@ -44,6 +44,10 @@ class Blocks(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self.ids_BC)
 
+    @property
+    def block_tokens(self) -> int:
+        return self.ids_BC.shape[1]
+
     def __getitem__(self, block: int) -> dict[str, Tensor]:
         item = {"input_ids": self.ids_BC[block]}
         if self._hidden_BCD is not None:

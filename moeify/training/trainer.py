@@ -9,6 +9,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from moeify.training.losses import RouterLosses, ScoringHead, hidden_error, load
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
 from moeify.training.routers import Explorer, RouterWatch, adjust_selection_biases
-from moeify.training.teacher import Teacher
 from moeify.words import printable
 
 STATE_FILE = "trained.safetensors"
@@ -32,12 +32,28 @@ COMPLETE_FILE = "complete"
 BETAS = (0.9, 0.95)
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A batch that went through the student.
+
+    Args:
+        losses_BX: for each block the weighted sum of losses, then its parts.
+        goal: what the teacher gave.
+        layers, its_layers: hidden states of student and teacher, after the embedding and every layer, if needed.
+    """
+
+    losses_BX: Tensor
+    goal: Tensor
+    layers: tuple[Tensor, ...]
+    its_layers: tuple[Tensor, ...]
+
+
 class FinetuneTrainer(Trainer):
     """Trains a student against a teacher.
 
     Args:
         student: prepared for its stage.
-        teacher: where its final hidden states come from.
+        teacher: where its final hidden states or outputs come from.
         options: weights of losses and rates.
         arguments: how the Trainer runs, the learning rate of everything but routers included.
         datasets: of training and of evaluation.
@@ -47,7 +63,7 @@ class FinetuneTrainer(Trainer):
     def __init__(
         self,
         student: Student,
-        teacher: Teacher,
+        teacher: Any,
         options: FinetuneOptions,
         arguments: TrainingArguments,
         *,
@@ -58,7 +74,7 @@ class FinetuneTrainer(Trainer):
         rate = options.router_rate or 0.0
         self._explorer = Explorer(options.explore) if rate and options.explore else None
         self._watch = RouterWatch(student, self._explorer)
-        self._head = ScoringHead(student.model, kl=options.kl, lm=options.lm)
+        self._head = self._scoring_head()
         # Of the routers as the stage found them, whatever a checkpoint holds.
         self._router_rates = [
             rate * float(weight.detach().square().mean().sqrt()) for weight in student.router_weights()
@@ -80,7 +96,16 @@ class FinetuneTrainer(Trainer):
     def detach_model(self) -> None:
         """Take the hooks and the scoring head off the model again."""
         self._watch.remove()
-        self._head.remove()
+        if self._head is not None:
+            self._head.remove()
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What the columns of losses_BX are, behind the weighted sum."""
+        return ("kl", "lm")
+
+    def _scoring_head(self) -> ScoringHead | None:
+        return ScoringHead(self._student.model, kl=self._options.kl, lm=self._options.lm)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:  # noqa: ARG002
         """AdamW; each router has a rate of its own, relative to the size of its weights."""
@@ -108,32 +133,43 @@ class FinetuneTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,  # noqa: ARG002
     ) -> Any:
-        """The weighted sum of all losses; `outputs` are losses_B3 as the scoring head gives them."""
-        ids_BC = inputs["input_ids"]
+        """The weighted sum of all losses; `outputs` are losses_BX: that sum, then `parts`."""
         hidden_wanted = self._options.hidden > 0 and model.training
-        teacher_BCD, its_layers = self._teacher.hidden(inputs, layers=hidden_wanted)
         if self._explorer is not None and model.training:
-            self._explorer.begin([zlib.crc32(block) ^ int(self.state.epoch or 0) for block in ids_BC.cpu().numpy()])
-        self._head.targets = (ids_BC, teacher_BCD, self._teacher.head)
-        try:
-            with self._watch.watch():
-                out = model(input_ids=ids_BC, use_cache=False, output_hidden_states=hidden_wanted)
-        finally:
-            self._head.targets = None
-        losses_B3 = out.logits
+            blocks = next(iter(inputs.values())).cpu().numpy()
+            self._explorer.begin([zlib.crc32(block) ^ int(self.state.epoch or 0) for block in blocks])
+        scored = self._scored(model, inputs, layers=hidden_wanted)
+        losses_BX, loss = scored.losses_BX, scored.losses_BX[:, 0].mean()
         if not model.training:
-            return (losses_B3[:, 0].mean(), losses_B3) if return_outputs else losses_B3[:, 0].mean()
-        loss = losses_B3[:, 0].mean()
-        self._note(kl=losses_B3[:, 1].mean(), lm=losses_B3[:, 2].mean())
+            return (loss, losses_BX) if return_outputs else loss
+        self._note(**dict(zip(self.parts, losses_BX[:, 1:].mean(dim=0), strict=True)))
         if hidden_wanted:
-            error = hidden_error(out.hidden_states, its_layers)
+            error = hidden_error(scored.layers, scored.its_layers)
             loss = loss + self._options.hidden * error
             self._note(hidden=error)
         if self._watch.routed:
             owed = self._router_loss()
             loss = loss + owed if any(weight.requires_grad for weight in self._student.router_weights()) else loss
-        self._check_finite(loss, teacher_BCD)
-        return (loss, losses_B3) if return_outputs else loss
+        self._check_finite(loss, scored.goal)
+        return (loss, losses_BX) if return_outputs else loss
+
+    def _scored(self, model: Any, inputs: dict[str, Tensor], *, layers: bool) -> "Scored":
+        """Losses of a batch.
+
+        Args:
+            model: the student, maybe wrapped.
+            inputs: of the batch.
+            layers: the hidden states of every layer are needed.
+        """
+        assert self._head is not None
+        ids_BC, (teacher_BCD, its_layers) = inputs["input_ids"], self._teacher.hidden(inputs, layers=layers)
+        self._head.targets = (ids_BC, teacher_BCD, self._teacher.head)
+        try:
+            with self._watch.watch():
+                out = model(input_ids=ids_BC, use_cache=False, output_hidden_states=layers)
+        finally:
+            self._head.targets = None
+        return Scored(out.logits, teacher_BCD, tuple(out.hidden_states) if layers else (), its_layers)
 
     def _router_loss(self) -> Tensor:
         owed: RouterLosses = router_losses(
@@ -173,7 +209,7 @@ class FinetuneTrainer(Trainer):
         for name, value in parts.items():
             self._parts[name].append(value.detach().float())
 
-    def _check_finite(self, loss: Tensor, teacher_BCD: Tensor) -> None:
+    def _check_finite(self, loss: Tensor, goal: Tensor) -> None:
         """Stop before a bad gradient reaches a weight.
 
         Raises:
@@ -183,7 +219,7 @@ class FinetuneTrainer(Trainer):
             return
         layer = self._watch.first_bad_layer()
         where = f"layer {layer} is the first that gives such values" if layer is not None else "all layers are finite"
-        if not teacher_BCD.isfinite().all():
+        if not goal.isfinite().all():
             where = "the teacher gives such values"
         raise CheckError(
             f"the loss became {float(loss.detach())} at step {self.state.global_step + 1}: {where}; {self._kept()}",
@@ -211,10 +247,12 @@ class FinetuneTrainer(Trainer):
         model = self.model_wrapped.train(mode=False)
         rows = []
         for inputs in loader:
-            _, losses_B3 = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
-            rows.append(self.accelerator.gather_for_metrics(losses_B3))
-        loss, divergence, language = torch.cat(rows).mean(dim=0).tolist()
-        metrics = {"eval_loss": loss, "eval_kl": divergence, "eval_lm": language, "eval_perplexity": _exp(language)}
+            _, losses_BX = self.compute_loss(model, self._prepare_inputs(inputs), return_outputs=True)
+            rows.append(self.accelerator.gather_for_metrics(losses_BX))
+        means = torch.cat(rows).mean(dim=0).tolist()
+        metrics = {f"eval_{name}": mean for name, mean in zip(("loss", *self.parts), means, strict=True)}
+        if "eval_lm" in metrics:
+            metrics["eval_perplexity"] = _exp(metrics["eval_lm"])
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

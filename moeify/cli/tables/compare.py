@@ -19,24 +19,25 @@ def compare_tables(comparison: "Comparison") -> tuple[Table, ...]:
     keys = ("method", "active")
     over_all = DataTable(
         f"moeify compare {Path(comparison.model).name}, {sum(tokens.values()):,} tokens in blocks of {context:,}",
-        (*keys, "perplexity", "95 %", "over static", "95 %", "gap closed"),
+        (*keys, comparison.measure, "95 %", "over static", "95 %", "gap closed"),
         words=keys,
         num_keys=2,
-        notes=explained("perplexity", "over static", "gap closed"),
+        notes=explained(comparison.measure, "over static", "gap closed"),
     )
     texts = [Path(text).stem for text in tokens]
-    by_text = DataTable("perplexity on each text", (*keys, *texts), words=keys, num_keys=2)
+    by_text = DataTable(f"{comparison.measure} on each text", (*keys, *texts), words=keys, num_keys=2)
+    digits = 2 if comparison.measure == "perplexity" else 5
     for row in comparison.rows:
         over_all.add_row(
             row.method,
             f"{row.budget:.0%}",
-            f"{row.perplexity:,.2f}",
+            f"{row.perplexity:,.{digits}f}",
             f"{number(row.low)} {number(row.high)}",
             f"{row.ratio:.3f}",
             between(row.ratio_low, row.ratio_high, 3),
             f"{row.gap_closed:.0%}",
         )
-        by_text.add_row(row.method, f"{row.budget:.0%}", *(f"{value:,.1f}" for value in row.texts.values()))
+        by_text.add_row(row.method, f"{row.budget:.0%}", *(f"{value:,.{digits - 1}f}" for value in row.texts.values()))
     # The share of the FFN is not all that they save.
     saved = [
         f"{row.method}, {row.budget:.0%}: layers gone, with attention, keys, values: "

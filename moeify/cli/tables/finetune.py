@@ -14,6 +14,9 @@ FINETUNE_FIGURES = {
     "kl": "KL to the teacher",
     "lm": "loss",
     "perplexity": "perplexity",
+    "agreement": "same class as the teacher",
+    "feature_error": "error of last hidden states",
+    "feature_cosine": "cosine of last hidden states",
 }
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from moeify.cli.tables.columns import DataTable
-from moeify.cli.tables.eval import eval_table
+from moeify.cli.tables.eval import eval_table, score_table
 from moeify.cli.tables.loops import loops_tables
 from moeify.cli.tables.tasks import tasks_tables
 from moeify.words import duration, size
@@ -21,7 +21,7 @@ def run_tables(run: "RunResult") -> tuple[Table, ...]:
     limits = DataTable("limits", columns, words=columns)
     for limit in run.limits:
         limits.add_row(limit.name, limit.measured, limit.allowed, "ok" if limit.passed else "FAILED")
-    evals = (eval_table(run.evals),) if run.evals else ()
+    evals = (*([eval_table(run.evals)] if run.evals else []), *([score_table(run.scores)] if run.scores else []))
     measured = (*evals, *tasks_tables(run.tasks), *loops_tables(run.loops))
     return (*measured, limits) if run.limits else measured
 

@@ -1,5 +1,6 @@
 """Tables of `moeify search`."""
 
+import math
 from typing import TYPE_CHECKING
 
 from rich.table import Table
@@ -10,24 +11,40 @@ from moeify.words import explained, ranges
 if TYPE_CHECKING:
     from moeify.convert.search import SearchResult
 
-NOTES = (
+SHARES = (
     "share: of all FFN parameters, active for a token; --budget bounds it; dense, dropped: layers\n"
     "a dropped layer takes its attention, keys and values along, which the share does not count\n"
+)
+NOTES = (
+    f"{SHARES}"
     f"{explained('KL')}; summed: of layers changed one at a time\n"
     "perplexity, KL: of a few tokens of the calibration text that nothing was fitted to\n"
     "ratio: perplexity over the dense model's"
+)
+
+OTHER_NOTES = (
+    f"{SHARES}"
+    "change: KL of the head's distribution to the dense model's, or 1 - cosine of the last hidden states\n"
+    "of a few inputs that nothing was fitted to; summed: of layers changed one at a time"
 )
 
 
 def search_tables(result: "SearchResult") -> tuple[Table, ...]:
     """The choice beside uniform, then the frontier."""
     tables = []
+    has_perplexity = not math.isnan(result.dense_perplexity)
+    change = "KL" if has_perplexity else "change"
     chosen = [result.choice, result.uniform, *([result.by_depth] if result.by_depth else [])]
     for title, points in (("moeify search", chosen), ("frontier", result.frontier)):
-        columns = ("strategy", "share", "experts", "dense", "dropped", "KL, summed", "KL", "perplexity", "ratio")
-        table = DataTable(title, columns, words=("strategy", "dense", "dropped"), notes=NOTES)
+        further = ("perplexity", "ratio") if has_perplexity else ()
+        columns = ("strategy", "share", "experts", "dense", "dropped", f"{change}, summed", change, *further)
+        table = DataTable(
+            title, columns, words=("strategy", "dense", "dropped"), notes=NOTES if has_perplexity else OTHER_NOTES
+        )
         for point in points:
             layout = point.layout
+            ratio = point.perplexity / result.dense_perplexity
+            perplexities = (f"{point.perplexity:,.2f}", f"{ratio:.3f}") if has_perplexity else ()
             table.add_row(
                 point.strategy,
                 f"{point.share:.1%}",
@@ -36,8 +53,7 @@ def search_tables(result: "SearchResult") -> tuple[Table, ...]:
                 ranges(point.dropped_layers),
                 f"{point.predicted:.4f}",
                 f"{point.divergence:.4f}",
-                f"{point.perplexity:,.2f}",
-                f"{point.perplexity / result.dense_perplexity:.3f}",
+                *perplexities,
             )
         tables.append(table)
     tables[0].caption = None
