@@ -57,11 +57,13 @@ def gives_tuple(block: nn.Module, sites: Sites, call: Call) -> bool:
         sites: where its FFN reads and writes.
         call: what the model passes to it, the hidden states included.
     """
-    module = copy_sharing(block)
+    # Not by `to`, which may put the originals there as well.
+    parts = [*block.parameters(), *block.buffers()]
+    module: Any = copy.deepcopy(block, {id(part): part.detach().to("meta") for part in parts})
     Block(module, sites, call)
     arguments, named = tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, call)
     try:
-        return isinstance(module.to("meta")(*arguments, **named), tuple)
+        return isinstance(module(*arguments, **named), tuple)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
         # What looks at numbers does not run there; models of today give a tensor.
         return False
