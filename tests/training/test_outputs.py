@@ -32,8 +32,8 @@ def test_training_comes_nearer_to_the_teacher(part: str, tmp_path: Path) -> None
     options = FinetuneOptions(stage=("full",), tokens=1024, eval_tokens=512, batch=8, every=100, learning_rate=1e-3)
     (full,) = finetune(str(tmp_path / "moe"), dense, tmp_path / "tuned", options).stages
     assert full.after[part] < full.before[part]
-    beside = "agreement" if part == "kl" else "feature_cosine"
-    assert full.after[beside] >= full.before[beside]
+    if part == "feature_error":
+        assert full.after["feature_cosine"] > full.before["feature_cosine"]
     assert verify(str(tmp_path / "tuned"), dense).passed
     evaluation = measure([dense, str(tmp_path / "moe"), str(tmp_path / "tuned")], EvalOptions(tokens=512))
     first, moe, tuned = (score.value for score in evaluation.scores)
