@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from moeify.families import Sites
 
@@ -23,24 +24,49 @@ class Arrived(Exception):  # noqa: N818
 class Passage(nn.Module):
     """Stands in for a block: notes what the model passes to it, and lets the hidden states through."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: nn.Module, sites: Sites) -> None:
         super().__init__()
         self.hidden_BCD = torch.empty(0)
         self.call: Call = ((), {})
         # What it gives instead of what it gets, if anything; or whether the model goes no further.
         self.gives: Tensor | None = None
         self.stops = False
+        # In a list, so that it is no part of this module.
+        self._block, self._sites, self._gives_tuple = [block], sites, False
         # Some models choose the mask by an attribute of the block.
         for name in ("attention_type", "layer_type"):
             if hasattr(block, name):
                 setattr(self, name, getattr(block, name))
 
-    def forward(self, *arguments: Any, **named: Any) -> Tensor:
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        if self._block:
+            self._gives_tuple = gives_tuple(self._block.pop(), self._sites, (arguments, named))
         self.hidden_BCD = arguments[0] if arguments else named.pop("hidden_states")
         self.call = (arguments[1:], named)
         if self.stops:
             raise Arrived
-        return self.hidden_BCD if self.gives is None else self.gives
+        gives = self.hidden_BCD if self.gives is None else self.gives
+        return (gives, None) if self._gives_tuple else gives
+
+
+def gives_tuple(block: nn.Module, sites: Sites, call: Call) -> bool:
+    """Whether a block gives more than its hidden states, as older models do; it runs, without its FFN, on no device.
+
+    Args:
+        block: stays as it is.
+        sites: where its FFN reads and writes.
+        call: what the model passes to it, the hidden states included.
+    """
+    # Not by `to`, which may put the originals there as well.
+    parts = [*block.parameters(), *block.buffers()]
+    module: Any = copy.deepcopy(block, {id(part): part.detach().to("meta") for part in parts})
+    Block(module, sites, call)
+    arguments, named = tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, call)
+    try:
+        return isinstance(module(*arguments, **named), tuple)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
+        # What looks at numbers does not run there; models of today give a tensor.
+        return False
 
 
 class _Site:

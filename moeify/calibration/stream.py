@@ -282,7 +282,7 @@ class HiddenStream:
         """The stock model with passages instead of blocks; its parameters are not filled yet."""
         outer = copy_sharing(self._model.skeleton, self._sites.blocks)
         blocks: Any = self._model.skeleton.get_submodule(self._sites.blocks)
-        passages = [Passage(block) for block in blocks]
+        passages = [Passage(block, self._sites) for block in blocks]
         outer.set_submodule(self._sites.blocks, nn.ModuleList(passages))
         return outer, passages
 

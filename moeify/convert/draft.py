@@ -64,15 +64,15 @@ def draft(model: str | Path, *, track: Track[Any] = shown) -> FamilyDraft:
     """
     config = load_config(locate(str(model), track))
     name = str(config.model_type)
-    model = empty_model(config, buffers=False)
-    blocks, layers = _blocks(config, model)
+    skeleton = empty_model(config, buffers=False)
+    blocks, layers = _blocks(config, skeleton)
     ffns = [found for block in layers if (found := _ffn(block, int(config.hidden_size))) is not None]
     if not ffns:
         raise InputError(f"no block of {name} has an FFN of matrices to a wider inner size and back", HINT)
     ffn, inner = ffns[0]
     parent = ffn.down.rpartition(".")[0]
     # By its name in the model with its head.
-    above = f"{model.base_model_prefix}." if model.base_model is model else ""
+    above = f"{skeleton.base_model_prefix}." if skeleton.base_model is skeleton else ""
     guess = Family(
         name,
         blocks=above + blocks,
@@ -82,7 +82,7 @@ def draft(model: str | Path, *, track: Track[Any] = shown) -> FamilyDraft:
         activation=next((field for field in FIELDS if isinstance(getattr(config, field, None), str)), "silu"),
         width=_width(config, inner),
         auto=auto_name(config),
-        modality="image" if model.main_input_name == "pixel_values" else "text",
+        modality="image" if skeleton.main_input_name == "pixel_values" else "text",
     )
     family = proven(guess, config)
     nearest = tuple(get_close_matches(name, families.names(), n=3, cutoff=0.4))
@@ -134,7 +134,8 @@ def _shapes(block: nn.Module) -> Iterator[tuple[str, tuple[int, int]]]:
 def _width(config: Any, inner: int) -> str:
     """The config's field of the inner width: one of that value, or one that is open; llama's where there is none."""
     fields: Mapping[str, Any] = config.to_dict()
-    names = [name for name, value in fields.items() if type(value) is int and value == inner]
+    others = {config.attribute_map.get(name, name) for name in families.TINY if name != Family.width}
+    names = [name for name, value in fields.items() if type(value) is int and value == inner and name not in others]
     usual = Family.width
     names = names or [name for name in WIDTHS if name in fields and fields[name] is None]
     return usual if usual in names or not names else names[0]
@@ -160,7 +161,7 @@ def _text(family: Family, config: Any, inner: int, *, is_proven: bool) -> str:
     doubts = []
     if not is_proven:
         doubts.append("# The FFN of a tiny model gives something else, or none runs: look at site and activation.")
-    if getattr(config, family.width, None) != inner:
+    if not hasattr(config, family.width):
         doubts.append(f"# No field of the config is the inner width, {inner}: --static cannot prune such a model.")
     lines = [
         f'"""{family.model_type}: say what it has that llama has not."""',

@@ -93,7 +93,8 @@ def _inputs(family: Family, config: Any) -> dict[str, Tensor]:
 def _note(name: str, calls: dict[str, Call | None]) -> Any:
     def note(_: Any, given: tuple[Any, ...], output: Any) -> None:
         if given and isinstance(given[0], Tensor) and isinstance(output, Tensor):
-            calls[name] = Call(name, given[0].flatten(0, -2), output.flatten(0, -2))
+            # A model may go on in the same memory.
+            calls[name] = Call(name, *(tensor.flatten(0, -2).clone() for tensor in (given[0], output)))
 
     return note
 
@@ -115,6 +116,7 @@ def _candidates(family: Family, calls: dict[str, Call], config: Any) -> Iterator
             yield replace(family, activation=activation, **site)
 
 
+@torch.no_grad()
 def _fits(family: Family, block: nn.Module, calls: dict[str, Call], config: Any) -> bool:
     if not {family.read, family.write} <= set(calls):
         return False

@@ -161,7 +161,9 @@ def twin_values(config: Any, family: Family) -> dict[str, Any]:
         "num_key_value_heads": {heads: 4, 1: 1}.get(keys, 2),
         "pad_token_id": None if getattr(config, "pad_token_id", None) is None else 0,
     }
-    if getattr(config, "head_dim", None) is not None:
+    # Names that only some configs have for the same.
+    sizes |= {"num_kv_heads": sizes["num_key_value_heads"], "rotary_dim": 4}
+    if values.get("head_dim") is not None:
         default = int(config.head_dim) * heads == int(config.hidden_size)
         sizes["head_dim"] = 8 if default else 16
     window, limit = getattr(config, "sliding_window", None), int(getattr(config, "max_position_embeddings", 0))
@@ -170,7 +172,7 @@ def twin_values(config: Any, family: Family) -> dict[str, Any]:
         sizes["sliding_window"] = WINDOW
     sizes["max_position_embeddings"] = max(CONTEXT + family.reserved(config), limit)
     for name, size in sizes.items():
-        if hasattr(config, name):
+        if config.attribute_map.get(name, name) in values:
             values[config.attribute_map.get(name, name)] = size
     layers = int(config.num_hidden_layers)
     listed = {name: value for name, value in values.items() if isinstance(value, list | tuple) and len(value) == layers}

@@ -99,6 +99,17 @@ def verdicts(dense: DenseModel, target: Target, layout: Layout) -> tuple[engines
     return engines.judge(Shape.of(dense, target.model_type, layout), target.known_to(layout))
 
 
+def _check_width(dense: DenseModel) -> None:
+    """Raise InputError unless a config of this family says how wide its FFNs are; one of today may hold any field."""
+    kind, width = type(dense.config), dense.family.width
+    if dense.family.narrowed is None and kind.attribute_map.get(width, width) not in kind().to_dict():
+        raise InputError(
+            f"the config of a {dense.family.model_type} has no field for the width of its FFNs: transformers would "
+            f"expect {dense.num_neurons:,} neurons of the pruned model as well",
+            "leave --static out",
+        )
+
+
 def _settle(
     dense: DenseModel, options: SplitOptions, dtype: torch.dtype, experts: int, *, writable: bool
 ) -> tuple[Layout, Target, str]:
@@ -118,6 +129,8 @@ def _settle(
     if options.static:
         active = resolve(None).num_active
         layout = Layout(experts, active, active, dense_layers)
+        if writable:
+            _check_width(dense)
         return layout, targets.static_target(dense), "static pruning keeps the dense architecture"
     if options.target == "auto":
         try:

@@ -13,6 +13,7 @@ model and compares. A target only says what its layout cannot be, and has words 
 To add one, copy `mixtral.py`; nothing else is edited.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -245,7 +246,8 @@ def carried(dense: DenseModel) -> dict[str, Any]:
     values = {key: getattr(dense.text_config, key) for key in CARRIED if hasattr(dense.text_config, key)}
     if auto_name(dense.config) != LANGUAGE_MODEL:
         values |= {key: getattr(dense.config, key) for key in LABELS if getattr(dense.config, key, None) is not None}
-    return {**values, "hidden_act": dense.activation}
+    # Configs complete what they are given, rotations among it, in place.
+    return copy.deepcopy({**values, "hidden_act": dense.activation})
 
 
 def sibling(dense: DenseModel, model_type: str) -> dict[str, Any]:
@@ -253,7 +255,7 @@ def sibling(dense: DenseModel, model_type: str) -> dict[str, Any]:
     base = {part.name for part in fields(PreTrainedConfig)}
     shared = {part.name for part in fields(CONFIG_MAPPING[model_type])} - base
     values = {name: getattr(dense.text_config, name) for name in sorted(shared) if hasattr(dense.text_config, name)}
-    return {**values, **carried(dense)}
+    return {**copy.deepcopy(values), **carried(dense)}
 
 
 def names() -> list[str]:

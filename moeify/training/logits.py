@@ -7,7 +7,8 @@ Legend: B blocks of C tokens, T tokens, D hidden size, V vocabulary.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +54,12 @@ class Head:
             return bare.logits({base: _Given(raw_TV[None, :, :1]), name: _Raw(raw_TV[None])}, raw_TV.device)
 
         hidden_TD = _probe(PROBE_TOKENS, linear.weight.shape[1]).to(linear.weight)
+        modules = {**vars(model)["_modules"], base: _Given(hidden_TD[None])}
         with torch.no_grad():
-            given_TV = bare.logits({**vars(model)["_modules"], base: _Given(hidden_TD[None])}, hidden_TD.device)
-            made_TV = behind(linear(hidden_TD)) if name else torch.full_like(given_TV, torch.nan)
+            given_TV = bare.logits(modules, hidden_TD.device)
+            with reading(linear) as read:
+                bare.logits(modules, hidden_TD.device)
+            made_TV = behind(linear(read[0][0])) if name and read else torch.full_like(given_TV, torch.nan)
         if not torch.allclose(made_TV, given_TV, rtol=0, atol=TOLERANCE * float(given_TV.abs().max())):
             raise InputError(
                 f"the logits of {type(model).__name__} are no function of what its last linear map gives",
@@ -77,6 +81,22 @@ class Head:
         """logits_TV; in `out`, if it is given, where they are the raw ones."""
         raw_TV = self.raw(hidden_TD, out=out)
         return raw_TV if self.behind is None else self.behind(raw_TV)
+
+
+@contextmanager
+def reading(linear: Any) -> Iterator[list[Tensor]]:
+    """Collect what a last linear map is given; it makes no logits meanwhile, but one number a token."""
+    read: list[Tensor] = []
+
+    def forward(hidden_BCD: Tensor) -> Tensor:
+        read.append(hidden_BCD)
+        return hidden_BCD[..., :1]
+
+    linear.forward = forward
+    try:
+        yield read
+    finally:
+        del linear.forward
 
 
 class _Bare:

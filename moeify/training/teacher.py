@@ -1,6 +1,6 @@
 """The teacher: the dense model's final hidden states for each block, computed when needed or kept on disk.
 
-The file holds the hidden state after the last norm, D float16 numbers a token, not V logits: one matrix product with
+The file holds what the last linear map is given, D float16 numbers a token, not V logits: one matrix product with
 the teacher's LM head, which stays in memory, gives the logits back. For SmolLM2-135M that is 1.2 kB a token where
 logits in bfloat16 take 98 kB. Rounding to float16 changes its distribution by a divergence of about 1e-6.
 
@@ -24,7 +24,7 @@ from moeify.errors import InputError
 from moeify.models.dense import DenseModel
 from moeify.options import Track
 from moeify.resources import check_room
-from moeify.training.logits import Head
+from moeify.training.logits import Head, reading
 
 CACHE_FILE = "hidden.npy"
 LARGEST = float(np.finfo(np.float16).max)
@@ -68,11 +68,12 @@ class Teacher:
 
     @torch.no_grad()
     def hidden(self, inputs: Mapping[str, Tensor], *, layers: bool = False) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """hidden_BCD after the last norm and, with `layers`, after the embedding and every layer."""
+        """hidden_BCD in front of the last linear map and, with `layers`, after the embedding and every layer."""
         if "teacher" in inputs:
             return inputs["teacher"], ()
-        out = self._model.base_model(input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=layers)
-        return out.last_hidden_state, tuple(out.hidden_states) if layers else ()
+        with reading(self._model.get_output_embeddings()) as read:
+            out = self._model(input_ids=inputs["input_ids"], use_cache=False, output_hidden_states=layers)
+        return read[0], tuple(out.hidden_states) if layers else ()
 
 
 def open_teacher(
@@ -133,7 +134,9 @@ def _write(model: Any, head: Head, ids_BC: Tensor, file: Path, track: Track[Any]
         np.lib.format.write_array_header_1_0(opened, header)
         for block in track(range(len(ids_BC)), "asking the teacher", len(ids_BC)):
             ids_1C = ids_BC[block : block + 1].to(model.device)
-            hidden_CD = model.base_model(input_ids=ids_1C, use_cache=False).last_hidden_state[0]
+            with reading(model.get_output_embeddings()) as read:
+                model(input_ids=ids_1C, use_cache=False)
+            hidden_CD = read[0][0]
             if not hidden_CD.abs().max() <= LARGEST:
                 largest = float(hidden_CD.abs().max())
                 raise InputError(

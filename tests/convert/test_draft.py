@@ -44,14 +44,21 @@ def test_an_unknown_family_gets_its_file_and_a_refusal_says_how(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     folder = folder_of("llama", tmp_path / "model")
-    config = AutoConfig.for_model("persimmon", **families.find("llama").tiny_values, hidden_act="relu2")
-    config.architectures = ["PersimmonForCausalLM"]
+    config = AutoConfig.for_model("apertus", **families.find("llama").tiny_values, hidden_act="relu2")
+    config.architectures = ["ApertusForCausalLM"]
     config.save_pretrained(folder)
     assert run_command(["inspect", str(folder)]) == 3
     assert "--draft-family" in capfd.readouterr().err
     assert run_command(["inspect", str(folder), "--draft-family"]) == 0
     family = family_in(capfd.readouterr().out)
-    assert (family.ffn.gate, family.ffn.up, family.ffn.down) == (None, "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    assert (family.ffn.gate, family.ffn.up, family.ffn.down) == (None, "mlp.up_proj", "mlp.down_proj")
+
+
+def test_an_ffn_that_has_parameters_of_its_own_is_not_proven(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("apertus", **families.find("llama").tiny_values)
+    config.architectures = ["ApertusForCausalLM"]
+    config.save_pretrained(tmp_path)
+    assert "# The FFN of a tiny model gives something else" in draft(tmp_path).text
 
 
 def test_what_has_no_ffn_is_said(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from moeify import families
 from moeify.cli.app import run_command
 from moeify.convert.exactness import Twin
-from moeify.convert.layouts import choose_layout, expert_counts, preferred_counts, verdicts
+from moeify.convert.layouts import _check_width, choose_layout, expert_counts, preferred_counts, verdicts
 from moeify.convert.preview import preview
 from moeify.convert.search import search
 from moeify.errors import InputError, MoeifyWarning, UsageError
@@ -187,3 +187,15 @@ def test_a_search_for_an_engine_takes_only_layouts_that_it_runs(
     limit(0)
     with pytest.raises(InputError, match=r"runs in llama\.cpp"):
         search(dense, 0.75, options)
+
+
+@pytest.mark.parametrize("family", families.names())
+def test_static_pruning_is_refused_where_no_field_is_the_width(family: str) -> None:
+    config = AutoConfig.for_model(family, **families.find(family).tiny_values)
+    model = Twin("twin", Path(), config, families.find(family), {}, Fingerprint(Path(), {}, {}), {})
+    try:
+        _check_width(model)
+    except InputError as error:
+        assert family in {"gpt_neox_japanese", "mpt"}, error
+    else:
+        assert family not in {"gpt_neox_japanese", "mpt"}

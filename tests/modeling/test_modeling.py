@@ -18,6 +18,7 @@ from moeify.convert.exactness import check_target, make_twin, twin_values
 from moeify.convert.pipeline import split
 from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
+from moeify.export.writer import MoEWriter
 from moeify.kernels import register
 from moeify.modeling.modeling_moeify import EXPERTS, MoeFFN, Router
 from moeify.models.config import load_config
@@ -44,6 +45,14 @@ def test_every_family_is_represented_exactly(family: str) -> None:
         assert found.exact, found.reason
         assert found.difference is not None
         assert found.difference < 1e-5
+
+
+def test_a_target_completes_its_own_config_and_not_the_models() -> None:
+    """A factor that qwen3_5_moe_text adds to rotations made every twin after it another model."""
+    twin = make_twin(twin_values(small_config("cwm"), families.find("cwm")))
+    before = json.dumps(twin.config.to_dict(), sort_keys=True, default=str)
+    MoEWriter(twin, targets.find("qwen3_5_moe_text"), LAYOUTS[0], torch.float32).config()
+    assert json.dumps(twin.config.to_dict(), sort_keys=True, default=str) == before
 
 
 @pytest.mark.parametrize("family", KINDS)

@@ -41,7 +41,7 @@ def test_lists_of_layers_are_cut_and_others_are_not() -> None:
 
 
 # What a block computes depends on its number, or on how many there are.
-BY_DEPTH = {"modernbert"}
+BY_DEPTH = {"diffllama", "minicpm3", "modernbert"}
 
 
 @pytest.mark.parametrize("family", families.names())
