@@ -150,6 +150,11 @@ def check_stages(plan: SplitPlan | None, stages: tuple[Stage, ...], path: Path) 
             f"the weight of an expert is always one in {plan.target}: no gradient reaches its router",
             "--stage layers trains it by other means",
         )
+    if "layers" in stages and plan and plan.layout.is_adaptive:
+        raise InputError(
+            f"{path} gives a token as many experts as have high scores, which --stage layers would change",
+            "--stage full or --stage lora trains it",
+        )
     if "layers" in stages and plan is None:
         raise InputError(f"{path} was not cut by moeify, so there is no FFN to bring back", "leave --stage layers out")
     if "layers" in stages and plan and set(plan.trained) - {"layers"}:
