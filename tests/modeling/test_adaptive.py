@@ -8,6 +8,8 @@ from conftest import MakeDense
 from test_own_routers import losses_of_checkpoint, losses_of_plan
 from transformers import AutoModelForCausalLM
 
+from moeify.check.active import ActiveShare
+from moeify.check.evaluate import evaluate
 from moeify.check.verify import verify
 from moeify.convert.pipeline import split
 from moeify.errors import InputError, UsageError
@@ -43,17 +45,20 @@ def test_a_checkpoint_chooses_as_its_plan(family: str, router: str, make_dense: 
     ids_BC = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
     losses = losses_of_plan(out, dense, ids_BC)
     torch.testing.assert_close(losses_of_checkpoint(out, ids_BC), losses, rtol=1e-4, atol=1e-4)
-    model, counts = AutoModelForCausalLM.from_pretrained(out).eval(), set()
+    model, counts = AutoModelForCausalLM.from_pretrained(out).eval(), []
 
     def count(_: object, __: object, outputs: tuple[torch.Tensor, ...]) -> None:
-        counts.update((outputs[2] < 7).sum(dim=1).tolist())
+        counts.extend((outputs[2] < 7).sum(dim=1).tolist())
 
     for module in model.modules():
         if isinstance(module, Router):
             module.register_forward_hook(count)
-    plain = model(ids_BC).logits
-    assert len(counts) > 1
-    assert counts <= set(range(1, 7))
+    with ActiveShare(model) as active:
+        plain = model(ids_BC).logits
+    assert active.share is not None
+    assert active.share == pytest.approx((1 + sum(counts) / len(counts)) / 8)
+    assert len(set(counts)) > 1
+    assert set(counts) <= set(range(1, 7))
     register()
     for implementation in ("eager", "batched_mm", "moeify"):
         model.set_experts_implementation(implementation)
@@ -66,6 +71,10 @@ def test_a_plan_with_thresholds_is_taken_again(make_dense: MakeDense, tmp_path: 
     split(dense, tmp_path / "two", plan=str(tmp_path / "one"), refit=False)
     one, two = ((tmp_path / name / "model-00001-of-00001.safetensors").read_bytes() for name in ("one", "two"))
     assert one == two
+    moe, original = evaluate([str(tmp_path / "one"), dense], "builtin-heldout", tokens=512)
+    assert moe.active_share is not None
+    assert 2 / 8 < moe.active_share < 7 / 8
+    assert original.active_share is None
 
 
 @pytest.mark.parametrize("changes", [{"static": True, "shared": None}, {"mixing": "soft"}, {"fusion": "mean"}])
