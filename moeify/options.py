@@ -125,6 +125,8 @@ class SplitOptions(Options):
     experts: int | None = option(None, "Slices that each FFN is cut into", auto="best for width", least=2)
     shared: int | None = option(None, "Slices that are always on", auto="1/4 of active", least=0)
     active: int | None = option(None, "Slices run per token, shared too", auto="3/4 of all", least=1)
+    min_active: int | None = option(None, "moeify's own model: at least", auto="1 routed", least=1, panel=METHOD)
+    max_active: int | None = option(None, "and at most; --active is the mean", auto="all", least=1, panel=METHOD)
     static: bool = option(False, "Prune instead: a smaller dense model")
     partition: str = option("routed", "Neurons to experts: moeify ls partitions", plugin="partition", panel=METHOD)
     router: str = option("ridge", "Tokens to experts: moeify ls routers", plugin="routers", panel=METHOD)
@@ -161,6 +163,12 @@ class SplitOptions(Options):
             raise UsageError("--static writes a dense model, which no engine's limits concern", "leave --engine out")
         if self.static and self.plan is not None:
             raise UsageError("--static and --plan exclude each other", "leave one of them out")
+        plain = not self.static and self.mixing == "hard" and self.fusion == "sum"
+        if (self.min_active is not None or self.max_active is not None) and not plain:
+            raise UsageError(
+                "--min-active and --max-active choose experts of weight one by their scores",
+                "leave --static, --mixing and --fusion out",
+            )
         if self.static and self.remote_code:
             raise UsageError("--static writes a dense model, which needs no code", "leave --remote-code out")
         if self.machine is not None:

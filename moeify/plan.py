@@ -38,16 +38,20 @@ HEADER_TYPES = {"source": str, "family": str, "target": str, "calibration": dict
 class Layout:
     """How every FFN is cut: E equal slices, S of them always on, A of them run for a token, shared ones included.
 
-    FFNs of `dense_layers` are not cut.
+    FFNs of `dense_layers` are not cut. With `max_active` a token runs as many slices as have a score above a threshold,
+    at least `min_active` and at most `max_active` of them; `num_active` is the mean then.
     """
 
     num_experts: int
     num_shared: int
     num_active: int
     dense_layers: tuple[int, ...] = ()
+    min_active: int = 0
+    max_active: int = 0
 
     def __post_init__(self) -> None:
-        numbers = (self.num_experts, self.num_shared, self.num_active, *self.dense_layers)
+        range_of_active = (self.min_active, self.max_active)
+        numbers = (self.num_experts, self.num_shared, self.num_active, *self.dense_layers, *range_of_active)
         if wrong := [number for number in numbers if type(number) is not int]:
             raise UsageError(
                 f"a layout has the number {wrong[0]!r}, expected whole numbers",
@@ -65,6 +69,27 @@ class Layout:
                 f"{self.num_shared} shared of {self.num_active} active experts is impossible",
                 f"--shared takes 0 to {self.num_active}; shared experts count as active",
             )
+
+        if self.is_adaptive and not (
+            self.num_shared <= self.min_active <= self.num_active <= self.max_active <= self.num_experts
+        ):
+            raise UsageError(
+                f"{self.min_active} to {self.max_active} active experts are impossible with {self.num_shared} shared "
+                f"and {self.num_active} active of {self.num_experts}",
+                "shared <= --min-active <= --active <= --max-active <= --experts",
+            )
+
+    @property
+    def is_adaptive(self) -> bool:
+        """A token's scores say how many experts it gets."""
+        return self.max_active > 0
+
+    @property
+    def routed_range(self) -> tuple[int, int]:
+        """Least and most routed experts of a token."""
+        if self.is_adaptive:
+            return self.min_active - self.num_shared, self.max_active - self.num_shared
+        return self.num_routed_active, self.num_routed_active
 
     @property
     def num_routed(self) -> int:
@@ -147,6 +172,7 @@ class LayerPlan(Readable):
         down_DF: refit down_proj in dense column order, in the checkpoint's dtype; None keeps the dense one.
         diagnostics: what the fit measured, dimensionless.
         units_HC: weights of the router's hidden units and, behind them, their biases; None of a linear router.
+        threshold_1: score above which an expert is chosen; None where every token gets as many.
     """
 
     layer: int
@@ -155,6 +181,7 @@ class LayerPlan(Readable):
     down_DF: Tensor | None = None
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     units_HC: Tensor | None = None
+    threshold_1: Tensor | None = None
 
     def check(self, layout: Layout) -> None:
         """Raise InputError unless every expert has exactly its share of neurons."""
@@ -184,12 +211,16 @@ class LayerPlan(Readable):
         expected = 0 if layout.is_static or self.layer in layout.dense_layers else layout.num_routed
         if rows != expected:
             raise InputError(f"layer {self.layer} of the plan has {rows} router rows, expected {expected}", DAMAGED)
-        if any(part is not None and not part.isfinite().all() for part in (self.router_RD, self.units_HC)):
+        if expected and (self.threshold_1 is not None) != layout.is_adaptive:
+            raise InputError(f"layer {self.layer} of the plan and its layout differ in how experts are chosen", DAMAGED)
+        parts = (self.router_RD, self.units_HC, self.threshold_1)
+        if any(part is not None and not part.isfinite().all() for part in parts):
             raise InputError(f"layer {self.layer} of the plan has a router with NaN or infinite values", DAMAGED)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """What a safetensors file holds of it, by name; diagnostics are left to the caller."""
-        parts = {"labels": self.labels_F, "router": self.router_RD, "down": self.down_DF, "router_units": self.units_HC}
+        router = {"router": self.router_RD, "router_units": self.units_HC, "router_threshold": self.threshold_1}
+        parts = {"labels": self.labels_F, "down": self.down_DF, **router}
         return {f"{prefix}{name}": part.contiguous() for name, part in parts.items() if part is not None}
 
     @classmethod
@@ -200,11 +231,12 @@ class LayerPlan(Readable):
             SafetensorError: the file has no such labels.
         """
         names = set(reader.keys())
-        router_RD, down_DF, units_HC = (
+        router_RD, down_DF, units_HC, threshold_1 = (
             reader.get_tensor(prefix + name) if prefix + name in names else None
-            for name in ("router", "down", "router_units")
+            for name in ("router", "down", "router_units", "router_threshold")
         )
-        return cls(layer, reader.get_tensor(f"{prefix}labels"), router_RD, down_DF, units_HC=units_HC)
+        labels_F = reader.get_tensor(f"{prefix}labels")
+        return cls(layer, labels_F, router_RD, down_DF, units_HC=units_HC, threshold_1=threshold_1)
 
     def neurons(self, expert: int) -> Tensor:
         """Ascending dense indices of the neurons of one expert, or of the shared part."""

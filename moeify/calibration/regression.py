@@ -23,12 +23,21 @@ def cholesky(inputs_TD: Tensor, share: Share = ALONE, device: torch.device | Non
     return factor_DD
 
 
-def rank(factor_DD: Tensor, inputs_TD: Tensor, target_TR: Tensor, share: Share = ALONE) -> Tensor:
-    """rows_RD that rank experts like the target; what all experts have in common is left out of it."""
+def rank(
+    factor_DD: Tensor, inputs_TD: Tensor, target_TR: Tensor, share: Share = ALONE, *, centre: bool = True
+) -> Tensor:
+    """rows_RD that rank experts like the target.
+
+    Args:
+        factor_DD: of the inputs, from `cholesky`.
+        inputs_TD, target_TR: what is regressed on what.
+        share: whose tokens these are.
+        centre: leave out of the target what all experts of a token have in common; tokens are ranked too without.
+    """
 
     def centred(rows: slice, part_TD: Tensor) -> Tensor:
         part_TR = widened(target_TR, rows, part_TD.device)
-        return part_TR - part_TR.mean(dim=1, keepdim=True)
+        return part_TR - part_TR.mean(dim=1, keepdim=True) if centre else part_TR
 
     moment_DR = _summed(inputs_TD, centred, share, factor_DD.device)
     return torch.cholesky_solve(moment_DR, factor_DD).T.to(widened(inputs_TD, slice(0, 0)).dtype)

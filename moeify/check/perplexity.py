@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from moeify.check.active import ActiveShare
 from moeify.data.text import TokenStream, evaluation_tokens
 from moeify.errors import InputError, warn
 from moeify.models.config import load_config
@@ -41,6 +42,7 @@ class EvalResult(Readable):
         tokens_per_second: tokens that went through the model, repeated context included.
         sha256: of the token ids.
         context, stride: tokens in a window, and how far it moves; None in results of versions that did not say.
+        active_share: of the FFNs that are cut, measured in the mean over tokens; None if it is the same for all.
         calibrated_on: the texts that the model was calibrated or trained on by moeify; none if it was not.
         measure: perplexity, or pseudo-perplexity of a model that guesses masked tokens.
     """
@@ -53,6 +55,7 @@ class EvalResult(Readable):
     sha256: str
     context: int | None = None
     stride: int | None = None
+    active_share: float | None = None
     calibrated_on: tuple[str, ...] = ()
     measure: str = "perplexity"
 
@@ -146,9 +149,11 @@ class Perplexity:
         loss, count, processed = 0.0, 0, 0
         began = time.perf_counter()
         batches = list(self._batches(len(ids_T)))
+        active = ActiveShare(model)
         for batch in track(batches, f"evaluating {name} on {source}", len(batches)):
             ids_BC = torch.stack([ids_T[start:end] for start, end, _ in batch])
-            logits_BCV = model(ids_BC, use_cache=False).logits
+            with active:
+                logits_BCV = model(ids_BC, use_cache=False).logits
             for row, (start, _, scored) in enumerate(batch):
                 first = scored - start
                 loss += _loss(logits_BCV[row, first - 1 : -1], ids_BC[row, first:])
@@ -156,8 +161,10 @@ class Perplexity:
             processed += ids_BC.numel()
         elapsed = time.perf_counter() - began
         perplexity = math.exp(loss / count) if math.isfinite(loss) else math.inf
-        sha256 = text.provenance.sha256
-        return EvalResult(name, source, perplexity, count, processed / elapsed, sha256, self.context, self.stride)
+        sha256, rate = text.provenance.sha256, processed / elapsed
+        return EvalResult(
+            name, source, perplexity, count, rate, sha256, self.context, self.stride, active_share=active.share
+        )
 
     def _batches(self, num_tokens: int) -> Iterator[list[tuple[int, int, int]]]:
         """Windows of full length together, shorter ones alone."""

@@ -189,7 +189,10 @@ def is_gguf(model: str | Path) -> bool:
 def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
     """The stock model in float32 with every routed expert selected, and what loading said about its keys."""
     config = load_config(path)
-    config_of_experts(config).num_experts_per_tok = layout.num_routed
+    experts = config_of_experts(config)
+    experts.num_experts_per_tok = layout.num_routed
+    if layout.is_adaptive:
+        experts.min_experts_per_tok = layout.num_routed
     model, report = stock.load_with_report(path, config=config)
     wrong = {"missing": report.missing, "unexpected": report.unexpected, "mismatched": tuple(report.mismatched)}
     found = ", ".join(f"{len(names)} {kind}" for kind, names in wrong.items())
@@ -328,7 +331,8 @@ def _gate_deviation(path: Path, inputs: Inputs, target: Target, plan: SplitPlan)
 
     def look(_: Any, arguments: tuple[Any, ...]) -> None:
         nonlocal largest
-        weights_TK = arguments[2]
+        # A number beyond the last expert is no choice.
+        weights_TK = arguments[2][arguments[1] < plan.layout.num_routed]
         deviation = float((weights_TK * fold - 1).abs().max())
         # Not max(), which drops NaN.
         largest = largest if deviation <= largest else deviation

@@ -14,7 +14,7 @@ from moeify.calibration.activations import KEEP_BYTES, Activations, ActivationSt
 from moeify.calibration.share import ALONE, Share
 from moeify.calibration.store import IN_MEMORY, Store, stretches, widened
 from moeify.convert.refit import refit
-from moeify.experts.mixing import Mixing, choose_experts, router_features
+from moeify.experts.mixing import UNIT, Mixing, above_threshold, choose_experts, router_features
 from moeify.export.writer import check_fits
 from moeify.models.ffn import FFNWeights
 from moeify.partition import Partition
@@ -24,6 +24,8 @@ from moeify.targets import ROUTER_LIMIT
 
 # Of the energy; a share of less than this says nothing.
 SMALLEST_GAIN = 0.001
+# Halvings of a range of scores: float32 knows no more.
+BISECTIONS = 30
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class ConvertedFFN:
 
 def converted(ffn: FFNWeights, plan: LayerPlan, fit: LayerFit) -> ConvertedFFN:
     """The FFN of a plan that was decided earlier."""
-    router = None if plan.router_RD is None else LinearRouter(plan.router_RD, plan.units_HC)
+    router = None if plan.router_RD is None else LinearRouter(plan.router_RD, plan.units_HC, plan.threshold_1)
     return ConvertedFFN(ffn, plan, fit.layout, fit.mixing, router, fit.store)
 
 
@@ -136,7 +138,7 @@ def _decide(
     labels_F = saved.labels_F if saved else fit.share.first(lambda: fit.partition(ffn, stats, fit.layout, seed=seed))
     plan = LayerPlan(ffn.layer, labels_F, None)
     if saved:
-        plan = replace(plan, router_RD=saved.router_RD, units_HC=saved.units_HC)
+        plan = replace(plan, router_RD=saved.router_RD, units_HC=saved.units_HC, threshold_1=saved.threshold_1)
     plan.check(fit.layout)
     order = active_neurons(plan, fit.layout).to(ffn.up_FD.device)
     activations.reorder(order)
@@ -163,8 +165,8 @@ def _decide(
             "error_with_twice_the_tokens": result.error_of_twice,
         }
     if isinstance(router, LinearRouter):
-        units_HC = None if router.units_HC is None else router.units_HC.cpu()
-        plan = replace(plan, router_RD=router.rows_RD.cpu(), units_HC=units_HC)
+        units_HC, threshold_1 = (None if part is None else part.cpu() for part in (router.units_HC, router.threshold_1))
+        plan = replace(plan, router_RD=router.rows_RD.cpu(), units_HC=units_HC, threshold_1=threshold_1)
     plan = replace(plan, down_DF=None if refit_DF is None else refit_DF.cpu(), diagnostics=diagnostics)
     return plan, router, down_DF
 
@@ -190,7 +192,7 @@ def _route(
     """
     norms_TR = _expert_norms(activations, down_DF, stats.weight_T, fit)
     if plan.router_RD is not None:
-        router: Router = LinearRouter(plan.router_RD, plan.units_HC)
+        router: Router = LinearRouter(plan.router_RD, plan.units_HC, plan.threshold_1)
     else:
         task = RoutingTask(ffn, plan.labels_F, fit.layout, stats, inputs_TD, norms_TR, fit.seed + ffn.layer, fit.share)
         router = _exportable(fit.router(task), ffn, inputs_TD, fit)
@@ -250,18 +252,34 @@ def _expert_norms(activations: Activations, down_DF: Tensor, weight_T: Tensor, f
 def _exportable(router: Router, ffn: FFNWeights, inputs_TD: Tensor, fit: LayerFit) -> Router:
     """A router as it is written: scores centred over experts and at most ROUTER_LIMIT on the calibration tokens.
 
-    Neither changes the ranking.
+    Neither changes the ranking of experts. Tokens are compared, too, where each has a number of experts of its own.
     """
     if not isinstance(router, LinearRouter):
         return router
-    rows_RD = router.rows_RD - router.rows_RD.mean(dim=0)
+    rows_RD = router.rows_RD if fit.layout.is_adaptive else router.rows_RD - router.rows_RD.mean(dim=0)
     units_HC = None if router.units_HC is None else router.units_HC.to(fit.dtype)
     inputs = (widened(inputs_TD, rows, ffn.up_FD.device) for rows in stretches(len(inputs_TD)))
     parts = (router_features(part_TD, units_HC) @ rows_RD.T for part_TD in inputs)
     largest = fit.share.max(torch.stack([part_TR.abs().max() for part_TR in parts]).max())
     # A silent FFN leaves zeros, which stay zeros.
     rows_RD = (rows_RD * (ROUTER_LIMIT / largest.clamp(min=1e-30))).to(fit.dtype)
-    return LinearRouter(fit.share.first(lambda: rows_RD), fit.share.first(lambda: units_HC))
+    linear = LinearRouter(fit.share.first(lambda: rows_RD), fit.share.first(lambda: units_HC))
+    return _with_threshold(linear, ffn, inputs_TD, fit) if fit.layout.is_adaptive else linear
+
+
+def _with_threshold(router: LinearRouter, ffn: FFNWeights, inputs_TD: Tensor, fit: LayerFit) -> LinearRouter:
+    """The router with the score above which experts are chosen: as many as the layout says, in the mean over tokens."""
+    scores_TR = _scores(router, ffn, inputs_TD, fit.store)
+    _, num_tokens = fit.share.place(len(scores_TR))
+    low, high = -2 * ROUTER_LIMIT, 2 * ROUTER_LIMIT
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        counts = [
+            above_threshold(scores_TR[rows].float() - middle, fit.layout).sum() for rows in stretches(len(scores_TR))
+        ]
+        mean = float(fit.share.sum(torch.stack(counts).sum().double())) / num_tokens
+        low, high = (middle, high) if mean > fit.layout.num_routed_active else (low, middle)
+    return replace(router, threshold_1=torch.tensor([high]).to(router.rows_RD))
 
 
 def _static_diagnostics(stats: ActivationStats, layout: Layout) -> dict[str, float]:
@@ -282,7 +300,7 @@ def _router_diagnostics(norms_TR: Tensor, scores_TR: Tensor, shared_energy: Tens
     energies, load_R = shared_energy.new_zeros(3), shared_energy.new_zeros(layout.num_routed)
     for rows in stretches(len(norms_TR)):
         norms_tR, scores_tR = (array[rows].to(shared_energy.device) for array in (norms_TR, scores_TR))
-        energy_tR, keep_tR = norms_tR.square(), choose_experts(scores_tR, layout)
+        energy_tR, keep_tR = norms_tR.square(), UNIT.weights(scores_tR, layout) > 0
         best = (energy_tR * choose_experts(norms_tR, layout)).sum()
         energies += torch.stack([(energy_tR * keep_tR).sum(), best, energy_tR.sum()])
         load_R += keep_tR.to(load_R.dtype).sum(dim=0)
@@ -295,6 +313,7 @@ def _router_diagnostics(norms_TR: Tensor, scores_TR: Tensor, shared_energy: Tens
         "energy_kept": _share(shared_energy + chosen, total),
         "energy_kept_oracle": _share(shared_energy + best, total),
         "router_energy_of_oracle": _share(chosen, best),
+        "active_experts": float(load_R.sum()) + layout.num_shared,
         "smallest_expert_load": float(load_R.min()),
         "largest_expert_load": float(load_R.max()),
         # One if every expert gets as many tokens as any other.

@@ -120,8 +120,9 @@ def _settle(
     def resolve(target: Target | None) -> Layout:
         active = experts if options.mixing == "soft" and not options.static else options.active
         if target is None:
-            return resolve_layout(experts, options.shared, active, holds_shared=True, dense_layers=dense_layers)
-        layout = target.layout(experts, options.shared, active, dense_layers)
+            layout = resolve_layout(experts, options.shared, active, holds_shared=True, dense_layers=dense_layers)
+            return _adaptive(layout, options)
+        layout = _adaptive(target.layout(experts, options.shared, active, dense_layers), options)
         if engine is None or options.shared is not None or not target.holds_shared:
             return layout
         return _with_few_routed(dense, engine, target, layout)
@@ -151,6 +152,15 @@ def _settle(
     if engine is not None and (refusal := target.refusal_of(engine, Shape.of(dense, target.model_type, layout))):
         raise InputError(f"{engine.name} does not run this as {target.model_type}: {refusal}", "take --target auto")
     return layout, target, "asked for" + target.caution
+
+
+def _adaptive(layout: Layout, options: SplitOptions) -> Layout:
+    """The layout with a range of active experts, if the options have one."""
+    if options.min_active is None and options.max_active is None:
+        return layout
+    least = options.min_active or min(layout.num_shared + 1, layout.num_active)
+    most = options.max_active or layout.num_experts
+    return replace(layout, min_active=least, max_active=most)
 
 
 def _with_few_routed(dense: DenseModel, engine: Engine, target: Target, layout: Layout) -> Layout:

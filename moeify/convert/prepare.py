@@ -153,6 +153,8 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
             experts=saved.layout.num_experts,
             shared=saved.layout.num_shared,
             active=saved.layout.num_active,
+            min_active=saved.layout.min_active or None,
+            max_active=saved.layout.max_active or None,
             dense_layers=saved.options.dense_layers,
             drop_layers=saved.options.drop_layers,
         )
@@ -328,6 +330,7 @@ def _again(plan: SplitPlan, dtype: torch.dtype, *, refit: bool) -> SplitPlan:
             layer,
             router_RD=None if layer.router_RD is None else layer.router_RD.to(dtype),
             units_HC=None if layer.units_HC is None else layer.units_HC.to(dtype),
+            threshold_1=None if layer.threshold_1 is None else layer.threshold_1.to(dtype),
         )
         for layer in plan.layers
     )

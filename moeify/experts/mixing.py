@@ -35,7 +35,7 @@ class Mixing:
 
     def weights(self, scores_TR: Tensor, layout: Layout) -> Tensor:
         """weights_TR, zero for experts that are not chosen; in the dtype of the scores."""
-        keep_TR = choose_experts(scores_TR, layout)
+        keep_TR = above_threshold(scores_TR, layout) if layout.is_adaptive else choose_experts(scores_TR, layout)
         total = layout.num_routed_active if self.fusion == "sum" else 1.0
         if self.style == "hard":
             return keep_TR.to(scores_TR.dtype) * (total / layout.num_routed_active)
@@ -52,6 +52,15 @@ def router_features(inputs_TD: Tensor, units_HC: Tensor | None) -> Tensor:
         return inputs_TD
     units_HC = units_HC.to(inputs_TD)
     return linear(inputs_TD, units_HC[:, :-1], units_HC[:, -1]).relu()
+
+
+def above_threshold(scores_TR: Tensor, layout: Layout) -> Tensor:
+    """keep_TR, True for the routed experts whose score is above zero; as few and as many as the layout says."""
+    least, most = layout.routed_range
+    best_TM, chosen_TM = scores_TR.topk(most, dim=1)
+    keep_TM = best_TM > 0
+    keep_TM[:, :least] = True
+    return torch.zeros_like(scores_TR, dtype=torch.bool).scatter_(1, chosen_TM, keep_TM)
 
 
 def choose_experts(scores_TR: Tensor, layout: Layout) -> Tensor:

@@ -29,6 +29,8 @@ def moe_parameters(block: nn.Module, modules: Modules) -> dict[str, Any]:
     hidden: list[Any] = [getattr(block.get_submodule(modules.router), name, None) for name in modules.router_hidden]
     if hidden and hidden[0] is not None:
         parts["router_units"] = torch.cat([hidden[0], hidden[1][:, None]], 1)
+    if (threshold_1 := getattr(block.get_submodule(modules.router), "threshold", None)) is not None:
+        parts["threshold"] = threshold_1
     if hasattr(experts, f"{up}_bias"):
         parts["gate_up_bias"] = getattr(experts, f"{up}_bias")
     bias_D = getattr(block.get_submodule(modules.experts.rpartition(".")[0]), "bias", None)
@@ -75,7 +77,7 @@ def split_ffn(block: nn.Module, modules: Modules, layer: int, activation: str) -
     shared = routed.neurons(slice(0))
     if "shared_down" in parts:
         shared = ffn(parts["shared_down"], parts["shared_gate_up"], parts.get("shared_gate_up_bias"), 0)
-    return SplitFFN(shared, routed, parts["router"], parts.get("router_units"))
+    return SplitFFN(shared, routed, parts["router"], parts.get("router_units"), parts.get("threshold"))
 
 
 def on_disk(model: nn.Module, target: Target | None, cut_layers: list[int]) -> dict[str, Tensor]:

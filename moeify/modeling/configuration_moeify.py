@@ -18,6 +18,8 @@ class ExpertsFields:
     Args:
         dense_model_type: the dense model's own type.
         num_experts: routed experts of a layer; `num_experts_per_tok` of them are chosen for a token.
+        min_experts_per_tok: if it is there, only so many are chosen whatever their scores are, and further ones whose
+            score is above the router's threshold.
         moe_intermediate_size: neurons of one of them.
         shared_expert_intermediate_size: neurons of the part that is always on; 0 if there is none.
         dense_layers: layers whose FFN is not cut.
@@ -37,6 +39,7 @@ class ExpertsFields:
     dense_model_type: str = ""
     num_experts: int = 8
     num_experts_per_tok: int = 2
+    min_experts_per_tok: int | None = None
     moe_intermediate_size: int = 1
     shared_expert_intermediate_size: int = 0
     dense_layers: list[int] | None = None

@@ -51,7 +51,10 @@ class Router(nn.Module):
         if width:
             self.hidden_weight = nn.Parameter(torch.empty(width, hidden_size))
             self.hidden_bias = nn.Parameter(torch.empty(width))
-        self.is_linear = not width
+        self.is_linear, self.num_experts, self.min_chosen = not width, config.num_experts, config.min_experts_per_tok
+        self.threshold: Tensor
+        if self.min_chosen is not None:
+            self.register_buffer("threshold", torch.zeros(1))
         self.weight = nn.Parameter(torch.empty(config.num_experts, width or hidden_size))
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,6 +63,11 @@ class Router(nn.Module):
             hidden_states = nn.functional.linear(hidden_states, self.hidden_weight, self.hidden_bias).relu()
         scores_TR = nn.functional.linear(hidden_states, self.weight)
         best_TK, chosen_TK = scores_TR.topk(self.num_chosen, dim=-1)
+        if self.min_chosen is not None:
+            keep_TK = best_TK > self.threshold
+            keep_TK[:, : self.min_chosen] = True
+            # What is no expert's number adds nothing and costs nothing.
+            return scores_TR, keep_TK.to(best_TK.dtype), torch.where(keep_TK, chosen_TK, self.num_experts)
         if self.mixing == "hard":
             return scores_TR, torch.ones_like(best_TK), chosen_TK
         weights_TK = best_TK.softmax(dim=-1, dtype=torch.float32) * self.num_chosen
@@ -167,6 +175,8 @@ class MoeFFN(nn.Module):
         super().__init__()
         self.router = Router(config, hidden_size)
         self.experts = EXPERTS[config.expert_gate, config.expert_bias](config, hidden_size)
+        # Has transformers' implementations expect numbers beyond the last expert.
+        self.experts._is_expert_parallel = config.min_experts_per_tok is not None  # type: ignore[assignment]
         self.shared = SharedExperts(config, hidden_size) if config.shared_expert_intermediate_size else None
         self.bias = nn.Parameter(torch.empty(hidden_size)) if config.output_bias else None
         for name, parameter in self.named_parameters():

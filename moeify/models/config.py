@@ -39,6 +39,7 @@ RANGES: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(("shared_intermediate_size", "shared_expert_intermediate_size", "sliding_window"), (0, 2**31 - 1)),
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok"), (1, 2**16)),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts"), (0, 2**16)),
+    **dict.fromkeys(("router_width", "min_experts_per_tok"), (0, 2**16)),
     **dict.fromkeys(("n_group", "topk_group", "decoder_sparse_step", "pretraining_tp"), (1, 2**16)),
     **dict.fromkeys(("first_k_dense_replace", "max_window_layers", "num_mtp_layers"), (0, 2**16)),
     "num_hidden_layers": (1, 4096),

@@ -25,7 +25,9 @@ def fit(task: RoutingTask) -> LinearRouter:
     inputs_TD = task.inputs_TD
     num_tokens, hidden_size = inputs_TD.shape
     tiny = torch.finfo(inputs_TD.dtype).tiny
-    target_TR = (task.norms_TR - task.norms_TR.mean(dim=1, keepdim=True)).to(inputs_TD.dtype)
+    # Where the number of experts is a token's own, the mean says how much the token needs.
+    mean_T1 = 0 if task.layout.is_adaptive else task.norms_TR.mean(dim=1, keepdim=True)
+    target_TR = (task.norms_TR - mean_T1).to(inputs_TD.dtype)
     target_TR /= target_TR.square().mean().sqrt().clamp(min=tiny)
     scale_D = inputs_TD.square().mean(dim=0).sqrt()
     # A feature that is always zero needs no scale, and must not get an infinite one.

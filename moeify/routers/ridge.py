@@ -9,6 +9,9 @@ from moeify.routers import LinearRouter, RoutingTask
 
 
 def fit(task: RoutingTask) -> LinearRouter:
-    """w = (X'X + penalty * tr(X'X)/D * I)^-1 X'(n - mean of n over experts)."""
+    """w = (X'X + penalty * tr(X'X)/D * I)^-1 X'(n - mean of n over experts).
+
+    Where the number of experts is a token's own, the mean stays: it says how much the token needs.
+    """
     factor_DD = cholesky(task.inputs_TD, task.share, task.ffn.up_FD.device)
-    return LinearRouter(rank(factor_DD, task.inputs_TD, task.norms_TR, task.share))
+    return LinearRouter(rank(factor_DD, task.inputs_TD, task.norms_TR, task.share, centre=not task.layout.is_adaptive))

@@ -302,6 +302,7 @@ def refusal(
         f"has no {auto_name(dense.config).removeprefix('AutoModelFor')}": not architecture_of(target, dense),
         f"its experts' weights cannot be {style}": style not in target.mixings,
         f"{target.needs_float32} (use --dtype float32)": bool(target.needs_float32) and dtype != torch.float32,
+        "its tokens all have as many experts": layout.is_adaptive and target.is_stock,
         "has no dense layers": bool(layout.dense_layers) and not target.holds_dense,
         "has no shared experts (use --shared 0)": bool(layout.num_shared) and not target.holds_shared,
         "nothing is routed (use --static for pruning)": layout.num_routed_active == 0,

@@ -28,7 +28,8 @@ def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:
         **dense.config.to_dict(),
         "dense_model_type": family.model_type,
         "num_experts": layout.num_routed,
-        "num_experts_per_tok": layout.num_routed_active,
+        "num_experts_per_tok": layout.routed_range[1],
+        "min_experts_per_tok": layout.routed_range[0] if layout.is_adaptive else None,
         "moe_intermediate_size": width,
         "shared_expert_intermediate_size": layout.num_shared * width,
         "dense_layers": list(layout.dense_layers),
@@ -50,6 +51,7 @@ def ffn_tensors(site: str, ffn: SplitFFN) -> dict[str, Tensor]:
     tensors = {
         f"{site}.router.weight": ffn.router_RD,
         **_hidden_layer(f"{site}.router", ffn.units_HC),
+        **({} if ffn.threshold_1 is None else {f"{site}.router.threshold": ffn.threshold_1}),
         f"{experts}.{up}": _by_expert(_rows(routed), ffn.num_routed),
         f"{experts}.down_proj": ffn.down_RDf,
     }

@@ -156,6 +156,11 @@ def check_stages(plan: SplitPlan | None, options: FinetuneOptions, path: Path) -
             f"the weight of an expert is one in {path} whatever its score: no gradient reaches its router",
             "--explore 0.1 brings one; --stage layers trains it by other means",
         )
+    if "layers" in stages and plan and plan.layout.is_adaptive:
+        raise InputError(
+            f"{path} gives a token as many experts as have high scores, which --stage layers would change",
+            "--stage full or --stage lora trains it",
+        )
     if "layers" in stages and plan is None:
         raise InputError(f"{path} was not cut by moeify, so there is no FFN to bring back", "leave --stage layers out")
     if "layers" in stages and plan and set(plan.trained) - {"layers"}:

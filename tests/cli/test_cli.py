@@ -174,8 +174,9 @@ def test_options_reach_the_split(dense: Path, monkeypatch: pytest.MonkeyPatch) -
         "hidden_states": "disk",
         "remote_code": True,
     }
+    own = {"min_active", "max_active"}
     # These exclude others.
-    assert {field.name for field in dataclasses.fields(SplitOptions)} == {*values, "static", "machine"}
+    assert {field.name for field in dataclasses.fields(SplitOptions)} == {*values, *own, "static", "machine"}
     seen = []
 
     def split(model: str, out: Path, options: SplitOptions, **arguments: Any) -> None:

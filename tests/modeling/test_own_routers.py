@@ -32,7 +32,9 @@ def losses_of_plan(out: Path, dense: str, ids_BC: torch.Tensor) -> torch.Tensor:
     stream = HiddenStream(source, {"input_ids": ids_BC})
     for layer in plan.layers:
         inputs_TD, ffn = stream.attend(layer.layer), source.ffn(layer.layer).map(torch.Tensor.float)
-        router = LinearRouter(layer.router_RD, layer.units_HC) if layer.router_RD is not None else None
+        router = (
+            LinearRouter(layer.router_RD, layer.units_HC, layer.threshold_1) if layer.router_RD is not None else None
+        )
         stream.advance(ConvertedFFN(ffn, layer, plan.layout, Mixing.of(plan.options), router)(inputs_TD))
     return stream.losses(ids_BC)
 

@@ -10,7 +10,7 @@ from moeify.cli.tables.columns import DataTable
 from moeify.cli.tables.loops import loops_tables
 from moeify.cli.tables.tasks import short_names, tasks_tables
 from moeify.cli.tables.words import windows
-from moeify.words import explained, listing
+from moeify.words import explained, listing, percent
 
 if TYPE_CHECKING:
     from moeify.check.evaluate import Evaluation
@@ -67,6 +67,10 @@ def _notes(results: "Sequence[EvalResult]") -> str:
         "ratio: to the first model's perplexity on the same text",
         *_calibrated(results),
     ]
+    for result in results:
+        if result.active_share is not None:
+            text = Path(result.data).name
+            lines.append(f"{short[result.model]} ran {percent(result.active_share)} of its FFNs for a token of {text}")
     return "\n".join(lines)
 
 

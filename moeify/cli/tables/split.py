@@ -25,6 +25,7 @@ LAYER_COLUMNS = {
     "error_without_refit": "error, no refit",
     "error_with_refit": "error, refit",
     "refit_strength": "refit strength",
+    "active_experts": "experts active",
     "smallest_expert_load": "least load",
     "largest_expert_load": "most load",
     "load_entropy": "load entropy",

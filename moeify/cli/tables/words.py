@@ -29,6 +29,8 @@ def layout_words(layout: "Layout", dropped: Sequence[int] = ()) -> str:
             f"each FFN in {layout.num_experts} experts: {layout.num_shared} shared + {layout.num_routed_active} of "
             f"{layout.num_routed} routed = {percent(layout.active_share)} active"
         )
+        if layout.is_adaptive:
+            words += f" in the mean, {layout.min_active} to {layout.max_active} for a token"
     if dropped:
         words = f"without layers {ranges(dropped)}, their attention, keys and values; {words}"
     return words + (f"; dense layers: {ranges(layout.dense_layers)}" if layout.dense_layers else "")
