@@ -124,6 +124,7 @@ def check_perplexity(programs: Path, file: Path, folder: Path, text: Text) -> No
     assert math.log(value) == pytest.approx(math.log(folder_perplexity(folder, text, "cpu")), abs=PERPLEXITY_WITHIN)
 
 
+@pytest.mark.filterwarnings("ignore:the tokenizer composes", "ignore:left out of the GGUF")
 @pytest.mark.parametrize("family", [name for name in families.names() if families.find(name).gguf])
 def test_llama_cpp_computes_each_dense_family(
     family: str, programs: Path, make_dense: MakeDense, tmp_path: Path

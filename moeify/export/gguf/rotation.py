@@ -101,9 +101,9 @@ def _values(config: Any, architecture: str) -> tuple[Mapping[str, Any], Mapping[
     values = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" in values:
         return values, {}
-    if architecture in WITH_TWO_BASES and {*values} == {FULL, SLIDING}:
-        if all(values[layers].get("rope_type", "default") == "default" for layers in values):
-            return values[FULL], values[SLIDING]
+    two = architecture in WITH_TWO_BASES and {*values} == {FULL, SLIDING}
+    if two and all(one.get("rope_type", "default") == "default" for one in values.values()):
+        return values[FULL], values[SLIDING]
     found = f"those of {listing(list(values))}" if values else "none"
     raise InputError(
         f"a GGUF is written of models with one kind of rotary embeddings for all layers; this has {on_one_line(found)}",
