@@ -1,7 +1,7 @@
 """A GGUF of a small checkpoint, written by other means than moeify's: a second opinion for those who read one."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +127,12 @@ def _values(config: Any, tensors: dict[str, Tensor]) -> dict[str, Any]:
             "logit_scale": float(config.logits_scaling),
         }
     return values
+
+
+# Tiny dense models that llama.cpp runs: which layers have a window or rotate is built in there.
+AS_LLAMA_CPP_HAS_THEM: Mapping[str, Mapping[str, Any]] = {
+    "exaone4": {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+    "gemma3_text": {"num_hidden_layers": 7, "sliding_window_pattern": 6},
+    "smollm3": {"num_hidden_layers": 5, "no_rope_layer_interval": 4},
+    "stablelm": {"use_qkv_bias": True},
+}

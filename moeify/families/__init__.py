@@ -112,7 +112,12 @@ class GGUFFormat:
         keys: further metadata besides what every architecture has, given the config; names without the architecture's.
         names: tensors whose names the gguf package does not know: name inside a block on disk -> in the GGUF.
         halves: matrices that are two in a GGUF, the first rows and the last: module inside a block -> names.
-        activation: the only one that it computes.
+        transposed: matrices that are stored as (in, out): modules inside a block.
+        norm_offset: what the model adds to the weights of its norms; they have it in a GGUF.
+        activation: the only one that it computes, by one of its names in transformers.
+        windows: it has the model's sliding windows, which `keys` describe.
+        rotates: positions are told by rotations; else they are learned.
+        own_head: it has a head of its own; an embedding that is the head as well is written twice.
         refuse: why it cannot compute what a config says, or "".
     """
 
@@ -121,7 +126,12 @@ class GGUFFormat:
     keys: Callable[[Any], Mapping[str, GGUFValue]] = lambda _: {}
     names: Mapping[str, str] = field(default_factory=dict)
     halves: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    transposed: tuple[str, ...] = ()
+    norm_offset: float = 0.0
     activation: str = "silu"
+    windows: bool = False
+    rotates: bool = True
+    own_head: bool = False
     refuse: Callable[[Any], str] = lambda _: ""
 
 

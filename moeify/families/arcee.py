@@ -1,5 +1,5 @@
 """Arcee AFM: llama with squared ReLU and without a gate."""
 
-from moeify.families import Family, FFNFormat
+from moeify.families import Family, FFNFormat, GGUFFormat
 
-FAMILY = Family("arcee", ffn=FFNFormat(gate=None))
+FAMILY = Family("arcee", ffn=FFNFormat(gate=None), gguf=GGUFFormat("arcee", interleaved=True, activation="relu2"))

@@ -1,5 +1,13 @@
 """StableLM 2: layer norms with biases, a rotation of a part of each head."""
 
-from moeify.families import Family
+from typing import Any
 
-FAMILY = Family("stablelm")
+from moeify.families import Family, GGUFFormat
+
+
+def gguf_refuse(config: Any) -> str:
+    other = config.use_parallel_residual or config.qk_layernorm
+    return "only models with one residual after the other and without norms on q and k are written" if other else ""
+
+
+FAMILY = Family("stablelm", gguf=GGUFFormat("stablelm", own_head=True, refuse=gguf_refuse))

@@ -24,7 +24,7 @@ from moeify.kernels.cpu import moe_ffn_cpu
 NAME = "moeify"
 # The Triton kernels on a CPU, in Triton's interpreter: for tests, where TRITON_INTERPRET was set before.
 INTERPRET = False
-# Copies into shared memory move at least so much of a row at once; compiled for odd rows of 2-byte numbers, the products
+# Copies into shared memory move at least so much of a row at once; compiled for odd rows of 2-byte numbers, products
 # spill up to 384 bytes of registers (tests/kernels/kernel_compiler.py --dim 770 --width 33).
 ALIGNMENT_BYTES = 4
 # transformers' grouped_mm needs rows of whole so many bytes, on every device.

@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 from transformers import PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 MODEL_TYPE = "moeify"
 
@@ -77,6 +76,9 @@ def config_class(dense_model_type: str) -> Any:
     Raises:
         ValueError: transformers has no such type.
     """
+    # Behind this file's own import: that of transformers' names imports this file, to register it.
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     from .modeling_moeify import register
 
     if dense_model_type not in CONFIG_MAPPING or dense_model_type == MODEL_TYPE:

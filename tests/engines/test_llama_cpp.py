@@ -16,10 +16,12 @@ import real_inputs
 import torch
 import train_qwen3
 from clear_prompts import COMPLETION, Clear, clear_prompts, completion
+from conftest import MakeDense
 from rounded import rounded
+from tiny_gguf import AS_LLAMA_CPP_HAS_THEM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moeify import BenchOptions, SplitOptions, targets
+from moeify import BenchOptions, SplitOptions, families, targets
 from moeify.benchmark.engines.perplexity import Text, file_perplexity, folder_perplexity
 from moeify.benchmark.engines.programs import BENCH, FOLDER, PERPLEXITY
 from moeify.benchmark.models.run import bench
@@ -120,6 +122,21 @@ def check_perplexity(programs: Path, file: Path, folder: Path, text: Text) -> No
     text_file.write_text(text.text)
     value = file_perplexity(file, text_file, text, programs / PERPLEXITY, 600)
     assert math.log(value) == pytest.approx(math.log(folder_perplexity(folder, text, "cpu")), abs=PERPLEXITY_WITHIN)
+
+
+@pytest.mark.filterwarnings("ignore:the tokenizer composes", "ignore:left out of the GGUF")
+@pytest.mark.parametrize("family", [name for name in families.names() if families.find(name).gguf])
+def test_llama_cpp_computes_each_dense_family(
+    family: str, programs: Path, make_dense: MakeDense, tmp_path: Path
+) -> None:
+    """Random weights whose logits are far apart: whatever is computed otherwise changes the perplexity by a lot."""
+    tiny = families.find(family).tiny_values
+    sizes = {name: 16 for name in ("head_dim", "query_pre_attn_scalar") if name in tiny}
+    sizes |= {"hidden_size": 64, "max_position_embeddings": 256}
+    folder = make_dense(family, **sizes, **AS_LLAMA_CPP_HAS_THEM.get(family, {}))
+    export_gguf(folder, tmp_path / "m.gguf", ExportOptions(type="f32"))
+    text = Text("\n\n".join(builtin_documents(heldout=True))[:8000], 128, 8)
+    check_perplexity(programs, tmp_path / "m.gguf", folder, text)
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -144,5 +144,5 @@ def saved_bytes(call: Callable[[], object], weights: Sequence[nn.Parameter]) -> 
 
 
 def _ffn(inputs_TD: Tensor, up_PD: Tensor, down_DF: Tensor, bias_P: Tensor | None) -> Tensor:
-    up_PD, down_DF, bias_P = (None if part is None else part.detach().double() for part in (up_PD, down_DF, bias_P))
-    return dense_ffn(inputs_TD, up_PD, down_DF, bias_P)
+    bias_P = None if bias_P is None else bias_P.detach().double()
+    return dense_ffn(inputs_TD, up_PD.detach().double(), down_DF.detach().double(), bias_P)

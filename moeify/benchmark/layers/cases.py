@@ -148,7 +148,7 @@ def _rank(case: Case) -> int:
 
 @dataclass(frozen=True)
 class Layer:
-    """One copy of the weights: routed experts, shared part, and a dense FFN of the whole width; biases if it is plain."""
+    """One copy of the weights: routed experts, shared part, dense FFN of the whole width; biases of plain ones."""
 
     up_EPD: nn.Parameter
     down_EDF: nn.Parameter

@@ -207,7 +207,8 @@ def _plain_experts(layer: Layer) -> Any:
     from moeify.modeling.modeling_moeify import PlainBiasedExperts
 
     num_experts, hidden, width = layer.down_EDF.shape
-    values = {"num_experts": num_experts, "moe_intermediate_size": width, "expert_activation": "gelu_new"}
-    module: Any = PlainBiasedExperts(MoeifyConfig(dense_model_type="gpt2", **values), hidden)
+    values: dict[str, Any] = {"dense_model_type": "gpt2", "num_experts": num_experts, "moe_intermediate_size": width}
+    values["expert_activation"] = "gelu_new"
+    module: Any = PlainBiasedExperts(MoeifyConfig(**values), hidden)
     module.up_proj, module.up_proj_bias = layer.up_EPD, layer.bias_EP
     return module

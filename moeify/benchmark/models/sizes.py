@@ -31,8 +31,8 @@ def parts_of(anatomy: Anatomy, *, context: int, element_bytes: int) -> dict[str,
     """What one token costs, by part.
 
     Of the routed experts a token uses K of E. An embedding that is not the head is looked up, as learned positions are:
-    no parameter of it is multiplied, and one row is read. Attention is that of a token which sees `context` positions, their keys and values
-    included in the bytes.
+    no parameter of it is multiplied, and one row is read. Attention is that of a token which sees `context` positions,
+    their keys and values included in the bytes.
 
     Args:
         anatomy: of the model.

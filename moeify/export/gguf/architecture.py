@@ -13,6 +13,10 @@ from moeify.words import listing
 
 # A file that has this key was written by moeify.
 MARK = "moeify.version"
+# Names of one function, which llama.cpp's GELU is.
+TANH_GELUS = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate")
+# Fields of configs that say what is added to a variance.
+LAYER_NORM_EPS = ("layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
 # llama.cpp looks them up, and stops where one is missing, if a model's name holds phi3 or phi-3 (llama-vocab.cpp).
 PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 
@@ -34,8 +38,8 @@ def format_of(config: Any) -> GGUFFormat:
         raise InputError(
             f"no GGUF is written of {kind} models", f"targets that can: {listing(others)}; families: {listing(dense)}"
         )
-    activation = getattr(config, "hidden_act", form.activation)
-    if activation != form.activation:
+    activation = _activation(config, form.activation)
+    if activation != form.activation and not {activation, form.activation} <= {*TANH_GELUS}:
         raise InputError(
             f"llama.cpp's {form.architecture} computes {form.activation}, this model has {activation}",
             "llama.cpp cannot run it; transformers and vLLM do",
@@ -46,6 +50,12 @@ def format_of(config: Any) -> GGUFFormat:
             "split the model again with --engine llama.cpp",
         )
     return form
+
+
+def _activation(config: Any, default: str) -> str:
+    kind = config.model_type
+    name = families.find(kind).activation if kind in families.names() else "hidden_act"
+    return str(getattr(config, name, None) or default)
 
 
 def add_sizes(writer: Any, form: GGUFFormat, config: Any) -> None:
@@ -61,12 +71,20 @@ def add_sizes(writer: Any, form: GGUFFormat, config: Any) -> None:
     writer.add_block_count(int(config.num_hidden_layers))
     writer.add_context_length(_context(form, config))
     writer.add_embedding_length(int(config.hidden_size))
-    writer.add_feed_forward_length(int(config.intermediate_size))
+    kind = config.model_type
+    width = families.find(kind).width if kind in families.names() else "intermediate_size"
+    # GPT-2 says nothing of the usual width.
+    writer.add_feed_forward_length(int(getattr(config, width) or 4 * config.hidden_size))
     writer.add_head_count(heads)
-    writer.add_head_count_kv(int(config.num_key_value_heads))
+    writer.add_head_count_kv(int(getattr(config, "num_key_value_heads", None) or heads))
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
+    if hasattr(config, "rms_norm_eps"):
+        writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
+    else:
+        writer.add_layer_norm_eps(
+            next(float(getattr(config, name)) for name in LAYER_NORM_EPS if hasattr(config, name))
+        )
     writer.add_vocab_size(int(config.vocab_size))
     for name, value in form.keys(config).items():
         _add(writer, f"{form.architecture}.{name}", value)
@@ -75,7 +93,7 @@ def add_sizes(writer: Any, form: GGUFFormat, config: Any) -> None:
 def _context(form: GGUFFormat, config: Any) -> int:
     """Tokens that the model takes; where llama.cpp has no sliding window, those that see each other in any case."""
     context, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
-    if not window or window >= context:
+    if form.windows or not window or window >= context:
         return context
     warn(
         f"llama.cpp's {form.architecture} has no sliding window: the file says a context of {window:,} tokens instead "

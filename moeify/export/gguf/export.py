@@ -16,7 +16,7 @@ from moeify.export.gguf.contents import Contents, contents, quantised_contents
 from moeify.export.gguf.quantise import TYPES, check_type, default_type
 from moeify.export.gguf.result import ExportResult
 from moeify.export.gguf.rotation import add_rotation
-from moeify.export.gguf.tensors import pieces
+from moeify.export.gguf.tensors import EMBEDDING, pieces
 from moeify.export.gguf.vocabulary import add_vocabulary, copy_vocabulary
 from moeify.export.gguf.writer import write
 from moeify.export.writer import MoEWriter
@@ -32,7 +32,6 @@ from moeify.words import listing, percent, printable
 
 # Header and names; what a disk needs beside the tensors.
 HEADER_BYTES = 32_000_000
-EMBEDDING = "token_embd.weight"
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ def _prepare(source: _Source, options: ExportOptions, file: Path, track: Track[A
     original = _original(source) if options.type == "auto" else None
     writer = gguf.GGUFWriter(None, form.architecture)
     add_sizes(writer, form, source.config)
-    extra = add_rotation(writer, source.config, form.architecture)
+    extra = add_rotation(writer, source.config, form.architecture) if form.rotates else {}
     if original is not None and source.plan is not None:
         blocks = Blocks.open(original, source.plan, form, source.config)
         content, file_type = quantised_contents(found, extra, blocks, track), blocks.file_type

@@ -28,7 +28,7 @@ TYPES: Mapping[str, tuple[Kind, LlamaFileType]] = {
 # Of the types that llama-quantize alone writes.
 K_BLOCK = 256
 # llama.cpp computes with these in float32 only; so it does with whatever has one dimension.
-FLOAT32 = ("_norm.weight", ".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")
+FLOAT32 = ("_norm.weight", "position_embd.weight", ".ffn_gate_inp.weight", ".ffn_gate_inp_shexp.weight")
 # Of the shared experts; llama.cpp computes its sigmoid as silu(x) / x.
 SHARED_MIXING = ".ffn_gate_inp_shexp.weight"
 FALLBACK = Kind.F16

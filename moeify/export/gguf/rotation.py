@@ -22,7 +22,10 @@ WITH_FACTORS = ("granite", "granitemoe", "llama", "mistral3")
 # Those with two sets of factors, for short and for long contexts.
 WITH_TWO_SETS = ("granite", "granitemoe", "llama", "mistral3", "phi3")
 # Those in which a part of each head may rotate; the others stop.
-IN_PART = ("glm4moe", "phi3", "stablelm")
+IN_PART = ("glm4moe", "nemotron", "phi3", "stablelm")
+# Those that rotate layers with a window by a base of their own.
+WITH_TWO_BASES = ("gemma3",)
+FULL, SLIDING = "full_attention", "sliding_attention"
 FREQS, LONG, SHORT = (
     f"{gguf.TENSOR_NAMES[tensor]}.weight"
     for tensor in (
@@ -50,7 +53,9 @@ def add_rotation(writer: gguf.GGUFWriter, config: PretrainedConfig, architecture
         InputError: llama.cpp's architecture cannot rotate so.
     """
     config = config.get_text_config()
-    values = _values(config)
+    values, sliding = _values(config, architecture)
+    if sliding:
+        writer.add_float32(gguf.Keys.Rope.FREQ_BASE_SWA.format(arch=architecture), float(sliding["rope_theta"]))
     kind = str(values.get("rope_type", "default"))
     heads = int(config.num_attention_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
@@ -87,15 +92,18 @@ def add_rotation(writer: gguf.GGUFWriter, config: PretrainedConfig, architecture
     )
 
 
-def _values(config: Any) -> Mapping[str, Any]:
-    """What the config says of its one rotation.
+def _values(config: Any, architecture: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What the config says of its rotation, and of that of layers with a window if it is another one.
 
     Raises:
-        InputError: there are several, or none.
+        InputError: there are several where llama.cpp has one, or none.
     """
     values = getattr(config, "rope_parameters", None) or {}
     if "rope_theta" in values:
-        return values
+        return values, {}
+    two = architecture in WITH_TWO_BASES and {*values} == {FULL, SLIDING}
+    if two and all(one.get("rope_type", "default") == "default" for one in values.values()):
+        return values[FULL], values[SLIDING]
     found = f"those of {listing(list(values))}" if values else "none"
     raise InputError(
         f"a GGUF is written of models with one kind of rotary embeddings for all layers; this has {on_one_line(found)}",

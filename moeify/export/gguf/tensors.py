@@ -7,7 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gguf
@@ -22,6 +22,7 @@ from moeify.words import printable
 # Number of an expert, and of a block, in a name.
 EXPERT = re.compile(r"\.experts\.(\d+)\.")
 BLOCK = re.compile(r"[^\d]+?\.(\d+)\.(.+)")
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 # Numbers that are in memory at a time, in float32 and in the type they get.
 PIECE_NUMBERS = 1 << 23
 
@@ -36,6 +37,8 @@ class Pieces:
         sources: stored tensors, in the order of the first axis: one, or one for each expert.
         half: 0 or 1 for the first or last half of the rows of each.
         heads: rows are those of so many heads, to be put into the order of pairs; 0 leaves them.
+        transposed: the stored matrix is (in, out).
+        offset: added to the values.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Pieces:
     sources: tuple[Stored, ...]
     half: int | None = None
     heads: int = 0
+    transposed: bool = False
+    offset: float = 0.0
 
     def read(self) -> Iterator[Tensor]:
         """Yield its rows from first to last, some at a time.
@@ -66,11 +71,15 @@ class Pieces:
     def _rows(self, stored: Any, shape: tuple[int, ...]) -> Iterator[Tensor]:
         """Pieces of one stored tensor, each a matrix."""
         if len(shape) == 1:
-            vector = stored[:]
+            # Sums in float32, in which norms lie in a GGUF.
+            vector = stored[:].float() + self.offset if self.offset else stored[:]
             yield (by_pairs(vector, self.heads) if self.heads else vector)[None]
             return
         if self.heads:
             yield by_pairs(stored[:], self.heads)
+            return
+        if self.transposed:
+            yield stored[:].T.contiguous()
             return
         begin, end = 0, shape[-2]
         if self.half is not None:
@@ -116,6 +125,9 @@ def pieces(form: GGUFFormat, config: Any, stored: Mapping[str, Stored]) -> list[
         for name, group in groups.items()
         for half, target in names.of(name)
     ]
+    by_name = {item.name: item for item in found}
+    if form.own_head and HEAD not in by_name:
+        found.append(replace(by_name[EMBEDDING], name=HEAD))
     return sorted(found, key=lambda item: _place(item.name))
 
 
@@ -128,7 +140,11 @@ def _pieces(
     heads = 0
     if form.interleaved and (part := re.search(r"\.attn_([qk])\.(weight|bias)$", name)):
         heads = int(config.num_attention_heads if part[1] == "q" else config.num_key_value_heads)
-    return Pieces(name, (len(sources), *shape) if stacked else shape, sources, half, heads)
+    inside = BLOCK.fullmatch(sources[0].name)
+    transposed = inside is not None and len(shape) == 2 and inside[2].removesuffix(".weight") in form.transposed
+    offset = form.norm_offset if name.endswith("norm.weight") else 0.0
+    shape = shape[::-1] if transposed else shape
+    return Pieces(name, (len(sources), *shape) if stacked else shape, sources, half, heads, transposed, offset)
 
 
 class _Names:
