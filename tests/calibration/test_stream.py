@@ -15,7 +15,6 @@ from moeify.calibration.stream import HiddenStream
 from moeify.models import stock
 from moeify.models.dense import open_dense
 from moeify.models.ffn import pack
-from moeify.models.heads import auto_class
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),

@@ -67,6 +67,7 @@ def _notes(results: "Sequence[EvalResult]") -> str:
         "ratio: to the first model's perplexity on the same text",
         *_calibrated(results),
     ]
+    short = short_names([result.model for result in results])
     for result in results:
         if result.active_share is not None:
             text = Path(result.data).name
