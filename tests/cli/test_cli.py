@@ -342,7 +342,14 @@ def test_json_of_split_inspect_and_verify(dense: Path, text: list[str], tmp_path
     assert done["schema"] == "moeify.split/1"
     assert done["out"] == str(out)
     assert done["layout"] == planned["layout"]
-    assert done["layout"] == {"num_experts": 8, "num_shared": 2, "num_active": 6, "dense_layers": []}
+    assert done["layout"] == {
+        "num_experts": 8,
+        "num_shared": 2,
+        "num_active": 6,
+        "dense_layers": [],
+        "min_active": 0,
+        "max_active": 0,
+    }
     assert done["num_active_parameters"] == planned["num_active_parameters"] < done["num_parameters"]
     assert [layer["layer"] for layer in done["plan"]["layers"]] == [0, 1]
     report = as_json("verify", str(out), "--dense", str(dense))
