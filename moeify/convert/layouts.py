@@ -101,7 +101,7 @@ def verdicts(dense: DenseModel, target: Target, layout: Layout) -> tuple[engines
 
 def _check_width(dense: DenseModel) -> None:
     """Raise InputError unless a config of this family says how wide its FFNs are; one of today may hold any field."""
-    kind, width = type(dense.config), dense.family.width
+    kind, width = type(dense.text_config), dense.family.width
     if dense.family.narrowed is None and kind.attribute_map.get(width, width) not in kind().to_dict():
         raise InputError(
             f"the config of a {dense.family.model_type} has no field for the width of its FFNs: transformers would "

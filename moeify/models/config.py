@@ -60,6 +60,7 @@ WORDS: Mapping[Any, str] = {
 }
 # How the name of a tensor begins that belongs to another part than the one that reads text.
 TOWER = re.compile(r"^(?:model\.)?(?:vision|visual|audio)")
+DECODER = re.compile(r"decoder\.")
 # A number takes at least half a byte of a file, whatever it is quantised to, and tied ones are there once.
 NUMBERS_PER_BYTE = 2
 # Fewer take no memory to speak of: what is wrong with such weights is said by whoever reads them.
@@ -136,8 +137,11 @@ def check_layers(config: Any, blocks: str, names: Iterable[str]) -> None:
     # Some names on disk are of an older transformers, which called the list `layer`.
     number = re.compile(rf"(?:^|\.){re.escape(blocks.rpartition('.')[2].removesuffix('s'))}s?\.(\d+)\.")
     # Of an encoder and a decoder only one is cut.
-    ours = (name for name in names if not TOWER.search(name) and not (".encoder." in blocks and "decoder." in name))
-    count, layers = len({found[1] for name in ours if (found := number.search(name))}), config.get_text_config()
+    layers = config.get_text_config()
+    others = [TOWER] if layers is not config else []
+    others += [DECODER] if ".encoder." in blocks else []
+    ours = (name for name in names if not any(other.search(name) for other in others))
+    count = len({found[1] for name in ours if (found := number.search(name))})
     if count != layers.num_hidden_layers:
         raise InputError(
             f"config.json says {layers.num_hidden_layers:,} layers, the weights have {count:,}",
@@ -199,7 +203,8 @@ def _declared_parts(
         if not isinstance(values, dict):
             raise _refused(file, name, values, "a mapping")
         kind = values.get("model_type")
-        if kind is not None and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        # A class that is known reads what it finds, whatever that calls itself.
+        if its_class is AutoConfig and kind is not None and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
             raise _refused(file, f"{name}.model_type", kind, "the name of an architecture")
         known = CONFIG_MAPPING[kind] if its_class is AutoConfig and kind is not None else its_class
         if known is not AutoConfig:

@@ -57,7 +57,7 @@ def test_a_fault_in_the_config_is_found(fault: dict[str, Any], monkeypatch: pyte
     dense = dense_of("llama", rms_norm_eps=1e-6)
     assert check_target(target, dense, LAYOUT).exact
     exactness._compare.cache_clear()
-    monkeypatch.setattr(targets, "find", lambda _: with_config(target, **fault))
+    monkeypatch.setattr(targets, "find", lambda *_: with_config(target, **fault))
     found = check_target(target, dense, LAYOUT)
     exactness._compare.cache_clear()
     assert not found.exact
@@ -70,7 +70,7 @@ def test_a_wrong_fold_is_found(fold: str, monkeypatch: pytest.MonkeyPatch) -> No
     target = targets.find("granitemoeshared")
     faulty = replace(target, **{fold: (lambda _: 1.0) if fold == "routed_fold" else 1.01})
     exactness._compare.cache_clear()
-    monkeypatch.setattr(targets, "find", lambda _: faulty)
+    monkeypatch.setattr(targets, "find", lambda *_: faulty)
     found = check_target(faulty, dense_of("llama"), LAYOUT)
     exactness._compare.cache_clear()
     assert not found.exact

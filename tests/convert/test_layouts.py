@@ -191,7 +191,7 @@ def test_a_search_for_an_engine_takes_only_layouts_that_it_runs(
 
 @pytest.mark.parametrize("family", families.names())
 def test_static_pruning_is_refused_where_no_field_is_the_width(family: str) -> None:
-    config = AutoConfig.for_model(family, **families.find(family).tiny_values)
+    config = AutoConfig.for_model(family, **families.find(family).tiny_config())
     model = Twin("twin", Path(), config, families.find(family), {}, Fingerprint(Path(), {}, {}), {})
     try:
         _check_width(model)
