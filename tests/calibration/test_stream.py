@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from moeify import families
 from moeify.calibration import stream as calibration
 from moeify.calibration.stream import HiddenStream
+from moeify.convert.exactness import twin_inputs
 from moeify.models import stock
 from moeify.models.dense import open_dense
 from moeify.models.ffn import pack
@@ -32,7 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @torch.no_grad()
-def stock_ffn(folder: Path, ids_BC: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def stock_ffn(folder: Path, inputs: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Inputs and outputs of every FFN of the stock model."""
     model: Any = stock.load(folder).eval()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -45,7 +46,7 @@ def stock_ffn(folder: Path, ids_BC: torch.Tensor) -> list[tuple[torch.Tensor, to
         block.get_submodule(sites.write).register_forward_hook(
             lambda _, __, output, pair=pair: seen.append((pair[-1], output.flatten(0, -2)))
         )
-    model(ids_BC)
+    model(**inputs)
     return seen
 
 
@@ -61,9 +62,10 @@ def test_every_family_is_covered() -> None:
 def test_inputs_of_every_ffn_are_the_stock_models(case: str, make_dense: MakeDense) -> None:
     family, overrides = CASES[case]
     folder = make_dense(family, num_hidden_layers=3, **overrides)
-    ids_BC = ids(4, 48)
-    stream = HiddenStream(open_dense(str(folder)), {"input_ids": ids_BC})
-    for layer, (inputs_TD, outputs_TD) in enumerate(stock_ffn(folder, ids_BC)):
+    dense = open_dense(str(folder))
+    inputs = {"input_ids": ids(4, 48)} if dense.family.modality == "text" else twin_inputs(dense)
+    stream = HiddenStream(dense, inputs)
+    for layer, (inputs_TD, outputs_TD) in enumerate(stock_ffn(folder, inputs)):
         found = stream.attend(layer)
         assert found.dtype == torch.float32
         assert torch.equal(found, inputs_TD)

@@ -110,7 +110,7 @@ def writer_of(make_dense: MakeDense, name: str) -> MoEWriter:
     dense = open_dense(str(dense_of(make_dense, name)))
     target = targets.find(MODELS[name][1]) if MODELS[name][1] else static_target(dense)
     shared = 2 if target.holds_shared else 0
-    layout = Layout(8, shared, 6) if MODELS[name][1] else Layout(8, 6, 6)
+    layout = Layout(8, shared, 6) if MODELS[name][1] else Layout(8, 4, 4)
     return MoEWriter(dense, target, layout, dense.config.dtype)
 
 
