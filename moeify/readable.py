@@ -100,7 +100,8 @@ def _of_several(value: Any) -> str:
             _named({name: item for name, item in vars(value).items() if item != getattr(default, name)}) or "defaults"
         )
     if dataclasses.is_dataclass(value):
-        return _named({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+        parts = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        return _named({field.name: part for field, part in parts if part != field.default})
     if isinstance(value, Mapping):
         return _named(value)
     if _is_rows(value):

@@ -80,7 +80,7 @@ def test_every_target_that_holds_it_equals_dense_and_writes_text(inputs: Path, d
     # 16 it knows it, also with other seeds.
     experts, active = 16, 13
     names = fitting(dense, experts, active)
-    assert sorted(names) == ["glm4_moe", "granitemoeshared", "mixtral", "qwen2_moe"]
+    assert sorted(names) == ["glm4_moe", "granitemoeshared", "mixtral", "moeify", "qwen2_moe"]
     tokenizer = AutoTokenizer.from_pretrained(dense)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     saved: dict[bool, Path] = {}

@@ -107,5 +107,5 @@ def check_language_model(config: Any, what: str) -> None:
         InputError: the model has another head, or none.
     """
     if (name := auto_name(config)) not in LANGUAGE_MODELS:
-        kind = (getattr(config, "architectures", None) or [name])[0]
+        kind = (getattr(config, "architectures", None) or [f"{dense_type(config)} made by {name}"])[0]
         raise InputError(f"{what} needs a language model, this is a {printable(kind)}", "see `moeify eval --help`")

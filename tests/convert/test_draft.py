@@ -30,7 +30,11 @@ def family_in(text: str) -> Family:
     return family
 
 
-@pytest.mark.parametrize("name", families.names())
+# Of a model that is one: wrappers, and what hears, are written by hand.
+DRAFTED = [n for n in families.names() if not families.find(n).towers and families.find(n).modality != "audio"]
+
+
+@pytest.mark.parametrize("name", DRAFTED)
 def test_a_draft_is_what_was_written_by_hand(name: str, tmp_path: Path) -> None:
     drafted = draft(folder_of(name, tmp_path, **{families.find(name).width: 72}))
     assert (drafted.model_type, drafted.file) == (name, f"moeify/families/{name}.py")

@@ -79,7 +79,7 @@ def test_an_existing_result_is_refused_before_anything_is_read(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = run(tmp_path / "out")
-    monkeypatch.setattr(split_module, "calibration_text", lambda _: pytest.fail("text was read"))
+    monkeypatch.setattr(split_module, "calibration_inputs", lambda _: pytest.fail("text was read"))
     error = refusal(run, out, "exists")
     assert "--overwrite" in error.hint
 

@@ -23,7 +23,9 @@ from moeify.models.same_tokens import PIECES, token_difference
 from moeify.options import SplitOptions
 
 # Siblings of other families never get these tokenizers.
-LLAMAS_AND_QWENS = [name for name in targets.names() if family_of(name) in ("llama", "qwen3")]
+LLAMAS_AND_QWENS = [
+    name for name in targets.names() if targets.find(name).is_stock and family_of(name) in ("llama", "qwen3")
+]
 
 # Digits in threes, as Llama 3 has them.
 WORDS = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -160,7 +162,7 @@ def test_a_split_refuses_before_any_work(
     make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dense = Path(shutil.copytree(make_dense("llama"), tmp_path / "dense"))
-    monkeypatch.setattr("moeify.convert.pipeline.calibration_text", lambda _: pytest.fail("text was read"))
+    monkeypatch.setattr("moeify.convert.pipeline.calibration_inputs", lambda _: pytest.fail("text was read"))
     monkeypatch.setattr(companions_module, "token_difference", lambda *_: "it cuts 'a' into ['b']")
     with pytest.raises(InputError, match="it cuts 'a'"):
         split(str(dense), tmp_path / "out")

@@ -20,6 +20,7 @@ from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter
 from moeify.kernels import register
+from moeify.modeling.configuration_moeify import config_class
 from moeify.modeling.modeling_moeify import EXPERTS, MoeFFN, Router
 from moeify.models.config import load_config
 from moeify.models.dense import open_dense
@@ -34,6 +35,11 @@ KINDS = ["gpt2", "opt", "nemotron", "gemma3_text", "phi"]
 def small_config(family: str, **overrides: Any) -> Any:
     found = families.find(family)
     return AutoConfig.for_model(family, **found.tiny_config(**{found.width: 64, **overrides}))
+
+
+def moe_config(**values: Any) -> Any:
+    """Of a gpt2 with experts."""
+    return config_class("gpt2")(**families.find("gpt2").tiny_values, dense_model_type="gpt2", **values)
 
 
 @pytest.mark.parametrize("family", families.names())
@@ -113,8 +119,7 @@ def test_experts_are_computed_as_told_where_the_dense_model_was_loaded_before(
 @pytest.mark.parametrize("style", ["hard", "softmax", "soft"])
 def test_the_router_weights_as_a_split_does(style: Style) -> None:
     layout = Layout(6, 1, 6 if style == "soft" else 4)
-    config = small_config("gpt2")
-    config.num_experts, config.num_experts_per_tok, config.mixing = layout.num_routed, layout.num_routed_active, style
+    config = moe_config(num_experts=layout.num_routed, num_experts_per_tok=layout.num_routed_active, mixing=style)
     router = Router(config, 32)
     torch.nn.init.normal_(router.weight)
     scores_TR, weights_TK, chosen_TK = router(torch.randn(20, 32, generator=torch.Generator().manual_seed(0)))
@@ -125,11 +130,9 @@ def test_the_router_weights_as_a_split_does(style: Style) -> None:
 @pytest.mark.parametrize(("gated", "biased"), EXPERTS)
 def test_experts_are_an_ffn_cut_in_slices(gated: bool, biased: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    config = small_config("gpt2")
     values = {"num_experts": 4, "num_experts_per_tok": 4, "moe_intermediate_size": 16, "mixing": "hard"}
     more = {"expert_gate": gated, "expert_bias": biased, "output_bias": biased, "expert_activation": "gelu"}
-    for name, value in {**values, **more, "shared_expert_intermediate_size": 8}.items():
-        setattr(config, name, value)
+    config = moe_config(**values, **more, shared_expert_intermediate_size=8)
     config._experts_implementation = "eager"
     ffn = MoeFFN(config, 32)
     for parameter in ffn.parameters():
@@ -153,7 +156,7 @@ def test_experts_are_an_ffn_cut_in_slices(gated: bool, biased: bool) -> None:
         ("dense_model_type", "moeify", "dense_model_type is"),
         ("mixing", "some", "mixing is"),
         ("num_experts_per_tok", 99, "num_experts_per_tok is 99"),
-        ("ffn_blocks", "nowhere", "has no attribute `nowhere`"),
+        ("ffn_blocks", "nowhere", "has no attribute"),
         ("expert_activation", "os.system", "expert_activation is"),
     ],
 )

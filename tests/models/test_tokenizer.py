@@ -121,7 +121,7 @@ def test_an_unusable_tokenizer_stops_a_split_before_its_work(
     dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (dense / "tokenizer.json").write_text("{")
-    monkeypatch.setattr("moeify.convert.pipeline.calibration_text", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr("moeify.convert.pipeline.calibration_inputs", lambda *_: pytest.fail("the work began"))
     with pytest.raises(InputError, match=r"no usable tokenizer in .*: tokenizer\.json: is not JSON"):
         split(dense, tmp_path / "out", SplitOptions(experts=4))
     assert not (tmp_path / "out").exists()

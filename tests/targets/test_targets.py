@@ -68,7 +68,7 @@ SIBLINGS = {
     "qwen3_5_text": {"qwen3_5_moe_text"},
 }
 
-# name: (family, config, targets that represent it exactly). A new family or target shows up here as a failing test.
+# name: (family, config, targets that represent it exactly). A new target shows up here as a failing test.
 MODELS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "llama": ("llama", {}, ALL_LLAMA),
     "llama-untied": ("llama", {"tie_word_embeddings": False}, ALL_LLAMA),
@@ -95,12 +95,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "gemma-bf16": ("gemma", {"dtype": "bfloat16"}, {"granitemoeshared"}),
     "hyperclovax-no-post-norm": ("hyperclovax", {"use_post_norm": False}, {"granitemoeshared"}),
     **{family: (family, {}, fits) for family, fits in SIBLINGS.items()},
-}
-# Nothing that is there computes what they compute.
-DENSE_ONLY = {
-    *("arcee", "exaone4", "gemma2", "gemma3_text", "glm4", "gpt2", "gpt_neox", "nemotron", "olmo", "olmo3", "opt"),
-    *("phi", "smollm3", "stablelm", "starcoder2", "biogpt", "codegen", "cwm", "diffllama", "gpt_bigcode", "gptj"),
-    *("gpt_neox_japanese", "granite_swa", "jais2", "minicpm3", "mpt", "nanochat", "persimmon", "vaultgemma"),
 }
 # moeify's own architecture represents every model: tests/modeling.
 STOCK = [name for name in targets.names() if targets.find(name).is_stock]
@@ -230,8 +224,7 @@ def failed(report: VerifyReport) -> list[str]:
     return [f"{check.name}: {check.found}, expected {check.expected}" for check in report.checks if not check.passed]
 
 
-def test_the_table_has_every_family_and_every_target() -> None:
-    assert {family for family, _, fits in MODELS.values() if fits} | DENSE_ONLY == set(families.names())
+def test_the_table_has_every_target() -> None:
     assert set().union(*(fits for _, _, fits in MODELS.values())) == set(STOCK)
 
 
@@ -486,8 +479,9 @@ def test_auto_takes_a_target_that_holds_the_gate(dense: Callable[[str], Path]) -
     found = preview(str(dense("qwen3")), SplitOptions(mixing="softmax"))
     assert found.target == "qwen3_moe"
     assert "glm4_moe: its experts' weights cannot be softmax" in found.target_reason
-    with pytest.raises(InputError, match="qwen2_moe: its experts' weights cannot be softmax"):
-        preview(str(dense("qwen2")), SplitOptions(mixing="softmax"))
+    found = preview(str(dense("qwen2")), SplitOptions(mixing="softmax"))
+    assert found.target == "moeify"
+    assert "qwen2_moe: its experts' weights cannot be softmax" in found.target_reason
 
 
 def test_a_soft_gate_has_every_expert_active(dense: Callable[[str], Path]) -> None:
@@ -645,7 +639,11 @@ def test_a_target_is_named_like_its_file_and_its_config(target: str) -> None:
     assert found.holds_shared == bool(found.modules.shared)
 
 
-@pytest.mark.parametrize("family", families.names())
+# Of the others tests/convert has those of images; two say nowhere how wide their FFNs are.
+PRUNED = [name for name in families.names() if families.find(name).modality == "text"]
+
+
+@pytest.mark.parametrize("family", [name for name in PRUNED if name not in ("gpt_neox_japanese", "mpt")])
 def test_static_pruning_keeps_the_dense_architecture(
     family: str, dense_models: dict[str, Path], calibration_file: Path, tmp_path: Path
 ) -> None:
@@ -654,6 +652,7 @@ def test_static_pruning_keeps_the_dense_architecture(
     split(str(dense_models[family]), out, options)
     before, after = config_of(dense_models[family]), config_of(out)
     assert after["architectures"] == before["architectures"]
+    before, after = before.get("text_config", before), after.get("text_config", after)
     width = families.find(family).width
     assert (before[width], after[width]) == (64, 48)
     loaded: Any = auto_class(load_config(out)).from_pretrained(out, output_loading_info=True)

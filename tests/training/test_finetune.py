@@ -372,7 +372,7 @@ def test_a_gradient_that_breaks_is_never_saved(
     cut: Cut, taught: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def infinite(context: Any, *outputs: Any) -> tuple[Any, ...]:
-        return (*(None if grad is None else grad * torch.inf for grad in context.grads), None, None, None, None)
+        return (*(None if grad is None else grad * torch.inf for grad in context.grads), *[None] * 5)
 
     monkeypatch.setattr(finetune_losses._Scored, "backward", staticmethod(infinite))
     with pytest.raises(CheckError, match="NaN or infinite values after step 1; no checkpoint was written yet"):

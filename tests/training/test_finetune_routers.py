@@ -11,6 +11,7 @@ from moeify.convert.pipeline import split
 from moeify.options import SplitOptions
 from moeify.plan import load_plan
 from moeify.training.model import Student, check_stages
+from moeify.training.options import FinetuneOptions
 from moeify.training.routers import Explorer, RouterWatch, _widened, adjust_selection_biases
 
 TOKENS, EXPERTS, CHOSEN = 4000, 6, 2
@@ -122,4 +123,4 @@ def test_selection_biases_rise_for_experts_with_little_to_do(student: Student) -
 
 
 def test_a_dense_model_has_every_stage_but_those_of_routers(taught: Path) -> None:
-    check_stages(None, ("lora", "full"), taught)
+    check_stages(None, FinetuneOptions(stage=("lora", "full")), taught)

@@ -139,7 +139,8 @@ def test_freeze_routers_does_what_the_card_says(name: str, convert: Convert) -> 
     frozen = freeze_routers(model)
     assert frozen == tuple(n for n, p in by_card.named_parameters() if not p.requires_grad)
     assert frozen == tuple(n for n, p in model.named_parameters() if not p.requires_grad)
-    assert len(frozen) == 2 * len(targets.find(name).frozen)
+    assert frozen == tuple(n for n, _ in model.named_parameters() if n.endswith(targets.find(name).frozen))
+    assert len(frozen) >= 2
 
 
 def test_freeze_routers_refuses_a_model_without_them(taught: Path) -> None:

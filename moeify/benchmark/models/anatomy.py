@@ -15,7 +15,7 @@ from torch import nn
 
 from moeify.errors import InputError
 from moeify.models.config import empty_model
-from moeify.models.heads import config_of_experts
+from moeify.models.heads import check_language_model, config_of_experts
 
 # Ends of class names that say what mixes tokens; whatever else is in a layer is its FFN.
 MIXERS = ("Attention", "Mamba", "Mamba2Mixer", "Mixer", "GatedDeltaNet")
@@ -110,6 +110,7 @@ def anatomy(config: Any) -> Anatomy:
     Raises:
         InputError: transformers cannot build it, or its layers have experts of different sizes.
     """
+    check_language_model(config, "a benchmark")
     model = empty_model(config, buffers=False)
     whole, config = config, config.get_text_config()
     heads = int(config.num_attention_heads)
