@@ -79,7 +79,7 @@ def test_the_table_of_targets_is_what_the_twins_say() -> None:
                 listed.add(family)
                 model = twin_of(family, **window)
                 stock = [name for name in targets.names() if targets.find(name).is_stock]
-                exact = [name for name in stock if check_target(targets.find(name), model, layout_for(name)).exact]
+                exact = [n for n in stock if check_target(targets.for_model(n, model), model, layout_for(n)).exact]
                 assert cell.split(", ") == exact, label
                 assert chosen_for(model) == exact[0], label
     assert "All of `moeify ls families` also go into moeify's own architecture" in README
@@ -99,7 +99,7 @@ def layout_for(target: str) -> Layout:
 
 
 def twin_of(family: str, **values: Any) -> Twin:
-    return make_twin({"model_type": family, **families.find(family).tiny_values, **values})
+    return make_twin({"model_type": family, **families.find(family).tiny_config(**values)})
 
 
 def test_it_is_short() -> None:

@@ -193,7 +193,7 @@ def test_config_without_model_type(dense: Path, refused: Refused) -> None:
     refused(dense, "has no model_type")
 
 
-@pytest.mark.parametrize("model_type", ["gptj", "mixtral", "albert", "_layout"])
+@pytest.mark.parametrize("model_type", ["bloom", "mixtral", "albert", "_layout"])
 def test_family_that_is_not_supported(dense: Path, refused: Refused, model_type: str) -> None:
     change_config(dense, model_type=model_type)
     error = refused(dense, model_type)
