@@ -17,6 +17,7 @@ from moeify.convert.footprint import FALLBACKS
 from moeify.convert.placement import Machine
 from moeify.errors import InputError, UsageError, warn
 from moeify.models.dense import DenseModel, open_dense
+from moeify.models.heads import check_language_model
 from moeify.options import GGUFType, MachineOptions, SplitOptions, Track
 from moeify.plan import Layout
 from moeify.progress import shown
@@ -135,6 +136,7 @@ def _target(dense: DenseModel) -> Target | None:
 
 
 def _case(dense: DenseModel, options: MachineOptions, target: Target | None) -> Case:
+    check_language_model(dense.config, "a plan for a machine")
     limit = int(dense.text_config.max_position_embeddings)
     context = options.context or min(CONTEXT, limit)
     if context > limit:

@@ -14,6 +14,7 @@ from moeify.convert.machine_plan import MachinePlan, plan_for_machine
 from moeify.convert.texts import default_texts
 from moeify.errors import InputError
 from moeify.models.dense import open_dense
+from moeify.models.heads import check_language_model
 from moeify.options import EvalOptions, MachineOptions, SplitOptions, Track, untracked
 from moeify.plan import Layout
 from moeify.readable import Readable
@@ -83,6 +84,7 @@ def init(
     check_new(out, overwrite=overwrite)
     check_writable(out, HEADER)
     dense = open_dense(model, track)
+    check_language_model(dense.config, "a recipe that is written by itself")
     inspection, plan = inspect(dense), plan_for_machine(dense, machine)
     choice = _choice(inspection, plan)
     device = "cuda" if torch.cuda.is_available() else "cpu"

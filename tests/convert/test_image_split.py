@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conftest import MakeDense
 from tiny_images import MODELS, make_model, noise
 from transformers import AutoConfig
 
 from moeify import families, targets
 from moeify.calibration.stream import HiddenStream
 from moeify.check.verify import verify
+from moeify.cli.app import run_command
 from moeify.convert.exactness import check_target, make_twin, twin_values
 from moeify.convert.pipeline import split
 from moeify.errors import InputError, MoeifyWarning, UsageError
@@ -88,3 +90,21 @@ def test_pruning_says_the_width_as_the_family_does(tmp_path: Path) -> None:
     assert (pruned.num_neurons, pruned.config.mlp_ratio) == (32, 1)
     with pytest.raises(InputError, match="48 neurons are left of each FFN, a dinov2 has a whole multiple of 32"):
         split(str(dense), tmp_path / "no", SplitOptions(static=True, experts=4, active=3, calibration=digits))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["plan", "MODEL", "--vram", "0", "--ram-bandwidth", "50"],
+        ["init", "MODEL", "-o", "r.yaml"],
+        ["export", "MODEL", "--gguf", "x.gguf"],
+        ["generate", "MODEL", "--prompt", "x"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_what_language_models_alone_have_is_refused(
+    command: list[str], make_dense: MakeDense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command([str(make_dense("vit")) if word == "MODEL" else word for word in command]) == 3
+    assert not list(tmp_path.iterdir())

@@ -23,6 +23,7 @@ from moeify.export.writer import MoEWriter
 from moeify.models.config import load_config
 from moeify.models.files import FLOAT_DTYPES, Stored, find_shards, gguf_of, locate, read_headers
 from moeify.models.fingerprint import Fingerprint
+from moeify.models.heads import check_language_model
 from moeify.models.stock import placed
 from moeify.options import ExportOptions, Track, untracked
 from moeify.plan import PLAN_FILE, Layout, SplitPlan, load_plan
@@ -84,6 +85,7 @@ def export_gguf(
     path = locate(str(model), track)
     check_file(file, path, overwrite=overwrite)
     config, shards = load_config(path), find_shards(path)
+    check_language_model(config, "a GGUF")
     stored, files = read_headers(shards), Fingerprint.take(path, shards)
     # What stock transformers loads is what is written: nothing missing, nothing left over.
     _, report = placed(config, {name: tensor.shape for name, tensor in stored.items()})
