@@ -24,8 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moeify.data.records import draw
 from moeify.data.text import Provenance
-from moeify.errors import InputError, UsageError, first_line
+from moeify.errors import InputError, first_line
 from moeify.models.sound_processor import SoundProcessor
 
 KINDS = "a folder of .wav files, a .wav file, or a .csv with the columns path and text"
@@ -68,26 +69,16 @@ def sound_blocks(
         UsageError: no source, one named twice, or fewer pieces than sources.
         InputError: a source cannot be read or is too short.
     """
-    if not sources or len(set(sources)) < len(sources):
-        raise UsageError(f"{len(sources)} sources of sound, expected one or more, each named once", KINDS)
-    if num_pieces < len(sources):
-        raise UsageError(
-            f"pieces of {block_tokens:,} positions: there are {num_pieces} for {len(sources)} sources",
-            f"--tokens {block_tokens * len(sources)}",
-        )
-    made: list[dict[str, Tensor]] = []
-    for place, source in enumerate(sources):
-        count = num_pieces // len(sources) + (place < num_pieces % len(sources))
-        found = list(islice(_pieces(source, processor, seed), count))
-        if len(found) < count:
-            raise InputError(
-                f"{source} gives {len(found):,} pieces of sound, {count:,} were asked for ({block_tokens:,} positions "
-                "each)",
-                f"--tokens {max(1, len(found)) * len(sources) * block_tokens}",
-            )
-        made += found
-    order = torch.randperm(len(made), generator=torch.Generator().manual_seed(seed)).tolist()
-    return _joined([made[place] for place in order], " + ".join(sources), block_tokens, seed)
+    made = draw(
+        sources,
+        lambda source: _pieces(source, processor, seed),
+        num_pieces,
+        block_tokens=block_tokens,
+        seed=seed,
+        kind="pieces of sound",
+        hint=KINDS,
+    )
+    return _joined(made, " + ".join(sources), block_tokens, seed)
 
 
 def all_sound(source: str, processor: SoundProcessor, most: int, block_tokens: int) -> SoundBlocks:

@@ -16,11 +16,12 @@ A word above comes first, then the disk, then the hub: `./builtin` is a file of 
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeify.errors import InputError, MoeifyError, UsageError, nearest
+from moeify.data.records import hub_records, parquet_records
+from moeify.errors import InputError, UsageError, nearest
 from moeify.models.builtin import builtin_documents
 
 FOLDER_SUFFIXES = (".txt", ".md", ".jsonl", ".json", ".parquet")
@@ -30,7 +31,7 @@ KINDS = (
     "a text, .jsonl, .json or .parquet file, a folder of them, org/name on the hub, builtin, builtin-heldout or self"
 )
 HUB_SOURCE = re.compile(r"(?P<name>\w[\w.-]*/\w[\w.-]*)(:(?P<config>[^:/]*))?(:(?P<split>[^:/]*))?")
-EXTRA = "pip install 'moeify[data]'; text, .jsonl and .json files need nothing"
+PARQUET_ROWS = 256
 RECORD_HINT = 'every record needs "text": "..." or "messages": [{"content": "..."}]'
 
 
@@ -132,40 +133,20 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _read_parquet(path: Path) -> Iterator[str]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise InputError(f"reading {path} needs the pyarrow package", EXTRA) from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = [name for name in ("text", "messages") if name in file.schema_arrow.names][:1]
-            if not columns:
-                found = ", ".join(file.schema_arrow.names)
-                raise InputError(f"{path} has no column text or messages, only {found}", RECORD_HINT)
-            for batch in file.iter_batches(batch_size=256, columns=columns):
-                for record in batch.to_pylist():
-                    yield _record_text(record, f"{path}, column {columns[0]}")
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a readable parquet file: {error}", "download or write it again") from error
+    def columns(names: Sequence[str]) -> list[str]:
+        known = [name for name in ("text", "messages") if name in names][:1]
+        if not known:
+            raise InputError(f"{path} has no column text or messages, only {', '.join(names)}", RECORD_HINT)
+        return known
+
+    for record in parquet_records(path, columns, PARQUET_ROWS):
+        yield _record_text(record, f"{path}, column {next(iter(record))}")
 
 
 def _read_hub(source: str, name: str, config: str | None, split: str) -> Iterator[str]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise InputError(f"reading {source} from the hub needs the datasets package", EXTRA) from error
-    # Offline, unknown name, unknown config, gated, script-based: the libraries below raise many unrelated types.
-    try:
-        records = load_dataset(name, config, split=split, streaming=True)
-        for number, record in enumerate(records, start=1):
-            yield _record_text(record, f"{source}, row {number}")
-    except MoeifyError:
-        raise
-    except Exception as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        hint = "check the network, the name and org/name:config:split; or name a local text, or `builtin`"
-        raise InputError(f"cannot load {source} from the hub: {reason}", hint) from error
+    records = hub_records(source, name, config, split, instead="a local text, or `builtin`")
+    for number, record in enumerate(records, start=1):
+        yield _record_text(record, f"{source}, row {number}")
 
 
 def _record_text(record: Any, where: str) -> str:

@@ -26,9 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moeify.data.documents import EXTRA, HUB_SOURCE
+from moeify.data.documents import HUB_SOURCE
+from moeify.data.records import draw, hub_records, parquet_records
 from moeify.data.text import Provenance, shuffled
-from moeify.errors import InputError, MoeifyError, UsageError, first_line, nearest
+from moeify.errors import InputError, first_line, nearest
 from moeify.models.builtin_vit import LEVELS, digits
 from moeify.models.image_processor import ImageProcessor
 
@@ -69,25 +70,16 @@ def image_blocks(
         UsageError: no source, one named twice, or fewer images than sources.
         InputError: a source cannot be read or has too few images.
     """
-    if not sources or len(set(sources)) < len(sources):
-        raise UsageError(f"{len(sources)} sources of images, expected one or more, each named once", KINDS)
-    if num_images < len(sources):
-        raise UsageError(
-            f"images of {block_tokens:,} tokens: there are {num_images} for {len(sources)} sources",
-            f"--tokens {block_tokens * len(sources)}",
-        )
-    drawn: list[Labelled] = []
-    for place, source in enumerate(sources):
-        count = num_images // len(sources) + (place < num_images % len(sources))
-        found = [image for image, _ in zip(read_images(source, seed), range(count), strict=False)]
-        if len(found) < count:
-            raise InputError(
-                f"{source} has {len(found):,} images, {count:,} were asked for ({block_tokens:,} tokens each)",
-                f"--tokens {len(found) * len(sources) * block_tokens}",
-            )
-        drawn += found
-    order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed)).tolist()
-    return prepared_blocks([drawn[place] for place in order], processor, " + ".join(sources), block_tokens, seed)
+    drawn = draw(
+        sources,
+        lambda source: read_images(source, seed),
+        num_images,
+        block_tokens=block_tokens,
+        seed=seed,
+        kind="images",
+        hint=KINDS,
+    )
+    return prepared_blocks(drawn, processor, " + ".join(sources), block_tokens, seed)
 
 
 def prepared_blocks(
@@ -128,7 +120,7 @@ def read_images(source: str, seed: int | None = None) -> Iterator[Labelled]:
     if path.suffix.lower() in ARRAYS and path.is_file():
         return of_arrays(*_images_in(path, _held(path)), seed)
     if path.suffix == ".parquet" and path.is_file():
-        return _of_records(_in_order(_parquet(path), seed), source)
+        return _of_records(_in_order(parquet_records(path, _columns, BATCH), seed), source)
     if path.is_file():
         return iter([(opened_image(path), None)])
     hub = HUB_SOURCE.fullmatch(source)
@@ -137,7 +129,9 @@ def read_images(source: str, seed: int | None = None) -> Iterator[Labelled]:
         similar = nearest(path.name, [*near, *DIGITS])
         guess = f"did you mean {path.with_name(similar) if similar in near else similar}? " if similar else ""
         raise InputError(f"there is no source of images {source}", f"{guess}A source is {KINDS}")
-    records = _hub(source, hub["name"], hub["config"] or None, hub["split"] or "train")
+    records = hub_records(
+        source, hub["name"], hub["config"] or None, hub["split"] or "train", instead="local images, or `digits`"
+    )
     return _of_records(_in_order(records, seed), source)
 
 
@@ -241,34 +235,8 @@ def opened_image(file: Any, name: str = "") -> Any:
     return image
 
 
-def _parquet(path: Path) -> Iterator[Any]:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise InputError(f"reading {path} needs the pyarrow package", EXTRA) from error
-    try:
-        with parquet.ParquetFile(path) as file:
-            columns = [name for name in ("image", "label") if name in file.schema_arrow.names]
-            for batch in file.iter_batches(batch_size=BATCH, columns=columns):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{path} is not a readable parquet file: {error}", "download or write it again") from error
-
-
-def _hub(source: str, name: str, config: str | None, split: str) -> Iterator[Any]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise InputError(f"reading {source} from the hub needs the datasets package", EXTRA) from error
-    # Offline, unknown name, unknown config, gated, script-based: the libraries below raise many unrelated types.
-    try:
-        yield from load_dataset(name, config, split=split, streaming=True)
-    except MoeifyError:
-        raise
-    except Exception as error:
-        hint = "check the network, the name and org/name:config:split; or name local images, or `digits`"
-        raise InputError(f"cannot load {source} from the hub: {first_line(error)}", hint) from error
+def _columns(names: Sequence[str]) -> list[str]:
+    return [name for name in ("image", "label") if name in names]
 
 
 def _of_records(records: Iterator[Any], source: str) -> Iterator[Labelled]:
