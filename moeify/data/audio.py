@@ -75,7 +75,8 @@ def sound_blocks(
         num_pieces,
         block_tokens=block_tokens,
         seed=seed,
-        kind="pieces of sound",
+        kind="sound",
+        items="pieces of sound",
         hint=KINDS,
     )
     return _joined(made, " + ".join(sources), block_tokens, seed)

@@ -77,6 +77,7 @@ def image_blocks(
         block_tokens=block_tokens,
         seed=seed,
         kind="images",
+        items="images",
         hint=KINDS,
     )
     return prepared_blocks(drawn, processor, " + ".join(sources), block_tokens, seed)

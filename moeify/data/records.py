@@ -71,6 +71,7 @@ def draw(
     block_tokens: int,
     seed: int,
     kind: str,
+    items: str,
     hint: str,
 ) -> list[Item]:
     """The same number of items from every source (to within one), mixed.
@@ -81,7 +82,8 @@ def draw(
         number: of items in all.
         block_tokens: what each of them becomes.
         seed: of the mixture.
-        kind: of the items, in the plural.
+        kind: of what a source holds: `images`, `sound`.
+        items: what is drawn of it, in the plural.
         hint: what a source is.
 
     Raises:
@@ -92,18 +94,18 @@ def draw(
         raise UsageError(f"{len(sources)} sources of {kind}, expected one or more, each named once", hint)
     if number < len(sources):
         raise UsageError(
-            f"{kind} of {block_tokens:,} tokens: there are {number} for {len(sources)} sources",
+            f"{items} of {block_tokens:,} tokens: there are {number} for {len(sources)} sources",
             f"--tokens {block_tokens * len(sources)}",
         )
     drawn: list[Item] = []
     for place, source in enumerate(sources):
         count = number // len(sources) + (place < number % len(sources))
-        items = list(islice(items_of(source), count))
-        if len(items) < count:
+        some = list(islice(items_of(source), count))
+        if len(some) < count:
             raise InputError(
-                f"{source} has {len(items):,} {kind}, {count:,} were asked for ({block_tokens:,} tokens each)",
-                f"--tokens {max(1, len(items)) * len(sources) * block_tokens}",
+                f"{source} has {len(some):,} {items}, {count:,} were asked for ({block_tokens:,} tokens each)",
+                f"--tokens {max(1, len(some)) * len(sources) * block_tokens}",
             )
-        drawn += items
+        drawn += some
     order = torch.randperm(len(drawn), generator=torch.Generator().manual_seed(seed)).tolist()
     return [drawn[place] for place in order]
