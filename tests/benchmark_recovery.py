@@ -2,11 +2,13 @@
 
     python tests/benchmark_recovery.py MODEL TEXTS OUT.json --device cuda --processes 10
     python tests/benchmark_recovery.py MODEL TEXTS OUT.json --rows "24 experts, 16k"
+    python tests/benchmark_recovery.py MODEL TEXTS TOKENS.npz --tokenise
 
 TEXTS is a folder with one text file a corpus. Those of TRAIN are calibrated and trained on, those of EVALUATE are not.
 Training is a plain loop over the dense model with every FFN masked by its routers: all neurons are computed, and the
 numbers are those of the experts. On a GPU that is faster for so small a model than any dispatch, and it gives the
-gradient of experts that were not chosen. Rows that OUT.json has are not measured again.
+gradient of experts that were not chosen. Rows that OUT.json has are not measured again. With --seconds a row trains no
+longer than that: its rate falls with the time that is gone, and its tokens are those that it came to.
 
 Legend: B blocks of C tokens, T tokens, D hidden size, F neurons, R routed experts of f neurons, K of them chosen.
 """
@@ -21,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, multiprocessing, nn
 from torch.nn.functional import cross_entropy, silu
@@ -31,15 +34,30 @@ from moeify.calibration.stream import HiddenStream
 from moeify.convert.layer import active_neurons, fit_layer
 from moeify.convert.prepare import Prepared, prepare
 from moeify.convert.walk import CalibrationWalk
-from moeify.data.text import calibration_blocks, evaluation_tokens
+from moeify.data.text import calibration_blocks, evaluation_tokens, longest_text
 from moeify.models.dense import open_dense
 from moeify.models.ffn import FFNWeights
 from moeify.options import SplitOptions
+from moeify.plan import LayerPlan, Layout
 
 TRAIN = ("wiki", "austen", "pgdoc", "handbook", "pydoc")
+# What tokens to train on are called beside those.
+TRAINING = "training"
 EVALUATE = ("moby", "sotu", "perldoc", "anarchism", "linuxdoc")
 CONTEXT, EVAL_TOKENS = 512, 8192
+# Of the steps, in which rates rise.
+WARM_SHARE = 0.05
 K = 1024
+# As `moeify split --budget` chose them of SmolLM2-135M, 96 experts.
+DENSE_75, DENSE_50 = (0, 1, 2, 3, 4, 5, 7, 8, 9, 10), (0, 1, 2, 3, 8, 29)
+# Blocks whose logits exist at once.
+HEAD_BLOCKS = 2
+# Blocks by which thresholds are found anew after training.
+SETTLE_BLOCKS = 32
+# Of a layer's experts a step, at the highest rate; how much of the way to them the threshold goes.
+SHARE_RATE, THRESHOLD_RATE = 0.004, 0.2
+# Of the boundary that tells what an expert is worth, in standard deviations of a layer's scores.
+ALLOCATION_SOFTNESS = 0.3
 # Softness of the boundary around which routers feel a gradient, in standard deviations of a token's scores.
 SOFTNESS = {"explore": 0.04, "straight 0.3": 0.3, "straight 1": 1.0}
 NOISE, ROUTER_RATE = 0.1, 0.01
@@ -52,7 +70,9 @@ class Row:
     Args:
         experts, active, static: the split.
         calibration: its tokens.
-        dense: layers that stay dense, the first ones and the last.
+        dense: layers that stay dense.
+        adaptive: a token gets the experts whose score is above its layer's threshold, `active` in the mean.
+        allocate: training finds out how many of the active experts each layer is worth, by the slope of the loss.
         local: tokens, epochs and rate of training gate, up and down of one FFN at a time.
         tokens, rate, batch, routers: distillation, in steps of `batch` blocks; routers are frozen, or learn by
             exploration or by a straight-through gradient of all experts.
@@ -62,7 +82,9 @@ class Row:
     active: int
     calibration: int = 64 * K
     static: bool = False
-    dense: int = 0
+    dense: tuple[int, ...] = ()
+    adaptive: bool = False
+    allocate: bool = False
     local: tuple[int, int, float] | None = None
     tokens: int = 0
     rate: float = 3e-4
@@ -78,10 +100,10 @@ def rows() -> dict[str, Row]:
         "24 experts": few,
         "24 experts, 262k": replace(few, calibration=256 * K),
         "96 experts": many,
-        "96 experts, 10 dense": Row(96, 60, dense=10),
+        "96 experts, 10 dense": Row(96, 60, dense=DENSE_75),
         "static": replace(few, static=True),
         "96 experts, 50 %": Row(96, 48),
-        "96 experts, 50 %, 6 dense": Row(96, 36, dense=6),
+        "96 experts, 50 %, 6 dense": Row(96, 36, dense=DENSE_50),
         "static, 50 %": Row(24, 12, static=True),
     }
     for name, local in {
@@ -94,6 +116,14 @@ def rows() -> dict[str, Row]:
         table[f"24 experts, 524k, {routers}"] = replace(few, tokens=512 * K, routers=routers)
     for rate in (1e-4, 3e-4, 6e-4, 1e-3):
         table[f"24 experts, 524k, rate {rate:g}"] = replace(few, tokens=512 * K, rate=rate)
+    for share, active, dense, cut in (("75 %", 72, DENSE_75, 60), ("50 %", 48, DENSE_50, 36)):
+        of_layers = Row(96, cut, dense=dense, tokens=4096 * K, batch=8)
+        table |= {
+            f"{share}, 4M, top-k": of_layers,
+            f"{share}, 4M, adaptive": replace(of_layers, adaptive=True),
+            f"{share}, 4M, allocated": Row(96, active, adaptive=True, allocate=True, tokens=4096 * K, batch=8),
+            f"{share}, 4M, static": replace(of_layers, static=True),
+        }
     for name in ("96 experts", "96 experts, 10 dense", "static", "96 experts, 50 %", "96 experts, 50 %, 6 dense"):
         for tokens in (128, 512, 2048, 4096):
             table[f"{name}, {tokens}k"] = replace(table[name], tokens=tokens * K)
@@ -103,12 +133,30 @@ def rows() -> dict[str, Row]:
 class MaskedFFN(nn.Module):
     """A converted FFN that computes all neurons."""
 
-    def __init__(self, ffn: FFNWeights, down_DF: Tensor, rows_RD: Tensor | None, chosen: int, width: int) -> None:
+    def __init__(self, ffn: FFNWeights, plan: LayerPlan, layout: Layout, num_neurons: int) -> None:
         super().__init__()
         assert ffn.gate_FD is not None
-        self.gate_FD, self.up_FD, self.down_DF = map(nn.Parameter, (ffn.gate_FD, ffn.up_FD, down_DF))
-        self.rows_RD = None if rows_RD is None else nn.Parameter(rows_RD)
-        self.chosen, self.width, self.routers = chosen, width, "frozen"
+        self.gate_FD, self.up_FD, self.down_DF = map(nn.Parameter, (ffn.gate_FD, ffn.up_FD, ffn.down_DF))
+        self.rows_RD = None if plan.router_RD is None else nn.Parameter(plan.router_RD.float())
+        self.threshold_1 = None if plan.threshold_1 is None else nn.Parameter(plan.threshold_1.float())
+        self.num_routed, self.num_experts = layout.num_routed, layout.num_experts
+        self.routed = 0 if self.rows_RD is None else layout.expert_width(num_neurons) * layout.num_routed
+        self.least = layout.routed_range[0] if layout.is_adaptive else 0
+        self.routers, self.allocates, self.settles = "frozen", False, False
+        # Routed experts that a token is to have, in the mean; those that it had in the last pass, and how they grow as
+        # the threshold falls.
+        self.chosen = float(layout.num_routed_active)
+        self.count, self.slope = torch.tensor(self.chosen), torch.tensor(0.0)
+        self.share = len(ffn.gate_FD) / num_neurons
+
+    @property
+    def active_share(self) -> float:
+        """Of the dense FFN's neurons, in the last pass."""
+        return (
+            self.share
+            if self.rows_RD is None
+            else self.share + (float(self.count) - self.num_routed) / self.num_experts
+        )
 
     def mask(self, inputs_BCD: Tensor) -> Tensor:
         """mask_BCR, with the gradient that `routers` asks for."""
@@ -119,7 +167,9 @@ class MaskedFFN(nn.Module):
             size_BC1 = inputs_BCD.detach().square().mean(-1, keepdim=True).sqrt()
             inputs_BCD = inputs_BCD + NOISE * size_BC1 * torch.randn_like(inputs_BCD)
         scores_BCR = inputs_BCD @ self.rows_RD.T
-        last_BC2 = scores_BCR.detach().topk(self.chosen + 1, dim=-1).values[..., -2:]
+        if self.threshold_1 is not None:
+            return self._above_threshold(scores_BCR.detach())
+        last_BC2 = scores_BCR.detach().topk(int(self.chosen) + 1, dim=-1).values[..., -2:]
         limit_BC1 = last_BC2.mean(dim=-1, keepdim=True)
         mask_BCR = (scores_BCR.detach() > limit_BC1).float()
         if learns:
@@ -128,15 +178,77 @@ class MaskedFFN(nn.Module):
             mask_BCR = mask_BCR + soft_BCR - soft_BCR.detach()
         return mask_BCR
 
+    def _above_threshold(self, scores_BCR: Tensor) -> Tensor:
+        assert self.threshold_1 is not None
+        if self.settles:
+            ordered = scores_BCR.flatten().sort(descending=True).values
+            self.threshold_1.data.fill_(ordered[min(round(self.chosen * scores_BCR[..., 0].numel()), len(ordered) - 1)])
+        mask_BCR = (scores_BCR > self.threshold_1.detach()).float()
+        if self.least:
+            mask_BCR = mask_BCR.scatter(-1, scores_BCR.topk(self.least, dim=-1).indices, 1.0)
+        self.count = mask_BCR.sum(-1).mean()
+        if self.training and self.allocates:
+            width = ALLOCATION_SOFTNESS * scores_BCR.std()
+            soft_BCR = torch.sigmoid((scores_BCR - self.threshold_1) / width)
+            self.slope = (soft_BCR * (1 - soft_BCR)).sum(-1).mean().detach() / width
+            mask_BCR = mask_BCR + soft_BCR - soft_BCR.detach()
+        return mask_BCR
+
+    @torch.no_grad()
+    def follow(self, scale: float) -> None:
+        """Move the threshold towards the number of experts that was asked for."""
+        assert self.threshold_1 is not None
+        self.threshold_1.add_(THRESHOLD_RATE * (self.count - self.chosen) / self.slope.clamp(min=scale))
+
     def forward(self, inputs_BCD: Tensor, mask_BCR: Tensor | None = None) -> Tensor:
         hidden_BCF = silu(inputs_BCD @ self.gate_FD.T) * (inputs_BCD @ self.up_FD.T)
         if self.rows_RD is not None:
             with torch.autocast(inputs_BCD.device.type, enabled=False):
                 mask_BCR = self.mask(inputs_BCD) if mask_BCR is None else mask_BCR
-            wide_BCF = mask_BCR.to(hidden_BCF.dtype).repeat_interleave(self.width, dim=-1)
-            shared = hidden_BCF.shape[-1] - wide_BCF.shape[-1]
-            hidden_BCF = torch.cat([hidden_BCF[..., :shared], hidden_BCF[..., shared:] * wide_BCF], dim=-1)
+            always_BCF, routed_BCF = hidden_BCF.split([hidden_BCF.shape[-1] - self.routed, self.routed], dim=-1)
+            slices_BCRf = routed_BCF.unflatten(-1, (mask_BCR.shape[-1], -1)) * mask_BCR.to(routed_BCF.dtype)[..., None]
+            hidden_BCF = torch.cat([always_BCF, slices_BCRf.flatten(-2)], dim=-1)
         return hidden_BCF @ self.down_DF.T
+
+
+class Allocation:
+    """How many routed experts each layer has in the mean, by what one more brings there; their sum stays.
+
+    The gradient of the loss by a threshold over the gradient of the number of experts by it is what an expert brings.
+    """
+
+    def __init__(self, ffns: list[MaskedFFN]) -> None:
+        self.ffns = [ffn for ffn in ffns if ffn.threshold_1 is not None]
+        self.thresholds = [ffn.threshold_1 for ffn in self.ffns if ffn.threshold_1 is not None]
+        self.total = sum(ffn.chosen for ffn in self.ffns)
+        self.worth_L: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """After a backward pass.
+
+        Args:
+            rate: share of its experts that a layer gains where one more brings twice as much as in the mean.
+        """
+        slopes_L = torch.stack([ffn.slope for ffn in self.ffns])
+        least = float(slopes_L.median()) / 4
+        grad_L = torch.cat([threshold_1.grad for threshold_1 in self.thresholds if threshold_1.grad is not None])
+        # A rising threshold costs experts, and what they bring.
+        worth_L = (grad_L / slopes_L.clamp(min=least)).cpu()
+        self.worth_L = worth_L if self.worth_L is None else self.worth_L.lerp(worth_L, 0.05)
+        mean = self.worth_L.mean().clamp(min=1e-12)
+        change_L = (self.worth_L / mean - 1).clamp(-2, 2)
+        wish_L = torch.tensor([ffn.chosen for ffn in self.ffns]) + rate * change_L * self.ffns[0].num_routed
+        low_L = torch.tensor([float(max(1, ffn.least)) for ffn in self.ffns])
+        high_L = torch.tensor([float(ffn.num_routed) for ffn in self.ffns])
+        for _ in range(8):
+            wish_L = torch.minimum(torch.maximum(wish_L, low_L), high_L)
+            wish_L = wish_L + (self.total - wish_L.sum()) / len(wish_L)
+        for ffn, chosen in zip(self.ffns, torch.minimum(torch.maximum(wish_L, low_L), high_L).tolist(), strict=True):
+            ffn.chosen = chosen
+            ffn.follow(least)
+        for threshold_1 in self.thresholds:
+            threshold_1.grad = None
 
 
 def cut(row: Row, model: str, ids_BC: Tensor, device: str) -> list[MaskedFFN]:
@@ -150,16 +262,17 @@ def cut(row: Row, model: str, ids_BC: Tensor, device: str) -> list[MaskedFFN]:
         plan, order = converted.plan, active_neurons(converted.plan, fit.layout).to(device)
         down_DF = (stage.ffn.down_DF if plan.down_DF is None else plan.down_DF.to(stage.ffn.down_DF))[:, order]
         assert stage.ffn.gate_FD is not None
-        kept = replace(stage.ffn, gate_FD=stage.ffn.gate_FD[order], up_FD=stage.ffn.up_FD[order])
-        rows_RD = None if plan.router_RD is None else plan.router_RD.to(device, torch.float32)
-        width = fit.layout.expert_width(prepared.dense.num_neurons)
-        ffns.append(MaskedFFN(kept, down_DF.clone(), rows_RD, fit.layout.num_routed_active, width).to(device))
+        kept = replace(
+            stage.ffn, gate_FD=stage.ffn.gate_FD[order], up_FD=stage.ffn.up_FD[order], down_DF=down_DF.clone()
+        )
+        ffns.append(MaskedFFN(kept, plan, fit.layout, prepared.dense.num_neurons).to(device))
     return ffns
 
 
 def start_file(row: Row, asked: argparse.Namespace) -> Path:
     """Where a split lies; rows that differ only in training share one."""
-    name = f"{row.active}-of-{row.experts}-{row.calibration}-{row.dense}-{'static' if row.static else 'moe'}.pt"
+    kind = "static" if row.static else "adaptive" if row.adaptive else "moe"
+    name = f"{row.active}-of-{row.experts}-{row.calibration}-{len(row.dense)}-{kind}.pt"
     return Path(asked.out.with_suffix(".splits") / name)
 
 
@@ -169,19 +282,18 @@ def make_start(work: tuple[Row, argparse.Namespace, Tensor]) -> None:
 
 
 def _prepared(row: Row, model: str, device: str) -> Prepared:
-    dense = open_dense(model)
-    kept = tuple(range(row.dense - 1)) + ((dense.num_layers - 1,) if row.dense else ())
     options = SplitOptions(
         experts=row.experts,
         active=row.active,
         static=row.static,
-        dense_layers=kept,
+        dense_layers=row.dense,
+        max_active=row.experts if row.adaptive else None,
         tokens=row.calibration,
         calibration=("builtin",),
         device=device,
         dtype="float32",
     )
-    return prepare(dense, options, writable=False)
+    return prepare(open_dense(model), options, writable=False)
 
 
 def train_locally(row: Row, ffns: list[MaskedFFN], model: str, ids_BC: Tensor, device: str) -> None:
@@ -220,14 +332,18 @@ def train_locally(row: Row, ffns: list[MaskedFFN], model: str, ids_BC: Tensor, d
             stream.advance(torch.cat([ffn(part) for part in inputs_TD.split(1 << 14)]))
 
 
-def distil(row: Row, student: Any, teacher: Any, ids_BC: Tensor, device: str) -> None:
-    """AdamW on the divergence from the teacher and a tenth of the language modelling loss."""
+def distil(row: Row, student: Any, teacher: Any, ids_BC: Tensor, device: str, seconds: float | None) -> int:
+    """AdamW on the divergence from the teacher and a tenth of the language modelling loss; returns its tokens."""
     ffns = [layer.mlp for layer in student.model.layers]
     routers = [ffn.rows_RD for ffn in ffns if ffn.rows_RD is not None]
-    known = {id(rows_RD) for rows_RD in routers}
-    groups: list[dict[str, Any]] = [{"params": [p for p in student.parameters() if id(p) not in known], "lr": row.rate}]
+    allocation = Allocation(ffns) if row.allocate else None
+    thresholds = [ffn.threshold_1 for ffn in ffns if ffn.threshold_1 is not None]
     for ffn in ffns:
-        ffn.routers = row.routers
+        ffn.routers, ffn.allocates = row.routers, row.allocate
+    for threshold_1 in thresholds:
+        threshold_1.requires_grad_(row.allocate)
+    known = {id(part) for part in (*routers, *thresholds)}
+    groups: list[dict[str, Any]] = [{"params": [p for p in student.parameters() if id(p) not in known], "lr": row.rate}]
     for rows_RD in routers:
         rows_RD.requires_grad_(row.routers != "frozen")
         if row.routers != "frozen":
@@ -235,23 +351,61 @@ def distil(row: Row, student: Any, teacher: Any, ids_BC: Tensor, device: str) ->
     ids_BC = ids_BC[: row.tokens // CONTEXT]
     steps = len(ids_BC) // row.batch
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=device == "cuda")
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_cosine, steps=steps, warm=max(1, steps // 20)))
+    highest = [group["lr"] for group in optimizer.param_groups]
     order_B = torch.randperm(len(ids_BC), generator=torch.Generator().manual_seed(0))
     student.train()
+    began, done = time.perf_counter(), 0
     for some_B in order_B[: steps * row.batch].split(row.batch):
+        gone = 0.0 if seconds is None else (time.perf_counter() - began) / seconds
+        if gone >= 1:
+            break
+        part = min(1.0, (done + 1) / (WARM_SHARE * steps)) * 0.5 * (1 + math.cos(math.pi * max(gone, done / steps)))
+        for group, lr in zip(optimizer.param_groups, highest, strict=True):
+            group["lr"] = lr * part
         some_BC = ids_BC[some_B].to(device)
+        optimizer.zero_grad()
         with torch.autocast(device, torch.bfloat16):
             with torch.no_grad():
-                teacher_BCV = teacher(input_ids=some_BC, use_cache=False).logits
-            student_BCV = student(input_ids=some_BC, use_cache=False).logits
-        log_BCV = student_BCV[:, :-1].float().log_softmax(-1)
-        its_BCV = teacher_BCV[:, :-1].float().log_softmax(-1)
-        divergence = (its_BCV.exp() * (its_BCV - log_BCV)).sum(-1).mean()
-        loss = divergence - 0.1 * log_BCV.gather(-1, some_BC[:, 1:, None]).mean()
-        optimizer.zero_grad()
-        loss.backward()
+                teacher_BCD = teacher.model(input_ids=some_BC, use_cache=False)[0]
+            student_BCD = student.model(input_ids=some_BC, use_cache=False)[0]
+        student_BCD.backward(_head_gradient(student.lm_head, student_BCD, teacher.lm_head, teacher_BCD, some_BC))
         optimizer.step()
-        schedule.step()
+        if allocation is not None:
+            allocation.step(SHARE_RATE * part)
+        done += 1
+    if thresholds:
+        settle(student, ffns, ids_BC[-SETTLE_BLOCKS:].to(device))
+    return done * row.batch * CONTEXT
+
+
+def _head_gradient(head: Any, student_BCD: Tensor, its_head: Any, teacher_BCD: Tensor, ids_BC: Tensor) -> Tensor:
+    """Of the loss by the student's hidden states; that of the head is added to it. Few logits exist at a time."""
+    gradients = []
+    for part in torch.arange(len(ids_BC)).split(HEAD_BLOCKS):
+        blocks = slice(int(part[0]), int(part[-1]) + 1)
+        hidden_BCD = student_BCD[blocks].detach().requires_grad_()
+        with torch.autocast(ids_BC.device.type, torch.bfloat16):
+            with torch.no_grad():
+                its_BCV = its_head(teacher_BCD[blocks, :-1])
+            log_BCV = head(hidden_BCD[:, :-1])
+        its_BCV, log_BCV = (logits_BCV.float().log_softmax(-1) for logits_BCV in (its_BCV, log_BCV))
+        divergence = (its_BCV.exp() * (its_BCV - log_BCV)).sum(-1).mean()
+        loss = divergence - 0.1 * log_BCV.gather(-1, ids_BC[blocks, 1:, None]).mean()
+        (loss * len(part) / len(ids_BC)).backward()
+        assert hidden_BCD.grad is not None
+        gradients.append(hidden_BCD.grad)
+    return torch.cat(gradients)
+
+
+@torch.no_grad()
+def settle(student: Any, ffns: list[MaskedFFN], ids_BC: Tensor) -> None:
+    """Find thresholds anew, layer after layer: what they are compared with has moved."""
+    student.train(mode=False)
+    for ffn in ffns:
+        ffn.settles = True
+    student.model(input_ids=ids_BC, use_cache=False)
+    for ffn in ffns:
+        ffn.settles = False
 
 
 def _cosine(step: int, steps: int, warm: int) -> float:
@@ -259,20 +413,24 @@ def _cosine(step: int, steps: int, warm: int) -> float:
 
 
 @torch.no_grad()
-def perplexities(model: Any, texts: dict[str, Tensor], device: str) -> dict[str, float]:
+def evaluation(model: Any, texts: dict[str, Tensor], device: str) -> dict[str, Any]:
+    """Perplexity by text, and the share of the FFNs that was active in the mean."""
     model.train(mode=False)
-    found = {}
+    figures: dict[str, float] = {}
+    ffns, shares = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MaskedFFN)], []
     for name, ids_BC in texts.items():
         losses = []
         for some_BC in ids_BC.to(device).split(4):
             logits_BCV = model(input_ids=some_BC, use_cache=False).logits.float()
             losses.append(cross_entropy(logits_BCV[:, :-1].flatten(0, 1), some_BC[:, 1:].flatten(), reduction="none"))
-        found[name] = math.exp(torch.cat(losses).mean())
-    return found
+            shares += [ffn.active_share for ffn in ffns]
+        figures[name] = math.exp(torch.cat(losses).mean())
+    return {"perplexity": figures, "active_share": sum(shares) / len(shares) if shares else 1.0}
 
 
 def load(model: str, device: str) -> Any:
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).to(device)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return loaded.to(device)
 
 
 def measure(work: tuple[str, Row | None, argparse.Namespace, Tensor, dict[str, Tensor]]) -> tuple[str, dict[str, Any]]:
@@ -280,6 +438,7 @@ def measure(work: tuple[str, Row | None, argparse.Namespace, Tensor, dict[str, T
     name, row, asked, ids_BC, texts = work
     torch.manual_seed(0)
     began, student = time.perf_counter(), load(asked.model, asked.device)
+    figures: dict[str, Any] = {}
     if row is not None:
         # Written by this run's own processes.
         ffns = torch.load(start_file(row, asked), weights_only=False, map_location=asked.device)
@@ -288,9 +447,31 @@ def measure(work: tuple[str, Row | None, argparse.Namespace, Tensor, dict[str, T
         for block, ffn in zip(student.model.layers, ffns, strict=True):
             block.mlp = ffn
         if row.tokens:
-            distil(row, student, load(asked.model, asked.device).requires_grad_(False), ids_BC, asked.device)
-    figures = {"perplexity": perplexities(student, texts, asked.device), "seconds": time.perf_counter() - began}
-    return name, {**figures, "row": None if row is None else asdict(row)}
+            figures["before"] = evaluation(student, texts, asked.device)
+            teacher = load(asked.model, asked.device).requires_grad_(False).to(torch.bfloat16)
+            figures["tokens"] = distil(row, student, teacher, ids_BC, asked.device, asked.seconds)
+            figures["experts"] = [ffn.chosen for ffn in ffns] if row.allocate else None
+    figures |= evaluation(student, texts, asked.device)
+    return name, {**figures, "seconds": time.perf_counter() - began, "row": None if row is None else asdict(row)}
+
+
+def tokens_of(asked: argparse.Namespace, most: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """ids_BC to train on, and those of each text to evaluate on."""
+    if asked.texts.is_file():
+        with np.load(asked.texts) as arrays:
+            blocks = {name: torch.from_numpy(arrays[name].astype(np.int64)) for name in arrays}
+        return blocks.pop(TRAINING), blocks
+    tokenizer, parts, texts = open_dense(asked.model).tokenizer(), [], {}
+    for name in TRAIN:
+        # A source that is too short gives all that it has.
+        source, share = [str(asked.texts / f"{name}.txt")], most // len(TRAIN)
+        number = longest_text(source, tokenizer, num_tokens=share, context=CONTEXT, seed=0)
+        parts.append(calibration_blocks(source, tokenizer, num_tokens=number, context=CONTEXT, seed=0).ids_BC)
+    ids_BC = torch.cat(parts)
+    for name in EVALUATE:
+        ids_T = evaluation_tokens(str(asked.texts / f"{name}.txt"), tokenizer, num_tokens=EVAL_TOKENS).ids_T
+        texts[name] = ids_T[: len(ids_T) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    return ids_BC[torch.randperm(len(ids_BC), generator=torch.Generator().manual_seed(0))], texts
 
 
 def main() -> None:
@@ -300,32 +481,34 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seconds", type=float, help="of training, at most, for each row")
+    parser.add_argument("--tokenise", action="store_true", help="write tokens to OUT, an .npz that TEXTS can be")
     parser.add_argument("--rows", nargs="+", help="by name; all of them if left out")
     asked = parser.parse_args()
     table = rows()
     chosen = {name: table[name] for name in (asked.rows or table)}
-    tokenizer = open_dense(asked.model).tokenizer()
     most = max(max(row.calibration, row.tokens, row.local[0] if row.local else 0) for row in chosen.values())
-    sources = [str(asked.texts / f"{name}.txt") for name in TRAIN]
-    ids_BC = calibration_blocks(sources, tokenizer, num_tokens=most, context=CONTEXT, seed=0).ids_BC
-    texts = {}
-    for name in EVALUATE:
-        ids_T = evaluation_tokens(str(asked.texts / f"{name}.txt"), tokenizer, num_tokens=EVAL_TOKENS).ids_T
-        texts[name] = ids_T[: len(ids_T) // CONTEXT * CONTEXT].view(-1, CONTEXT)
+    ids_BC, texts = tokens_of(asked, most)
+    if asked.tokenise:
+        arrays = {name: ids.numpy().astype(np.uint16) for name, ids in {TRAINING: ids_BC, **texts}.items()}
+        np.savez_compressed(asked.out, **arrays)
+        return
     results: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
     left = {"dense": None, **chosen}
     work = [(name, row, asked, ids_BC, texts) for name, row in left.items() if name not in results]
     starts = {start_file(row, asked): row for _, row, *_ in work if row is not None}
     asked.out.with_suffix(".splits").mkdir(exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(asked.processes, maxtasksperchild=1) as pool:
+    context = multiprocessing.get_context("spawn")
+    # A split of so small a model leaves most of a GPU free.
+    with context.Pool(asked.processes * (2 if asked.device == "cuda" else 1)) as pool:
         pool.map(make_start, [(row, asked, ids_BC) for file, row in starts.items() if not file.is_file()], chunksize=1)
+    with context.Pool(asked.processes, maxtasksperchild=1) as pool:
         for name, figures in pool.imap_unordered(measure, work):
             results[name] = figures
             asked.out.write_text(json.dumps(results, indent=1))
             ratios = [figures["perplexity"][text] for text in EVALUATE]
-            sys.stdout.write(
-                f"{name:32s} {math.exp(sum(map(math.log, ratios)) / len(ratios)):8.2f} {figures['seconds']:5.0f} s\n"
-            )
+            mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+            sys.stdout.write(f"{name:32s} {mean:8.2f} {figures['active_share']:.3f} {figures['seconds']:5.0f} s\n")
             sys.stdout.flush()
 
 
