@@ -491,7 +491,7 @@ def main() -> None:
     ids_BC, texts = tokens_of(asked, most)
     if asked.tokenise:
         arrays = {name: ids.numpy().astype(np.uint16) for name, ids in {TRAINING: ids_BC, **texts}.items()}
-        np.savez_compressed(asked.out, **arrays)
+        np.savez_compressed(asked.out, allow_pickle=False, **arrays)
         return
     results: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
     left = {"dense": None, **chosen}

@@ -51,10 +51,11 @@ class Shape:
     spread: str = "even"
     activation: str = "silu"
     gated: bool = True
+    biased: bool = False
 
     def __str__(self) -> str:
         sizes = f"T{self.tokens}K{self.ranks}E{self.experts}D{self.dim}F{self.width}"
-        return f"{sizes}-{self.spread}-{self.activation}{'' if self.gated else '-ungated'}"
+        return f"{sizes}-{self.spread}-{self.activation}{'' if self.gated else '-ungated'}{'-biased' * self.biased}"
 
 
 def chosen_experts(shape: Shape, device: str, seed: int = 0) -> Tensor:
@@ -87,12 +88,18 @@ def problem(shape: Shape, dtype: torch.dtype, device: str, seed: int = 0) -> dic
         "experts": chosen_experts(shape, device, seed),
         "weights": noise(shape.tokens, shape.ranks).float().softmax(1).to(dtype),
         "flow": noise(shape.tokens, shape.dim),
+        **({"bias": noise(shape.experts, rows, scale=0.5)} if shape.biased else {}),
     }
+
+
+def learned(shape: Shape) -> tuple[str, ...]:
+    return (*DIFFERENTIABLE, "bias") if shape.biased else DIFFERENTIABLE
 
 
 def forward(function: Callable[..., Tensor], tensors: dict[str, Tensor], shape: Shape) -> Tensor:
     names = ("inputs", "up", "down", "experts", "weights")
-    return function(*(tensors[name] for name in names), activation=shape.activation, gated=shape.gated)
+    bias_EP = tensors.get("bias")
+    return function(*(tensors[name] for name in names), bias_EP=bias_EP, activation=shape.activation, gated=shape.gated)
 
 
 def inference(function: Callable[..., Tensor], tensors: dict[str, Tensor], shape: Shape) -> Tensor:
@@ -102,7 +109,7 @@ def inference(function: Callable[..., Tensor], tensors: dict[str, Tensor], shape
 
 def training(function: Callable[..., Tensor], tensors: dict[str, Tensor], shape: Shape) -> dict[str, Tensor]:
     """Output and gradients."""
-    leaves = {name: tensors[name].detach().requires_grad_() for name in DIFFERENTIABLE}
+    leaves = {name: tensors[name].detach().requires_grad_() for name in learned(shape)}
     out_TD = forward(function, tensors | leaves, shape)
     grads = torch.autograd.grad(out_TD, list(leaves.values()), tensors["flow"])
     return {"out": out_TD.detach(), **dict(zip(leaves, grads, strict=True))}
@@ -137,14 +144,22 @@ LARGE = [
     Shape(4096, 8, 64, 1024, 224, "absent"),
     Shape(1500, 2, 8, 384, 120, activation="gelu_tanh"),
     Shape(700, 6, 6, 192, 320, activation="relu2", gated=False),
+    Shape(513, 4, 16, 1000, 136, "absent", biased=True),
+    Shape(700, 3, 12, 768, 256, "skewed", "gelu", gated=False, biased=True),
 ]
-SMALL = [Shape(70, 2, 4, 40, 24), Shape(70, 3, 6, 33, 19, "empty"), Shape(90, 2, 4, 24, 40, "absent", "relu2", False)]
+SMALL = [
+    Shape(70, 2, 4, 40, 24),
+    Shape(70, 3, 6, 33, 19, "empty"),
+    Shape(90, 2, 4, 24, 40, "absent", "relu2", False, True),
+]
 FEW = [
     Shape(1, 2, 8, 1024, 448),
     Shape(1, 4, 16, 257, 67, "absent"),
     Shape(7, 3, 12, 1000, 136, "skewed"),
     Shape(33, 4, 64, 512, 224, "empty", "gelu"),
     Shape(64, 2, 8, 384, 120, activation="relu2", gated=False),
+    Shape(7, 3, 12, 257, 67, "absent", biased=True),
+    Shape(1, 16, 32, 768, 96, "absent", "gelu", gated=False, biased=True),
 ]
 SMALL_FEW = [
     Shape(1, 2, 4, 40, 24),
@@ -167,7 +182,7 @@ HALVES = (torch.bfloat16, torch.float16)
 def test_everything_is_rounded_no_more_than_by_eager(device: str, dtype: torch.dtype, shape: Shape) -> None:
     """Output and gradients of training, and inference: many tokens are sorted, few take the short road."""
     eager, found = (errors(way, shape, dtype, device) for way in (moe_ffn_reference, moe_ffn))
-    assert found.keys() == {"out", "inference", *DIFFERENTIABLE}
+    assert found.keys() == {"out", "inference", *learned(shape)}
     for name, error in found.items():
         assert 0 < error <= 1.1 * eager[name], name
 
