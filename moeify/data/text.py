@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moeify.data.documents import KINDS, read_documents
-from moeify.errors import InputError, UsageError
+from moeify.errors import InputError, UsageError, warn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,8 +81,9 @@ def calibration_blocks(
 ) -> TokenBlocks:
     """Draw num_tokens // context blocks of varied text, the same number from every source (to within one block).
 
-    Pieces of documents are drawn in random order and joined by EOS, if the tokenizer has one; then the blocks of all
-    sources are mixed. Same text, seed and tokenizer: the same ids.
+    A source that is too short gives all its blocks, with a warning, and the others more. Pieces of documents are drawn
+    in random order and joined by EOS, if the tokenizer has one; then the blocks of all sources are mixed. Same text,
+    seed and tokenizer: the same ids.
 
     Args:
         sources: see documents.py.
@@ -90,28 +91,27 @@ def calibration_blocks(
 
     Raises:
         UsageError: no source, one named twice, `self` without a model, or fewer blocks than sources.
-        InputError: a source cannot be read or is too short.
+        InputError: a source cannot be read or has no block, or all together are too short.
     """
-    shares = _shares(sources, num_tokens, context)
-    drawn, num_documents = [], 0
-    too_short: list[tuple[str, int, int]] = []
-    for source, num_blocks in zip(sources, shares, strict=True):
-        needed = num_blocks * context
-        if source == "self":
-            ids_BC, used = _own_text(sample, needed, context, seed), num_blocks
+    drawn = _draw(sources, tokenizer, num_tokens, context, seed)
+    short = [f"{part.source} ({len(part.ids):,})" for part in drawn if part.is_all]
+    found = sum(part.num_blocks for part in drawn) * context
+    if found < num_tokens // context * context:
+        names = ", ".join(part.source for part in drawn)
+        raise InputError(f"{names} gives {found:,} tokens, {num_tokens:,} were asked for", f"--tokens {found}")
+    if short:
+        warn(f"all tokens there are come from {', '.join(short)}, and more from the other sources")
+    parts = []
+    for part in drawn:
+        needed = part.num_blocks * context
+        if part.source == "self":
+            parts.append(_own_text(sample, needed, context, seed))
         else:
-            ids, used = _draw_tokens(source, tokenizer, needed, context, seed)
-            if len(ids) < needed:
-                too_short.append((source, len(ids), needed))
-                continue
-            ids_BC = torch.tensor(ids[:needed]).view(-1, context)
-        drawn.append(ids_BC)
-        num_documents += used
-    if too_short:
-        raise _too_short_error(too_short, len(sources), context)
-    blocks_BC = torch.cat(drawn)
+            parts.append(torch.tensor(part.ids[:needed]).view(-1, context))
+    blocks_BC = torch.cat(parts)
     order_B = torch.randperm(len(blocks_BC), generator=torch.Generator().manual_seed(seed))
     blocks_BC = blocks_BC[order_B].contiguous()
+    num_documents = sum(part.num_documents for part in drawn)
     return TokenBlocks(blocks_BC, _provenance(" + ".join(sources), blocks_BC, num_documents, context, seed))
 
 
@@ -123,15 +123,48 @@ def longest_text(
     Raises:
         UsageError, InputError: as `calibration_blocks`.
     """
-    shares = _shares(sources, num_tokens, context)
-    blocks = [
-        num_blocks
-        if source == "self"
-        else min(num_blocks, len(_draw_tokens(source, tokenizer, num_blocks * context, context, seed)[0]) // context)
-        for source, num_blocks in zip(sources, shares, strict=True)
-    ]
-    # Every source gives as many as any other.
-    return num_tokens if blocks == list(shares) else min(blocks) * len(blocks) * context
+    found = sum(part.num_blocks for part in _draw(sources, tokenizer, num_tokens, context, seed)) * context
+    return min(found, num_tokens)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one source gives: num_blocks blocks of `ids`; the model's own text is written later."""
+
+    source: str
+    num_blocks: int
+    ids: Sequence[int] = ()
+    num_documents: int = 0
+    is_all: bool = False
+
+
+def _draw(
+    sources: Sequence[str], tokenizer: "PreTrainedTokenizerBase", num_tokens: int, context: int, seed: int
+) -> list[_Part]:
+    """One part a source, in their order; all have as many blocks but those that end before.
+
+    Raises:
+        InputError: a source has no block.
+    """
+    _check_sources(sources, num_tokens, context)
+    left, parts, open_sources = num_tokens // context, dict[str, _Part](), list(sources)
+    while open_sources:
+        for place, source in enumerate(open_sources):
+            share = left // len(open_sources) + (place < left % len(open_sources))
+            if source == "self":
+                parts[source] = _Part(source, share, num_documents=share)
+                continue
+            ids, used = _draw_tokens(source, tokenizer, share * context, context, seed)
+            if len(ids) < context:
+                raise InputError(
+                    f"{source} gives {len(ids):,} tokens, one block has {context:,}", "give a longer text, or `builtin`"
+                )
+            has = len(ids) // context
+            parts[source] = _Part(source, min(share, has), ids, used, is_all=has < share)
+        short = [source for source in open_sources if parts[source].is_all]
+        left -= sum(parts[source].num_blocks for source in short)
+        open_sources = [source for source in open_sources if source not in short] if short else []
+    return [parts[source] for source in sources]
 
 
 def evaluation_tokens(
@@ -165,8 +198,8 @@ def evaluation_tokens(
     return TokenStream(ids_T, _provenance(source, ids_T, num_documents, context=0, seed=0))
 
 
-def _shares(sources: Sequence[str], num_tokens: int, context: int) -> list[int]:
-    """Return how many blocks each source gives."""
+def _check_sources(sources: Sequence[str], num_tokens: int, context: int) -> None:
+    """Raise UsageError unless each source is named once and can give a block."""
     if not sources:
         raise UsageError("no text source was given, at least one is needed", KINDS)
     for source in sources:
@@ -178,7 +211,6 @@ def _shares(sources: Sequence[str], num_tokens: int, context: int) -> list[int]:
             f"{num_tokens:,} tokens make {num_blocks} blocks of {context:,}, {num_sources} sources need one each",
             f"--tokens {num_sources * context}",
         )
-    return [num_blocks // num_sources + (place < num_blocks % num_sources) for place in range(num_sources)]
 
 
 def _own_text(sample: Callable[[int, int, int], Tensor] | None, needed: int, context: int, seed: int) -> Tensor:
@@ -218,13 +250,6 @@ def _draw_tokens(
         ids += run
         used.add(number)
     return ids, len(used)
-
-
-def _too_short_error(too_short: list[tuple[str, int, int]], num_sources: int, context: int) -> InputError:
-    source, found, needed = min(too_short, key=lambda entry: entry[1])
-    works = found // context * context * num_sources
-    hint = f"--tokens {works}" if works else f"one block needs {context:,} tokens: give a longer text, or `builtin`"
-    return InputError(f"{source} gives {found:,} tokens, {needed:,} were asked for", hint)
 
 
 def _provenance(source: str, ids: Tensor, num_documents: int, context: int, seed: int) -> Provenance:

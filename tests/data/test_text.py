@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from moeify.data import documents, text
 from moeify.data.documents import read_documents
 from moeify.data.text import calibration_blocks, evaluation_tokens, split_document
-from moeify.errors import InputError, UsageError
+from moeify.errors import InputError, MoeifyWarning, UsageError
 
 
 def word_tokenizer(*, eos: bool) -> PreTrainedTokenizerFast:
@@ -345,28 +345,38 @@ def test_long_document_is_used_up_when_there_is_nothing_else(
     assert caught.value.hint == "--tokens 3024"
 
 
-def test_too_short_hint_works(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_short_source_gives_all_it_has_and_the_others_more(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
     sources = []
-    for name, num_words in (("a", 5000), ("b", 1233), ("c", 1500)):
-        (tmp_path / f"{name}.txt").write_text(words(0, num_words))
+    for name, first, num_words in (("a", 0, 5000), ("b", 6000, 1233), ("c", 8000, 1500)):
+        (tmp_path / f"{name}.txt").write_text(words(first, first + num_words))
         sources.append(str(tmp_path / f"{name}.txt"))
 
     def draw(num_tokens: int) -> text.TokenBlocks:
         return calibration_blocks(sources, tokenizer, num_tokens=num_tokens, context=100, seed=0)
 
-    with pytest.raises(InputError, match=re.escape(f"{sources[1]} gives 1,234 tokens, 1,700 were asked for")) as caught:
-        draw(5000)
-    assert caught.value.hint == "--tokens 3600"
-    assert draw(3600).ids_BC.shape == (36, 100)
-    with pytest.raises(InputError, match="gives 1,234 tokens, 1,300 were asked for"):
-        draw(3900)
+    even = draw(3600)
+    assert even.ids_BC.shape == (36, 100)
+    with pytest.warns(MoeifyWarning, match=r"come from .*b\.txt \(1,2\d\d\), .*c\.txt \(1,5\d\d\), and more from"):
+        uneven = draw(5000)
+    assert uneven.ids_BC.shape == (50, 100)
+    of_b = ((uneven.ids_BC >= 6000) & (uneven.ids_BC < 8000)).sum()
+    assert 1150 < of_b < 1250
+    with pytest.raises(InputError, match="7,800 were asked for") as caught:
+        draw(7800)
+    works = int(caught.value.hint.removeprefix("--tokens "))
+    with pytest.warns(MoeifyWarning):
+        assert draw(works).ids_BC.numel() == works
+    assert text.longest_text(sources, tokenizer, num_tokens=9000, context=100, seed=0) == works
+    assert text.longest_text(sources, tokenizer, num_tokens=3600, context=100, seed=0) == 3600
 
 
 def test_shorter_than_one_block(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     (tmp_path / "a.txt").write_text(words(0, 20))
-    with pytest.raises(InputError, match="gives 21 tokens, 64 were asked for") as caught:
+    with pytest.raises(InputError, match="gives 21 tokens, one block has 32") as caught:
         calibration_blocks([str(tmp_path / "a.txt")], tokenizer, num_tokens=64, context=32, seed=0)
-    assert "one block needs 32 tokens" in caught.value.hint
+    assert "give a longer text" in caught.value.hint
     assert "--tokens" not in caught.value.hint
 
 
