@@ -90,8 +90,10 @@ def moe_ffn_cpu(
     all_pays = num_tokens == 0 or num_experts <= MAX_WASTE * min(num_experts, num_tokens * num_ranks)
     if num_tokens == 1 and not training and not (all_pays and width < MIN_WIDTH[size]):
         return _one_token(call)
-    waste = max(1.0, num_experts / (MAX_WASTE * num_ranks))
-    if all_pays and waste * num_tokens * num_ranks * width < MIN_WORK[size] * num_experts:
+    # A token may have fewer experts than there are ranks for.
+    num_chosen = int((experts_TK < num_experts).sum())
+    waste = max(1.0, num_experts * num_tokens / (MAX_WASTE * max(1, num_chosen)))
+    if all_pays and waste * num_chosen * width < MIN_WORK[size] * num_experts:
         return _all_experts(call)
     if not training:
         return _one_by_one(call)

@@ -239,9 +239,9 @@ def router_losses(
     loads, probabilities, squares = [], [], []
     for logits_TR, chosen_TK in routed:
         scores_TR = logits_TR.float() / scale
-        counts_R = torch.zeros(scores_TR.shape[1], device=scores_TR.device)
-        counts_R.scatter_add_(0, chosen_TK.flatten(), torch.ones_like(chosen_TK.flatten(), dtype=counts_R.dtype))
-        loads.append(counts_R / chosen_TK.numel())
+        # Where tokens have as many experts as they need, numbers past the last one are none.
+        counts_R = chosen_TK.flatten().bincount(minlength=scores_TR.shape[1] + 1)[:-1].float()
+        loads.append(counts_R / counts_R.sum().clamp(min=1))
         probabilities.append(scores_TR.softmax(dim=1).mean(dim=0))
         squares.append(scores_TR.logsumexp(dim=1).square().mean())
     load_LR = mean_over_processes(torch.stack(loads))

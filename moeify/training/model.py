@@ -156,10 +156,10 @@ def check_stages(plan: SplitPlan | None, options: FinetuneOptions, path: Path) -
             f"the weight of an expert is one in {path} whatever its score: no gradient reaches its router",
             "--explore 0.1 brings one; --stage layers trains it by other means",
         )
-    if "layers" in stages and plan and plan.layout.is_adaptive:
+    if plan and plan.layout.is_adaptive and any(options.rate_of_routers(stage) > 0 for stage in stages):
         raise InputError(
-            f"{path} gives a token as many experts as have high scores, which --stage layers would change",
-            "--stage full or --stage lora trains it",
+            f"{path} gives a token as many experts as have high scores, so its routers stay as they were fitted",
+            "--stage full or --stage lora trains all else; leave --router-rate out",
         )
     if "layers" in stages and plan is None:
         raise InputError(f"{path} was not cut by moeify, so there is no FFN to bring back", "leave --stage layers out")

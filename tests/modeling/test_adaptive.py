@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import MakeDense
+from safetensors.torch import load_file
 from test_own_routers import losses_of_checkpoint, losses_of_plan
 from transformers import AutoModelForCausalLM
 
+from moeify.benchmark.models.expert_use import expert_use
 from moeify.check.active import ActiveShare
 from moeify.check.evaluate import evaluate
 from moeify.check.verify import verify
@@ -18,6 +20,7 @@ from moeify.kernels import register
 from moeify.modeling.modeling_moeify import Router
 from moeify.options import SplitOptions
 from moeify.plan import Layout, load_plan
+from moeify.training.finetune import finetune
 
 OPTIONS = SplitOptions(
     experts=8, shared=1, active=4, min_active=2, max_active=7, tokens=1024, calibration=("builtin",), refit=False
@@ -75,6 +78,38 @@ def test_a_plan_with_thresholds_is_taken_again(make_dense: MakeDense, tmp_path: 
     assert moe.active_share is not None
     assert 2 / 8 < moe.active_share < 7 / 8
     assert original.active_share is None
+
+
+@pytest.fixture(scope="module")
+def adaptive(make_dense: MakeDense, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    dense, out = str(make_dense("llama")), tmp_path_factory.mktemp("adaptive") / "out"
+    split(dense, out, OPTIONS)
+    return out, dense
+
+
+def test_it_is_trained_with_routers_as_they_are(adaptive: tuple[Path, str], tmp_path: Path) -> None:
+    (out, dense), tuned = adaptive, tmp_path / "tuned"
+    training = {"data": ("builtin",), "tokens": 1024, "context": 64, "eval_tokens": 128, "stage": ("full",)}
+    finetune(str(out), dense, tuned, **training)
+    before, after = (load_file(folder / "model-00001-of-00001.safetensors") for folder in (out, tuned))
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == {name for name in before if ".router." in name}
+    with pytest.raises(InputError, match="its routers stay as they were fitted"):
+        finetune(str(out), dense, tmp_path / "other", **training, router_rate=0.01)
+
+
+def test_what_its_experts_do_is_counted(adaptive: tuple[Path, str]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(adaptive[0]).eval()
+    ids_BC = torch.randint(3, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+    with ActiveShare(model) as active:
+        use = expert_use(model, {"text": ids_BC}, str)
+    assert active.share is not None
+    for layer in use:
+        assert sum(layer.load) == pytest.approx(1)
+        assert 0 < layer.random_capture < layer.oracle_capture + 1e-6 <= 1 + 2e-6
+    # Of 7 routed experts, beside one of 8 that is shared; whatever the choice, on average a random one gets its share.
+    assert sum(layer.random_capture for layer in use) / len(use) > (8 * active.share - 1) / 7 / 2
 
 
 @pytest.mark.parametrize("changes", [{"static": True, "shared": None}, {"mixing": "soft"}, {"fusion": "mean"}])

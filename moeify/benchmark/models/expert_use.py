@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from moeify.benchmark.models.anatomy import experts_modules
 from moeify.benchmark.models.results import LayerExperts
@@ -31,11 +32,11 @@ class _Layer:
     """Sums over the text."""
 
     counts_UE: Tensor
+    occurrences_U: Tensor
     together_EE: Tensor
     chosen_energy: float = 0.0
     best_energy: float = 0.0
     all_energy: float = 0.0
-    num_chosen: int = 0
     texts: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -56,7 +57,8 @@ def expert_use(
     layers: dict[int, _Layer] = {}
     for layer, module in experts_modules(model).items():
         num_experts = int(next(module.parameters()).shape[0])
-        layers[layer] = _Layer(torch.zeros(len(tokens_U), num_experts), torch.zeros(num_experts, num_experts))
+        zeros = (torch.zeros(len(tokens_U)), torch.zeros(num_experts, num_experts))
+        layers[layer] = _Layer(torch.zeros(len(tokens_U), num_experts), *zeros)
     oracle_stride = max(1, -(-ids_BC.numel() // ORACLE_TOKENS))
     forced = False
     places_C, source = places_BC[0], ""
@@ -81,10 +83,12 @@ def expert_use(
 
 def _count(found: _Layer, places_T: Tensor, chosen_TK: Tensor, source: str) -> None:
     """Choices of each token, of pairs of experts, and of a text if it has a name."""
-    chose_TE = torch.zeros(len(chosen_TK), found.counts_UE.shape[1]).scatter_(1, chosen_TK, 1.0)
+    # Numbers past the last expert are none: a token may have fewer experts than there are ranks for.
+    num_experts = found.counts_UE.shape[1]
+    chose_TE = torch.zeros(len(chosen_TK), num_experts + 1).scatter_(1, chosen_TK, 1.0)[:, :num_experts]
     found.counts_UE.index_add_(0, places_T, chose_TE)
     found.together_EE += chose_TE.T @ chose_TE
-    found.num_chosen = chosen_TK.shape[1]
+    found.occurrences_U += places_T.bincount(minlength=len(found.occurrences_U))
     if source:
         found.texts[source] = found.texts.get(source, 0) + chose_TE.sum(dim=0)
 
@@ -92,8 +96,11 @@ def _count(found: _Layer, places_T: Tensor, chosen_TK: Tensor, source: str) -> N
 def _compare(found: _Layer, module: Any, inputs_TD: Tensor, chosen_TK: Tensor) -> None:
     """What the choice adds, what the best one would, and what all experts together do: sums of squared norms."""
     energy_TE = output_energies(module, inputs_TD)
-    found.chosen_energy += float(energy_TE.gather(1, chosen_TK).sum())
-    found.best_energy += float(energy_TE.topk(chosen_TK.shape[1], dim=1).values.sum())
+    num_experts = energy_TE.shape[1]
+    chosen_T1 = (chosen_TK < num_experts).sum(dim=1, keepdim=True)
+    found.chosen_energy += float(functional.pad(energy_TE, (0, 1)).gather(1, chosen_TK).sum())
+    is_best_TE = torch.arange(num_experts, device=chosen_T1.device) < chosen_T1
+    found.best_energy += float((energy_TE.sort(dim=1, descending=True).values * is_best_TE).sum())
     found.all_energy += float(energy_TE.sum())
 
 
@@ -113,8 +120,7 @@ def output_energies(module: Any, inputs_TD: Tensor) -> Tensor:
 
 def _summary(layer: int, found: _Layer, words: list[str]) -> LayerExperts:
     tokens_E = found.counts_UE.sum(dim=0)
-    occurrences_U = found.counts_UE.sum(dim=1) / found.num_chosen
-    num_tokens = float(occurrences_U.sum())
+    occurrences_U, num_tokens = found.occurrences_U, float(found.occurrences_U.sum())
     num_experts = len(tokens_E)
     best = found.best_energy
     return LayerExperts(
@@ -123,7 +129,7 @@ def _summary(layer: int, found: _Layer, words: list[str]) -> LayerExperts:
         coactivation=_coactivation(found.together_EE / num_tokens),
         # A silent layer loses nothing by any choice.
         oracle_capture=found.chosen_energy / best if best else 1.0,
-        random_capture=found.all_energy * found.num_chosen / num_experts / best if best else 1.0,
+        random_capture=found.all_energy * float(tokens_E.sum()) / num_tokens / num_experts / best if best else 1.0,
         top_tokens=tuple(
             tuple(words[place] for place in top_places(found.counts_UE, occurrences_U, expert))
             for expert in range(num_experts)

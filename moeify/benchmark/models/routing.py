@@ -47,7 +47,9 @@ class ExpertsHit:
 
     def see(self, _layer: int, module: Any, _inputs_TD: Tensor, chosen_TK: Tensor) -> None:
         num_experts = int(next(module.parameters()).shape[0])
-        self._shares.append(int(torch.unique(chosen_TK).numel()) / num_experts)
+        hit = torch.unique(chosen_TK)
+        # Numbers past the last expert are none.
+        self._shares.append(int((hit < num_experts).sum()) / num_experts)
 
     @property
     def share(self) -> float | None:
