@@ -22,9 +22,15 @@ class Arrived(Exception):  # noqa: N818
 
 
 class Passage(nn.Module):
-    """Stands in for a block: notes what the model passes to it, and lets the hidden states through."""
+    """Stands in for a block: notes what the model passes to it, and lets the hidden states through.
 
-    def __init__(self, block: nn.Module, sites: Sites) -> None:
+    Args:
+        block: the stock block.
+        sites: where its FFN reads and writes.
+        tuples: whether the block gives more than its hidden states; None finds it out in the first call.
+    """
+
+    def __init__(self, block: nn.Module, sites: Sites, tuples: bool | None = None) -> None:
         super().__init__()
         self.hidden_BCD = torch.empty(0)
         self.call: Call = ((), {})
@@ -32,21 +38,21 @@ class Passage(nn.Module):
         self.gives: Tensor | None = None
         self.stops = False
         # In a list, so that it is no part of this module.
-        self._block, self._sites, self._gives_tuple = [block], sites, False
+        self._block, self._sites, self.tuples = [block], sites, tuples
         # Some models choose the mask by an attribute of the block.
         for name in ("attention_type", "layer_type"):
             if hasattr(block, name):
                 setattr(self, name, getattr(block, name))
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        if self._block:
-            self._gives_tuple = gives_tuple(self._block.pop(), self._sites, (arguments, named))
+        if self.tuples is None:
+            self.tuples = gives_tuple(self._block[0], self._sites, (arguments, named))
         self.hidden_BCD = arguments[0] if arguments else named.pop("hidden_states")
         self.call = (arguments[1:], named)
         if self.stops:
             raise Arrived
         gives = self.hidden_BCD if self.gives is None else self.gives
-        return (gives, None) if self._gives_tuple else gives
+        return (gives, None) if self.tuples else gives
 
 
 def gives_tuple(block: nn.Module, sites: Sites, call: Call) -> bool:
