@@ -22,15 +22,9 @@ class Arrived(Exception):  # noqa: N818
 
 
 class Passage(nn.Module):
-    """Stands in for a block: notes what the model passes to it, and lets the hidden states through.
+    """Stands in for a block: notes what the model passes to it, and lets the hidden states through."""
 
-    Args:
-        block: the stock block.
-        sites: where its FFN reads and writes.
-        tuples: whether the block gives more than its hidden states; None finds it out in the first call.
-    """
-
-    def __init__(self, block: nn.Module, sites: Sites, tuples: bool | None = None) -> None:
+    def __init__(self, block: nn.Module, sites: Sites) -> None:
         super().__init__()
         self.hidden_BCD = torch.empty(0)
         self.call: Call = ((), {})
@@ -38,31 +32,42 @@ class Passage(nn.Module):
         self.gives: Tensor | None = None
         self.stops = False
         # In a list, so that it is no part of this module.
-        self._block, self._sites, self.tuples = [block], sites, tuples
+        self._block, self._sites, self._gives_tuple = [block], sites, False
         # Some models choose the mask by an attribute of the block.
         for name in ("attention_type", "layer_type"):
             if hasattr(block, name):
                 setattr(self, name, getattr(block, name))
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
-        if self.tuples is None:
-            self.tuples = gives_tuple(self._block[0], self._sites, (arguments, named))
+        if self._block:
+            self._gives_tuple = gives_tuple(self._block.pop(), self._sites, (arguments, named))
         self.hidden_BCD = arguments[0] if arguments else named.pop("hidden_states")
         self.call = (arguments[1:], named)
         if self.stops:
             raise Arrived
         gives = self.hidden_BCD if self.gives is None else self.gives
-        return (gives, None) if self.tuples else gives
+        return (gives, None) if self._gives_tuple else gives
+
+
+# By class of block: a run of one takes a fifth of the time of a small split, and a search enters a model hundreds of times.
+_TUPLES: dict[type, bool] = {}
 
 
 def gives_tuple(block: nn.Module, sites: Sites, call: Call) -> bool:
-    """Whether a block gives more than its hidden states, as older models do; it runs, without its FFN, on no device.
+    """Whether a block gives more than its hidden states, as older models do: a fact of its class.
 
     Args:
         block: stays as it is.
         sites: where its FFN reads and writes.
         call: what the model passes to it, the hidden states included.
     """
+    if type(block) not in _TUPLES:
+        _TUPLES[type(block)] = _runs_to_tuple(block, sites, call)
+    return _TUPLES[type(block)]
+
+
+def _runs_to_tuple(block: nn.Module, sites: Sites, call: Call) -> bool:
+    """Run a block, without its FFN, on no device."""
     # Not by `to`, which may put the originals there as well.
     parts = [*block.parameters(), *block.buffers()]
     module: Any = copy.deepcopy(block, {id(part): part.detach().to("meta") for part in parts})

@@ -70,8 +70,6 @@ class HiddenStream:
         self._num_blocks = num_blocks(inputs)
         # Whose values matter no more where hidden states are given behind the last layer.
         self._first = some_blocks(inputs, slice(0, 1))
-        # Whether each block gives a tuple: found out once, since it takes a run of the block.
-        self._tuples: list[bool | None] = []
         self._layer = 0
         self._hidden_BCD, self._arguments = self._enter(inputs)
         check_activations(self._hidden_BCD, "in front of the first layer: the hidden states")
@@ -258,7 +256,6 @@ class HiddenStream:
         # With one block, so that what is noted fits any number of them.
         first_1CD = enter(slice(0, 1))
         calls = [passage.call for passage in passages]
-        self._tuples = [passage.tuples for passage in passages]
         passages[0].stops = True
 
         def hidden() -> Iterator[Tensor]:
@@ -285,8 +282,7 @@ class HiddenStream:
         """The stock model with passages instead of blocks; its parameters are not filled yet."""
         outer = copy_sharing(self._model.skeleton, self._sites.blocks)
         blocks: Any = self._model.skeleton.get_submodule(self._sites.blocks)
-        tuples = self._tuples or [None] * len(blocks)
-        passages = [Passage(block, self._sites, known) for block, known in zip(blocks, tuples, strict=True)]
+        passages = [Passage(block, self._sites) for block in blocks]
         outer.set_submodule(self._sites.blocks, nn.ModuleList(passages))
         return outer, passages
 
