@@ -37,7 +37,7 @@ def names(package: str) -> list[str]:
 
 @cache
 def _names(*folders: tuple[str, int]) -> list[str]:
-    """Those in folders as they were changed last: every look at a model asks for them, thousands of times in a search."""
+    """Those in folders as they were changed last; a search asks for them thousands of times."""
     modules = pkgutil.iter_modules([folder for folder, _ in folders])
     return sorted(module.name for module in modules if not module.name.startswith("_"))
 

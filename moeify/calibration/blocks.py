@@ -49,7 +49,7 @@ class Passage(nn.Module):
         return (gives, None) if self._gives_tuple else gives
 
 
-# By class of block: a run of one takes a fifth of the time of a small split, and a search enters a model hundreds of times.
+# By class of block: a run of one is a sixth of a small split, and a search enters a model hundreds of times.
 _TUPLES: dict[type, bool] = {}
 
 

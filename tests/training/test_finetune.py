@@ -30,10 +30,10 @@ from moeify.training.trainer import FinetuneTrainer
 Cut = Callable[..., Path]
 OPTIONS = FinetuneOptions(
     stage=("full",),
-    tokens=16_384,
+    tokens=8192,
     context=64,
     batch=8,
-    eval_tokens=2048,
+    eval_tokens=1024,
     learning_rate=1e-3,
     every=16,
     # Tests compare numbers of different runs, on any machine.
@@ -394,7 +394,7 @@ def test_errors_say_what_is_wrong(cut: Cut, taught: Path, tmp_path: Path, make_d
     empty.write_text("")
     short.write_text("Three words only.")
     for source in (empty, short):
-        with pytest.raises(InputError, match=r"gives .* tokens, 16,384 were asked for"):
+        with pytest.raises(InputError, match=rf"gives .* tokens, {OPTIONS.tokens:,} were asked for"):
             _run(moe, taught, out, data=(str(source),))
     with pytest.raises(InputError, match="no block of 64 tokens"):
         _run(moe, taught, out, eval_data=(str(short),))
