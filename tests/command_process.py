@@ -59,7 +59,7 @@ def train_briefly() -> None:
     """Have the embedded models trained for a part of their steps: worse ones, in all else the same."""
     from moeify.models import builtin, builtin_vit
 
-    for module, name, steps in ((builtin, "BuiltinRecipe", 200), (builtin_vit, "VitRecipe", 70)):
+    for module, name, steps in ((builtin, "BuiltinRecipe", 400), (builtin_vit, "VitRecipe", 70)):
         recipe = getattr(module, name)
         setattr(module, name, partial(recipe, steps=steps, warmup_steps=steps // 5))
 
