@@ -198,7 +198,9 @@ def taught(tmp_path_factory: pytest.TempPathFactory) -> Path:
         batch_size=8,
         warmup_steps=50,
     )
-    return builtin_model(tmp_path_factory.mktemp("taught"), recipe=recipe)
+    # With -n: the folder of all workers, of which the first one trains.
+    session = tmp_path_factory.getbasetemp()
+    return builtin_model(session.parent if "PYTEST_XDIST_WORKER" in os.environ else session, recipe=recipe)
 
 
 class DenseModels(dict[str, Path]):

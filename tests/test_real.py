@@ -14,6 +14,7 @@ from moeify.check.evaluate import evaluate
 from moeify.check.verify import verify
 from moeify.convert.exactness import check_target
 from moeify.convert.pipeline import split
+from moeify.export import writer
 from moeify.kernels import register
 from moeify.models.dense import open_dense
 from moeify.models.files import locate
@@ -64,6 +65,15 @@ def default(inputs: Path, dense: Path, tmp_path_factory: pytest.TempPathFactory)
     return out
 
 
+@pytest.fixture(scope="module")
+def short(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its first layers: what a target, or a run repeated, can do wrong shows in any of them."""
+    folder = tmp_path_factory.mktemp("short")
+    AutoModelForCausalLM.from_pretrained(dense, num_hidden_layers=4, dtype="auto").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(dense).save_pretrained(folder)
+    return folder
+
+
 def fitting(dense: Path, experts: int, active: int) -> list[str]:
     opened = open_dense(str(dense))
     found = []
@@ -75,27 +85,44 @@ def fitting(dense: Path, experts: int, active: int) -> list[str]:
     return found
 
 
-def test_every_target_that_holds_it_equals_dense_and_writes_text(inputs: Path, dense: Path, tmp_path: Path) -> None:
-    # With three quarters active and so little text this small model forgets the fact, whatever the target; with 13 of
-    # 16 it knows it, also with other seeds.
+@torch.no_grad()
+def test_every_target_that_holds_it_equals_dense_and_another_target_with_its_plan(
+    inputs: Path, short: Path, tmp_path: Path
+) -> None:
     experts, active = 16, 13
-    names = fitting(dense, experts, active)
+    names = fitting(short, experts, active)
     assert sorted(names) == ["glm4_moe", "granitemoeshared", "mixtral", "moeify", "qwen2_moe"]
-    tokenizer = AutoTokenizer.from_pretrained(dense)
-    prompt = tokenizer("The capital of France is", return_tensors="pt")
-    saved: dict[bool, Path] = {}
+    tokens = AutoTokenizer.from_pretrained(short)("The capital of France is Paris.", return_tensors="pt")
+    saved: dict[bool, tuple[Path, torch.Tensor]] = {}
     for name in names:
-        out = tmp_path / name
+        out, shared = tmp_path / name, targets.find(name).holds_shared
         # Targets that hold shared experts have one layout: one of them finds the experts, the others take its plan.
-        plan = saved.setdefault(targets.find(name).holds_shared, out)
-        values = {"plan": str(plan)} if plan != out else {"experts": experts, "active": active}
-        split(str(dense), out, options(inputs, target=name, **values))
-        report = verify(str(out), str(dense))
+        plan, expected = saved.get(shared, (None, None))
+        values = {"experts": experts, "active": active} if plan is None else {"plan": str(plan)}
+        split(str(short), out, options(inputs, target=name, **values))
+        report = verify(str(out), str(short))
         assert report.passed, report
         assert report.max_logit_difference <= 1e-4
-        model = AutoModelForCausalLM.from_pretrained(out)
-        text = tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
-        assert "Paris" in text, (name, text)
+        logits = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)(**tokens).logits
+        if expected is None:
+            saved[shared] = out, logits
+        else:
+            # Stock weights of experts are within 2^-8 of one.
+            assert (logits - expected).abs().mean() < 0.01 * expected.abs().mean(), name
+    assert len(saved) == 2
+
+
+def test_with_most_experts_it_still_knows_a_fact(inputs: Path, dense: Path, tmp_path: Path) -> None:
+    """With three quarters active and so little text this small model forgets it; with 13 of 16 no seed did."""
+    out = tmp_path / "moe"
+    split(str(dense), out, options(inputs, experts=16, active=13))
+    report = verify(str(out), str(dense))
+    assert report.passed, report
+    assert report.max_logit_difference <= 1e-4
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert "Paris" in tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
 
 
 def test_default_beats_its_controls_on_another_corpus(inputs: Path, dense: Path, default: Path, tmp_path: Path) -> None:
@@ -109,13 +136,17 @@ def test_default_beats_its_controls_on_another_corpus(inputs: Path, dense: Path,
     assert results[0].perplexity < perplexity["moe"] < perplexity["static-no-refit"] < perplexity["random"]
 
 
-def test_a_split_is_repeatable_on_real_weights(inputs: Path, dense: Path, default: Path, tmp_path: Path) -> None:
-    again = tmp_path / "again"
-    split(str(dense), again, options(inputs))
-    shards = sorted(path.name for path in default.glob("*.safetensors"))
-    assert len(shards) == 2
+def test_a_split_is_repeatable_on_real_weights(
+    inputs: Path, short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SHARD_BYTES", 50_000_000)
+    first, again = (tmp_path / name for name in ("first", "again"))
+    for out in (first, again):
+        split(str(short), out, options(inputs))
+    shards = sorted(path.name for path in first.glob("*.safetensors"))
+    assert len(shards) > 1
     for shard in shards:
-        assert (default / shard).read_bytes() == (again / shard).read_bytes(), shard
+        assert (first / shard).read_bytes() == (again / shard).read_bytes(), shard
     assert torch.isfinite(AutoModelForCausalLM.from_pretrained(again).lm_head.weight).all()
 
 

@@ -49,14 +49,25 @@ class Passage(nn.Module):
         return (gives, None) if self._gives_tuple else gives
 
 
+# By class of block: a run of one is a sixth of a small split, and a search enters a model hundreds of times.
+_TUPLES: dict[type, bool] = {}
+
+
 def gives_tuple(block: nn.Module, sites: Sites, call: Call) -> bool:
-    """Whether a block gives more than its hidden states, as older models do; it runs, without its FFN, on no device.
+    """Whether a block gives more than its hidden states, as older models do: a fact of its class.
 
     Args:
         block: stays as it is.
         sites: where its FFN reads and writes.
         call: what the model passes to it, the hidden states included.
     """
+    if type(block) not in _TUPLES:
+        _TUPLES[type(block)] = _runs_to_tuple(block, sites, call)
+    return _TUPLES[type(block)]
+
+
+def _runs_to_tuple(block: nn.Module, sites: Sites, call: Call) -> bool:
+    """Run a block, without its FFN, on no device."""
     # Not by `to`, which may put the originals there as well.
     parts = [*block.parameters(), *block.buffers()]
     module: Any = copy.deepcopy(block, {id(part): part.detach().to("meta") for part in parts})

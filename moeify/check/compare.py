@@ -55,8 +55,8 @@ class Row:
     Args:
         method: its name.
         budget: share of the FFN parameters that a token uses; one for the dense model.
-        perplexity, low, high: over all evaluation tokens, with its confidence interval (bootstrap over blocks); of what
-            is no language model, the mean of `Comparison.measure`.
+        value, low, high: the perplexity over all evaluation tokens, with its confidence interval (bootstrap over
+            blocks); of what is no language model, the mean of `Comparison.measure`.
         ratio, ratio_low, ratio_high: to static pruning with refit at the same budget; the same blocks are drawn for
             both.
         gap_closed: share of the distance in log-perplexity, or that mean, from static + refit to dense.
@@ -66,7 +66,7 @@ class Row:
 
     method: str
     budget: float
-    perplexity: float
+    value: float
     low: float
     high: float
     ratio: float
@@ -130,7 +130,7 @@ def compare(
 
     Example:
         table = moeify.compare("builtin", 0.5, only=["CMoE", "neuron oracle"])
-        print({row.method: row.perplexity for row in table.rows})
+        print({row.method: row.value for row in table.rows})
     """
     budgets, data, only, options = (
         several(budgets),
@@ -356,7 +356,7 @@ def _rows(
         yield Row(
             method=entry.name,
             budget=entry.budget,
-            perplexity=own.value,
+            value=own.value,
             low=own.low,
             high=own.high,
             ratio=ratio.value,

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,10 @@ class OutputCheck:
         num_blocks, config = self._dense.num_blocks, self._prepared.dense.config
         num_variants = len(stream.residual()) // self.num_tokens
         sums = torch.zeros(num_variants, 2)
+        # One walk for all: each begins by making the model around the blocks.
+        changed_outputs = stream.outputs(v * num_blocks + b for b in range(num_blocks) for v in range(num_variants))
         for block, expected in enumerate(self._dense.outputs(range(num_blocks))):
-            for variant, changed in enumerate(stream.outputs(range(block, num_variants * num_blocks, num_blocks))):
+            for variant, changed in enumerate(islice(changed_outputs, num_variants)):
                 divergence = output_change(changed, expected, config).mean()
                 sums[variant] += torch.stack([divergence, self._loss(block, changed)]).cpu() / num_blocks
         return [OutputChange(*row) for row in sums.tolist()]

@@ -14,7 +14,6 @@ Shapes: B blocks, C context, N tokens of the training stream.
 
 import hashlib
 import json
-import math
 import re
 import sys
 from dataclasses import asdict, dataclass
@@ -26,12 +25,14 @@ from torch import Tensor
 
 from moeify.cache import cache_dir, made_once
 from moeify.errors import InputError
+from moeify.models.builtin_training import trained
 from moeify.options import Track, untracked
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 BOS, EOS = "<s>", "</s>"
+BETAS = (0.9, 0.95)
 # A tenth of the topics' text, but never so little that a perplexity over it is noise.
 HELDOUT_FRACTION, HELDOUT_MIN_BYTES = 0.1, 45_000
 # One giant topic must not be the whole held-out part.
@@ -199,9 +200,7 @@ def train_model(
     *,
     config: "PretrainedConfig | None" = None,
 ) -> "PreTrainedModel":
-    """Train the model with AdamW and a cosine schedule; bit-identical for the same recipe and number of threads.
-
-    The caller's random state and thread count stay as they are.
+    """Train the model as `builtin_training.trained` does, on blocks of the text.
 
     Args:
         recipe: how long, and on what batches.
@@ -212,27 +211,20 @@ def train_model(
     """
     from transformers import AutoModelForCausalLM
 
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(recipe.seed)
-        ids_N = _training_stream(tokenizer, documents)
-        model: Any = AutoModelForCausalLM.from_config(config or model_config(recipe, tokenizer)).train()
-        batches = torch.Generator().manual_seed(recipe.seed)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay, fused=True
-        )
-        for step in track(range(recipe.steps), "training the built-in model", recipe.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * schedule(step, recipe.steps, recipe.warmup_steps)
-            ids_BC = _batch(ids_N, recipe, batches)
-            # Every other block starts with BOS: the model meets text both with and without it.
-            ids_BC[::2, 0] = tokenizer.bos_token_id
-            loss = model(input_ids=ids_BC, labels=ids_BC, use_cache=False).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-    trained: PreTrainedModel = model.eval()
-    return trained
+    ids_N = _training_stream(tokenizer, documents)
+
+    def loss(model: Any, batches: torch.Generator) -> Tensor:
+        ids_BC = _batch(ids_N, recipe, batches)
+        # Every other block starts with BOS: the model meets text both with and without it.
+        ids_BC[::2, 0] = tokenizer.bos_token_id
+        value: Tensor = model(input_ids=ids_BC, labels=ids_BC, use_cache=False).loss
+        return value
+
+    config = config or model_config(recipe, tokenizer)
+    model: PreTrainedModel = trained(
+        recipe, lambda: AutoModelForCausalLM.from_config(config), loss, track, "model", betas=BETAS
+    )
+    return model
 
 
 def _training_stream(tokenizer: "PreTrainedTokenizerFast", documents: list[str]) -> Tensor:
@@ -248,11 +240,3 @@ def _batch(ids_N: Tensor, recipe: BuiltinRecipe, generator: torch.Generator) -> 
     """Return ids_BC: blocks that start anywhere in the stream."""
     starts_B = torch.randint(len(ids_N) - recipe.context, (recipe.batch_size,), generator=generator)
     return ids_N[starts_B[:, None] + torch.arange(recipe.context)]
-
-
-def schedule(step: int, steps: int, warmup_steps: int) -> float:
-    """Return the share of the peak learning rate: linear warmup, then a cosine down to zero."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * done))

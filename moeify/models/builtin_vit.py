@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moeify.cache import cache_dir, made_once
-from moeify.models.builtin import schedule
+from moeify.models.builtin_training import trained
 from moeify.options import Track, untracked
 
 # Of so many digits one is held out.
@@ -102,7 +102,7 @@ def prepared(images_NHW: Any) -> Tensor:
 
 
 def _train(recipe: VitRecipe, pixels_N: Tensor, labels_N: Tensor, track: Track[Any]) -> Any:
-    """Train with AdamW and a cosine schedule; the caller's random state stays as it is."""
+    """Train on batches of these images."""
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
@@ -117,21 +117,9 @@ def _train(recipe: VitRecipe, pixels_N: Tensor, labels_N: Tensor, track: Track[A
         label2id={str(place): place for place in range(CLASSES)},
         dtype="float32",
     )
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(recipe.seed)
-        model: Any = ViTForImageClassification(config).train()
-        batches = torch.Generator().manual_seed(recipe.seed)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-        )
-        for step in track(range(recipe.steps), "training the built-in ViT", recipe.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = recipe.learning_rate * schedule(step, recipe.steps, recipe.warmup_steps)
-            chosen_B = torch.randint(len(pixels_N), (recipe.batch_size,), generator=batches)
-            logits = model(pixel_values=pixels_N[chosen_B]).logits
-            loss = torch.nn.functional.cross_entropy(logits, labels_N[chosen_B])
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-    return model.eval()
+
+    def loss(model: Any, batches: torch.Generator) -> Tensor:
+        chosen_B = torch.randint(len(pixels_N), (recipe.batch_size,), generator=batches)
+        return torch.nn.functional.cross_entropy(model(pixel_values=pixels_N[chosen_B]).logits, labels_N[chosen_B])
+
+    return trained(recipe, lambda: ViTForImageClassification(config), loss, track, "ViT")

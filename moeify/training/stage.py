@@ -25,6 +25,8 @@ from moeify.training.trainer import COMPLETE_FILE, FinetuneTrainer, last_checkpo
 # Teachers, with what is trained on and what is held out.
 Targets = tuple[Teacher, list[Blocks]] | tuple[OutputTeacher, list[InputBlocks]]
 CLIP_NORM = 1.0
+# An evaluation takes at least so many at once, a block of the usual size: small blocks one by one cost their calls.
+EVALUATED_TOKENS = 512
 KEPT_CHECKPOINTS = 2
 # What changes from run to run is left out of the history, and the mean loss, which is of the last session.
 TIMES = ("runtime", "per_second", "flos")
@@ -59,7 +61,14 @@ def train_stage(
         _drop_incomplete(folder)
     processes.wait_for_everyone()
     checkpoint = last_checkpoint(folder)
-    arguments = training_arguments(folder, options, options.rate(stage), num_steps=num_steps, fresh=checkpoint is None)
+    arguments = training_arguments(
+        folder,
+        options,
+        options.rate(stage),
+        num_steps=num_steps,
+        evaluated=max(options.batch, EVALUATED_TOKENS // held_out.block_tokens),
+        fresh=checkpoint is None,
+    )
     if processes.is_main_process:
         _check_room(student, folder, num_saves=-(-num_steps // int(arguments.save_steps)))
     steps = Resumed(range(num_steps), 0 if checkpoint is None else step_of(checkpoint))
@@ -93,18 +102,18 @@ def train_stage(
 
 
 def training_arguments(
-    folder: Path, options: FinetuneOptions, rate: float, *, num_steps: int, fresh: bool
+    folder: Path, options: FinetuneOptions, rate: float, *, num_steps: int, evaluated: int, fresh: bool
 ) -> TrainingArguments:
     """How the Trainer runs; nothing of it is left to its defaults that would print, report or ask.
 
-    A run that starts fresh evaluates before its first step.
+    A run that starts fresh evaluates before its first step, and an evaluation takes `evaluated` blocks at once.
     """
     every = min(options.every or -(-num_steps // 10), num_steps)
     on_cuda = options.device == "cuda"
     return TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=options.batch,
-        per_device_eval_batch_size=options.batch,
+        per_device_eval_batch_size=evaluated,
         gradient_accumulation_steps=options.accumulate,
         num_train_epochs=options.epochs,
         learning_rate=rate,

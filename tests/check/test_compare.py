@@ -120,7 +120,7 @@ def test_every_method_gives_a_finite_row(whole: tuple[Comparison, Path], texts: 
     found, _ = whole
     assert [row.method for row in found.rows] == [DENSE, *methods(8)]
     for row in found.rows:
-        numbers = (row.perplexity, row.low, row.high, row.ratio, row.ratio_low, row.ratio_high, row.gap_closed)
+        numbers = (row.value, row.low, row.high, row.ratio, row.ratio_low, row.ratio_high, row.gap_closed)
         assert all(map(math.isfinite, (*numbers, *row.texts.values(), *row.diagnostics.values()))), row
         assert list(row.texts) == texts
         assert row.budget == (1 if row.method == DENSE else BUDGET)
@@ -135,16 +135,16 @@ def test_what_the_columns_mean(whole: tuple[Comparison, Path]) -> None:
     assert dense.gap_closed == pytest.approx(1)
     assert dense.ratio < 1
     for row in rows.values():
-        assert row.ratio == pytest.approx(row.perplexity / reference.perplexity)
-        gap = math.log(reference.perplexity / row.perplexity) / math.log(reference.perplexity / dense.perplexity)
+        assert row.ratio == pytest.approx(row.value / reference.value)
+        gap = math.log(reference.value / row.value) / math.log(reference.value / dense.value)
         assert row.gap_closed == pytest.approx(gap, abs=1e-6)
         # Both texts are equally long.
-        assert row.perplexity == pytest.approx(math.sqrt(math.prod(row.texts.values())))
+        assert row.value == pytest.approx(math.sqrt(math.prod(row.texts.values())))
 
 
 def test_the_intervals_hold_the_estimates(whole: tuple[Comparison, Path]) -> None:
     for row in whole[0].rows:
-        assert row.low < row.perplexity < row.high
+        assert row.low < row.value < row.high
         assert row.ratio_low <= row.ratio <= row.ratio_high
         assert (row.ratio_low < row.ratio_high) == (row.method != REFERENCE)
 
@@ -162,8 +162,8 @@ def test_the_ratio_is_known_better_than_from_independent_draws(whole: tuple[Comp
 def test_known_orders(whole: tuple[Comparison, Path]) -> None:
     """What must hold of any model."""
     rows = by_name(whole[0])
-    assert rows["neuron oracle"].perplexity < rows["static"].perplexity
-    assert rows["moeify 8 experts"].perplexity < rows["random"].perplexity
+    assert rows["neuron oracle"].value < rows["static"].value
+    assert rows["moeify 8 experts"].value < rows["random"].value
 
 
 def test_the_file(whole: tuple[Comparison, Path], dense: Path) -> None:
@@ -171,7 +171,7 @@ def test_the_file(whole: tuple[Comparison, Path], dense: Path) -> None:
     written = json.loads(out.read_text())
     assert written["schema"] == "moeify.compare/1"
     assert written["model"] == found.model == str(dense)
-    assert [row["perplexity"] for row in written["rows"]] == [row.perplexity for row in found.rows]
+    assert [row["value"] for row in written["rows"]] == [row.value for row in found.rows]
     assert set(written) == {"schema", "model", "rows", "calibration", "evaluation", "tasks", "measure"}
 
 
@@ -206,7 +206,7 @@ def test_several_budgets_have_a_reference_each(run: Run) -> None:
         (REFERENCE, 0.75),
     ]
     assert [row.ratio for row in found.rows if row.method == REFERENCE] == [1, 1]
-    assert found.rows[2].perplexity > found.rows[4].perplexity
+    assert found.rows[2].value > found.rows[4].value
 
 
 def test_further_rows(run: Run) -> None:
@@ -215,8 +215,8 @@ def test_further_rows(run: Run) -> None:
     controls = [f"{REFERENCE}, layers of mine", f"{REFERENCE}, layers of its like"]
     assert list(found) == [DENSE, REFERENCE, "moeify 8 experts", "mine", controls[0], "its like", controls[1]]
     assert found["mine"].budget == found["its like"].budget == 0.75
-    assert found["its like"].perplexity == pytest.approx(found["moeify 8 experts"].perplexity, rel=1e-6)
-    assert found["mine"].perplexity != found["its like"].perplexity
+    assert found["its like"].value == pytest.approx(found["moeify 8 experts"].value, rel=1e-6)
+    assert found["mine"].value != found["its like"].value
 
 
 def test_a_stopped_run_goes_on(run: Run, tmp_path: Path, measured: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def compare_tables(comparison: "Comparison") -> tuple[Table, ...]:
         over_all.add_row(
             row.method,
             f"{row.budget:.0%}",
-            f"{row.perplexity:,.{digits}f}",
+            f"{row.value:,.{digits}f}",
             f"{number(row.low)} {number(row.high)}",
             f"{row.ratio:.3f}",
             between(row.ratio_low, row.ratio_high, 3),
