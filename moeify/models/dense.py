@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moeify import families
 from moeify.errors import InputError, warn
-from moeify.families import Family, Sites
+from moeify.families import Blocks, Family, Sites, lists_of, sites_of
 from moeify.modeling.modeling_moeify import blocks_in
 from moeify.models.attention import Attention, attention_of
 from moeify.models.config import check_layers, empty_model, load_config
@@ -70,22 +70,26 @@ class DenseModel:
             return {**values, **changes}
         return {**values, "text_config": {**values["text_config"], **changes}}
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
-        return int(self.text_config.num_hidden_layers)
+        """Blocks of all lists."""
+        if not self.family.is_pair:
+            return int(self.text_config.num_hidden_layers)
+        return self.blocks.starts[-1] + len(self.skeleton.get_submodule(self.blocks.names[-1]))
 
     @property
     def activation(self) -> str:
         return self.family.activation_of(self.text_config)
 
     @property
-    def sites(self) -> Sites:
-        return Sites(self.blocks, self.family.read, self.family.write)
+    def sites(self) -> tuple[Sites, ...]:
+        """Of each list of blocks."""
+        return sites_of(self.blocks, self.family.read, self.family.write)
 
     @cached_property
-    def blocks(self) -> str:
-        """The list of blocks, by its name in the stock model."""
-        return blocks_in(self.skeleton, self.family.blocks)
+    def blocks(self) -> Blocks:
+        """The blocks, by their names in the stock model."""
+        return blocks_of(self.skeleton, self.family)
 
     @cached_property
     def num_neurons(self) -> int:
@@ -121,7 +125,7 @@ class DenseModel:
 
     @cached_property
     def attention(self) -> Attention:
-        return attention_of(self.text_config, [name.removeprefix(f"{self.blocks}.") for name in self.shapes])
+        return attention_of(self.text_config, [name.removeprefix(f"{self.blocks.names[0]}.") for name in self.shapes])
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -142,8 +146,8 @@ class DenseModel:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
     def block(self, layer: int) -> str:
-        """Name of a block, which all its tensors begin with."""
-        return f"{self.blocks}.{layer}"
+        """Name of the module that the FFN of a block lies in, usually the block itself."""
+        return self.blocks.site(layer)
 
     def get(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors; the file is closed again so that its pages do not stay in memory.
@@ -210,6 +214,14 @@ class DenseModel:
             InputError: the folder has none that transformers can load without remote code, or it is another model's.
         """
         return load_tokenizer(self.path)
+
+
+def blocks_of(model: Any, family: Family) -> Blocks:
+    """The blocks of a model that is loaded, or empty; with a head or without."""
+    names = [family.blocks] if isinstance(family.blocks, str) else family.blocks
+    lists = lists_of(blocks_in(model, name) for name in names)
+    lengths = [len(model.get_submodule(name)) for name, _ in lists[:-1]]
+    return Blocks(lists, tuple(sum(lengths[:place]) for place in range(len(lists))))
 
 
 def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) -> DenseModel:

@@ -36,6 +36,10 @@ def without_layers(dense: DenseModel, dropped: Sequence[int]) -> DenseModel:
     """
     if not dropped:
         return dense
+    if dense.family.is_pair:
+        raise InputError(
+            f"{dense.name} has an encoder and a decoder, of which no layers can be dropped", "leave --drop-layers out"
+        )
     assert not dense.dropped, "the layers of a model are numbered as they were opened"
     if missing := [layer for layer in dropped if not 0 <= layer < dense.num_layers]:
         raise InputError(f"there is no layer {missing[0]} to drop", f"--drop-layers takes 0 to {dense.num_layers - 1}")
@@ -44,7 +48,7 @@ def without_layers(dense: DenseModel, dropped: Sequence[int]) -> DenseModel:
         raise InputError(f"all {dense.num_layers} layers are to be dropped", "leave a layer out of --drop-layers")
     config = copy.deepcopy(dense.config)
     cut_config(config, kept)
-    stored = cut_names(dense.stored, dense.blocks, kept)
+    stored = cut_names(dense.stored, dense.blocks.names[0], kept)
     return replace(dense, config=config, stored=stored, dropped=tuple(sorted(set(dropped))))
 
 
