@@ -15,6 +15,7 @@ import torch
 from moeify import families
 from moeify.data.audio import all_sound
 from moeify.data.images import image_of, prepared_blocks, read_images
+from moeify.data.pairs import text_pairs
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError
 from moeify.families import Modality
@@ -77,7 +78,12 @@ def text_examples(path: Path, source: str, tokens: int, context: int | None) -> 
         raise InputError("a context of special tokens alone leaves nothing to read", "--context takes more")
     text = evaluation_tokens(source, tokenizer, num_tokens=tokens)
     pieces = [piece for piece in text.ids_T.split(size) if len(piece) == size] or [text.ids_T]
-    return [{"input_ids": torch.cat([before, piece, after])[None]} for piece in pieces], text.provenance.sha256
+    examples = [torch.cat([before, piece, after])[None] for piece in pieces]
+    config = load_config(path)
+    if config.is_encoder_decoder:
+        start = int(config.decoder_start_token_id)
+        return [text_pairs(ids_1C, tokenizer, start) for ids_1C in examples], text.provenance.sha256
+    return [{"input_ids": ids_1C} for ids_1C in examples], text.provenance.sha256
 
 
 def image_examples(path: Path, source: str, tokens: int, _: int | None) -> tuple[list[Inputs], str]:

@@ -57,6 +57,10 @@ TINY_AUDIO: Mapping[str, Any] = {
 }
 SIZES: Mapping[Modality, Mapping[str, Any]] = {"text": TINY, "image": TINY_IMAGE, "audio": TINY_AUDIO}
 
+# What configs call the longest text; and that of a model whose positions have no end, as T5 was trained.
+POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions")
+UNBOUNDED = 512
+
 
 @dataclass(frozen=True)
 class FFNFormat:
@@ -269,7 +273,8 @@ class Family:
 
     def context_of(self, config: Any) -> int:
         """Tokens of the longest text that a model takes, or writes; 0 of one of images."""
-        longest = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", 0))
+        names = (name for name in POSITIONS if getattr(config, name, None) is not None)
+        longest = getattr(config, next(names, ""), UNBOUNDED if self.is_pair else 0)
         return max(0, int(longest) - self.reserved(config))
 
     @property

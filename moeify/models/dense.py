@@ -24,7 +24,7 @@ from moeify.models.config import check_layers, empty_model, load_config
 from moeify.models.ffn import FFNWeights, padded, tensor_names, unpack
 from moeify.models.files import FLOAT_DTYPES, Stored, find_shards, locate, read_headers
 from moeify.models.fingerprint import Fingerprint
-from moeify.models.heads import auto_name
+from moeify.models.heads import BASE, PAIR_MODEL, SPEECH_MODEL, auto_name
 from moeify.models.stock import placed
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track, untracked
@@ -245,11 +245,31 @@ def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) 
             "quantise after the conversion, not before: start from the unquantised checkpoint",
         )
     shards = find_shards(path)
+    if family.is_pair and (name := auto_name(config)) not in (PAIR_MODEL, SPEECH_MODEL, BASE):
+        raise InputError(
+            f"{model} has an encoder, a decoder and a head for {name.removeprefix('AutoModelFor')}",
+            "only those that write, or have no head, are split",
+        )
     auto_name(config)
     headers = read_headers(shards)
     check_layers(config, family.blocks, headers)
     config, stored = _tensors(config, headers)
-    return DenseModel(str(model), path, config, family, stored, Fingerprint.take(path, shards))
+    dense = DenseModel(str(model), path, config, family, stored, Fingerprint.take(path, shards))
+    _check_widths(dense)
+    return dense
+
+
+def _check_widths(dense: DenseModel) -> None:
+    """Refuse an encoder and a decoder with FFNs of other sizes."""
+    if not dense.family.is_pair:
+        return
+    first, last = ([dense.shapes[name] for name in dense.ffn_names(layer)] for layer in (0, dense.num_layers - 1))
+    if first != last:
+        sizes = [" x ".join(map(str, shapes[0])) for shapes in (first, last)]
+        raise InputError(
+            f"FFNs of the encoder have {sizes[0]} weights, those of the decoder {sizes[1]}",
+            "expected FFNs of one size: one layout is for all layers",
+        )
 
 
 def _tensors(config: Any, headers: Mapping[str, Stored]) -> tuple[Any, dict[str, Stored]]:

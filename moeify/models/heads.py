@@ -15,9 +15,11 @@ LANGUAGE_MODEL = "AutoModelForCausalLM"
 LANGUAGE_MODELS = (LANGUAGE_MODEL, "AutoModelForImageTextToText")
 MASKED_MODEL = "AutoModelForMaskedLM"
 SPEECH_MODEL = "AutoModelForSpeechSeq2Seq"
+# Reads a text and writes another.
+PAIR_MODEL = "AutoModelForSeq2SeqLM"
 BASE = "AutoModel"
 # Whose models have defaults for generating text.
-GENERATING = (LANGUAGE_MODEL, "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText")
+GENERATING = (*LANGUAGE_MODELS, PAIR_MODEL, SPEECH_MODEL)
 # Whose heads have a name for each of their classes.
 LABELLED = (
     "AutoModelForSequenceClassification",
