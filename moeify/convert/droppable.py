@@ -26,6 +26,10 @@ def check_droppable(dense: DenseModel) -> None:
     Raises:
         InputError: twins differ, or cannot be built.
     """
+    if dense.family.is_pair:
+        raise InputError(
+            f"{dense.name} has an encoder and a decoder, of which no layers can be dropped", "leave --drop-layers out"
+        )
     values = json.dumps(twin_values(dense.config, dense.family), sort_keys=True, default=str)
     if reason := _difference(values):
         raise InputError(f"no layer of a {dense.config.model_type} can be dropped: {reason}", "leave --drop-layers out")

@@ -21,6 +21,7 @@ from moeify.models.dense import DenseModel
 from moeify.models.device import halves_are_fast
 from moeify.models.heads import class_of
 from moeify.models.image_processor import ImageProcessor
+from moeify.models.inputs import Inputs
 from moeify.models.sound_processor import SoundProcessor
 from moeify.options import SplitOptions
 
@@ -90,10 +91,22 @@ def calibration_sound(prepared: "Prepared") -> SoundBlocks:
         block_tokens=options.context,
         seed=options.seed,
     )
+    return replace(blocks, inputs=dictated(dense, blocks.inputs, options.device))
+
+
+def dictated(dense: DenseModel, inputs: Inputs, device: str, length: int | None = None) -> dict[str, Tensor]:
+    """Inputs of sound with what the model itself writes of them, if it writes; else as they are.
+
+    Args:
+        dense: the model.
+        inputs: pieces of sound.
+        device: where it writes.
+        length: tokens of what is written; None means those of the longest.
+    """
     if not class_of(dense.config).can_generate():
-        return blocks
-    model: Any = stock.load(dense.path, dtype=torch.float32).to(options.device).eval()
-    return replace(blocks, inputs=heard(model, blocks.inputs, dense.tokenizer()))
+        return dict(inputs)
+    model: Any = stock.load(dense.path, dtype=torch.float32).to(device).eval()
+    return heard(model, inputs, dense.tokenizer(), length)
 
 
 def calibration_images(prepared: "Prepared") -> ImageBlocks:
@@ -143,7 +156,7 @@ def calibration_text(prepared: "Prepared") -> TokenBlocks:
 
     if "self" in options.calibration and (dense.family.is_pair or not class_of(dense.config).can_generate()):
         raise InputError(
-            f"{dense.name} is a {class_of(dense.config).__name__}, which does not write from nothing, as for the source self",
+            f"{dense.name} is a {class_of(dense.config).__name__}, which writes nothing of its own for the source self",
             f"--calibration takes a text, such as {BUILTIN[0]}",
         )
     assert options.context is not None

@@ -72,14 +72,16 @@ def text_examples(path: Path, source: str, tokens: int, context: int | None) -> 
         InputError: it cannot be read, or is shorter than a piece.
     """
     tokenizer = load_tokenizer(path)
-    before, after = (torch.tensor(ids, dtype=torch.int64) for ids in special_ids(tokenizer))
+    config = load_config(path)
+    # Pairs have theirs already.
+    around = ([], []) if config.is_encoder_decoder else special_ids(tokenizer)
+    before, after = (torch.tensor(ids, dtype=torch.int64) for ids in around)
     size = (context or min(DEFAULT_CONTEXT, context_limit(path))) - len(before) - len(after)
     if size < 1:
         raise InputError("a context of special tokens alone leaves nothing to read", "--context takes more")
     text = evaluation_tokens(source, tokenizer, num_tokens=tokens)
     pieces = [piece for piece in text.ids_T.split(size) if len(piece) == size] or [text.ids_T]
     examples = [torch.cat([before, piece, after])[None] for piece in pieces]
-    config = load_config(path)
     if config.is_encoder_decoder:
         start = int(config.decoder_start_token_id)
         return [text_pairs(ids_1C, tokenizer, start) for ids_1C in examples], text.provenance.sha256

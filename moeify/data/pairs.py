@@ -94,7 +94,7 @@ def _parts(total: int, count: int, generator: torch.Generator) -> list[int]:
 
 
 @torch.no_grad()
-def heard(model: Any, inputs: Inputs, tokenizer: Any) -> dict[str, Tensor]:
+def heard(model: Any, inputs: Inputs, tokenizer: Any, length: int | None = None) -> dict[str, Tensor]:
     """Inputs of a model that hears, with what it writes itself: the likeliest token each time.
 
     Shorter texts have some of the others in front of them, as what was said before.
@@ -103,13 +103,15 @@ def heard(model: Any, inputs: Inputs, tokenizer: Any) -> dict[str, Tensor]:
         model: the dense model.
         inputs: its features of some pieces of sound.
         tokenizer: of the model.
+        length: tokens of each; what is longer is cut off. None means those of the longest.
     """
+    most = min(WRITTEN_TOKENS, int(model.config.max_target_positions) // 2)
     features, texts = inputs["input_features"], []
     for some in features.split(HEARD):
         placed = some.to(model.device, model.dtype)
         written = model.generate(
             input_features=placed,
-            max_new_tokens=WRITTEN_TOKENS,
+            max_new_tokens=most,
             do_sample=False,
             num_beams=1,
             # All of it: prompts too, whatever the language is.
@@ -117,7 +119,8 @@ def heard(model: Any, inputs: Inputs, tokenizer: Any) -> dict[str, Tensor]:
         )
         texts += [_without_ends(ids, model) for ids in written.tolist()]
     earlier = [] if EARLIER not in tokenizer.get_vocab() else [int(tokenizer.get_vocab()[EARLIER])]
-    length = max(map(len, texts))
+    length = length or max(map(len, texts))
+    texts = [text[:length] for text in texts]
     rows = [_filled(place, texts, earlier, length) for place in range(len(texts))]
     return {"input_features": features, "decoder_input_ids": torch.tensor(rows)}
 

@@ -36,10 +36,6 @@ def without_layers(dense: DenseModel, dropped: Sequence[int]) -> DenseModel:
     """
     if not dropped:
         return dense
-    if dense.family.is_pair:
-        raise InputError(
-            f"{dense.name} has an encoder and a decoder, of which no layers can be dropped", "leave --drop-layers out"
-        )
     assert not dense.dropped, "the layers of a model are numbered as they were opened"
     if missing := [layer for layer in dropped if not 0 <= layer < dense.num_layers]:
         raise InputError(f"there is no layer {missing[0]} to drop", f"--drop-layers takes 0 to {dense.num_layers - 1}")

@@ -20,6 +20,7 @@ from moeify.check.verify import verify
 from moeify.convert.pipeline import split
 from moeify.convert.prepare import prepare
 from moeify.errors import InputError, MoeifyWarning
+from moeify.families import lists_of
 from moeify.models import stock
 from moeify.models.config import load_config
 from moeify.models.dense import open_dense
@@ -82,11 +83,12 @@ def test_no_other_file_loads_models() -> None:
 NEEDS_PREFIX = {"qwen2_vl", "qwen2_5_vl"}
 
 
-@pytest.mark.parametrize("family", families.names())
+# Nothing stands below the head of a t5.
+@pytest.mark.parametrize("family", [name for name in families.names() if name != "t5"])
 @pytest.mark.parametrize("prefix", ["", "without", "twice"])
 def test_names_that_the_loader_renames(make_dense: MakeDense, tmp_path: Path, family: str, prefix: str) -> None:
     folder = Path(shutil.copytree(make_dense(family), tmp_path / family))
-    base = families.find(family).blocks.split(".")[0] + "."
+    base = lists_of(families.find(family).blocks)[0][0].split(".")[0] + "."
     names = {"": lambda n: n, "without": lambda n: n.removeprefix(base), "twice": lambda n: base + n}
     store(folder, {names[prefix](name): tensor for name, tensor in load_file(folder / SINGLE_FILE).items()})
     if prefix == "without" and family in NEEDS_PREFIX:
