@@ -142,9 +142,10 @@ def calibration_text(prepared: "Prepared") -> TokenBlocks:
     """The calibration tokens, checked against the model's vocabulary."""
     options, dense = prepared.options, prepared.dense
     if set(options.calibration) <= set(BUILTIN) and dense.name != EMBEDDED:
+        own = "" if dense.family.is_pair else ", and self"
         warn(
             f"{dense.name} is calibrated on Python's reference alone, and loses more on other text: "
-            "--calibration takes text like yours, several texts, and self"
+            f"--calibration takes text like yours, several texts{own}"
         )
 
     def sample(num_tokens: int, context: int, seed: int) -> Tensor:

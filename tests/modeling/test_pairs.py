@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from moeify.convert.search import search
 from moeify.errors import InputError, MoeifyWarning
 from moeify.models.dense import open_dense
 from moeify.options import SplitOptions
+from moeify.training.finetune import finetune
+from moeify.training.options import FinetuneOptions
 
 SENTINELS = 30
 # Text alone decides nothing here.
@@ -97,6 +100,20 @@ def test_methods_and_layouts_are_compared_by_the_change_of_outputs(t5: Any) -> N
     assert all(row.perplexity > 0 for row in table.rows[1:])
     found = search(dense, 0.75, SplitOptions(experts=8, **TEXT), frontier=False, quick=True)
     assert found.choice.share <= 0.75
+
+
+def test_a_pair_is_trained_towards_what_the_dense_model_writes(t5: Any, tmp_path: Path) -> None:
+    dense, out = t5(), tmp_path / "out"
+    split(str(dense), out, SplitOptions(experts=8, active=3, **TEXT))
+    options = FinetuneOptions(stage=("layers", "router", "lora"), tokens=2048, context=64, eval_tokens=512, batch=4)
+    result = finetune(str(out), str(dense), tmp_path / "trained", options)
+    first, *later = result.stages
+    assert first.after["layer_error"] < first.before["layer_error"]
+    assert [stage.stage for stage in later] == ["router", "lora"]
+    assert later[-1].after["kl"] < later[0].before["kl"]
+    assert verify(str(tmp_path / "trained"), str(dense)).passed
+    with pytest.raises(InputError, match="not trained on text of its own"):
+        finetune(str(out), str(dense), tmp_path / "other", replace(options, data=("self",)))
 
 
 @pytest.mark.parametrize(
