@@ -271,8 +271,10 @@ def twin_inputs(twin: DenseModel) -> dict[str, Tensor]:
             "input_features": torch.randn(1, int(twin.config.num_mel_bins), frames, generator=generator),
             **written,
         }
-    ids = {"input_ids": torch.randint(3, vocabulary, (1, CONTEXT), generator=generator)}
-    return ids | written if twin.family.is_pair else ids
+    if not twin.family.is_pair:
+        return {"input_ids": torch.randint(3, vocabulary, (1, CONTEXT), generator=generator)}
+    context = min(CONTEXT, twin.family.context_of(twin.config))
+    return {"input_ids": torch.randint(3, vocabulary, (1, context), generator=generator), **written}
 
 
 @lru_cache(maxsize=256)

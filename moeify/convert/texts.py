@@ -101,7 +101,7 @@ def dictated(dense: DenseModel, inputs: Inputs, device: str, length: int | None 
         dense: the model.
         inputs: pieces of sound.
         device: where it writes.
-        length: tokens of what is written; None means those of the longest.
+        length: tokens of what is written; None means those of the longest, at least LEAST_TOKENS.
     """
     if not class_of(dense.config).can_generate():
         return dict(inputs)

@@ -40,20 +40,24 @@ TINY_IMAGE: Mapping[str, Any] = {
 }
 
 
-# The same of a model that hears and writes: 32 positions of sound.
-TINY_AUDIO: Mapping[str, Any] = {
-    **{
-        name: TINY[name] for name in ("vocab_size", "intermediate_size", "pad_token_id", "bos_token_id", "eos_token_id")
-    },
+# Of a model with an encoder and a decoder, as most configs call them.
+TINY_PAIR: Mapping[str, Any] = {
     "d_model": 32,
-    "num_mel_bins": 8,
     **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
-    "max_source_positions": 32,
-    "max_target_positions": 64,
     "decoder_start_token_id": 1,
     "pad_token_id": 0,
+}
+
+
+# The same of a model that hears and writes: 32 positions of sound.
+TINY_AUDIO: Mapping[str, Any] = {
+    **{name: TINY[name] for name in ("vocab_size", "intermediate_size", "bos_token_id", "eos_token_id")},
+    **TINY_PAIR,
+    "num_mel_bins": 8,
+    "max_source_positions": 32,
+    "max_target_positions": 64,
 }
 SIZES: Mapping[Modality, Mapping[str, Any]] = {"text": TINY, "image": TINY_IMAGE, "audio": TINY_AUDIO}
 

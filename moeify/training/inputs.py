@@ -153,8 +153,8 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
     provenance = {"data": asdict(blocks.provenance), "eval": [asdict(stream.provenance) for stream in streams]}
     if dense.family.is_pair:
         start = int(dense.config.decoder_start_token_id)
-        pairs = [text_pairs(*one, start) for one in ((blocks.ids_BC, tokenizer), (eval_BC, tokenizer))]
-        return opened(*pairs, context, provenance)
+        train, held_out = (text_pairs(ids_BC, tokenizer, start) for ids_BC in (blocks.ids_BC, eval_BC))
+        return opened(train, held_out, context, provenance)
     return opened(blocks.inputs, {"input_ids": eval_BC}, context, provenance)
 
 

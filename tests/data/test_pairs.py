@@ -87,11 +87,17 @@ def test_shorter_texts_have_those_before_them_in_front(
     names: tuple[str, ...], first: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pairs, "HEARD", 2)
+    monkeypatch.setattr(pairs, "LEAST_TOKENS", 1)
     rows = [[5, 11, END, END, END], [5, 20, 21, 22, END], [5, 12, 13, END, END]]
     model = Dictation([[*row, *[END] * (5 - len(row))] for row in rows])
     made = heard(model, {"input_features": torch.zeros(3, 8, 4)}, Tokens(*names))["decoder_input_ids"]
     assert made.tolist()[1] == [5, 20, 21, 22]
     assert made.tolist()[0] == first[-4:]
+    monkeypatch.setattr(pairs, "LEAST_TOKENS", 6)
+    model.rows = [[*row, *[END] * (5 - len(row))] for row in rows]
+    longer = heard(model, {"input_features": torch.zeros(3, 8, 4)}, Tokens(*names))["decoder_input_ids"]
+    assert longer.tolist()[1][-4:] == [5, 20, 21, 22]
+    assert longer.shape == (3, 6)
     assert made.shape == (3, 4)
     model.rows = [[*row, *[END] * (5 - len(row))] for row in rows]
     cut = heard(model, {"input_features": torch.zeros(3, 8, 4)}, Tokens(*names), 3)["decoder_input_ids"]
