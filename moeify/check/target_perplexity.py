@@ -23,7 +23,7 @@ from moeify.data.pairs import text_pairs
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError
 from moeify.models.config import load_config
-from moeify.models.heads import dense_type
+from moeify.models.heads import decoder_start, dense_type
 from moeify.models.inputs import num_blocks, some_blocks
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import EvalOptions, Track
@@ -58,7 +58,7 @@ class TargetPerplexity:
                 f"a context of {context} does not fit these models", f"--context takes 16 to {limit} for them"
             )
         for name, path in paths.items():
-            tokenizer, start = load_tokenizer(path), int(configs[name].decoder_start_token_id)
+            tokenizer, start = load_tokenizer(path), decoder_start(configs[name])
             for source in options.data:
                 text = evaluation_tokens(source, tokenizer, num_tokens=options.tokens)
                 blocks_BC = whole_blocks(source, text.ids_T, context)

@@ -19,7 +19,7 @@ from moeify.errors import InputError, warn
 from moeify.models import stock
 from moeify.models.dense import DenseModel
 from moeify.models.device import halves_are_fast
-from moeify.models.heads import class_of
+from moeify.models.heads import class_of, decoder_start
 from moeify.models.image_processor import ImageProcessor
 from moeify.models.inputs import Inputs
 from moeify.models.sound_processor import SoundProcessor
@@ -72,7 +72,7 @@ def calibration_inputs(prepared: "Prepared") -> Blocks:
     dense, modality = prepared.dense, prepared.dense.family.modality
     if modality == "text" and dense.family.is_pair:
         blocks = calibration_text(prepared)
-        start = int(dense.config.decoder_start_token_id)
+        start = decoder_start(dense.config)
         pairs = text_pairs(blocks.ids_BC, dense.tokenizer(), start, prepared.options.seed)
         return PairBlocks(pairs, blocks.provenance)
     if modality == "audio":

@@ -20,7 +20,7 @@ from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError
 from moeify.families import Modality
 from moeify.models.config import load_config
-from moeify.models.heads import dense_type
+from moeify.models.heads import decoder_start, dense_type
 from moeify.models.image_processor import ImageProcessor
 from moeify.models.inputs import Inputs, some_blocks
 from moeify.models.sound_processor import SoundProcessor
@@ -83,7 +83,7 @@ def text_examples(path: Path, source: str, tokens: int, context: int | None) -> 
     pieces = [piece for piece in text.ids_T.split(size) if len(piece) == size] or [text.ids_T]
     examples = [torch.cat([before, piece, after])[None] for piece in pieces]
     if config.is_encoder_decoder:
-        start = int(config.decoder_start_token_id)
+        start = decoder_start(config)
         return [text_pairs(ids_1C, tokenizer, start) for ids_1C in examples], text.provenance.sha256
     return [{"input_ids": ids_1C} for ids_1C in examples], text.provenance.sha256
 

@@ -98,6 +98,20 @@ def classes_of_type(auto: str, model_type: str) -> tuple[str, ...]:
     return (found,) if isinstance(found, str) else tuple(found)
 
 
+def decoder_start(config: Any) -> int:
+    """The token that a decoder begins with; where a config does not say, the one that fills up, as in T5.
+
+    Raises:
+        InputError: there is none.
+    """
+    names = (name for name in ("decoder_start_token_id", "pad_token_id") if getattr(config, name, None) is not None)
+    if (name := next(names, None)) is None:
+        raise InputError(
+            "config.json has no decoder_start_token_id, with which a decoder begins", "add it, as the model was trained"
+        )
+    return int(getattr(config, name))
+
+
 def check_language_model(config: Any, what: str) -> None:
     """Refuse what generates no text.
 

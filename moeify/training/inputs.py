@@ -28,7 +28,7 @@ from moeify.models.dense import DenseModel, open_dense
 from moeify.models.device import halves_are_fast
 from moeify.models.files import find_shards, locate
 from moeify.models.fingerprint import Fingerprint
-from moeify.models.heads import LANGUAGE_MODELS, auto_name, dense_type
+from moeify.models.heads import LANGUAGE_MODELS, auto_name, decoder_start, dense_type
 from moeify.models.image_processor import ImageProcessor
 from moeify.models.inputs import Inputs as ModelInputs
 from moeify.models.tokenizer import load_tokenizer
@@ -152,7 +152,7 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
             )
     provenance = {"data": asdict(blocks.provenance), "eval": [asdict(stream.provenance) for stream in streams]}
     if dense.family.is_pair:
-        start = int(dense.config.decoder_start_token_id)
+        start = decoder_start(dense.config)
         train, held_out = (text_pairs(ids_BC, tokenizer, start) for ids_BC in (blocks.ids_BC, eval_BC))
         return opened(train, held_out, context, provenance)
     return opened(blocks.inputs, {"input_ids": eval_BC}, context, provenance)
