@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, MakeDense
+from conftest import MakeDense
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
