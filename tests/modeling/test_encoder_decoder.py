@@ -105,7 +105,7 @@ def test_methods_and_layouts_are_compared_by_the_change_of_outputs(t5: Any) -> N
 def test_a_pair_is_trained_towards_what_the_dense_model_writes(t5: Any, tmp_path: Path) -> None:
     dense, out = t5(), tmp_path / "out"
     split(str(dense), out, SplitOptions(experts=8, active=3, **TEXT))
-    options = FinetuneOptions(stage=("layers", "router", "lora"), tokens=1024, context=64, eval_tokens=512, batch=4)
+    options = FinetuneOptions(stage=("layers", "router", "lora"), tokens=2048, context=64, eval_tokens=512, batch=4)
     result = finetune(str(out), str(dense), tmp_path / "trained", options)
     first, *later = result.stages
     assert first.after["layer_error"] < first.before["layer_error"]
