@@ -35,6 +35,7 @@ DEFINITIONS = {
     "shared": "always on, runs for every token",
     "slice": "an equal part of the neurons of an FFN",
     "static": "plain pruning: the same neurons for every token, the others dropped; what a split has to beat",
+    "target perplexity": "perplexity of what was hidden in a text, as the decoder writes it: spans, or its second half",
     "to first": "difference to the first model's score on the same questions",
     "top 1": "share of positions where the likeliest next token is the dense model's",
     "word error rate": "words that were left out, added or taken for others, over the words that were said",

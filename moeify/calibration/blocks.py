@@ -4,7 +4,9 @@ Legend: B blocks of text of C tokens, D hidden size.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,6 +17,17 @@ from moeify.families import Sites
 
 # What a block is called with beside the hidden states.
 Call = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Stands in a call for what the stream knows when the block runs.
+
+    Args:
+        place: of what the block before it gives beside its hidden states; None is what the encoder gives.
+    """
+
+    place: int | None
 
 
 class Arrived(Exception):  # noqa: N818
@@ -32,7 +45,9 @@ class Passage(nn.Module):
         self.gives: Tensor | None = None
         self.stops = False
         # In a list, so that it is no part of this module.
-        self._block, self._sites, self._gives_tuple = [block], sites, False
+        self._block, self._sites = [block], sites
+        # What it gives beside hidden states, on no device; None of a block that gives these alone.
+        self.beside: tuple[Any, ...] | None = None
         # Some models choose the mask by an attribute of the block.
         for name in ("attention_type", "layer_type"):
             if hasattr(block, name):
@@ -40,44 +55,49 @@ class Passage(nn.Module):
 
     def forward(self, *arguments: Any, **named: Any) -> Any:
         if self._block:
-            self._gives_tuple = gives_tuple(self._block.pop(), self._sites, (arguments, named))
+            self.beside = given_beside(self._block.pop(), self._sites, (arguments, named))
         self.hidden_BCD = arguments[0] if arguments else named.pop("hidden_states")
         self.call = (arguments[1:], named)
         if self.stops:
             raise Arrived
         gives = self.hidden_BCD if self.gives is None else self.gives
-        return (gives, None) if self._gives_tuple else gives
+        return gives if self.beside is None else (gives, *self.beside)
 
 
-# By class of block: a run of one is a sixth of a small split, and a search enters a model hundreds of times.
-_TUPLES: dict[type, bool] = {}
+# By class of block, where no tensor is among it: a run of one is a sixth of a small split.
+_BESIDE: dict[type, tuple[Any, ...] | None] = {}
 
 
-def gives_tuple(block: nn.Module, sites: Sites, call: Call) -> bool:
-    """Whether a block gives more than its hidden states, as older models do: a fact of its class.
+def given_beside(block: nn.Module, sites: Sites, call: Call) -> tuple[Any, ...] | None:
+    """What a block gives beside its hidden states, as older models do; tensors are on no device.
 
     Args:
         block: stays as it is.
         sites: where its FFN reads and writes.
         call: what the model passes to it, the hidden states included.
     """
-    if type(block) not in _TUPLES:
-        _TUPLES[type(block)] = _runs_to_tuple(block, sites, call)
-    return _TUPLES[type(block)]
+    if type(block) in _BESIDE:
+        return _BESIDE[type(block)]
+    beside = _run_without_ffn(block, sites, call)
+    # A position bias is as long as the text, and encoder and decoder may have blocks of one class.
+    if not any(isinstance(part, Tensor) for part in beside or ()):
+        _BESIDE[type(block)] = beside
+    return beside
 
 
-def _runs_to_tuple(block: nn.Module, sites: Sites, call: Call) -> bool:
-    """Run a block, without its FFN, on no device."""
+def _run_without_ffn(block: nn.Module, sites: Sites, call: Call) -> tuple[Any, ...] | None:
+    """See `given_beside`."""
     # Not by `to`, which may put the originals there as well.
     parts = [*block.parameters(), *block.buffers()]
     module: Any = copy.deepcopy(block, {id(part): part.detach().to("meta") for part in parts})
     Block(module, sites, call)
     arguments, named = tree_map(lambda value: value.to("meta") if isinstance(value, Tensor) else value, call)
     try:
-        return isinstance(module(*arguments, **named), tuple)
+        given = module(*arguments, **named)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError):
         # What looks at numbers does not run there; models of today give a tensor.
-        return False
+        return None
+    return given[1:] if isinstance(given, tuple) else None
 
 
 class _Site:
@@ -133,6 +153,8 @@ class Block:
     """
 
     def __init__(self, module: nn.Module, sites: Sites, call: Call) -> None:
+        # What the last call gave beside hidden states.
+        self.beside: tuple[Any, ...] = ()
         self.kind = type(module)
         self._module, self._call, self._site = module, call, _Site()
         module.set_submodule(sites.read, _Reader(self._site, writes=sites.read == sites.write))
@@ -146,22 +168,32 @@ class Block:
         inputs_BCD, self._site.inputs_BCD = self._site.inputs_BCD, torch.empty(0)
         return inputs_BCD
 
-    def __call__(self, hidden_BCD: Tensor, outputs_BCD: Tensor | None) -> Tensor:
-        """The block's output for an output of its FFN; None is an FFN that gives zeros."""
-        self._site.outputs_BCD = outputs_BCD
-        arguments, named = self._call
-        result = self._module(hidden_BCD, *arguments, **named)
-        block_BCD: Tensor = result[0] if isinstance(result, tuple) else result
-        return block_BCD
+    def __call__(
+        self, hidden_BCD: Tensor, outputs_BCD: Tensor | None, known: Mapping[Beside, Any] = MappingProxyType({})
+    ) -> Tensor:
+        """The block's output for an output of its FFN; None is an FFN that gives zeros.
 
-    def adds_up(self, hidden_1CD: Tensor) -> bool:
+        Args:
+            hidden_BCD: in front of it.
+            outputs_BCD: of its FFN.
+            known: what stands in its call for something else.
+        """
+        self._site.outputs_BCD = outputs_BCD
+        arguments, named = tree_map(lambda leaf: known[leaf] if isinstance(leaf, Beside) else leaf, self._call)
+        result = self._module(hidden_BCD, *arguments, **named)
+        if not isinstance(result, tuple):
+            return result  # type: ignore[no-any-return]
+        self.beside = result[1:]
+        return result[0]  # type: ignore[no-any-return]
+
+    def adds_up(self, hidden_1CD: Tensor, known: Mapping[Beside, Any]) -> bool:
         """Whether the FFN's output is added to the rest as it is, bit for bit."""
         generator = torch.Generator().manual_seed(0)
         outputs_1CD = torch.randn(hidden_1CD.shape, generator=generator).to(hidden_1CD)
-        return torch.equal(self(hidden_1CD, outputs_1CD), self(hidden_1CD, None) + outputs_1CD)
+        return torch.equal(self(hidden_1CD, outputs_1CD, known), self(hidden_1CD, None, known) + outputs_1CD)
 
 
-def copy_sharing(module: nn.Module, left_out: str = "") -> Any:
-    """A copy that shares its parameters with the original, and one submodule as a whole."""
-    shared: list[Any] = [*module.parameters(), *([module.get_submodule(left_out)] if left_out else [])]
+def copy_sharing(module: nn.Module, left_out: Iterable[str] = ()) -> Any:
+    """A copy that shares its parameters with the original, and some submodules as a whole."""
+    shared: list[Any] = [*module.parameters(), *map(module.get_submodule, left_out)]
     return copy.deepcopy(module, {id(part): part for part in shared})

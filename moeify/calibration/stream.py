@@ -9,6 +9,9 @@ Everything but the FFN is done by the stock model's own modules, so nothing is a
 or heads. Where a block adds the FFN's output to its residual as it is, as llama does, attention runs once and `advance`
 is an addition; where it does not (a norm behind the FFN, a factor on it), the block runs again with the output given.
 
+Of a model with an encoder and a decoder the blocks are numbered through both: `attend` of the decoder's first block
+leaves the encoder's hidden states, which every block of the decoder sees from then on, and enters the decoder's.
+
 Legend: B blocks (texts, images) of C tokens, T = B * C tokens, D hidden size, V vocabulary.
 """
 
@@ -20,20 +23,24 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
 
-from moeify.calibration.blocks import Arrived, Block, Call, Passage, copy_sharing
+from moeify.calibration.blocks import Arrived, Beside, Block, Call, Passage, copy_sharing
 from moeify.calibration.overflow import LARGEST, check_activations
 from moeify.calibration.store import IN_MEMORY, Store, stretches
 from moeify.families import Sites
 from moeify.models.ffn import CHUNK_TOKENS
 from moeify.models.inputs import num_blocks, output_of, some_blocks, uncached
 
+# What the names of a decoder's inputs begin with.
+DECODER = "decoder_"
+
 
 class Source(Protocol):
     """What a stream needs of a model: a DenseModel on disk, or one that is loaded."""
 
     @property
-    def sites(self) -> Sites: ...
+    def sites(self) -> tuple[Sites, ...]: ...
 
     @property
     def skeleton(self) -> Any: ...
@@ -50,7 +57,8 @@ class HiddenStream:
     Args:
         model: the model.
         inputs: what the stock model is called with, by name: tensors of B blocks, such as `input_ids` of C tokens each,
-            or `pixel_values` of images that the model makes C tokens of.
+            or `pixel_values` of images that the model makes C tokens of; what a decoder is called with begins with
+            `decoder_`.
         device: where the arithmetic runs.
         dtype: in which it runs; float32 unless there is a reason.
         store: holds the hidden states, and what the FFNs see of them.
@@ -66,12 +74,20 @@ class HiddenStream:
         store: Store = IN_MEMORY,
     ) -> None:
         self._model, self._sites = model, model.sites
+        lengths = [len(model.skeleton.get_submodule(sites.blocks)) for sites in self._sites]
+        # Numbers of the first block of each list, and of the one behind the last.
+        self._starts = [sum(lengths[:place]) for place in range(len(lengths) + 1)]
+        # Which list of blocks the hidden states are in, and those that an encoder has given.
+        self._place, self._encoded_BCD = 0, torch.empty(0)
+        self._later = {name: tensor for name, tensor in inputs.items() if name.startswith(DECODER)}
+        # What the block before this one gave beside hidden states, and what this one did.
+        self._beside: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
         self._device, self._dtype, self._store = torch.device(device), dtype, store
         self._num_blocks = num_blocks(inputs)
         # Whose values matter no more where hidden states are given behind the last layer.
         self._first = some_blocks(inputs, slice(0, 1))
         self._layer = 0
-        self._hidden_BCD, self._arguments = self._enter(inputs)
+        self._hidden_BCD, self._arguments = self._enter({n: t for n, t in inputs.items() if n not in self._later})
         check_activations(self._hidden_BCD, "in front of the first layer: the hidden states")
         self._adds_up: dict[type, bool] = {}
         # The block that has to run again with its FFN's output.
@@ -89,19 +105,27 @@ class HiddenStream:
         Raises:
             InputError: they cannot be computed with.
         """
+        self.reach(layer)
+        self._beside = self._beside[1], ()
         block, self._layer = self._load(layer), layer
         if block.kind not in self._adds_up:
-            self._adds_up[block.kind] = block.adds_up(self._at(slice(0, 1)))
+            self._adds_up[block.kind] = block.adds_up(self._at(slice(0, 1)), self._known(slice(0, 1)))
         self._waiting = None if self._adds_up[block.kind] else block
+        given: tuple[Any, ...] = ()
 
         def inputs() -> Iterator[Tensor]:
+            nonlocal given
             for rows in self._chunks(self._hidden_BCD):
-                residual_BCD = block(self._at(rows), None)
+                residual_BCD = block(self._at(rows), None, self._known(rows))
+                given = block.beside
                 if self.adds_up:
                     self._hidden_BCD[rows] = residual_BCD
                 yield block.take_inputs().flatten(0, -2)
 
         inputs_TD = self._store.collect(inputs(), len(self.residual()))
+        # It fits any number of blocks of tokens.
+        given = tuple(value[:1] if isinstance(value, Tensor) else value for value in given)
+        self._beside = self._beside[0], given
         check_activations(inputs_TD, f"layer {layer}: the inputs of its FFN")
         return inputs_TD
 
@@ -134,7 +158,9 @@ class HiddenStream:
 
     def _behind(self, rows: slice, outputs_BCD: Tensor) -> Tensor:
         hidden_BCD = self._at(rows)
-        return hidden_BCD + outputs_BCD if self._waiting is None else self._waiting(hidden_BCD, outputs_BCD)
+        if self._waiting is None:
+            return hidden_BCD + outputs_BCD
+        return self._waiting(hidden_BCD, outputs_BCD, self._known(rows))
 
     @torch.no_grad()
     def pass_through(self, layer: int, ffn: Callable[[Tensor], Tensor]) -> Tensor:
@@ -155,11 +181,19 @@ class HiddenStream:
         """residual_TD, the stream as it is now, where and in the type in which the store holds it."""
         return self._hidden_BCD.flatten(0, 1)
 
-    def fork(self, residual_TD: Tensor) -> "HiddenStream":
-        """Another stream at the same place of the model: whole blocks, with this residual."""
+    def fork(self, residual_TD: Tensor, first: int = 0) -> "HiddenStream":
+        """Another stream at the same place of the model: variants of whole blocks, with this residual.
+
+        Args:
+            residual_TD: of one or several variants of the blocks from one of this stream's on.
+            first: number of that.
+        """
         forked = copy.copy(self)
         forked._hidden_BCD = residual_TD.reshape(-1, *self._hidden_BCD.shape[1:]).clone()
         forked._num_blocks = len(forked._hidden_BCD)
+        variants = forked._num_blocks // (self._num_blocks - first)
+        forked._later = {name: torch.cat([tensor[first:]] * variants) for name, tensor in self._later.items()}
+        forked._encoded_BCD = torch.cat([self._encoded_BCD[first:]] * variants)
         return forked
 
     @torch.no_grad()
@@ -173,7 +207,7 @@ class HiddenStream:
         """
         head = self._model.skeleton.get_output_embeddings()
         names = [name for name, module in self._model.skeleton.named_modules() if module is head]
-        if not names or "input_ids" not in self._first:
+        if not names or "input_ids" not in self._first or self._later:
             for output in self.outputs(range(self._num_blocks)):
                 check_activations(output, "behind the last layer: the model's outputs")
             return
@@ -185,7 +219,7 @@ class HiddenStream:
         base.set_input_embeddings(nn.Identity())
         self._fill_base(outer)
         for block in range(self._num_blocks):
-            passages[-1].gives = hidden_1CD = self._at(slice(block, block + 1))
+            passages[-1][-1].gives = hidden_1CD = self._at(slice(block, block + 1))
             normed_1CD = base(inputs_embeds=self._embedded(hidden_1CD), **uncached(base))[0]
             check_activations(normed_1CD * steepest, "behind the last layer: the logits, by their bound,", LARGEST**2)
 
@@ -214,17 +248,21 @@ class HiddenStream:
     def outputs(self, blocks: Iterable[int]) -> Iterator[Tensor]:
         """After the last layer: what the model gives for each of these blocks, logits_CV of a language model."""
         outer, passages = self._outer()
-        text = "input_ids" in self._first
+        text = "input_ids" in self._first or bool(self._later)
         if text:
             outer.set_input_embeddings(nn.Identity())
         self._fill_base(outer)
-        if outer.base_model is not outer:
-            for name, head in outer.named_children():
-                if head is not outer.base_model:
-                    self._fill(head, f"{name}.")
+        for name, part in outer.named_children():
+            # Heads beside what stands below them, or among its parts.
+            if part is not outer.base_model:
+                self._fill(part, f"{name}.")
         for block in blocks:
-            passages[-1].gives = hidden_1CD = self._at(slice(block, block + 1))
-            inputs = {"inputs_embeds": self._embedded(hidden_1CD)} if text else self._called_with(self._first)
+            rows = slice(block, block + 1)
+            passages[-1][-1].gives = hidden_1CD = self._at(rows)
+            if self._later:
+                inputs = {f"{DECODER}inputs_embeds": self._embedded(hidden_1CD), **self._given_encoded(rows)}
+            else:
+                inputs = {"inputs_embeds": self._embedded(hidden_1CD)} if text else self._called_with(self._first)
             yield output_of(outer(**inputs, **uncached(outer)))[0]
 
     def _embedded(self, hidden_1CD: Tensor) -> Tensor:
@@ -239,32 +277,81 @@ class HiddenStream:
             for name, tensor in inputs.items()
         }
 
+    def _given_encoded(self, rows: slice) -> dict[str, Any]:
+        """What a model takes instead of running its encoder."""
+        return {"encoder_outputs": (self._widened(self._encoded_BCD[rows]),)}
+
     @torch.no_grad()
-    def _enter(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
-        """Hidden states in front of the first block, and what the stock model passes to each block beside them."""
+    def reach(self, layer: int) -> None:
+        """Leave an encoder if this is a block of the decoder; else the stream is there already."""
+        if self._place + 1 < len(self._sites) and layer >= self._starts[self._place + 1]:
+            self._encoded_BCD = self._store.collect(self._encode(), self._num_blocks)
+            self._place, self._beside, self._adds_up = self._place + 1, ((), ()), {}
+            self._hidden_BCD, self._arguments = self._enter(self._later)
+            check_activations(self._hidden_BCD, "in front of the decoder: the hidden states")
+
+    def _encode(self) -> Iterator[Tensor]:
+        """What the encoder gives for the hidden states behind its last block."""
         outer, passages = self._outer()
         base = outer.base_model
-        prefix = f"{outer.base_model_prefix}." if base is not outer else ""
-        if "input_ids" in inputs:
-            inputs = {**inputs, "input_ids": self._look_up(base, prefix, inputs["input_ids"])}
         self._fill_base(outer)
+        encoded: list[Tensor] = []
+
+        def arrive(_: nn.Module, __: Any, output: Any) -> None:
+            encoded.append(output[0])
+            raise Arrived
+
+        base.get_encoder().register_forward_hook(arrive)
+        first = {name: tensor for name, tensor in self._first.items() if name not in self._later}
+        for rows in self._chunks(self._hidden_BCD):
+            passages[self._place][-1].gives = hidden_BCD = self._at(rows)
+            with contextlib.suppress(Arrived):
+                base(**self._called_with({n: t.expand(len(hidden_BCD), *t.shape[1:]) for n, t in first.items()}))
+            yield encoded.pop()
+
+    @torch.no_grad()
+    def _enter(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
+        """Hidden states in front of a list of blocks, and what the stock model passes to each block beside them."""
+        outer, lists = self._outer()
+        base, passages = outer.base_model, lists[self._place]
+        prefix = f"{outer.base_model_prefix}." if base is not outer else ""
+        for name in inputs:
+            if name.endswith("input_ids"):
+                inputs = {**inputs, name: self._look_up(base, prefix, inputs[name])}
+        self._fill_base(outer)
+        encoded: dict[str, Any] = {}
 
         def enter(rows: slice) -> Tensor:
-            base(**self._called_with(some_blocks(inputs, rows)), **uncached(base))
+            encoded.update(self._given_encoded(rows) if self._place else {})
+            with contextlib.suppress(Arrived):
+                base(**self._called_with(some_blocks(inputs, rows)), **encoded, **uncached(base))
             return passages[0].hidden_BCD
 
         # With one block, so that what is noted fits any number of them.
+        passages[-1].stops = True
         first_1CD = enter(slice(0, 1))
-        calls = [passage.call for passage in passages]
+        calls = self._noted(passages, encoded)
         passages[0].stops = True
+        whole_BCD = first_1CD.expand(self._num_blocks, -1, -1)
+        hidden = (enter(rows) for rows in self._chunks(whole_BCD))
+        return self._store.collect(hidden, self._num_blocks), calls
 
-        def hidden() -> Iterator[Tensor]:
-            for rows in self._chunks(first_1CD.expand(self._num_blocks, -1, -1)):
-                with contextlib.suppress(Arrived):
-                    enter(rows)
-                yield passages[0].hidden_BCD
+    @staticmethod
+    def _noted(passages: list[Passage], encoded: Mapping[str, Any]) -> list[Call]:
+        """The calls, with words for what only a run of the blocks before gives."""
+        calls, before = [], [(id(states), Beside(None)) for given in encoded.values() for states in given]
+        for passage, previous in zip(passages, [None, *passages[:-1]], strict=True):
+            given = enumerate((previous.beside if previous is not None else None) or ())
+            words = dict([*before, *((id(value), Beside(place)) for place, value in given if value is not None)])
+            calls.append(tree_map(lambda leaf, words=words: words.get(id(leaf), leaf), passage.call))
+        return calls
 
-        return self._store.collect(hidden(), self._num_blocks), calls
+    def _known(self, rows: slice) -> dict[Beside, Any]:
+        """What stands in calls for what the stream knows, for some blocks of tokens."""
+        known: dict[Beside, Any] = {Beside(place): value for place, value in enumerate(self._beside[0])}
+        if self._place:
+            known[Beside(None)] = self._widened(self._encoded_BCD[rows])
+        return known
 
     def _look_up(self, base: Any, prefix: str, ids_BC: Tensor) -> Tensor:
         """Give the model the embeddings that the text uses, and return the ids by which it finds them there.
@@ -274,21 +361,34 @@ class HiddenStream:
         embedding = base.get_input_embeddings()
         name = prefix + next(name for name, module in base.named_modules() if module is embedding) + ".weight"
         used_U, ids_BC = ids_BC.unique(return_inverse=True)
-        table_UD = self._model.get([name])[name][used_U].to(self._device, self._dtype)
-        embedding.weight, embedding.padding_idx = nn.Parameter(table_UD, requires_grad=False), None
+        table_UD = self._model.get([self._model.tied.get(name, name)])
+        table = nn.Parameter(next(iter(table_UD.values()))[used_U].to(self._device, self._dtype), requires_grad=False)
+        whole = embedding.weight
+        for module in base.modules():
+            # Encoder and decoder have one each, which share a table.
+            if isinstance(module, nn.Embedding) and module.weight is whole:
+                module.weight, module.padding_idx = table, None
         return ids_BC
 
-    def _outer(self) -> tuple[Any, list[Passage]]:
-        """The stock model with passages instead of blocks; its parameters are not filled yet."""
-        outer = copy_sharing(self._model.skeleton, self._sites.blocks)
-        blocks: Any = self._model.skeleton.get_submodule(self._sites.blocks)
-        passages = [Passage(block, self._sites) for block in blocks]
-        outer.set_submodule(self._sites.blocks, nn.ModuleList(passages))
-        return outer, passages
+    def _outer(self) -> tuple[Any, list[list[Passage]]]:
+        """The stock model with passages instead of blocks, by list; its parameters are not filled yet."""
+        outer = copy_sharing(self._model.skeleton, [sites.blocks for sites in self._sites])
+        lists = []
+        for sites in self._sites:
+            blocks: Any = self._model.skeleton.get_submodule(sites.blocks)
+            lists.append([Passage(block, sites) for block in blocks])
+            outer.set_submodule(sites.blocks, nn.ModuleList(lists[-1]))
+        return outer, lists
 
     def _fill_base(self, outer: Any) -> None:
         """Fill the model below its head, of one that reads text in a part of its own that part alone."""
         base = outer.base_model
+        if base is outer and (head := outer.get_output_embeddings()) is not None:
+            # Its head is one of its parts.
+            for name, part in outer.named_children():
+                if part is not head:
+                    self._fill(part, f"{name}.")
+            return
         prefix = f"{outer.base_model_prefix}." if base is not outer else ""
         reader = getattr(base, "language_model", None)
         self._fill(*((base, prefix) if reader is None else (reader, f"{prefix}language_model.")))
@@ -307,9 +407,10 @@ class HiddenStream:
 
     def _load(self, layer: int) -> Block:
         """One block with weights, its FFN replaced."""
-        prefix = f"{self._sites.blocks}.{layer}"
+        sites, number = self._sites[self._place], layer - self._starts[self._place]
+        prefix = f"{sites.blocks}.{number}"
         module = copy_sharing(self._model.skeleton.get_submodule(prefix))
-        block = Block(module, self._sites, self._arguments[layer])
+        block = Block(module, sites, self._arguments[number])
         self._assign(module, {name: f"{prefix}.{name}" for name in module.state_dict()})
         return block
 

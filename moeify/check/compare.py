@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeify import partition
 from moeify.cache import cache_dir, check_place, digest, once
 from moeify.check.baselines import NeuronOracle, fit_bias_compensated
 from moeify.check.bootstrap import mean_of, mean_ratio, perplexity_of, perplexity_ratio
@@ -33,12 +34,12 @@ from moeify.command_line import names_of, several
 from moeify.convert.output_change import PERPLEXITY, measure_of
 from moeify.convert.prepare import Prepared, prepare
 from moeify.convert.search_scores import Absent
-from moeify.convert.texts import Blocks, calibration_inputs
+from moeify.convert.texts import Blocks, calibration_inputs, dictated
 from moeify.data.examples import EXAMPLES
 from moeify.data.text import evaluation_tokens
 from moeify.errors import UsageError, kept_when_interrupted, unknown
 from moeify.models.dense import DenseModel, open_dense
-from moeify.models.heads import check_language_model
+from moeify.models.heads import LANGUAGE_MODELS, auto_name, check_language_model
 from moeify.models.inputs import Inputs, num_blocks, one_behind_other
 from moeify.options import CompareOptions, Names, SplitOptions, Track
 from moeify.progress import Resumed, shown
@@ -152,7 +153,7 @@ def compare(
     base = replace(base, experts=experts)
     _check_experts(experts, budgets, only)
     blocks = calibration_inputs(prepared)
-    texts = {source: _evaluation(prepared, source, tokens) for source in data}
+    texts = {source: _evaluation(prepared, source, tokens, blocks) for source in data}
     whole = reduce(one_behind_other, texts.values())
     check_place(cache_dir() / "compare" / "losses")
     rows = _task_rows(asked, dense)
@@ -265,7 +266,7 @@ class _Entries:
         yield self._control(DENSE, 1.0, DENSE)
         for budget in budgets:
             for name, method in methods(self.base.experts).items():
-                if name not in {*only, REFERENCE} if only else not _exists(method, budget, self.trials.num_neurons):
+                if name not in {*only, REFERENCE} if only else not _exists(method, budget, self.prepared.dense):
                     continue
                 if method.control:
                     yield self._control(name, budget, method.control)
@@ -312,9 +313,14 @@ CONTROLS: dict[str, Callable[[float], Control]] = {
 }
 
 
-def _exists(method: Method, budget: float, num_neurons: int) -> bool:
-    """False if its number of experts does not cut these FFNs, or cannot meet the budget."""
-    experts = int(method.options.get("experts", 1))
+def _exists(method: Method, budget: float, dense: DenseModel) -> bool:
+    """False if it is not for such a model, or its number of experts does not cut these FFNs or meet the budget."""
+    if dense.family.is_pair and method.absent is Absent.LAYER:
+        return False
+    needs_loss = partition.needs_gradients(method.options.get("partition", SplitOptions.partition))
+    if needs_loss and auto_name(dense.config) not in LANGUAGE_MODELS:
+        return False
+    experts, num_neurons = int(method.options.get("experts", 1)), dense.num_neurons
     return num_neurons % experts == 0 and (experts == 1 or (budget * experts).is_integer())
 
 
@@ -326,13 +332,16 @@ def _task_rows(asked: Tasks, dense: DenseModel) -> TaskRows:
     return TaskRows.of(questions, dense.tokenizer() if questions else None, dense.family.context_of(dense.text_config))
 
 
-def _evaluation(prepared: Prepared, source: str, tokens: int) -> Inputs:
+def _evaluation(prepared: Prepared, source: str, tokens: int, blocks: Blocks) -> Inputs:
     """The first whole blocks of a text; examples for what is no language model."""
     context, dense = prepared.options.context, prepared.dense
     assert context is not None
     if measure_of(dense.config) != PERPLEXITY:
         examples, _ = EXAMPLES[dense.family.modality](dense.path, source, tokens, context)
-        return reduce(one_behind_other, examples)
+        inputs = reduce(one_behind_other, examples)
+        if dense.family.modality != "audio":
+            return inputs
+        return dictated(dense, inputs, prepared.options.device, blocks.inputs["decoder_input_ids"].shape[1])
     ids_T = evaluation_tokens(source, prepared.dense.tokenizer(), num_tokens=tokens).ids_T
     blocks_BC = whole_blocks(source, ids_T, context)
     warn_of_few(source, blocks_BC.numel() - len(blocks_BC))

@@ -3,6 +3,7 @@
     a language model               perplexity                      perplexity.py
     one that guesses masked words  pseudo-perplexity               pseudo_perplexity.py
     one that writes what it hears  word error rate                 word_errors.py
+    one that reads and writes      target perplexity               target_perplexity.py
     any other                      cosine of its features          features.py
 
 Labelled sets and questions are tasks (tasks.py, labels.py), and say more of classifiers and of features.
@@ -15,10 +16,11 @@ from typing import Any, Protocol
 from moeify.check.features import FeatureCosine, Score
 from moeify.check.perplexity import EvalResult, Perplexity
 from moeify.check.pseudo_perplexity import PseudoPerplexity
+from moeify.check.target_perplexity import TargetPerplexity
 from moeify.check.word_errors import WordErrors
 from moeify.errors import InputError
 from moeify.models.config import load_config
-from moeify.models.heads import LANGUAGE_MODELS, MASKED_MODEL, SPEECH_MODEL, auto_name
+from moeify.models.heads import LANGUAGE_MODELS, MASKED_MODEL, PAIR_MODEL, SPEECH_MODEL, auto_name
 from moeify.options import EvalOptions, Track
 
 
@@ -34,6 +36,7 @@ MEASURES: dict[str, Open] = {
     **dict.fromkeys(LANGUAGE_MODELS, Perplexity.open),
     MASKED_MODEL: PseudoPerplexity.open,
     SPEECH_MODEL: WordErrors.open,
+    PAIR_MODEL: TargetPerplexity.open,
 }
 
 

@@ -44,7 +44,8 @@ class EvalResult(Readable):
         context, stride: tokens in a window, and how far it moves; None in results of versions that did not say.
         active_share: of the FFNs that are cut, measured in the mean over tokens; None if it is the same for all.
         calibrated_on: the texts that the model was calibrated or trained on by moeify; none if it was not.
-        measure: perplexity, or pseudo-perplexity of a model that guesses masked tokens.
+        measure: perplexity, pseudo-perplexity of a model that guesses masked tokens, or target perplexity of one that
+            reads a text and writes another.
     """
 
     model: str

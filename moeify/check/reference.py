@@ -43,7 +43,7 @@ class Reference(DenseModel):
         """
         model = stock.load(source.path).eval()
         if source.dropped:
-            cut_model(model, source.blocks, source.dropped)
+            cut_model(model, source.blocks.names[0], source.dropped)
         tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         absent = sorted(set(source.shapes) - set(tensors))
         if absent:

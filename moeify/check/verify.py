@@ -26,6 +26,7 @@ from moeify import targets
 from moeify.check.logits import logit_difference
 from moeify.check.reference import Reference, architecture_difference
 from moeify.convert.exactness import twin_inputs
+from moeify.data.pairs import text_pairs
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
@@ -38,7 +39,7 @@ from moeify.models.config import load_config
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights
 from moeify.models.files import find_shards, inside, locate
-from moeify.models.heads import LABELLED, auto_name, config_of_experts
+from moeify.models.heads import LABELLED, auto_name, config_of_experts, decoder_start
 from moeify.models.inputs import Inputs
 from moeify.models.same_tokens import token_difference
 from moeify.models.shallow import without_layers
@@ -355,5 +356,7 @@ def _inputs(source: DenseModel) -> Inputs:
     context = min(CONTEXT, source.family.context_of(source.text_config))
     stream = evaluation_tokens("builtin-heldout", source.tokenizer(), num_tokens=BLOCKS * context)
     blocks_BC = stream.ids_T.view(BLOCKS, context)
+    if source.family.is_pair:
+        return text_pairs(blocks_BC, source.tokenizer(), decoder_start(source.config))
     # A classifier of a language model reads the last token, and needs to know of padding where there are several texts.
     return {"input_ids": blocks_BC[:1] if auto_name(source.config) in LABELLED else blocks_BC}

@@ -111,6 +111,11 @@ def under_budget_by_depth(dense: DenseModel, options: SplitOptions, track: Track
         UsageError: nothing would be left, or the options say already how it is cut.
     """
     assert options.budget is not None
+    if dense.family.is_pair:
+        raise InputError(
+            f"{dense.name} has an encoder and a decoder, of which no layers can be dropped",
+            "--active prunes the FFNs of every layer",
+        )
     chosen = {"--active": options.active, "--drop-layers": options.drop_layers, "--experts": options.experts}
     if given := [name for name, value in chosen.items() if value]:
         raise UsageError(

@@ -17,7 +17,7 @@ from transformers import AutoConfig
 from moeify.convert.exactness import STOPS, twin_values
 from moeify.errors import InputError
 from moeify.families import Family
-from moeify.modeling.modeling_moeify import blocks_in
+from moeify.models.dense import blocks_of
 from moeify.models.ffn import tensor_names, unpack
 from moeify.models.heads import auto_class
 from moeify.models.inputs import uncached
@@ -66,7 +66,7 @@ def _run(family: Family, config: Any) -> tuple[nn.Module, dict[str, Call]]:
     for parameter in model.parameters():
         size = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.3
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * size + (parameter.ndim == 1) * 0.5)
-    block: nn.Module = model.get_submodule(blocks_in(model, family.blocks))[0]
+    block: nn.Module = model.get_submodule(blocks_of(model, family).site(0))
     calls: dict[str, Call | None] = {}
 
     def begin(name: str) -> Any:

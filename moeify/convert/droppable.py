@@ -26,6 +26,10 @@ def check_droppable(dense: DenseModel) -> None:
     Raises:
         InputError: twins differ, or cannot be built.
     """
+    if dense.family.is_pair:
+        raise InputError(
+            f"{dense.name} has an encoder and a decoder, of which no layers can be dropped", "leave --drop-layers out"
+        )
     values = json.dumps(twin_values(dense.config, dense.family), sort_keys=True, default=str)
     if reason := _difference(values):
         raise InputError(f"no layer of a {dense.config.model_type} can be dropped: {reason}", "leave --drop-layers out")
@@ -50,7 +54,7 @@ def _without(twin: Twin, layer: int) -> Twin:
     kept = kept_layers(twin.num_layers, [layer])
     shallow = without_layers(twin, [layer])
     assert isinstance(shallow, Twin)
-    return replace(shallow, tensors=cut_names(twin.tensors, twin.blocks, kept))
+    return replace(shallow, tensors=cut_names(twin.tensors, twin.blocks.names[0], kept))
 
 
 @torch.no_grad()
@@ -59,7 +63,7 @@ def _outputs(twin: Twin, bypassed: int | None = None) -> Tensor:
     model: Any = auto_class(twin.config).from_config(twin.config).eval()
     model.load_state_dict(dict(twin.tensors), strict=False)
     if bypassed is not None:
-        block: nn.Module = model.get_submodule(twin.block(bypassed))
+        block: nn.Module = model.get_submodule(twin.blocks.block(bypassed))
         block.register_forward_hook(_bypass, with_kwargs=True)
     return output_of(model(**twin_inputs(twin), **uncached(model)))[0]
 

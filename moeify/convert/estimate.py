@@ -58,7 +58,9 @@ def estimate(prepared: "Prepared") -> Estimate:
     neurons = dense.num_neurons
     rate = matmul_rate(prepared.options.device)
     largest_layer = 4 * sum(
-        torch.Size(shape).numel() for name, shape in dense.shapes.items() if name.startswith(f"{dense.block(0)}.")
+        torch.Size(shape).numel()
+        for name, shape in dense.shapes.items()
+        if name.startswith(f"{dense.blocks.block(0)}.")
     )
     active = (
         neurons * prepared.layout.num_active // prepared.layout.num_experts if prepared.layout.is_static else neurons

@@ -45,7 +45,7 @@ MAX_LAYERS = 4
 # Long enough to tell rotations of low frequency apart.
 CONTEXT = 256
 WINDOW = 32
-# Frames of sound of one position, and tokens that a model which hears has written.
+# Frames of sound of one position, and tokens that a decoder has written.
 FRAMES = 2
 WRITTEN = 16
 # Which layers a backbone of images hands out.
@@ -163,6 +163,7 @@ def twin_values(config: Any, family: Family) -> dict[str, Any]:
     }
     # Names that only some configs have for the same.
     sizes |= {"num_kv_heads": sizes["num_key_value_heads"], "rotary_dim": 4}
+    sizes |= dict.fromkeys(("num_decoder_layers", "decoder_layers"), 2)
     if values.get("head_dim") is not None:
         default = int(config.head_dim) * heads == int(config.hidden_size)
         sizes["head_dim"] = 8 if default else 16
@@ -263,13 +264,17 @@ def twin_inputs(twin: DenseModel) -> dict[str, Tensor]:
         size = int(twin.config.image_size)
         return {"pixel_values": torch.randn(1, int(twin.config.num_channels), size, size, generator=generator)}
     vocabulary = int(twin.text_config.vocab_size)
+    written = {"decoder_input_ids": torch.randint(3, vocabulary, (1, WRITTEN), generator=generator)}
     if twin.family.modality == "audio":
         frames = FRAMES * int(twin.config.max_source_positions)
         return {
             "input_features": torch.randn(1, int(twin.config.num_mel_bins), frames, generator=generator),
-            "decoder_input_ids": torch.randint(3, vocabulary, (1, WRITTEN), generator=generator),
+            **written,
         }
-    return {"input_ids": torch.randint(3, vocabulary, (1, CONTEXT), generator=generator)}
+    if not twin.family.is_pair:
+        return {"input_ids": torch.randint(3, vocabulary, (1, CONTEXT), generator=generator)}
+    context = min(CONTEXT, twin.family.context_of(twin.config))
+    return {"input_ids": torch.randint(3, vocabulary, (1, context), generator=generator), **written}
 
 
 @lru_cache(maxsize=256)

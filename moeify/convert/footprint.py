@@ -61,7 +61,7 @@ def weights_of(dense: DenseModel, layout: Layout | None, kind: GGUFType, context
     """
     layers, hidden = dense.num_layers, dense.hidden_size
     ffns = {name for layer in range(layers) for name in dense.ffn_names(layer)}
-    blocks = tuple(f"{dense.block(layer)}." for layer in range(layers))
+    blocks = tuple(f"{dense.blocks.block(layer)}." for layer in range(layers))
     inside = sum(_tensor_bytes(kind, s) for n, s in dense.shapes.items() if n.startswith(blocks) and n not in ffns)
     outside = {n: s for n, s in dense.shapes.items() if not n.startswith(blocks) and n != dense.embedding}
     # llama-quantize stores the head in q6_k if the other matrices get a smaller type of 256 weights a block.

@@ -127,7 +127,7 @@ def search(
         raise UsageError(f"budget {budget} is out of range", "--budget takes more than 0 and less than 1")
     choose, greedy = (strategies.find(name) for name in (strategy, "greedy"))
     dense = open_dense(model, track)
-    table = _score(dense, budget, options, track, announce, droppable=depth, quick=quick)
+    table = _score(dense, budget, options, track, announce, droppable=depth and not dense.family.is_pair, quick=quick)
     points = [table.best(limit, greedy, "greedy", 1) for limit in _limits(table, budget)] if frontier else []
     result = SearchResult(
         model=dense.name,

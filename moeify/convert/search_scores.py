@@ -67,8 +67,9 @@ class OutputCheck:
             self._dense.pass_through(layer, prepared.ffn(layer))
 
     @property
-    def num_tokens(self) -> int:
-        return self._dense.num_blocks * self._dense.block_tokens
+    def num_blocks(self) -> int:
+        """Of the check."""
+        return self._dense.num_blocks
 
     def finish(self, stream: HiddenStream, first_layer: int) -> list[OutputChange]:
         """Take one or several variants of the check blocks, through the dense rest of the model."""
@@ -96,6 +97,7 @@ class OutputCheck:
         stream, changes = self._prepared.stream(self._inputs), []
         num_layers = self._prepared.dense.num_layers
         for layer in track(range(num_layers), "leaving out layers", num_layers):
+            stream.reach(layer)
             before_TD = stream.residual().clone()
             ffn, inputs_TD = self._prepared.ffn(layer), stream.attend(layer)
             behind_BCD = before_TD if absent is Absent.LAYER else stream.behind(torch.zeros_like(inputs_TD), 0)
@@ -109,7 +111,7 @@ class OutputCheck:
 
     def _compare(self, stream: HiddenStream) -> list[OutputChange]:
         num_blocks, config = self._dense.num_blocks, self._prepared.dense.config
-        num_variants = len(stream.residual()) // self.num_tokens
+        num_variants = stream.num_blocks // num_blocks
         sums = torch.zeros(num_variants, 2)
         # One walk for all: each begins by making the model around the blocks.
         changed_outputs = stream.outputs(v * num_blocks + b for b in range(num_blocks) for v in range(num_variants))
@@ -162,20 +164,21 @@ def score(
         folder: keeps finished layers; it must belong to this very job.
     """
     stream = prepared.stream(inputs)
-    num_fit = len(stream.residual()) - check.num_tokens
+    first = stream.num_blocks - check.num_blocks
     for layer in range(prepared.dense.num_layers):
+        stream.reach(layer)
+        num_fit = first * stream.block_tokens
         before_ED = stream.residual()[num_fit:].clone()
         ffn, inputs_TD = prepared.ffn(layer), stream.attend(layer)
         file = folder / f"layer-{layer:05d}.safetensors"
         scored = intact(file, partial(_load, layer))
         if scored is None:
-            first = num_fit // stream.block_tokens
             fitted = [fit_layer(ffn, inputs_TD[:num_fit], prepared.fit(layout))[0] for layout in layouts]
             check_ED = inputs_TD[num_fit:]
             outputs = [*(candidate(check_ED) for candidate in fitted), torch.zeros_like(check_ED)]
             changed = [stream.behind(outputs_ED, first).flatten(0, 1) for outputs_ED in outputs]
             changed_BCD = torch.cat([before_ED, *changed])
-            changes = check.finish(stream.fork(changed_BCD), layer + 1)
+            changes = check.finish(stream.fork(changed_BCD, first), layer + 1)
             prepared.dense.check_unchanged()
             _save(file, [candidate.plan for candidate in fitted], changes)
             scored = _load(layer, file)

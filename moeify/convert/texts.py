@@ -12,14 +12,16 @@ from moeify.data.audio import SoundBlocks, sound_blocks
 from moeify.data.documents import BUILTIN
 from moeify.data.examples import special_ids
 from moeify.data.images import DIGITS, ImageBlocks, image_blocks
+from moeify.data.pairs import PairBlocks, heard, text_pairs
 from moeify.data.sampling import sample_from_model
 from moeify.data.text import TokenBlocks, calibration_blocks
 from moeify.errors import InputError, warn
 from moeify.models import stock
 from moeify.models.dense import DenseModel
 from moeify.models.device import halves_are_fast
-from moeify.models.heads import class_of
+from moeify.models.heads import class_of, decoder_start
 from moeify.models.image_processor import ImageProcessor
+from moeify.models.inputs import Inputs
 from moeify.models.sound_processor import SoundProcessor
 from moeify.options import SplitOptions
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from moeify.convert.prepare import Prepared
 
 # What a model is calibrated on: inputs by name, B blocks of them, and where they came from.
-Blocks = TokenBlocks | ImageBlocks | SoundBlocks
+Blocks = TokenBlocks | ImageBlocks | SoundBlocks | PairBlocks
 DEFAULT_CONTEXT = 512
 # Any size will do: a processor makes its own of it.
 BLANK = (64, 64)
@@ -54,7 +56,7 @@ def default_texts(dense: DenseModel, options: SplitOptions) -> tuple[str, ...]:
         # There is no recording in moeify: whoever splits has to name some.
         return ()
     context = options.context or min(DEFAULT_CONTEXT, dense.family.context_of(dense.text_config))
-    if not class_of(dense.config).can_generate():
+    if dense.family.is_pair or not class_of(dense.config).can_generate():
         return BUILTIN[:1]
     if dense.name == EMBEDDED or dense.num_parameters > OWN_TEXT_PARAMETERS or options.tokens < 2 * context:
         return BUILTIN[:1]
@@ -67,23 +69,44 @@ def calibration_inputs(prepared: "Prepared") -> Blocks:
     Raises:
         UsageError, InputError: a source cannot be read, is too short, or does not fit the model.
     """
-    modality = prepared.dense.family.modality
+    dense, modality = prepared.dense, prepared.dense.family.modality
+    if modality == "text" and dense.family.is_pair:
+        blocks = calibration_text(prepared)
+        start = decoder_start(dense.config)
+        pairs = text_pairs(blocks.ids_BC, dense.tokenizer(), start, prepared.options.seed)
+        return PairBlocks(pairs, blocks.provenance)
     if modality == "audio":
         return calibration_sound(prepared)
     return calibration_images(prepared) if modality == "image" else calibration_text(prepared)
 
 
 def calibration_sound(prepared: "Prepared") -> SoundBlocks:
-    """As many pieces of sound as have the calibration tokens."""
-    options = prepared.options
+    """As many pieces of sound as have the calibration tokens, and what the model writes of them."""
+    options, dense = prepared.options, prepared.dense
     assert options.context is not None
-    return sound_blocks(
+    blocks = sound_blocks(
         options.calibration,
-        SoundProcessor(prepared.dense.path),
+        SoundProcessor(dense.path),
         num_pieces=options.tokens // options.context,
         block_tokens=options.context,
         seed=options.seed,
     )
+    return replace(blocks, inputs=dictated(dense, blocks.inputs, options.device))
+
+
+def dictated(dense: DenseModel, inputs: Inputs, device: str, length: int | None = None) -> dict[str, Tensor]:
+    """Inputs of sound with what the model itself writes of them, if it writes; else as they are.
+
+    Args:
+        dense: the model.
+        inputs: pieces of sound.
+        device: where it writes.
+        length: tokens of what is written; None means those of the longest, at least LEAST_TOKENS.
+    """
+    if not class_of(dense.config).can_generate():
+        return dict(inputs)
+    model: Any = stock.load(dense.path, dtype=torch.float32).to(device).eval()
+    return heard(model, inputs, dense.tokenizer(), length)
 
 
 def calibration_images(prepared: "Prepared") -> ImageBlocks:
@@ -119,9 +142,10 @@ def calibration_text(prepared: "Prepared") -> TokenBlocks:
     """The calibration tokens, checked against the model's vocabulary."""
     options, dense = prepared.options, prepared.dense
     if set(options.calibration) <= set(BUILTIN) and dense.name != EMBEDDED:
+        own = "" if dense.family.is_pair else ", and self"
         warn(
             f"{dense.name} is calibrated on Python's reference alone, and loses more on other text: "
-            "--calibration takes text like yours, several texts, and self"
+            f"--calibration takes text like yours, several texts{own}"
         )
 
     def sample(num_tokens: int, context: int, seed: int) -> Tensor:
@@ -131,9 +155,9 @@ def calibration_text(prepared: "Prepared") -> TokenBlocks:
         model: Any = stock.load(dense.path, dtype=dtype)
         return sample_from_model(model.to(options.device), num_tokens=num_tokens, context=context, seed=seed)
 
-    if "self" in options.calibration and not class_of(dense.config).can_generate():
+    if "self" in options.calibration and (dense.family.is_pair or not class_of(dense.config).can_generate()):
         raise InputError(
-            f"{dense.name} is a {class_of(dense.config).__name__}, which writes no text for the source self",
+            f"{dense.name} is a {class_of(dense.config).__name__}, which writes nothing of its own for the source self",
             f"--calibration takes a text, such as {BUILTIN[0]}",
         )
     assert options.context is not None

@@ -67,7 +67,7 @@ class CalibrationWalk:
         whole = fitted if riding is None else one_behind_other(fitted, named(riding))
         self._prepared, self._gradients, self._store = prepared, gradients, store
         self.stream = prepared.stream(whole, store)
-        self._num_fit = num_blocks(fitted) * self.stream.block_tokens
+        self._fit_blocks = num_blocks(fitted)
         self.aside = None if aside_BC is None else prepared.stream(aside_BC, store)
         self._undisturbed = prepared.stream(fitted, store) if prepared.options.refit_to == "stream" else None
 
@@ -84,10 +84,12 @@ class CalibrationWalk:
                 )
             goal_TD = self._missing(self._undisturbed.pass_through(layer, self._dense(ffn)))
         gradient_GD = self._gradients[layer] if self._gradients else None
-        riding_ED = inputs_TD[self._num_fit :]
+        # A decoder's blocks have another number of tokens than its encoder's.
+        num_fit = self._fit_blocks * self.stream.block_tokens
+        riding_ED = inputs_TD[num_fit:]
         if self.aside is not None:
             riding_ED = torch.cat([riding_ED, self.aside.attend(layer)])
-        return LayerInputs(ffn, inputs_TD[: self._num_fit], riding_ED, gradient_GD, goal_TD)
+        return LayerInputs(ffn, inputs_TD[:num_fit], riding_ED, gradient_GD, goal_TD)
 
     def _dense(self, ffn: FFNWeights) -> Callable[[Tensor], Tensor]:
         """The FFN on inputs that the store holds."""

@@ -15,11 +15,12 @@ import torch
 from moeify import families
 from moeify.data.audio import all_sound
 from moeify.data.images import image_of, prepared_blocks, read_images
+from moeify.data.pairs import text_pairs
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError
 from moeify.families import Modality
 from moeify.models.config import load_config
-from moeify.models.heads import dense_type
+from moeify.models.heads import decoder_start, dense_type
 from moeify.models.image_processor import ImageProcessor
 from moeify.models.inputs import Inputs, some_blocks
 from moeify.models.sound_processor import SoundProcessor
@@ -71,13 +72,20 @@ def text_examples(path: Path, source: str, tokens: int, context: int | None) -> 
         InputError: it cannot be read, or is shorter than a piece.
     """
     tokenizer = load_tokenizer(path)
-    before, after = (torch.tensor(ids, dtype=torch.int64) for ids in special_ids(tokenizer))
+    config = load_config(path)
+    # Pairs have theirs already.
+    around = ([], []) if config.is_encoder_decoder else special_ids(tokenizer)
+    before, after = (torch.tensor(ids, dtype=torch.int64) for ids in around)
     size = (context or min(DEFAULT_CONTEXT, context_limit(path))) - len(before) - len(after)
     if size < 1:
         raise InputError("a context of special tokens alone leaves nothing to read", "--context takes more")
     text = evaluation_tokens(source, tokenizer, num_tokens=tokens)
     pieces = [piece for piece in text.ids_T.split(size) if len(piece) == size] or [text.ids_T]
-    return [{"input_ids": torch.cat([before, piece, after])[None]} for piece in pieces], text.provenance.sha256
+    examples = [torch.cat([before, piece, after])[None] for piece in pieces]
+    if config.is_encoder_decoder:
+        start = decoder_start(config)
+        return [text_pairs(ids_1C, tokenizer, start) for ids_1C in examples], text.provenance.sha256
+    return [{"input_ids": ids_1C} for ids_1C in examples], text.provenance.sha256
 
 
 def image_examples(path: Path, source: str, tokens: int, _: int | None) -> tuple[list[Inputs], str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from moeify.experts.mixing import Mixing
 from moeify.experts.slices import SplitFFN
 from moeify.export.writer import routed_fold
-from moeify.families import Sites
+from moeify.families import Sites, sites_of
 from moeify.models.ffn import FFNWeights
 from moeify.plan import Layout, SplitPlan
 from moeify.targets import Modules, Target
@@ -53,12 +53,12 @@ def _shared(block: nn.Module, name: str) -> Any:
     return part if name else None
 
 
-def sites_of(target: Target) -> Sites:
-    """Where the FFN of a converted model's blocks reads and writes: its experts, and the shared part beside them."""
+def sites_of_target(target: Target) -> tuple[Sites, ...]:
+    """Where the FFNs of a converted model read and write: its experts, and the shared part beside them."""
     modules = target.modules
     names = [modules.experts, *([modules.shared] if modules.shared else [])]
     first, *others = dict.fromkeys(name.rpartition(".")[0] or name for name in names)
-    return Sites(target.blocks, first, first, tuple(others))
+    return sites_of(target.blocks, first, first, tuple(others))
 
 
 def split_ffn(block: nn.Module, modules: Modules, layer: int, activation: str) -> SplitFFN:

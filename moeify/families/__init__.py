@@ -6,7 +6,7 @@ and a toy twin decides which targets compute the same function (see convert/exac
 To add one, copy the nearest file under the family's `model_type`; nothing else is edited.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -40,22 +40,30 @@ TINY_IMAGE: Mapping[str, Any] = {
 }
 
 
-# The same of a model that hears and writes: 32 positions of sound.
-TINY_AUDIO: Mapping[str, Any] = {
-    **{
-        name: TINY[name] for name in ("vocab_size", "intermediate_size", "pad_token_id", "bos_token_id", "eos_token_id")
-    },
+# Of a model with an encoder and a decoder, as most configs call them.
+TINY_PAIR: Mapping[str, Any] = {
     "d_model": 32,
-    "num_mel_bins": 8,
     **dict.fromkeys(("encoder_layers", "decoder_layers"), 2),
     **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4),
     **dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 64),
-    "max_source_positions": 32,
-    "max_target_positions": 64,
     "decoder_start_token_id": 1,
     "pad_token_id": 0,
 }
+
+
+# The same of a model that hears and writes: 32 positions of sound.
+TINY_AUDIO: Mapping[str, Any] = {
+    **{name: TINY[name] for name in ("vocab_size", "intermediate_size", "bos_token_id", "eos_token_id")},
+    **TINY_PAIR,
+    "num_mel_bins": 8,
+    "max_source_positions": 32,
+    "max_target_positions": 64,
+}
 SIZES: Mapping[Modality, Mapping[str, Any]] = {"text": TINY, "image": TINY_IMAGE, "audio": TINY_AUDIO}
+
+# What configs call the longest text; and that of a model whose positions have no end, as T5 was trained.
+POSITIONS = ("max_position_embeddings", "max_target_positions", "n_positions")
+UNBOUNDED = 512
 
 
 @dataclass(frozen=True)
@@ -81,9 +89,51 @@ class FFNFormat:
         return tuple(dict.fromkeys(name for name in (self.gate, self.up, self.down) if name is not None))
 
 
+# In the name of a list of blocks: any of them, in front of the module of it that its FFN lies in.
+EACH = ".*."
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The blocks of a model, numbered through all their lists.
+
+    Args:
+        lists: name of each list, and the module of a block that its FFN lies in, or "" for the block itself.
+        starts: number of the first block of each.
+    """
+
+    lists: tuple[tuple[str, str], ...]
+    starts: tuple[int, ...] = (0,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the lists."""
+        return tuple(name for name, _ in self.lists)
+
+    def place(self, layer: int) -> int:
+        """Which list a block is in."""
+        return max(place for place, start in enumerate(self.starts) if start <= layer)
+
+    def block(self, layer: int) -> str:
+        """Name of a block, which all its tensors begin with."""
+        place = self.place(layer)
+        return f"{self.lists[place][0]}.{layer - self.starts[place]}"
+
+    def site(self, layer: int) -> str:
+        """Name of the module that the FFN of a block lies in; the block's where that is the block itself."""
+        inside = self.lists[self.place(layer)][1]
+        return f"{self.block(layer)}.{inside}" if inside else self.block(layer)
+
+
+def lists_of(blocks: str | Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """Lists of blocks, as `Family.blocks` names them, each with the module of a block that its FFN lies in, or ""."""
+    parts = (name.partition(EACH) for name in ((blocks,) if isinstance(blocks, str) else blocks))
+    return tuple((name, inside) for name, _, inside in parts)
+
+
 @dataclass(frozen=True)
 class Sites:
-    """Where the FFNs of a model read and write.
+    """Where the FFNs of a list of blocks read and write.
 
     Args:
         blocks: name of the list of blocks.
@@ -95,6 +145,16 @@ class Sites:
     read: str
     write: str
     beside: tuple[str, ...] = ()
+
+
+def sites_of(blocks: Blocks, read: str, write: str, beside: tuple[str, ...] = ()) -> tuple[Sites, ...]:
+    """Sites of each list, given modules of what an FFN lies in."""
+
+    def sites(name: str, inside: str) -> Sites:
+        places = [f"{inside}.{module}" if inside else module for module in (read, write, *beside)]
+        return Sites(name, places[0], places[1], tuple(places[2:]))
+
+    return tuple(sites(*one) for one in blocks.lists)
 
 
 # What stands in a GGUF beside a key.
@@ -141,7 +201,8 @@ class Family:
 
     Args:
         model_type: the value in config.json; also the file's name.
-        blocks: the list of blocks, by its name in the stock model.
+        blocks: the list of blocks, by its name in the stock model; two of a model with encoder and decoder, in this
+            order. Of `list.*.module` all that is said below of a block is said of this module of it.
         read, write: the module of a block whose input is the FFN's input, and the one whose output is the FFN's output;
             the same one where the FFN is a module.
         between: modules of a block that its FFN goes through between these two, where they lie in the block itself.
@@ -158,6 +219,7 @@ class Family:
         modality: kind of the model's inputs.
         reserved: positions that no token can have, given the config.
         gguf: how llama.cpp has it; None if it does not, or nobody has tried.
+        variant: what is said otherwise of it, by the names here, given the config.
         tiny: config values of a tiny model, beside `sizes`.
         towers: of a model that reads text in a part of its own: values of its config outside of `text_config`, of a
             tiny model. What is said above is about that part, and what its own family says goes first.
@@ -166,7 +228,7 @@ class Family:
     """
 
     model_type: str
-    blocks: str = "model.layers"
+    blocks: str | tuple[str, ...] = "model.layers"
     read: str = "mlp"
     write: str = "mlp"
     between: tuple[str, ...] = ()
@@ -182,9 +244,15 @@ class Family:
     modality: Modality = "text"
     reserved: Callable[[Any], int] = lambda _: 0
     gguf: GGUFFormat | None = None
+    variant: Callable[[Any], Mapping[str, Any]] = lambda _: {}
     tiny: Mapping[str, Any] = field(default_factory=dict)
     towers: Mapping[str, Any] = field(default_factory=dict)
     holders: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def is_pair(self) -> bool:
+        """Its models have an encoder and a decoder."""
+        return not isinstance(self.blocks, str)
 
     def holder_of(self, target: str) -> str:
         """The stock model type that holds the towers beside such experts, or ""."""
@@ -209,7 +277,8 @@ class Family:
 
     def context_of(self, config: Any) -> int:
         """Tokens of the longest text that a model takes, or writes; 0 of one of images."""
-        longest = getattr(config, "max_position_embeddings", getattr(config, "max_target_positions", 0))
+        names = (name for name in POSITIONS if getattr(config, name, None) is not None)
+        longest = getattr(config, next(names, ""), UNBOUNDED if self.is_pair else 0)
         return max(0, int(longest) - self.reserved(config))
 
     @property
@@ -226,8 +295,12 @@ class Family:
         return {**self.towers, **tied, "text_config": values}
 
 
-def find(model_type: str) -> Family:
+def find(model_type: str, config: Any = None) -> Family:
     """The family of a `model_type`.
+
+    Args:
+        model_type: of a dense model.
+        config: of the model, where one is at hand; a family may differ by it.
 
     Raises:
         InputError: moeify cannot split this family.
@@ -241,7 +314,7 @@ def find(model_type: str) -> Family:
         )
     family = plugins.load(__name__, model_type, "FAMILY")
     assert isinstance(family, Family)
-    return family
+    return family if config is None else replace(family, **family.variant(config))
 
 
 # What the part that reads text says of itself, whatever it is a part of.
@@ -257,7 +330,7 @@ def of(config: Any) -> Family:
     Raises:
         InputError: moeify cannot split it.
     """
-    family, text = find(config.model_type), config.get_text_config()
+    family, text = find(config.model_type, config), config.get_text_config()
     if not family.towers or (text.model_type not in names() and ANY not in family.holders):
         return family
     part = find(text.model_type)

@@ -29,7 +29,8 @@ class ExpertsFields:
         expert_gate: experts have a gate, down(act(gate(x)) * up(x)); else they are down(act(up(x))).
         expert_bias: gate and up have biases.
         output_bias: the FFN's output has one, added once.
-        ffn_blocks: the list of blocks, by its name in the model with its head.
+        ffn_blocks: the list of blocks, by its name in the model with its head; of several lists the blocks are numbered
+            one behind the other. Of `list.*.module` the rest is said of this module of a block.
         ffn_read: module of a block that the experts stand for; it gives what `ffn_write` gave.
         ffn_write: module of a block whose output was that of the FFN.
         ffn_between: modules between both, which are passed.
@@ -48,7 +49,7 @@ class ExpertsFields:
     expert_gate: bool = True
     expert_bias: bool = False
     output_bias: bool = False
-    ffn_blocks: str = "model.layers"
+    ffn_blocks: str | list[str] = "model.layers"
     ffn_read: str = "mlp"
     ffn_write: str = "mlp"
     ffn_between: list[str] | None = None

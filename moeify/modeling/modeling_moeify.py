@@ -211,8 +211,7 @@ class _WithExperts:
         implementation, config._experts_implementation_internal = config._experts_implementation, "eager"
         super().__init__(config, *arguments, **named)  # type: ignore[call-arg]
         config._experts_implementation_internal = self.get_correct_experts_implementation(implementation)  # type: ignore[attr-defined]
-        blocks: Any = self.get_submodule(blocks_in(self, config.ffn_blocks))  # type: ignore[attr-defined]
-        for number, block in enumerate(blocks):
+        for number, block in enumerate(sites_in(self, config.ffn_blocks)):
             if number not in (config.dense_layers or ()):
                 put_experts(block, config)
         # The dense class did so before: parallel plans and types belong to modules that are gone.
@@ -231,9 +230,21 @@ def blocks_in(model: Any, name: str) -> str:
     prefix = f"{model.base_model_prefix}."
     if model.base_model is model:
         return name.removeprefix(prefix)
-    # Some classes with a head call what stands below it in another way than the others of their family.
+    # Some classes with a head call what stands below it in another way than the others of their family, or hold it
+    # where these are it.
     first, _, rest = name.partition(".")
-    return name if hasattr(model, first) else prefix + rest
+    if hasattr(model, first):
+        return name
+    return prefix + (name if hasattr(model.base_model, first) else rest)
+
+
+def sites_in(model: Any, names: str | list[str]) -> list[Any]:
+    """The modules that FFNs lie in, through all lists of blocks: the blocks themselves, or a module of each."""
+    sites: list[Any] = []
+    for name in [names] if isinstance(names, str) else names:
+        blocks, _, inside = blocks_in(model, name).partition(".*.")
+        sites += [block.get_submodule(inside) for block in model.get_submodule(blocks)]
+    return sites
 
 
 def put_experts(block: nn.Module, config: Any) -> None:

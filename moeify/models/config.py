@@ -20,6 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from moeify import families
 from moeify.errors import InputError, first_line
+from moeify.families import lists_of
 from moeify.modeling.configuration_moeify import MODEL_TYPE, config_class
 from moeify.models.config_fields import (
     EXPERTS,
@@ -38,7 +39,8 @@ CONFIG_FILE = "config.json"
 LIMIT_BYTES = 1 << 24
 # How the name of a tensor begins that belongs to another part than the one that reads text.
 TOWER = re.compile(r"^(?:model\.)?(?:vision|visual|audio)")
-DECODER = re.compile(r"decoder\.")
+# What configs of an encoder and a decoder call the layers of the latter.
+DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")
 # A number takes at least half a byte of a file, whatever it is quantised to, and tied ones are there once.
 NUMBERS_PER_BYTE = 2
 # Fewer take no memory to speak of: what is wrong with such weights is said by whoever reads them.
@@ -102,29 +104,33 @@ def empty_model(config: Any, *, buffers: bool) -> Any:
         ) from error
 
 
-def check_layers(config: Any, blocks: str, names: Iterable[str]) -> None:
+def check_layers(config: Any, blocks: str | Iterable[str], names: Iterable[str]) -> None:
     """Refuse layers that differ in size, and weights with another number of them, before a model is made of a config.
 
     Args:
         config: from `load_config`.
-        blocks: the list of blocks, by its name in the stock model; names of tensors may have other prefixes.
+        blocks: of the family; names of tensors may have other prefixes.
         names: of all tensors.
     """
     if getattr(config, "is_heterogeneous", False):
         raise InputError("config.json has a per_layer_config, expected layers of one size", "start from another model")
-    # Some names on disk are of an older transformers, which called the list `layer`.
-    number = re.compile(rf"(?:^|\.){re.escape(blocks.rpartition('.')[2].removesuffix('s'))}s?\.(\d+)\.")
-    # Of an encoder and a decoder only one is cut.
-    layers = config.get_text_config()
-    others = [TOWER] if layers is not config else []
-    others += [DECODER] if ".encoder." in blocks else []
-    ours = (name for name in names if not any(other.search(name) for other in others))
-    count = len({found[1] for name in ours if (found := number.search(name))})
-    if count != layers.num_hidden_layers:
-        raise InputError(
-            f"config.json says {layers.num_hidden_layers:,} layers, the weights have {count:,}",
-            "config.json and the weights are not of the same model",
-        )
+    layers, lists = config.get_text_config(), lists_of(blocks)
+    names = [name for name in names if layers is config or not TOWER.search(name)]
+    counts = [int(layers.num_hidden_layers)]
+    if len(lists) > 1:
+        counts.append(int(next(value for name in DECODER_LAYERS if (value := getattr(config, name, None)) is not None)))
+    for (name, _), expected in zip(lists, counts, strict=True):
+        *part, blocks_name = name.split(".")
+        part_name = re.escape(f"{part[-1]}.") if len(lists) > 1 else r"(?:^|\.)"
+        # Some names on disk are of an older transformers, which called the list `layer`.
+        number = re.compile(rf"{part_name}{re.escape(blocks_name.removesuffix('s'))}s?\.(\d+)\.")
+        count = len({found[1] for one in names if (found := number.search(one))})
+        if count != expected:
+            where = f" in the {part[-1]}" if len(lists) > 1 else ""
+            raise InputError(
+                f"config.json says {expected:,} layers{where}, the weights have {count:,}",
+                "config.json and the weights are not of the same model",
+            )
 
 
 def _forget_implementations(file: str | Path, config: Any) -> None:

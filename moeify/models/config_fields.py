@@ -28,7 +28,9 @@ RANGES: Mapping[str, tuple[int, int]] = {
     **dict.fromkeys(("router_width", "min_experts_per_tok"), (0, 2**16)),
     **dict.fromkeys(("n_group", "topk_group", "decoder_sparse_step", "pretraining_tp"), (1, 2**16)),
     **dict.fromkeys(("first_k_dense_replace", "max_window_layers", "num_mtp_layers"), (0, 2**16)),
-    "num_hidden_layers": (1, 4096),
+    **dict.fromkeys(("num_hidden_layers", "num_decoder_layers", "decoder_layers"), (1, 4096)),
+    **dict.fromkeys(("d_ff", "encoder_ffn_dim", "decoder_ffn_dim"), (1, 2**31 - 1)),
+    **dict.fromkeys(("relative_attention_num_buckets", "decoder_attention_heads"), (1, 2**16)),
     "num_labels": (0, 2**16),
 }
 MAPPINGS = ("rope_parameters", "rope_scaling", "quantization_config", "auto_map", "id2label", "label2id")

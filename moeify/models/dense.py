@@ -17,14 +17,14 @@ from torch import Tensor
 
 from moeify import families
 from moeify.errors import InputError, warn
-from moeify.families import Family, Sites
+from moeify.families import Blocks, Family, Sites, lists_of, sites_of
 from moeify.modeling.modeling_moeify import blocks_in
 from moeify.models.attention import Attention, attention_of
 from moeify.models.config import check_layers, empty_model, load_config
 from moeify.models.ffn import FFNWeights, padded, tensor_names, unpack
 from moeify.models.files import FLOAT_DTYPES, Stored, find_shards, locate, read_headers
 from moeify.models.fingerprint import Fingerprint
-from moeify.models.heads import auto_name
+from moeify.models.heads import BASE, PAIR_MODEL, SPEECH_MODEL, auto_name
 from moeify.models.stock import placed
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track, untracked
@@ -70,22 +70,26 @@ class DenseModel:
             return {**values, **changes}
         return {**values, "text_config": {**values["text_config"], **changes}}
 
-    @property
+    @cached_property
     def num_layers(self) -> int:
-        return int(self.text_config.num_hidden_layers)
+        """Blocks of all lists."""
+        if not self.family.is_pair:
+            return int(self.text_config.num_hidden_layers)
+        return self.blocks.starts[-1] + len(self.skeleton.get_submodule(self.blocks.names[-1]))
 
     @property
     def activation(self) -> str:
         return self.family.activation_of(self.text_config)
 
     @property
-    def sites(self) -> Sites:
-        return Sites(self.blocks, self.family.read, self.family.write)
+    def sites(self) -> tuple[Sites, ...]:
+        """Of each list of blocks."""
+        return sites_of(self.blocks, self.family.read, self.family.write)
 
     @cached_property
-    def blocks(self) -> str:
-        """The list of blocks, by its name in the stock model."""
-        return blocks_in(self.skeleton, self.family.blocks)
+    def blocks(self) -> Blocks:
+        """The blocks, by their names in the stock model."""
+        return blocks_of(self.skeleton, self.family)
 
     @cached_property
     def num_neurons(self) -> int:
@@ -121,7 +125,7 @@ class DenseModel:
 
     @cached_property
     def attention(self) -> Attention:
-        return attention_of(self.text_config, [name.removeprefix(f"{self.blocks}.") for name in self.shapes])
+        return attention_of(self.text_config, [name.removeprefix(f"{self.blocks.names[0]}.") for name in self.shapes])
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -142,8 +146,8 @@ class DenseModel:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
     def block(self, layer: int) -> str:
-        """Name of a block, which all its tensors begin with."""
-        return f"{self.blocks}.{layer}"
+        """Name of the module that the FFN of a block lies in, usually the block itself."""
+        return self.blocks.site(layer)
 
     def get(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors; the file is closed again so that its pages do not stay in memory.
@@ -212,6 +216,14 @@ class DenseModel:
         return load_tokenizer(self.path)
 
 
+def blocks_of(model: Any, family: Family) -> Blocks:
+    """The blocks of a model that is loaded, or empty; with a head or without."""
+    names = [family.blocks] if isinstance(family.blocks, str) else family.blocks
+    lists = lists_of(blocks_in(model, name) for name in names)
+    lengths = [len(model.get_submodule(name)) for name, _ in lists[:-1]]
+    return Blocks(lists, tuple(sum(lengths[:place]) for place in range(len(lists))))
+
+
 def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) -> DenseModel:
     """Open a dense checkpoint without loading a weight.
 
@@ -233,11 +245,31 @@ def open_dense(model: "str | Path | DenseModel", track: Track[Any] = untracked) 
             "quantise after the conversion, not before: start from the unquantised checkpoint",
         )
     shards = find_shards(path)
+    if family.is_pair and (name := auto_name(config)) not in (PAIR_MODEL, SPEECH_MODEL, BASE):
+        raise InputError(
+            f"{model} has an encoder, a decoder and a head for {name.removeprefix('AutoModelFor')}",
+            "only those that write, or have no head, are split",
+        )
     auto_name(config)
     headers = read_headers(shards)
     check_layers(config, family.blocks, headers)
     config, stored = _tensors(config, headers)
-    return DenseModel(str(model), path, config, family, stored, Fingerprint.take(path, shards))
+    dense = DenseModel(str(model), path, config, family, stored, Fingerprint.take(path, shards))
+    _check_widths(dense)
+    return dense
+
+
+def _check_widths(dense: DenseModel) -> None:
+    """Refuse an encoder and a decoder with FFNs of other sizes."""
+    if not dense.family.is_pair:
+        return
+    first, last = ([dense.shapes[name] for name in dense.ffn_names(layer)] for layer in (0, dense.num_layers - 1))
+    if first != last:
+        sizes = [" x ".join(map(str, shapes[0])) for shapes in (first, last)]
+        raise InputError(
+            f"FFNs of the encoder have {sizes[0]} weights, those of the decoder {sizes[1]}",
+            "expected FFNs of one size: one layout is for all layers",
+        )
 
 
 def _tensors(config: Any, headers: Mapping[str, Stored]) -> tuple[Any, dict[str, Stored]]:

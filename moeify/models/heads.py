@@ -15,9 +15,11 @@ LANGUAGE_MODEL = "AutoModelForCausalLM"
 LANGUAGE_MODELS = (LANGUAGE_MODEL, "AutoModelForImageTextToText")
 MASKED_MODEL = "AutoModelForMaskedLM"
 SPEECH_MODEL = "AutoModelForSpeechSeq2Seq"
+# Reads a text and writes another.
+PAIR_MODEL = "AutoModelForSeq2SeqLM"
 BASE = "AutoModel"
 # Whose models have defaults for generating text.
-GENERATING = (LANGUAGE_MODEL, "AutoModelForSeq2SeqLM", "AutoModelForSpeechSeq2Seq", "AutoModelForImageTextToText")
+GENERATING = (*LANGUAGE_MODELS, PAIR_MODEL, SPEECH_MODEL)
 # Whose heads have a name for each of their classes.
 LABELLED = (
     "AutoModelForSequenceClassification",
@@ -94,6 +96,20 @@ def classes_of_type(auto: str, model_type: str) -> tuple[str, ...]:
     mapping: Any = getattr(transformers, auto)._model_mapping._model_mapping
     found = mapping.get(model_type, ())
     return (found,) if isinstance(found, str) else tuple(found)
+
+
+def decoder_start(config: Any) -> int:
+    """The token that a decoder begins with; where a config does not say, the one that fills up, as in T5.
+
+    Raises:
+        InputError: there is none.
+    """
+    names = (name for name in ("decoder_start_token_id", "pad_token_id") if getattr(config, name, None) is not None)
+    if (name := next(names, None)) is None:
+        raise InputError(
+            "config.json has no decoder_start_token_id, with which a decoder begins", "add it, as the model was trained"
+        )
+    return int(getattr(config, name))
 
 
 def check_language_model(config: Any, what: str) -> None:

@@ -44,7 +44,7 @@ def without_layers(dense: DenseModel, dropped: Sequence[int]) -> DenseModel:
         raise InputError(f"all {dense.num_layers} layers are to be dropped", "leave a layer out of --drop-layers")
     config = copy.deepcopy(dense.config)
     cut_config(config, kept)
-    stored = cut_names(dense.stored, dense.blocks, kept)
+    stored = cut_names(dense.stored, dense.blocks.names[0], kept)
     return replace(dense, config=config, stored=stored, dropped=tuple(sorted(set(dropped))))
 
 

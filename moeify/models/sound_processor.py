@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moeify.models.config import load_config
+from moeify.models.heads import decoder_start
 from moeify.models.preprocessor import Preprocessor
 
 
@@ -30,7 +31,7 @@ class SoundProcessor:
             "feature extractor",
             lambda: AutoFeatureExtractor.from_pretrained(path, trust_remote_code=False),
         )
-        self._start = int(load_config(path).decoder_start_token_id)
+        self._start = decoder_start(load_config(path))
 
     @property
     def rate(self) -> int:

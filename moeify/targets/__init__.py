@@ -26,7 +26,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moeify import plugins
 from moeify.engines import Engine, Shape
 from moeify.experts.slices import SplitFFN
-from moeify.families import Family, FFNFormat, GGUFFormat
+from moeify.families import Blocks, Family, FFNFormat, GGUFFormat, lists_of
 from moeify.modeling.modeling_moeify import PREFIX
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
@@ -157,7 +157,7 @@ class Target:
         extra_tensors: further tensors one layer needs, as name -> shape, given the block's name; written as zeros.
         dense_ffn: how an FFN that is not cut lies on disk.
         untie: an engine needs lm_head.weight written out although the dense model ties it.
-        blocks: the list of blocks, by its name in the stock model.
+        blocks: by their names in the stock model.
         modules: where the loaded model keeps its parts.
         gguf: how llama.cpp has it; None if it does not.
         autocast: what mixed precision does to its routing and what to do instead, for the model card; "" where the same
@@ -187,7 +187,7 @@ class Target:
     extra_tensors: Callable[[str, DenseModel], Mapping[str, tuple[int, ...]]] = lambda prefix, dense: {}
     dense_ffn: FFNFormat = field(default_factory=FFNFormat)
     untie: bool = False
-    blocks: str = "model.layers"
+    blocks: Blocks = field(default_factory=lambda: Blocks(lists_of("model.layers")))
     gguf: GGUFFormat | None = None
     autocast: str = ""
     needs_float32: str = ""
@@ -237,8 +237,8 @@ class Target:
         return engine.refuse(shape)
 
     def block(self, layer: int) -> str:
-        """Name of a block, which all its tensors begin with."""
-        return f"{self.blocks}.{layer}"
+        """Name of the module that the FFN of a block lies in, usually the block itself."""
+        return self.blocks.site(layer)
 
 
 def carried(dense: DenseModel) -> dict[str, Any]:
@@ -263,13 +263,13 @@ def names() -> list[str]:
     return sorted(plugins.names(__name__), key=lambda name: (find(name).preference, name))
 
 
-def find(name: str, family: Family | None = None, blocks: str | None = None) -> Target:
+def find(name: str, family: Family | None = None, blocks: Blocks | None = None) -> Target:
     """A target by its name.
 
     Args:
         name: its file's.
         family: the dense model's; one that is no stock architecture has the family's names.
-        blocks: the list of blocks in the model, where its name is another than the family's.
+        blocks: of the model, where it is known.
 
     Raises:
         UsageError: there is none.
@@ -280,7 +280,7 @@ def find(name: str, family: Family | None = None, blocks: str | None = None) -> 
         return target
     if target.is_stock:
         holder = family.holder_of(name)
-        return replace(target, holder=holder, blocks=blocks or family.blocks) if holder else target
+        return replace(target, holder=holder, blocks=blocks or Blocks(lists_of(family.blocks))) if holder else target
     adapted = plugins.load(__name__, name, "of")(family, blocks)
     assert isinstance(adapted, Target)
     return adapted

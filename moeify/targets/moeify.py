@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moeify.experts.slices import SplitFFN
-from moeify.families import Family
+from moeify.families import Blocks, Family, lists_of
 from moeify.modeling.configuration_moeify import MODEL_TYPE
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import FFNWeights
@@ -37,7 +37,7 @@ def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:
         "expert_gate": ffn.gate_FD is not None,
         "expert_bias": ffn.up_bias_F is not None or ffn.gate_bias_F is not None,
         "output_bias": ffn.down_bias_D is not None,
-        "ffn_blocks": family.blocks,
+        "ffn_blocks": family.blocks if isinstance(family.blocks, str) else list(family.blocks),
         "ffn_read": family.read,
         "ffn_write": family.write,
         "ffn_between": list(family.between),
@@ -112,17 +112,17 @@ TARGET = Target(
 )
 
 
-def of(family: Family, blocks: str | None = None) -> Target:
+def of(family: Family, blocks: Blocks | None = None) -> Target:
     """The target for models of a family: names are the family's.
 
     Args:
         family: the dense model's.
-        blocks: the list of blocks in the model, where its name is another than the family's.
+        blocks: of the model, where it is known.
     """
     site, rows = family.read, ("gate_proj", "up_proj") if family.ffn.gate else ("up_proj",)
     return replace(
         TARGET,
-        blocks=blocks or family.blocks,
+        blocks=blocks or Blocks(lists_of(family.blocks)),
         dense_ffn=family.ffn,
         ffn_tensors=lambda prefix, ffn: ffn_tensors(f"{prefix}.{site}", ffn),
         modules=Modules(

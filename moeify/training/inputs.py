@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeify import families
 from moeify.check.perplexity import warn_of_few
 from moeify.convert.texts import tokens_of_image
 from moeify.data.documents import read_documents
 from moeify.data.images import DIGITS, image_blocks, prepared_blocks, read_images
+from moeify.data.pairs import text_pairs
 from moeify.data.sampling import sample_from_model
 from moeify.data.text import calibration_blocks, evaluation_tokens
 from moeify.errors import InputError, UsageError
@@ -26,7 +28,7 @@ from moeify.models.dense import DenseModel, open_dense
 from moeify.models.device import halves_are_fast
 from moeify.models.files import find_shards, locate
 from moeify.models.fingerprint import Fingerprint
-from moeify.models.heads import LANGUAGE_MODELS, auto_name
+from moeify.models.heads import LANGUAGE_MODELS, auto_name, decoder_start, dense_type
 from moeify.models.image_processor import ImageProcessor
 from moeify.models.inputs import Inputs as ModelInputs
 from moeify.models.tokenizer import load_tokenizer
@@ -116,6 +118,9 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
         raise InputError(f"{moe} hears, and only models of text and of images are trained", "leave fine-tuning out")
     if dense.family.modality == "image":
         return opened(*image_inputs(moe, path, dense, options))
+    if dense.family.is_pair and (options.hidden or "self" in options.data):
+        what = "the error of layers' outputs" if options.hidden else "text of its own"
+        raise InputError(f"{moe} has an encoder and a decoder, which are not trained on {what}", "leave it out")
     context = _context(options, config, dense.config)
     tokenizer = load_tokenizer(path)
     _check_alike(moe, tokenizer, config, dense, options.data)
@@ -146,6 +151,10 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
                 "tokenizer and weights are not of the same model",
             )
     provenance = {"data": asdict(blocks.provenance), "eval": [asdict(stream.provenance) for stream in streams]}
+    if dense.family.is_pair:
+        start = decoder_start(dense.config)
+        train, held_out = (text_pairs(ids_BC, tokenizer, start) for ids_BC in (blocks.ids_BC, eval_BC))
+        return opened(train, held_out, context, provenance)
     return opened(blocks.inputs, {"input_ids": eval_BC}, context, provenance)
 
 
@@ -176,7 +185,13 @@ def image_inputs(
 
 
 def _context(options: FinetuneOptions, *configs: Any) -> int:
-    limit = min(int(config.get_text_config().max_position_embeddings) for config in configs)
+    # Of an encoder and a decoder not every config has a word for it.
+    limit = min(
+        families.find(dense_type(config)).context_of(config)
+        if config.is_encoder_decoder
+        else int(config.get_text_config().max_position_embeddings)
+        for config in configs
+    )
     context = options.context or min(DEFAULT_CONTEXT, limit)
     if not MIN_CONTEXT <= context <= limit:
         raise InputError(

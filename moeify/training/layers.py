@@ -25,7 +25,7 @@ from moeify.calibration.stream import HiddenStream
 from moeify.convert.refit import HELD_OUT_SHARE, refit
 from moeify.errors import InputError
 from moeify.experts.mixing import Mixing, router_features
-from moeify.export.in_memory import folds, sites_of, split_ffn
+from moeify.export.in_memory import folds, sites_of_target, split_ffn
 from moeify.families import Sites
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import FFNWeights, joined, pack, unpack
@@ -95,7 +95,7 @@ class LayerResult:
 class _Loaded:
     """A loaded stock model as `HiddenStream` wants it."""
 
-    def __init__(self, model: Any, sites: Sites) -> None:
+    def __init__(self, model: Any, sites: tuple[Sites, ...]) -> None:
         self.sites, self.skeleton, self.tied = sites, model, dict(model.all_tied_weights_keys)
         self._tensors = model.state_dict()
 
@@ -134,7 +134,7 @@ def fit_layers(
         options: rates, seed and device.
     """
     assert student.plan is not None
-    sites = sites_of(student.target) if student.target else teacher.sites
+    sites = sites_of_target(student.target) if student.target else teacher.sites
     stream = HiddenStream(_Loaded(student.model, sites), named(inputs), options.device)
     for layer in range(teacher.num_layers):
         inputs_TD = stream.attend(layer)
@@ -255,7 +255,7 @@ def _boundary(values_TR: Tensor, chosen: int) -> Tensor:
 
 def _student_ffn(student: Student, layer: int, device: str) -> LayerFFN:
     assert student.plan is not None
-    plan, prefix, mixing = student.plan, f"{student.blocks}.{layer}", Mixing.of(student.plan.options)
+    plan, prefix, mixing = student.plan, student.blocks.site(layer), Mixing.of(student.plan.options)
     block = student.model.get_submodule(prefix)
     if student.target is None or layer in plan.layout.dense_layers:
         tensors = {f"{prefix}.{name}": parameter.detach() for name, parameter in block.named_parameters()}
@@ -271,7 +271,7 @@ def _student_ffn(student: Student, layer: int, device: str) -> LayerFFN:
 
 def _stored(student: Student, layer: int, fitted: LayerFFN) -> dict[str, Tensor]:
     """down_proj, folded, and the router, scaled, under the names they have in the loaded model."""
-    prefix, down_DF = f"{student.blocks}.{layer}", fitted.ffn.down_DF.cpu()
+    prefix, down_DF = student.blocks.site(layer), fitted.ffn.down_DF.cpu()
     if student.target is None or fitted.router_RD is None:
         name = f"{prefix}.{student.dense_ffn.down}.weight"
         return {name: pack(student.dense_ffn, prefix, fitted.ffn)[name].cpu().contiguous()}

@@ -15,8 +15,8 @@ from moeify.check.evaluate import load
 from moeify.errors import InputError, UsageError
 from moeify.export.in_memory import cut_layers
 from moeify.export.writer import weights_are_exact
-from moeify.families import FFNFormat
-from moeify.modeling.modeling_moeify import blocks_in
+from moeify.families import Blocks, FFNFormat
+from moeify.models.dense import blocks_of
 from moeify.plan import SplitPlan
 from moeify.targets import Target
 from moeify.training.options import FinetuneOptions, Stage
@@ -49,8 +49,8 @@ class Student:
         model = load(str(path), dtype="float32")
         target = None
         if plan is not None and not plan.layout.is_static:
-            family = families.find(plan.family)
-            target = targets.find(plan.target, family, blocks_in(model, family.blocks))
+            family = families.find(plan.family, model.config)
+            target = targets.find(plan.target, family, blocks_of(model, family))
         student = cls(path, model, plan, target)
         if target is not None:
             student.routers = [
@@ -61,11 +61,11 @@ class Student:
         return student
 
     @property
-    def blocks(self) -> str:
-        """The list of blocks, by its name in the model."""
+    def blocks(self) -> Blocks:
+        """The blocks, by their names in the model."""
         if self.target is not None:
             return self.target.blocks
-        return blocks_in(self.model, families.of(self.model.config).blocks)
+        return blocks_of(self.model, families.of(self.model.config))
 
     @property
     def activation(self) -> str:
@@ -192,16 +192,17 @@ def _inject_lora(student: Student, options: FinetuneOptions) -> Any:
 
     blocks = student.blocks
     names = [
-        f"{blocks}.{name}"
-        for name, module in student.model.get_submodule(blocks).named_modules()
+        f"{block}.{name}"
+        for block in blocks.names
+        for name, module in student.model.get_submodule(block).named_modules()
         # A gate of one output has no rank to speak of.
         if isinstance(module, nn.Linear) and module.out_features > 1
     ]
     experts = "" if student.target is None else student.target.modules.experts
     parameters = [
-        f"{blocks}.{layer}.{experts}.{part}"
+        f"{blocks.site(layer)}.{experts}.{part}"
         for layer in student.cut_layers
-        for part, weight in student.model.get_submodule(f"{blocks}.{layer}.{experts}").named_parameters()
+        for part, weight in student.model.get_submodule(f"{blocks.site(layer)}.{experts}").named_parameters()
         if weight.ndim == 3
     ]
     torch.manual_seed(options.seed)

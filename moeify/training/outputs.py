@@ -1,7 +1,7 @@
 """Fine-tuning of what is no language model: towards the teacher's outputs, be they logits of classes or features.
 
-A classifier's loss is its divergence from the teacher's classes, that of a model without a head the error of its last
-hidden states, relative to each one's size. Nobody's labels are needed.
+The loss of a classifier, or of a decoder, is its divergence from what the teacher's head gives, that of a model without
+a head the error of its last hidden states, relative to each one's size. Nobody's labels are needed.
 
 Legend: B blocks (images, texts), C tokens of one, D hidden size, V classes.
 """
@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from moeify.check.evaluate import load
 from moeify.check.features import on_device
 from moeify.models.dense import DenseModel
+from moeify.models.heads import BASE, auto_name
 from moeify.models.inputs import Inputs, num_blocks, output_of, some_blocks, uncached
 from moeify.training.trainer import FinetuneTrainer, Scored
 
@@ -72,13 +73,14 @@ class OutputTrainer(FinetuneTrainer):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Of a classifier the divergence, and of how many images both say the same; else the error, and the cosine."""
+        """Of what has a head the divergence, and where both say the same; else the error, and the cosine."""
         is_classifier = getattr(self._student.model.config, "num_labels", 0) and self._has_head
         return ("kl", "agreement") if is_classifier else ("feature_error", "feature_cosine")
 
     @property
     def _has_head(self) -> bool:
-        return self._student.model.base_model is not self._student.model
+        # What writes may be its own base.
+        return auto_name(self._student.model.config) != BASE
 
     def _scoring_head(self) -> None:
         return None

@@ -5,6 +5,7 @@ Legend: T tokens, D hidden size, L layers with routers, R routed experts, K chos
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class RouterWatch:
             # After the notes, which are of what the router itself gives.
             for number, router in enumerate(student.routers):
                 handles += explorer.attach(number, router)
-        for number, layer in enumerate(student.model.get_submodule(student.blocks)):
+        for number, layer in enumerate(chain(*map(student.model.get_submodule, student.blocks.names))):
             handles.append(layer.register_forward_hook(self._layer_hook(number)))
         self._handles = handles
 

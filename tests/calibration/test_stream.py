@@ -37,8 +37,8 @@ def stock_ffn(folder: Path, inputs: dict[str, torch.Tensor]) -> list[tuple[torch
     """Inputs and outputs of every FFN of the stock model."""
     model: Any = stock.load(folder).eval()
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    sites = open_dense(str(folder)).sites
-    for block in model.get_submodule(sites.blocks):
+    lists = open_dense(str(folder)).sites
+    for sites, block in ((one, block) for one in lists for block in model.get_submodule(one.blocks)):
         pair: list[torch.Tensor] = []
         block.get_submodule(sites.read).register_forward_pre_hook(
             lambda _, inputs, pair=pair: pair.append(inputs[0].flatten(0, -2))
@@ -63,7 +63,8 @@ def test_inputs_of_every_ffn_are_the_stock_models(case: str, make_dense: MakeDen
     family, overrides = CASES[case]
     folder = make_dense(family, num_hidden_layers=3, **overrides)
     dense = open_dense(str(folder))
-    inputs = {"input_ids": ids(4, 48)} if dense.family.modality == "text" else twin_inputs(dense)
+    plain = dense.family.modality == "text" and not dense.family.is_pair
+    inputs = {"input_ids": ids(4, 48)} if plain else twin_inputs(dense)
     stream = HiddenStream(dense, inputs)
     for layer, (inputs_TD, outputs_TD) in enumerate(stock_ffn(folder, inputs)):
         found = stream.attend(layer)
@@ -91,6 +92,41 @@ def test_attention_runs_once_only_where_the_output_is_added_as_it_is(
     with torch.no_grad():
         expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(ids_BC).logits
     torch.testing.assert_close(torch.stack(list(stream.outputs(range(2)))), expected, rtol=1e-4, atol=1e-4)
+
+
+PAIRS = [name for name in families.names() if families.find(name).is_pair]
+
+
+@pytest.mark.parametrize("family", PAIRS)
+@torch.no_grad()
+def test_a_decoder_sees_what_its_encoder_gives_for_the_very_block(
+    family: str, make_dense: MakeDense, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = open_dense(str(make_dense(family)))
+    one = twin_inputs(dense)
+    inputs = {
+        name: torch.cat([tensor, tensor.flip(-1), tensor.roll(1, -1), tensor.roll(3, -1)])
+        for name, tensor in one.items()
+    }
+    expected = stock.load(dense.path).eval()(**inputs).logits
+    # Two blocks at a time in the encoder, all at once in the decoder.
+    monkeypatch.setattr(calibration, "CHUNK_TOKENS", 2 * HiddenStream(dense, one).block_tokens)
+    stream, variants = HiddenStream(dense, inputs), None
+    for layer in range(dense.num_layers):
+        outputs_TD = dense.ffn(layer)(stream.attend(layer))
+        if layer == 1:
+            # Two variants of the last two blocks.
+            behind_BCD = stream.behind(outputs_TD.chunk(2)[1], 2)
+            variants = stream.fork(torch.cat([behind_BCD, behind_BCD]), 2)
+        elif variants is not None:
+            variants.pass_through(layer, dense.ffn(layer))
+        stream.advance(outputs_TD)
+    assert variants is not None
+    torch.testing.assert_close(torch.stack(list(stream.outputs(range(4)))), expected, rtol=1e-4, atol=1e-4)
+    found = torch.stack(list(variants.outputs(range(4))))
+    torch.testing.assert_close(found, expected[[2, 3, 2, 3]], rtol=1e-4, atol=1e-4)
+    assert (expected[0] - expected[1]).abs().max() > 0.1
+    stream.check_head()
 
 
 @pytest.mark.parametrize("family", families.names())

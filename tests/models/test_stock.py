@@ -20,6 +20,7 @@ from moeify.check.verify import verify
 from moeify.convert.pipeline import split
 from moeify.convert.prepare import prepare
 from moeify.errors import InputError, MoeifyWarning
+from moeify.families import lists_of
 from moeify.models import stock
 from moeify.models.config import load_config
 from moeify.models.dense import open_dense
@@ -48,9 +49,10 @@ def change_config(folder: Path, **values: Any) -> None:
 
 
 def loaded(folder: Path) -> dict[str, Tensor]:
-    """What transformers itself loads, parameters that are shared once."""
+    """What transformers itself loads and would save, what is shared once."""
     model = auto_class(load_config(folder)).from_pretrained(folder)
-    return {name: p.detach() for name, p in model.named_parameters()}
+    shared = model.all_tied_weights_keys
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in shared}
 
 
 def assert_same_as_transformers(folder: Path) -> None:
@@ -82,12 +84,17 @@ def test_no_other_file_loads_models() -> None:
 NEEDS_PREFIX = {"qwen2_vl", "qwen2_5_vl"}
 
 
-@pytest.mark.parametrize("family", families.names())
+# Nothing stands below the head of a t5.
+@pytest.mark.parametrize("family", [name for name in families.names() if name not in ("t5", "mt5")])
 @pytest.mark.parametrize("prefix", ["", "without", "twice"])
 def test_names_that_the_loader_renames(make_dense: MakeDense, tmp_path: Path, family: str, prefix: str) -> None:
     folder = Path(shutil.copytree(make_dense(family), tmp_path / family))
-    base = families.find(family).blocks.split(".")[0] + "."
-    names = {"": lambda n: n, "without": lambda n: n.removeprefix(base), "twice": lambda n: base + n}
+    base = lists_of(families.find(family).blocks)[0][0].split(".")[0] + "."
+    names = {
+        "": lambda n: n,
+        "without": lambda n: n.removeprefix(base),
+        "twice": lambda n: base + n if n.startswith(base) else n,
+    }
     store(folder, {names[prefix](name): tensor for name, tensor in load_file(folder / SINGLE_FILE).items()})
     if prefix == "without" and family in NEEDS_PREFIX:
         assert auto_class(load_config(folder)).from_pretrained(folder, output_loading_info=True)[1]["missing_keys"]
