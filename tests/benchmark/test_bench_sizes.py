@@ -258,7 +258,7 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForMaskedLM", {}),
     "distilbert": ("DistilBertModel", {}),
     "electra": ("ElectraForSequenceClassification", {"embedding_size": 16}),
-    "modernbert": ("ModernBertForMaskedLM", {"local_attention": 4, "cls_token_id": 1, "sep_token_id": 2}),
+    "modernbert": ("ModernBertForMaskedLM", {"cls_token_id": 1, "sep_token_id": 2}),
 }
 
 

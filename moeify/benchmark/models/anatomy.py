@@ -203,9 +203,9 @@ def _parts(model: Any, *, writes: bool) -> dict[str, Count]:
         total[0] += parameter.numel()
         # The biases of experts are a matrix, by which nothing is multiplied; so are positions and class tokens.
         is_matrix = parameter.ndim > 1 and not name.endswith("bias")
-        is_one = not outside or isinstance(owners[-1], (*MATRICES, nn.Embedding))
-        total[1] += parameter.numel() if is_matrix and is_one and not any(parameter is one for one in aside) else 0
-        total[1] += parameter.numel() if is_matrix else 0
+        multiplies = not outside or isinstance(owners[-1], (*MATRICES, nn.Embedding))
+        multiplies = is_matrix and multiplies and not any(parameter is one for one in aside)
+        total[1] += parameter.numel() if multiplies else 0
     return {part: Count(*total) for part, total in totals.items()}
 
 
