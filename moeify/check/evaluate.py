@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from moeify.check.calibrated import calibrated_on, warn_of_kind
-from moeify.check.features import Score
 from moeify.check.loops import LoopResult, Loops
 from moeify.check.measures import open_measure
 from moeify.check.perplexity import EvalResult
+from moeify.check.scores import Score
 from moeify.check.tasks import Tasks
 from moeify.check.tasks_results import TaskResult
 from moeify.command_line import names_of

@@ -13,39 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from moeify.check.scores import Score
 from moeify.data.examples import EXAMPLES, batches
 from moeify.errors import InputError
 from moeify.models.config import load_config
 from moeify.models.heads import modality_of
 from moeify.models.inputs import Inputs
 from moeify.options import EvalOptions, Track
-from moeify.readable import Readable
 
 COSINE = "feature cosine"
-
-
-@dataclass(frozen=True, repr=False)
-class Score(Readable):
-    """One model on one set of examples, by a measure that is no perplexity.
-
-    Args:
-        model, data: what was measured on what.
-        measure: its name, such as `feature cosine`.
-        value: the mean over examples.
-        num_examples: that were measured.
-        examples_per_second: that went through the model.
-        sha256: of the examples.
-        calibrated_on: what the model was calibrated or trained on by moeify; none if it was not.
-    """
-
-    model: str
-    data: str
-    measure: str
-    value: float
-    num_examples: int
-    examples_per_second: float
-    sha256: str
-    calibrated_on: tuple[str, ...] = ()
 
 
 def mean_position(hidden_BCD: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from moeify.check.features import FeatureCosine, Score
+from moeify.check.features import FeatureCosine
 from moeify.check.perplexity import EvalResult, Perplexity
 from moeify.check.pseudo_perplexity import PseudoPerplexity
+from moeify.check.scores import Score
 from moeify.check.target_perplexity import TargetPerplexity
 from moeify.check.word_errors import WordErrors
 from moeify.errors import InputError

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer
 
-from moeify.check.features import Score, on_device
+from moeify.check.features import on_device
+from moeify.check.scores import Score
 from moeify.data.audio import KINDS, Recording, recordings, samples_of
 from moeify.errors import InputError
 from moeify.models.sound_processor import SoundProcessor

@@ -20,6 +20,7 @@ from moeify.convert.estimate import TIME_FACTOR, forward_flops, matmul_rate, pro
 from moeify.convert.preview import Preview
 from moeify.errors import UsageError, warn
 from moeify.models.dense import DenseModel
+from moeify.models.heads import LANGUAGE_MODELS, auto_name
 from moeify.recipes.model import Recipe
 from moeify.recipes.names import BENCH, COMPARE, DENSE, MAIN, TRAINED
 
@@ -115,7 +116,8 @@ class Estimates:
         return sum(self._models.values()) / READ_RATE
 
     def _context(self, chosen: int | None) -> int:
-        return chosen or min(512, int(self.dense.text_config.max_position_embeddings))
+        # Of images and sound there are no windows, whose length would matter.
+        return chosen or min(512, self.dense.family.context_of(self.dense.text_config) or 512)
 
     def _split(self, name: str, preview: Preview) -> StagePreview:
         layout, estimate = preview.layout, preview.estimate
@@ -181,8 +183,10 @@ class Estimates:
         options, static = self.recipe.bench, [name for name, one in self.splits.items() if one.layout.is_static]
         assert options is not None
         num_models = 2 + len(static)
-        rows = (num_models - 1 + (len(options.implementation) or IMPLEMENTATIONS)) * PHASES
-        regimes = len(options.batch) * (len(options.prompt) or len(PROMPTS))
+        writes = auto_name(self.dense.config) in LANGUAGE_MODELS
+        # An encoder has one phase, and one length where nobody says.
+        rows = (num_models - 1 + (len(options.implementation) or IMPLEMENTATIONS)) * (PHASES if writes else 1)
+        regimes = len(options.batch) * (len(options.prompt) or (len(PROMPTS) if writes else 1))
         seconds = 0.0
         if "speed" not in options.skip:
             seconds += rows * regimes * options.seconds_per_row * ROW_FACTOR

@@ -14,7 +14,7 @@ from moeify.convert.machine_plan import MachinePlan, plan_for_machine
 from moeify.convert.texts import default_texts
 from moeify.errors import InputError
 from moeify.models.dense import open_dense
-from moeify.models.heads import check_language_model
+from moeify.models.heads import LANGUAGE_MODELS, auto_name
 from moeify.options import EvalOptions, MachineOptions, SplitOptions, Track, untracked
 from moeify.plan import Layout
 from moeify.readable import Readable
@@ -47,6 +47,46 @@ class InitResult(Readable):
     layout: Layout
     device: str
     reason: str
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Words about a kind of models: what is measured on what, and what a better calibration is.
+
+    Args:
+        measured: the measure.
+        better: than the calibration that is there.
+        heldout: data of the evaluation.
+        training: data of a fine-tuning.
+        tasks: an example.
+    """
+
+    measured: str
+    better: str
+    heldout: tuple[str, ...]
+    training: str
+    tasks: str
+
+
+_TEXT = "text like yours, a .txt, .jsonl or .parquet file or folder"
+_LABELS = "[labels.csv]  # classes as well: a head's, or those of linear probes"
+_KINDS: Mapping[str, _Kind] = {
+    "text": _Kind(
+        "Perplexity of all models on text",
+        _TEXT,
+        EvalOptions.data,
+        "builtin",
+        "[questions.jsonl, hellaswag]  # questions as well; names need pip install 'moeify[tasks]'",
+    ),
+    "example": _Kind("Features or masked words of all models on text", _TEXT, EvalOptions.data, "builtin", _LABELS),
+    "image": _Kind(
+        "Features of all models on images",
+        "images like yours, a folder, .parquet or .npz file",
+        ("digits-heldout",),
+        "digits",
+        _LABELS,
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -84,22 +124,29 @@ def init(
     check_new(out, overwrite=overwrite)
     check_writable(out, HEADER)
     dense = open_dense(model, track)
-    check_language_model(dense.config, "a recipe that is written by itself")
-    inspection, plan = inspect(dense), plan_for_machine(dense, machine)
-    choice = _choice(inspection, plan)
+    inspection = inspect(dense)
+    # Which layout is fastest is known of models that decode in llama.cpp.
+    decodes = auto_name(dense.config) in LANGUAGE_MODELS
+    choice = _choice(inspection, plan_for_machine(dense, machine) if decodes else None)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path("runs") / (out.stem.removesuffix("-recipe") or out.stem)
     texts = default_texts(dense, SplitOptions())
-    lines = _lines(model, folder, inspection, choice, device=device, texts=texts)
+    if not texts:
+        raise InputError(f"{dense.name} hears, and nothing here is a recording", "write the recipe by hand")
+    kind = _KINDS["text" if decodes else "example" if dense.family.modality == "text" else "image"]
+    lines = _lines(model, folder, inspection, choice, device=device, texts=texts, kind=kind)
     write_text("\n".join([HEADER, *lines]) + "\n", out, HEADER)
     return InitResult(model, out, choice.target, choice.layout, device, choice.reason)
 
 
-def _choice(inspection: Inspection, plan: MachinePlan) -> _Choice:
+def _choice(inspection: Inspection, plan: MachinePlan | None) -> _Choice:
     """The best layout for the machine; else what a split takes by itself; else pruning."""
     exact = [fit.target for fit in inspection.targets if fit.fits]
     if not exact:
         return _Choice("", inspection.layout, "no target represents this model exactly, so that it can only be pruned")
+    if plan is None:
+        reason = "the one that `moeify split` takes by itself; `moeify plan` is about language models"
+        return _Choice(exact[0], inspection.layout, reason)
     if plan.choice is not None and plan.choice.layout is not None:
         share = plan.choice.placement.tokens_per_second / plan.candidates[0].placement.tokens_per_second
         reason = (
@@ -112,7 +159,7 @@ def _choice(inspection: Inspection, plan: MachinePlan) -> _Choice:
 
 
 def _lines(
-    model: str, folder: Path, facts: Inspection, choice: _Choice, *, device: str, texts: tuple[str, ...]
+    model: str, folder: Path, facts: Inspection, choice: _Choice, *, device: str, texts: tuple[str, ...], kind: _Kind
 ) -> Iterator[str]:
     """The recipe, section by section."""
     estimate = facts.estimate
@@ -138,7 +185,7 @@ def _lines(
     else:
         yield from _keys({"static": True}, "prune: a smaller dense model")
         yield from _keys({"active": layout.num_active}, f"slices are kept, {percent(layout.active_share)} of the FFN")
-    yield from _keys({"calibration": list(texts)}, "better: text like yours, a .txt, .jsonl or .parquet file or folder")
+    yield from _keys({"calibration": list(texts)}, f"better: {kind.better}")
     yield from _keys({"tokens": SplitOptions.tokens, **on}, "of it; 16,384 or more")
     if choice.target:
         yield ""
@@ -148,13 +195,13 @@ def _lines(
         yield ""
         yield from _comment("A pruned model has no experts that could be switched on.")
         yield from _section({"verify": False})
-    yield from _training(device)
+    yield from _training(device, kind.training)
     yield ""
-    yield from _comment("Perplexity of all models on text that they were not calibrated on.")
+    yield from _comment(f"{kind.measured} that they were not calibrated on.")
     yield "eval:"
-    yield from _keys({"data": list(EvalOptions.data)}, "better: text like yours")
+    yield from _keys({"data": list(kind.heldout)}, f"better: {kind.better.split(',')[0]}")
     yield from _keys({"tokens": EvalOptions.tokens, **on})
-    yield "  # tasks: [questions.jsonl, hellaswag]  # questions as well; names need pip install 'moeify[tasks]'"
+    yield f"  # tasks: {kind.tasks}"
     if choice.target:
         yield ""
         yield from _comment("Speed, memory and quality beside the dense model: what `moeify report` makes a page of.")
@@ -166,13 +213,13 @@ def _lines(
         yield from _section({"limits": {"beats": ["static"]}})
 
 
-def _training(device: str) -> Iterator[str]:
+def _training(device: str, data: str) -> Iterator[str]:
     """Fine-tuning as a comment: it is what costs most, and what brings back most."""
     yield ""
     yield from _comment(
         "Training against the dense model brings back most of what the cut costs, at about four forward passes a token."
     )
-    for line in _section({"finetune": {"data": ["builtin"], "tokens": TRAINING_TOKENS, "device": device}}):
+    for line in _section({"finetune": {"data": [data], "tokens": TRAINING_TOKENS, "device": device}}):
         yield f"# {line}"
 
 

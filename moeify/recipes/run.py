@@ -14,9 +14,9 @@ from moeify.benchmark.options import BenchOptions
 from moeify.cache import digest
 from moeify.check.compare import compare
 from moeify.check.evaluate import Evaluation, measure
-from moeify.check.features import Score
 from moeify.check.loops import LoopResult
 from moeify.check.perplexity import EvalResult
+from moeify.check.scores import Score
 from moeify.check.tasks import Tasks
 from moeify.check.tasks_results import TaskResult
 from moeify.check.verify import TOLERANCE, VerifyReport, verify

@@ -71,8 +71,12 @@ def answers(facts: Facts, command: str, folder: Path) -> Answers:
     """
     overall = verdict.advise(facts)
     again = f"{command} --engine transformers"
-    readers = tuple(_reading(facts, reader, concerns, f"{again} {more}", folder) for reader, concerns, more in READERS)
-    return Answers(tuple(_lost(facts)), tuple(_gained(facts)), overall, (*readers, _small_gpu(facts)))
+    # llama.cpp has no encoders, and `moeify plan` is about decoding.
+    writes = not facts.forward
+    asked = READERS if writes else READERS[1:]
+    readers = [_reading(facts, reader, concerns, f"{again} {more}", folder) for reader, concerns, more in asked]
+    small = [_small_gpu(facts)] if writes else []
+    return Answers(tuple(_lost(facts)), tuple(_gained(facts)), overall, (*readers, *small))
 
 
 def _reading(facts: Facts, reader: str, concerns: Concerns, command: str, folder: Path) -> Reading:
@@ -85,7 +89,8 @@ def _reading(facts: Facts, reader: str, concerns: Concerns, command: str, folder
         return tuple(regime for regime in regimes if concerns(facts, regime))
 
     decode, prefill, engine = part(facts.decode), part(facts.prefill), part(facts.engine)
-    return Reading(reader, verdict.advise(replace(facts, decode=decode, prefill=prefill, engine=engine)))
+    here = replace(facts, decode=decode, prefill=prefill, forward=part(facts.forward), engine=engine)
+    return Reading(reader, verdict.advise(here))
 
 
 def _small_gpu(facts: Facts) -> Reading:
@@ -108,6 +113,10 @@ def _lost(facts: Facts) -> list[str]:
         agreement = percent(facts.quality.top1_agreement)
         lines.append(f"{_capital(verdict.quality_words(facts.ratio))} ({edges}).")
         lines.append(f"Its likeliest next token is the dense model's at {agreement} of positions.")
+    elif facts.likeness is not None:
+        lines.append(f"{_capital(verdict.likeness_words(facts.likeness))}.")
+        if pruned := verdict.pruned_words(facts):
+            lines.append(f"{_capital(pruned)}.")
     if slower := verdict.where(facts, "slower"):
         lines.append(f"Slower for {slower}, down to {factor(min(speeds(facts.in_transformers) or ()))}x.")
     for what, ratio in (("Peak memory", facts.memory), ("The checkpoint", facts.disk)):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 from moeify.benchmark.engines.results import EngineFile
 from moeify.benchmark.models.results import ALL_TEXTS, Interval, Kind, Model, ModelBench, Phase, Quality, Verdict
@@ -11,7 +12,25 @@ from moeify.words import count
 
 # A static model is a fair control if a token uses as many of its parameters, to within this share.
 SAME_SIZE = 0.05
-EMBEDDED = "builtin"
+# Names of results that compare a model with the dense one.
+AGREEMENT, COSINE = "agreement", "feature cosine"
+EMBEDDED = ("builtin", "builtin-vit")
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """How near a model's work stays to the dense one's: one if it is the same.
+
+    Args:
+        value: share of examples with the same class, else the cosine of features; of several sets and sources the mean.
+        low, high: its 95 % interval; of a cosine, which has none, the value.
+        words: its name.
+    """
+
+    value: float
+    low: float
+    high: float
+    words: str
 
 
 @dataclass(frozen=True)
@@ -21,12 +40,13 @@ class Facts:
     Args:
         model, dense: the two.
         quality: over all texts; None if it was not measured.
-        decode, prefill: each regime on the fastest implementation, in the order of prompt length and batch; empty if
-            they were not measured.
+        decode, prefill, forward: each regime on the fastest implementation, in the order of prompt length and batch;
+            empty if they were not measured.
         control: of a mixture of experts the fair static control; None if there is none.
         engine: each regime of its files in other engines.
         engine_files: those files.
         on_gpu: where transformers ran.
+        likeness: of a model that writes no text, how near it stays to the dense one; None if that was not measured.
     """
 
     model: Model
@@ -38,10 +58,12 @@ class Facts:
     engine: tuple[Verdict, ...] = ()
     engine_files: tuple[EngineFile, ...] = ()
     on_gpu: bool = False
+    forward: tuple[Verdict, ...] = ()
+    likeness: "Likeness | None" = None
 
     @property
     def in_transformers(self) -> tuple[Verdict, ...]:
-        return self.decode + self.prefill
+        return self.decode + self.prefill + self.forward
 
     @property
     def regimes(self) -> tuple[Verdict, ...]:
@@ -111,7 +133,7 @@ def of_kind(bench: ModelBench, kind: Kind) -> list[Model]:
 def demonstration(bench: ModelBench) -> str:
     """A warning about results of the embedded model; empty for a model that someone uses."""
     dense = of_kind(bench, "dense")[0]
-    if dense.path != EMBEDDED:
+    if dense.path not in EMBEDDED:
         return ""
     return (
         f"This is a demonstration: the embedded model has {count(parameters(dense))} parameters and was trained for a "
@@ -129,6 +151,8 @@ def facts_of(bench: ModelBench, model: Model) -> Facts:
         quality=quality_of(bench, model.name),
         decode=_regimes(bench, model.name, "decode"),
         prefill=_regimes(bench, model.name, "prefill"),
+        forward=_regimes(bench, model.name, "forward"),
+        likeness=likeness_of(bench, model.name),
         control=facts_of(bench, control) if control else None,
         engine=tuple(engine_verdicts(sorted(rows, key=lambda row: row.phase))),
         engine_files=tuple(row for row in bench.engine_files if row.model == model.name),
@@ -142,6 +166,19 @@ def quality_of(bench: ModelBench, name: str) -> Quality | None:
     return rows.get(ALL_TEXTS) or next(iter(rows.values()), None)
 
 
+def likeness_of(bench: ModelBench, name: str) -> Likeness | None:
+    """Classes say more of a model's work than features do; perplexities have their own ratio."""
+    classes = [row for row in bench.tasks if row.model == name and row.metric == AGREEMENT]
+    cosines = [row.value for row in bench.scores if row.model == name and row.measure == COSINE]
+    if classes:
+        value, low, high = (fmean(getattr(row, end) for row in classes) for end in ("score", "score_low", "score_high"))
+        return Likeness(value, low, high, "of its classes are the dense model's")
+    if cosines:
+        mean = fmean(cosines)
+        return Likeness(mean, mean, mean, "is the cosine of its features and the dense model's")
+    return None
+
+
 def _regimes(bench: ModelBench, name: str, phase: Phase) -> tuple[Verdict, ...]:
     rows = [row for row in bench.verdicts if row.model == name and row.phase == phase]
     return tuple(sorted(rows, key=lambda row: (row.prompt_tokens, row.batch)))
@@ -150,10 +187,12 @@ def _regimes(bench: ModelBench, name: str, phase: Phase) -> tuple[Verdict, ...]:
 def _control(bench: ModelBench, model: Model) -> Model | None:
     """Of the static models whose tokens use as many parameters the one that is hardest to beat."""
 
-    def perplexity(static: Model) -> float:
-        row = quality_of(bench, static.name)
-        return math.inf if row is None else row.perplexity
+    def loss(static: Model) -> float:
+        row, likeness = quality_of(bench, static.name), likeness_of(bench, static.name)
+        if row is None:
+            return math.inf if likeness is None else -likeness.value
+        return row.perplexity
 
     size = active_parameters(model)
     near = [one for one in of_kind(bench, "static") if abs(active_parameters(one) - size) <= SAME_SIZE * size]
-    return min(near, key=perplexity, default=None)
+    return min(near, key=loss, default=None)

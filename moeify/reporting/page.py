@@ -59,6 +59,7 @@ def render(run: RunFolder, subjects: Sequence[tuple[Facts, Answers]], *, command
         evaluations=tables.evaluations(run),
         comparison=tables.comparison(run),
         loops=tables.loops(run),
+        scores=tables.scores(run),
         tasks=tables.of_grid("tasks", benchmark.tasks(bench)),
         verdicts=tables.verdicts(measured),
         frontier=drawings.frontier(run),

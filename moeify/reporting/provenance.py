@@ -16,6 +16,7 @@ def measurement(run: RunFolder) -> list[tuple[str, str]]:
     """The circumstances of the benchmark."""
     bench = run.bench.value
     texts = {row.data: f"{row.data} ({row.num_tokens:,} tokens)" for row in bench.quality}
+    texts |= {row.data: f"{row.data} ({row.num_examples:,} examples)" for row in bench.scores}
     rows = [
         ("measured", bench.date),
         ("machine", _pairs(bench.machine)),

@@ -37,6 +37,7 @@ class Headline:
         over_static: perplexity over that control's, from the same blocks of text; None if that was not measured.
         decode_speed, prefill_speed: least and largest multiple of the dense model's in transformers, engine_speed in
             llama.cpp; None if not measured.
+        forward_speed: the same of encoders, and likeness, static_likeness what stayed of their work, by Facts.likeness.
         memory_ratio, disk_ratio: peak memory and bytes on disk over the dense model's.
         answers: what was lost, what was gained, and whether to use it.
     """
@@ -51,6 +52,9 @@ class Headline:
     memory_ratio: float | None
     disk_ratio: float | None
     answers: Answers
+    forward_speed: tuple[float, float] | None = None
+    likeness: float | None = None
+    static_likeness: float | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,4 +111,17 @@ def _headline(facts: Facts, said: Answers) -> Headline:
     static = facts.control.ratio if facts.control else None
     decode, prefill, engine = map(speeds, (facts.decode, facts.prefill, facts.engine))
     ratios = (facts.ratio, static, facts.over_control)
-    return Headline(facts.model.name, *ratios, decode, prefill, engine, facts.memory, facts.disk, said)
+    own, other = facts.likeness, facts.control.likeness if facts.control else None
+    return Headline(
+        facts.model.name,
+        *ratios,
+        decode,
+        prefill,
+        engine,
+        facts.memory,
+        facts.disk,
+        said,
+        forward_speed=speeds(facts.forward),
+        likeness=own.value if own else None,
+        static_likeness=other.value if other else None,
+    )

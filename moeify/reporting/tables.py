@@ -80,9 +80,40 @@ def models(all_facts: Sequence[Facts]) -> Table:
             ("perplexity / dense", lambda facts: _ratio(facts.ratio if facts.model.kind != "dense" else None)),
             ("perplexity / pruned", lambda facts: _ratio(facts.over_control)),
             ("same next token", lambda facts: cell(facts.quality.top1_agreement if facts.quality else None, percent)),
-            ("read / decoded token", lambda facts: cell(read_for_token(facts.model), size)),
+            ("like the dense model", _likeness),
+            ("read / decoded token", lambda facts: cell(read_for_token(facts.model) or None, size)),
             ("on disk", lambda facts: cell(facts.model.bytes_on_disk, size)),
             ("peak memory", lambda facts: cell(facts.model.peak_memory_bytes, size)),
+        ],
+    )
+
+
+def _likeness(facts: Facts) -> Cell:
+    """What stayed, of a model that writes no text."""
+    likeness = facts.likeness
+    return cell(
+        likeness.value if likeness else None,
+        lambda value: f"{value:.3f}",
+        f"{likeness.low:.3f} to {likeness.high:.3f}" if likeness and likeness.low < likeness.high else "",
+    )
+
+
+def scores(run: RunFolder) -> Table:
+    """Models that write no text by their own measure: the benchmark's, the recipe's, and those that `eval` kept."""
+    rows = [
+        *run.bench.value.scores,
+        *(run.ran.value.scores if run.ran else ()),
+        *(run.evaluated.value.scores if run.evaluated else ()),
+    ]
+    return table(
+        "scores",
+        "Every model by its own measure, the dense one first",
+        rows,
+        [
+            ("model", lambda row: Cell(Path(row.model).name or row.model)),
+            ("examples", lambda row: cell(row.num_examples, whole, Path(row.data).name)),
+            ("measure", lambda row: Cell(row.measure)),
+            ("score", lambda row: cell(row.value, lambda value: f"{value:.4f}")),
         ],
     )
 

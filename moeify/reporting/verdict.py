@@ -10,17 +10,21 @@ from dataclasses import dataclass
 from typing import Literal
 
 from moeify.benchmark.models.results import Interval, Outcome, Verdict
-from moeify.reporting.facts import Facts
+from moeify.reporting.facts import Facts, Likeness
 from moeify.words import factor, fixed, listing, percent
 
 Level = Literal["yes", "partly", "no", "unknown"]
 
 SMALL_LOSS = 1.05
 LARGE_LOSS = 1.5
+# The same of models that write no text: share of classes, or cosine of features, that stay.
+SMALL_CHANGE = 0.95
+LARGE_CHANGE = 0.8
 # Memory and disk differ when they differ by this share.
 NOTABLE = 0.05
 # Fields of Facts that hold regimes.
-PHASES = ("decode", "prefill", "engine")
+PHASES = ("decode", "prefill", "forward", "engine")
+IN_TRANSFORMERS = PHASES[:-1]
 # In their order; the first that applies gives the advice.
 RULES = (
     "Quality or speed was not measured: no advice.",
@@ -29,6 +33,10 @@ RULES = (
     f"Perplexity above {LARGE_LOSS:g} times the dense model's: not as it is.",
     f"The 95 % interval of the perplexity ratio ends at or below {SMALL_LOSS:g}: use it where it is not slower.",
     "Otherwise: only if the gain is worth the loss.",
+    (
+        "Of encoders the share of examples with the dense model's class counts, else the cosine of features: pruning "
+        f"is better if its 95 % interval lies above; {LARGE_CHANGE:g} is the limit of rule 4, {SMALL_CHANGE:g} of 5."
+    ),
 )
 CONVENTION = (
     "Pruning is the static control: by rule 2 the 95 % interval of the ratio of both perplexities, drawn from the same "
@@ -55,10 +63,13 @@ class Advice:
 def advise(facts: Facts) -> Advice:
     """The first rule that applies."""
     ratio = facts.ratio
+    if facts.likeness is not None and facts.regimes:
+        return _advise_encoder(facts, facts.likeness)
     if ratio is None or not facts.regimes:
         known = [f"{factor(row.over_dense)} ({row.type})" for row in facts.engine_files if row.over_dense]
         words = f" In llama.cpp its perplexity is {listing(known)} times the dense model's." if known else ""
-        return Advice("unknown", f"Its {'quality' if ratio is None else 'speed'} was not measured.{words}")
+        missing = "quality" if ratio is None and facts.likeness is None else "speed"
+        return Advice("unknown", f"Its {missing} was not measured.{words}")
     if facts.control and facts.over_control and is_beaten(facts):
         control = f"plain pruning to the same active size ({facts.control.model.name}) loses less"
         both = ", and is mostly as fast or faster" * bool(facts.control.regimes)
@@ -71,6 +82,39 @@ def advise(facts: Facts) -> Advice:
     if ratio.low > 1:
         return Advice("no", f"Do not use it: {not_faster(facts)}, and {quality_words(ratio)}.")
     return Advice("no", f"No reason to use it: {not_faster(facts)}; {quality_words(ratio)}.")
+
+
+def _advise_encoder(facts: Facts, likeness: Likeness) -> Advice:
+    """The same rules, where the loss is what changed."""
+    other = facts.control.likeness if facts.control else None
+    if other is not None and other.low > likeness.high and not _is_slower(facts):
+        return Advice("no", f"Do not use it: {pruned_words(facts)}, and it is mostly as fast or faster.")
+    faster, slower = where(facts, "faster", PHASES), where(facts, "slower", PHASES)
+    gain = "; ".join([f"faster for {faster}"] * bool(faster) + smaller(facts))
+    loss = likeness_words(likeness)
+    if not gain:
+        return Advice("no", f"No reason to use it: {not_faster(facts)}; {loss}.")
+    if likeness.value < LARGE_CHANGE:
+        what = "Fine-tune it first (moeify finetune), or let more experts be active"
+        return Advice("no", f"Not as it is: {gain}, but {loss}. {what}.")
+    keep = f" Keep the dense model for {slower}." if slower else ""
+    if likeness.value < SMALL_CHANGE:
+        return Advice("partly", f"Only if the gain is worth the loss: {gain}, but {loss}.{keep}")
+    return Advice("partly" if slower else "yes", f"Use it{' where it gains' if slower else ''}: {gain}; {loss}.{keep}")
+
+
+def likeness_words(likeness: Likeness) -> str:
+    """A clause about what stayed."""
+    value = fixed(likeness.value, 3) if "cosine" in likeness.words else percent(likeness.value)
+    return f"{value} {likeness.words}"
+
+
+def pruned_words(facts: Facts) -> str:
+    """A clause about the static control's likeness; empty without one."""
+    other = facts.control.likeness if facts.control else None
+    if facts.control is None or other is None:
+        return ""
+    return f"with plain pruning to the same active size ({facts.control.model.name}) {likeness_words(other)}"
 
 
 def _weigh(ratio: Interval, gain: str, slower: str) -> Advice:
@@ -92,9 +136,15 @@ def is_beaten(facts: Facts) -> bool:
     over = facts.over_control
     if facts.control is None or over is None or over.low <= 1:
         return False
+    return not _is_slower(facts)
+
+
+def _is_slower(facts: Facts) -> bool:
+    """Whether the static control takes longer in most regimes."""
+    assert facts.control is not None
     times, others = _times(facts), _times(facts.control)
     both = times.keys() & others.keys()
-    return 2 * sum(others[regime] <= times[regime] for regime in both) >= len(both)
+    return 2 * sum(others[regime] <= times[regime] for regime in both) < len(both)
 
 
 def control_words(facts: Facts) -> str:
@@ -143,7 +193,7 @@ def not_faster(facts: Facts) -> str:
     return f"nowhere {'shown to be ' * bool(where(facts, 'cannot tell', PHASES))}faster than the dense model"
 
 
-def where(facts: Facts, outcome: Outcome, phases: Sequence[str] = PHASES[:2]) -> str:
+def where(facts: Facts, outcome: Outcome, phases: Sequence[str] = IN_TRANSFORMERS) -> str:
     """The regimes with an outcome: `decode at batch 1 and 4, and prefill everywhere`."""
     places = []
     for phase in phases:

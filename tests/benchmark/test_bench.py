@@ -3,7 +3,7 @@
 import importlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +60,8 @@ def result(dense: Path, split: Split, text: str, tmp_path_factory: pytest.TempPa
     out = tmp_path_factory.mktemp("result")
     asked = [str(split("moe"))], [str(dense), str(split("pruned", "--static"))]
 
-    def memory(path: Path, ids_BC: Tensor, *, dtype: str, device: str) -> Memory:
-        assert (tuple(ids_BC.shape), dtype, device) == ((2, 8), "float32", "cpu")
+    def memory(path: Path, inputs: Mapping[str, Tensor], *, writes: bool, dtype: str, device: str) -> Memory:
+        assert (tuple(inputs["input_ids"].shape), writes, dtype, device) == ((2, 8), True, "float32", "cpu")
         return Memory(1000, None, "out of memory") if path.name == "moe" else Memory(1000, 2000)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -244,8 +244,54 @@ def test_the_floor_is_the_longer_of_bytes_and_operations() -> None:
     assert Work(2_000_000, 3_000_000_000).floor_ms(ceilings) == pytest.approx(3.0)
 
 
-def test_what_is_no_language_model_is_refused() -> None:
-    from transformers import ViTConfig
+def test_what_is_neither_language_model_nor_encoder_is_refused() -> None:
+    from transformers import WhisperConfig
 
-    with pytest.raises(InputError, match="vit"):
-        anatomy(ViTConfig())
+    with pytest.raises(InputError, match="whisper"):
+        anatomy(WhisperConfig())
+
+
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("ViTForImageClassification", {}),
+    "dinov2": ("Dinov2Model", {}),
+    "siglip_vision_model": ("SiglipVisionModel", {}),
+    "bert": ("BertForMaskedLM", {}),
+    "distilbert": ("DistilBertModel", {}),
+    "electra": ("ElectraForSequenceClassification", {"embedding_size": 16}),
+    "modernbert": ("ModernBertForMaskedLM", {"cls_token_id": 1, "sep_token_id": 2}),
+}
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_operations_of_an_encoder_are_those_that_torch_counts(family: str) -> None:
+    """Siglip's head makes keys and values of all positions, which is not counted: a tenth of so small a model."""
+    import transformers
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from moeify import families
+
+    name, changes = ENCODERS[family]
+    values = {**families.find(family).tiny_values, **changes}
+    config = transformers.AutoConfig.for_model(family, **values, attn_implementation="eager")
+    config.architectures = [name]
+    model = getattr(transformers, name)(config).eval()
+    batch, positions = 3, 17
+    if families.find(family).modality == "image":
+        inputs = {"pixel_values": torch.randn(batch, 3, 16, 16)}
+        positions = model.base_model(**inputs).last_hidden_state.shape[1]
+    else:
+        inputs = {"input_ids": torch.arange(batch * positions).view(batch, positions) + 2}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    parts = anatomy(config)
+    work = pass_work(
+        parts,
+        "forward",
+        batch=batch,
+        prompt=positions,
+        distinct_tokens=batch * positions,
+        experts_hit=None,
+        element_bytes=FLOAT32,
+    )
+    assert sum(part.parameters for part in parts.parts.values()) == sum(one.numel() for one in model.parameters())
+    assert work.flops == pytest.approx(counter.get_total_flops(), rel=0.1 if family.startswith("siglip") else 0.02)

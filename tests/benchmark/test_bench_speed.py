@@ -14,10 +14,11 @@ from moeify.benchmark.models import contenders as contenders_module
 from moeify.benchmark.models import speed as speed_module
 from moeify.benchmark.models.anatomy import anatomy
 from moeify.benchmark.models.contenders import Contender, contenders
+from moeify.benchmark.models.inputs import prompts
 from moeify.benchmark.models.memory import measure_memory
 from moeify.benchmark.models.results import Model, Part, Speed
 from moeify.benchmark.models.routing import ExpertsHit, watching
-from moeify.benchmark.models.speed import measure_speed, over, prompts, unchanged
+from moeify.benchmark.models.speed import measure_speed, over, unchanged
 from moeify.benchmark.models.verdicts import fastest, verdicts
 from moeify.benchmark.options import BenchOptions
 from moeify.benchmark.timing import MIN_SAMPLES, CpuTimer, Samples
@@ -40,7 +41,8 @@ def taking_part(models: dict[str, Any], asked: tuple[str, ...] = STOCK) -> list[
 
 def measured(found: list[Contender], **changes: Any) -> list[Speed]:
     arguments: dict[str, Any] = {"dense": "dense", "seconds": 0.001, "ceilings": CEILINGS, **changes}
-    return measure_speed(found, text(1, 200)[0].cpu(), REGIMES, CpuTimer(), **arguments)
+    cases = {regime: {"input_ids": prompts(text(1, 200)[0].cpu(), *regime)} for regime in REGIMES}
+    return measure_speed(found, cases, CpuTimer(), **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +174,7 @@ def test_a_slow_implementation_is_left_out_and_the_fastest_never(
     seconds: tuple[float, ...], left_out: list[int], models: dict[str, Any]
 ) -> None:
     found = taking_part(models, ("eager", "grouped_mm"))
-    passes = [speed_module._Pass(list, torch.zeros(1), seconds=one) for one in seconds]
+    passes = [speed_module._Pass(list, seconds=one) for one in seconds]
     assert speed_module._leave_out_slow(found, passes, 10.0) == [found[number] for number in left_out]
     assert [bool(one.reason) for one in passes] == [number in left_out for number in range(4)]
 
@@ -202,7 +204,7 @@ def test_our_kernels_are_listed_only_where_they_run(models: dict[str, Any], monk
 def test_memory_is_that_of_the_models_own_process(make_dense: MakeDense, tmp_path: Path) -> None:
     """Not of the one that started it, which holds a gigabyte here."""
     held = torch.ones(1 << 30, dtype=torch.uint8)
-    found = measure_memory(make_dense("llama"), text(2, 8), dtype="float32", device="cpu")
+    found = measure_memory(make_dense("llama"), {"input_ids": text(2, 8)}, writes=True, dtype="float32", device="cpu")
     assert found.reason == ""
     assert found.load_peak_bytes is not None
     assert found.peak_bytes is not None
@@ -210,7 +212,7 @@ def test_memory_is_that_of_the_models_own_process(make_dense: MakeDense, tmp_pat
 
 
 def test_memory_that_cannot_be_measured_says_why(tmp_path: Path) -> None:
-    found = measure_memory(tmp_path / "nothing", text(1, 2), dtype="float32", device="cpu")
+    found = measure_memory(tmp_path / "nothing", {"input_ids": text(1, 2)}, writes=True, dtype="float32", device="cpu")
     assert (found.load_peak_bytes, found.peak_bytes) == (None, None)
     assert "nothing" in found.reason
 

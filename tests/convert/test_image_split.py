@@ -96,7 +96,6 @@ def test_pruning_says_the_width_as_the_family_does(tmp_path: Path) -> None:
     "command",
     [
         ["plan", "MODEL", "--vram", "0", "--ram-bandwidth", "50"],
-        ["init", "MODEL", "-o", "r.yaml"],
         ["export", "MODEL", "--gguf", "x.gguf"],
         ["generate", "MODEL", "--prompt", "x"],
     ],

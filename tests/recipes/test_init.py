@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from conftest import MakeDense
+from tiny_images import make_model
 
 from moeify import targets
 from moeify.cli.app import run_command
@@ -103,3 +104,14 @@ def test_nothing_of_others_is_replaced(dense_models: dict[str, Path], tmp_path: 
     file.write_text(HEADER)
     init(str(dense_models["llama"]), file, MACHINE, overwrite=True)
     assert load_recipe(file).version == 1
+
+
+def test_a_model_of_images_has_images_in_its_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    init(str(make_model(tmp_path / "own", "vit", "ViTModel")), Path("own-recipe.yaml"))
+    recipe = load_recipe(Path("own-recipe.yaml"))
+    assert recipe.split.calibration == ("digits",)
+    assert recipe.eval is not None
+    assert recipe.eval.data == ("digits-heldout",)
+    # How long it will take is estimated as well.
+    assert [stage.name for stage in preview_run(Path("own-recipe.yaml")).stages][-1] == "bench"

@@ -15,8 +15,25 @@ from torch import nn
 
 from moeify.errors import InputError
 from moeify.models.config import empty_model
-from moeify.models.heads import check_language_model, config_of_experts
+from moeify.models.heads import (
+    GENERATING,
+    LANGUAGE_MODELS,
+    MASKED_MODEL,
+    auto_name,
+    check_language_model,
+    config_of_experts,
+    modality_of,
+)
 
+# Whose heads say something of every position; those of other models without text to write, of a whole example.
+EVERYWHERE = (MASKED_MODEL, "AutoModelForTokenClassification", "AutoModelForQuestionAnswering")
+# What is benchmarked besides language models: one pass over examples.
+EXAMPLE_MODALITIES = ("text", "image")
+NORMS = ("Norm", "LayerScale")
+# What multiplies outside of blocks.
+MATRICES = (nn.Linear, nn.Conv2d, nn.MultiheadAttention)
+# The number of a block in a module's name.
+LAYER = re.compile(r"\.(\d+)\.")
 # Ends of class names that say what mixes tokens; whatever else is in a layer is its FFN.
 MIXERS = ("Attention", "Mamba", "Mamba2Mixer", "Mixer", "GatedDeltaNet")
 
@@ -74,13 +91,16 @@ class Anatomy:
 
     Args:
         model_type: of transformers.
-        num_layers: decoder layers.
-        vocab_size, hidden_size: V and D.
+        num_layers: of blocks.
+        vocab_size, hidden_size: V and D; no V of a model of images.
+        looks_up: the embedding is a table of tokens; else it is computed, as patches of images are.
         tied: the head is the embedding.
+        head_everywhere: the head says something of every position, not of the last one or of an example.
+        both_ways: a position sees those behind it too.
         position_width: numbers that a learned position adds to a token; none where positions rotate.
         parts: by moeify.benchmark.model_results.PARTS.
         experts: None for a dense model.
-        windows: of each attention layer, how far back it sees; None for everything.
+        windows: of each attention layer, how far it sees; None for everything.
         query_width, kv_width: H * d, and keys and values of one position in one layer.
     """
 
@@ -88,7 +108,10 @@ class Anatomy:
     num_layers: int
     vocab_size: int
     hidden_size: int
+    looks_up: bool
     tied: bool
+    head_everywhere: bool
+    both_ways: bool
     position_width: int
     parts: Mapping[str, Count]
     experts: Experts | None
@@ -110,25 +133,42 @@ def anatomy(config: Any) -> Anatomy:
     Raises:
         InputError: transformers cannot build it, or its layers have experts of different sizes.
     """
-    check_language_model(config, "a benchmark")
+    writes = writes_text(config)
     model = empty_model(config, buffers=False)
     whole, config = config, config.get_text_config()
     heads = int(config.num_attention_heads)
     head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    table, head = _token_table(model), model.get_output_embeddings()
     return Anatomy(
         model_type=config.model_type,
         num_layers=int(config.num_hidden_layers),
-        vocab_size=int(config.vocab_size),
+        vocab_size=int(config.vocab_size) if table is not None else 0,
         hidden_size=int(config.hidden_size),
-        tied=head is not None and head.weight is embedding,
-        position_width=sum(table.embedding_dim for table in _tables(model)),
-        parts=_parts(model),
+        looks_up=table is not None,
+        tied=table is not None and head is not None and head.weight is table.weight,
+        head_everywhere=not writes and auto_name(whole) in EVERYWHERE,
+        both_ways=not writes,
+        position_width=sum(one.embedding_dim for one in _tables(model)),
+        parts=_parts(model, writes=writes),
         experts=_experts(model, config_of_experts(whole)),
         windows=_windows(model, config),
         query_width=heads * head_dim,
         kv_width=2 * int(getattr(config, "num_key_value_heads", None) or heads) * head_dim,
     )
+
+
+def writes_text(config: Any) -> bool:
+    """Whether a model is a language model; an encoder of text or images is benchmarked on one pass over examples.
+
+    Raises:
+        InputError: it is neither.
+    """
+    name = auto_name(config)
+    if name in LANGUAGE_MODELS:
+        return True
+    if modality_of(config) not in EXAMPLE_MODALITIES or name in GENERATING:
+        check_language_model(config, "a benchmark of anything but an encoder of text or images")
+    return False
 
 
 def experts_modules(model: nn.Module) -> dict[int, Any]:
@@ -141,27 +181,54 @@ def experts_modules(model: nn.Module) -> dict[int, Any]:
 
 def layer_of(name: str) -> int:
     """The decoder layer that a module belongs to: the first number in its name."""
-    found = re.search(r"\.(\d+)\.", f".{name}.")
+    found = LAYER.search(f".{name}.")
     assert found is not None, f"{name} is in no layer"
     return int(found[1])
 
 
-def _parts(model: Any) -> dict[str, Count]:
+def _parts(model: Any, *, writes: bool) -> dict[str, Count]:
     totals: dict[str, list[int]] = {}
-    routers = _router_modules(model)
+    routers, below, table, head = _router_modules(model), True, _token_table(model), model.get_output_embeddings()
+    # An encoder's table of tokens is multiplied with where it is the head as well.
+    aside = () if writes or table is None or (head is not None and head.weight is table.weight) else (table.weight,)
     for name, parameter in model.named_parameters():
         path = name.split(".")[:-1]
-        owners = [model.get_submodule(".".join(path[:depth])) for depth in range(1, len(path) + 1)]
-        total = totals.setdefault(_part(model, parameter, owners, routers), [0, 0])
+        owners = [model, *(model.get_submodule(".".join(path[:depth])) for depth in range(1, len(path) + 1))]
+        in_block = LAYER.search(f".{name}.") is not None
+        below = below and not in_block
+        # Language models differ in what lies where; in encoders the order tells what is below the blocks and above.
+        outside = "" if writes or in_block else "embedding" if below else "head"
+        place = _Place(name, parameter, owners, outside)
+        total = totals.setdefault(_part(model, place, routers), [0, 0])
         total[0] += parameter.numel()
-        # The biases of experts are a matrix, by which nothing is multiplied.
-        total[1] += parameter.numel() if parameter.ndim > 1 and not name.endswith("bias") else 0
+        # The biases of experts are a matrix, by which nothing is multiplied; so are positions and class tokens.
+        is_matrix = parameter.ndim > 1 and not name.endswith("bias")
+        multiplies = not outside or isinstance(owners[-1], (*MATRICES, nn.Embedding))
+        multiplies = is_matrix and multiplies and not any(parameter is one for one in aside)
+        total[1] += parameter.numel() if multiplies else 0
     return {part: Count(*total) for part, total in totals.items()}
 
 
-def _part(model: Any, parameter: nn.Parameter, owners: list[nn.Module], routers: list[nn.Module]) -> str:
-    """Which part a parameter is of; `owners` are the modules that hold it, the innermost last."""
-    names = [type(owner).__name__ for owner in owners]
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter is.
+
+    Args:
+        name, parameter: it.
+        owners: modules that hold it, the innermost last.
+        outside: the part that it is of where it lies in no block of an encoder; "" elsewhere.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    owners: list[nn.Module]
+    outside: str
+
+
+def _part(model: Any, place: _Place, routers: list[nn.Module]) -> str:
+    """Which part a parameter is of."""
+    owners = place.owners
+    kinds = [type(owner).__name__ for owner in owners]
     head = model.get_output_embeddings()
     if isinstance(owners[-1], nn.Embedding):
         return "embedding" if owners[-1] is model.get_input_embeddings() else "positions"
@@ -169,9 +236,17 @@ def _part(model: Any, parameter: nn.Parameter, owners: list[nn.Module], routers:
         return "head"
     if any(owner is router for owner in owners for router in routers):
         return "router"
-    if parameter.ndim == 1 and "Norm" in names[-1]:
+    if place.parameter.ndim == 1 and any(kind in kinds[-1] for kind in NORMS):
         return "norm"
-    return "attention" if any(name.endswith(MIXERS) for name in names) else "ffn"
+    if place.outside:
+        return "positions" if "position" in place.name.rpartition(".")[2] else place.outside
+    return "attention" if any(kind.endswith(MIXERS) for kind in kinds) else "ffn"
+
+
+def _token_table(model: Any) -> nn.Embedding | None:
+    """None of a model that looks no tokens up."""
+    embedding = model.get_input_embeddings()
+    return embedding if isinstance(embedding, nn.Embedding) else None
 
 
 def _tables(model: Any) -> list[nn.Embedding]:
@@ -235,7 +310,9 @@ def _windows(model: nn.Module, config: Any) -> tuple[int | None, ...]:
     """One entry an attention layer."""
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
-    layers = [layer_of(name) for name, module in model.named_modules() if type(module).__name__.endswith("Attention")]
+    attentions = [name for name, module in model.named_modules() if type(module).__name__.endswith("Attention")]
+    # One may lie in another; what pools positions lies outside of the blocks.
+    layers = dict.fromkeys(layer_of(name) for name in attentions if LAYER.search(f".{name}."))
 
     def slides(layer: int) -> bool:
         return window is not None and (kinds is None or kinds[layer] == "sliding_attention")

@@ -1,23 +1,26 @@
-"""What the routed experts of each layer do on a text: load, company, how good the router's choice is, favourite tokens.
+"""What the routed experts of each layer do on examples: load, company, how good the router's choice is, favourites.
+
+Favourites are tokens of a text, or positions of an image.
 
 How good a choice is needs the outputs of all experts, which are computed for at most ORACLE_TOKENS tokens, spread over
 the text. Memory holds one layer's counts for each different token of the text, and one expert's outputs.
 
-Legend: B blocks of C tokens, T tokens of one block, D hidden size, E experts, K of them chosen, U different tokens of
-the text.
+Legend: B blocks of C tokens, T tokens of one block, D hidden size, E experts, K of them chosen at most, U different
+tokens of the text.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from moeify.benchmark.models.anatomy import experts_modules
+from moeify.benchmark.models.anatomy import experts_modules, writes_text
 from moeify.benchmark.models.results import LayerExperts
 from moeify.benchmark.models.routing import watching
+from moeify.check.features import on_device
+from moeify.models.inputs import Inputs, uncached
 from moeify.options import Track, untracked
 
 ORACLE_TOKENS = 2048
@@ -32,15 +35,19 @@ class _Layer:
     """Sums over the text."""
 
     counts_UE: Tensor
-    occurrences_U: Tensor
     together_EE: Tensor
     chosen_energy: float = 0.0
     best_energy: float = 0.0
     all_energy: float = 0.0
+    num_choices: float = 0.0
+    num_tokens: int = 0
     texts: dict[str, Tensor] = field(default_factory=dict)
 
 
-@torch.no_grad()
+# Inputs of one block, the place of each of its tokens among the U, and the source that it is of.
+Block = tuple[Inputs, Tensor, str]
+
+
 def expert_use(
     model: Any, texts: Mapping[str, Tensor], text_of: Callable[[int], str], *, track: Track[Any] = untracked
 ) -> list[LayerExperts]:
@@ -52,43 +59,74 @@ def expert_use(
         text_of: turns a token id into text.
         track: wraps the loop over blocks.
     """
-    ids_BC, sources = torch.cat(list(texts.values())), [name for name, ids_BC in texts.items() for _ in ids_BC]
-    tokens_U, places_BC = ids_BC.unique(return_inverse=True)
+    tokens_U, places_BC = torch.cat(list(texts.values())).unique(return_inverse=True)
+    named = [(name, ids_C) for name, ids_BC in texts.items() for ids_C in ids_BC]
+    blocks: list[Block] = [
+        ({"input_ids": ids_C[None]}, places_C, name) for (name, ids_C), places_C in zip(named, places_BC, strict=True)
+    ]
+    return _use(model, blocks, [text_of(int(token)) for token in tokens_U], track)
+
+
+def image_expert_use(
+    model: Any, images: Mapping[str, Sequence[Inputs]], num_positions: int, *, track: Track[Any] = untracked
+) -> list[LayerExperts]:
+    """The same of images, whose tokens are their positions.
+
+    Args:
+        model: loaded, with routed experts.
+        images: inputs of B = 1 by source.
+        num_positions: that the model makes of an image.
+        track: wraps the loop over images.
+    """
+    places_C = torch.arange(num_positions)
+    blocks: list[Block] = [(inputs, places_C, name) for name, some in images.items() for inputs in some]
+    return _use(model, blocks, [f"position {place}" for place in range(num_positions)], track)
+
+
+@torch.no_grad()
+def _use(model: Any, blocks: Sequence[Block], words: list[str], track: Track[Any]) -> list[LayerExperts]:
     layers: dict[int, _Layer] = {}
     for layer, module in experts_modules(model).items():
-        num_experts = int(next(module.parameters()).shape[0])
-        zeros = (torch.zeros(len(tokens_U)), torch.zeros(num_experts, num_experts))
-        layers[layer] = _Layer(torch.zeros(len(tokens_U), num_experts), *zeros)
-    oracle_stride = max(1, -(-ids_BC.numel() // ORACLE_TOKENS))
+        num_experts = _num_experts(module)
+        layers[layer] = _Layer(torch.zeros(len(words), num_experts), torch.zeros(num_experts, num_experts))
+    num_tokens, several = sum(len(places_C) for _, places_C, _ in blocks), len({source for *_, source in blocks}) > 1
+    oracle_stride = max(1, -(-num_tokens // ORACLE_TOKENS))
     forced = False
-    places_C, source = places_BC[0], ""
+    _, places_C, source = blocks[0]
 
     def see(layer: int, module: Any, inputs_TD: Tensor, chosen_TK: Tensor) -> None:
         nonlocal forced
         if forced:
             return
         found = layers[layer]
-        _count(found, places_C, chosen_TK.cpu(), source)
+        _count(found, places_C, chosen_TK.cpu(), source if several else "")
         forced = True
         _compare(found, module, inputs_TD[::oracle_stride], chosen_TK[::oracle_stride])
         forced = False
 
+    # Of a language model what reads text alone, whatever else it takes.
+    below = model.get_decoder() if writes_text(model.config) else model.base_model
     with watching(model, see):
-        for block in track(range(len(ids_BC)), "experts", len(ids_BC)):
-            places_C, source = places_BC[block], sources[block] if len(texts) > 1 else ""
-            model.get_decoder()(ids_BC[block : block + 1].to(model.device), use_cache=False)
-    words = [text_of(int(token)) for token in tokens_U]
-    return [_summary(layer, found, words) for layer, found in sorted(layers.items())]
+        for inputs, places_C, source in track(blocks, "experts", len(blocks)):  # noqa: B007
+            below(**on_device(inputs, model), **uncached(below))
+    occurrences_U = torch.cat([places_C for _, places_C, _ in blocks]).bincount(minlength=len(words)).float()
+    return [_summary(layer, found, occurrences_U, words) for layer, found in sorted(layers.items())]
+
+
+def _num_experts(module: Any) -> int:
+    return int(next(module.parameters()).shape[0])
 
 
 def _count(found: _Layer, places_T: Tensor, chosen_TK: Tensor, source: str) -> None:
     """Choices of each token, of pairs of experts, and of a text if it has a name."""
-    # Numbers past the last expert are none: a token may have fewer experts than there are ranks for.
     num_experts = found.counts_UE.shape[1]
-    chose_TE = torch.zeros(len(chosen_TK), num_experts + 1).scatter_(1, chosen_TK, 1.0)[:, :num_experts]
+    # Where the number of experts is a token's own, places that it leaves empty hold what is no expert's number.
+    chose_TE = torch.zeros(len(chosen_TK), num_experts + 1).scatter_(1, chosen_TK.clamp(max=num_experts), 1.0)
+    chose_TE = chose_TE[:, :num_experts]
     found.counts_UE.index_add_(0, places_T, chose_TE)
     found.together_EE += chose_TE.T @ chose_TE
-    found.occurrences_U += places_T.bincount(minlength=len(found.occurrences_U))
+    found.num_choices += float(chose_TE.sum())
+    found.num_tokens += len(chosen_TK)
     if source:
         found.texts[source] = found.texts.get(source, 0) + chose_TE.sum(dim=0)
 
@@ -96,11 +134,13 @@ def _count(found: _Layer, places_T: Tensor, chosen_TK: Tensor, source: str) -> N
 def _compare(found: _Layer, module: Any, inputs_TD: Tensor, chosen_TK: Tensor) -> None:
     """What the choice adds, what the best one would, and what all experts together do: sums of squared norms."""
     energy_TE = output_energies(module, inputs_TD)
-    num_experts = energy_TE.shape[1]
-    chosen_T1 = (chosen_TK < num_experts).sum(dim=1, keepdim=True)
-    found.chosen_energy += float(functional.pad(energy_TE, (0, 1)).gather(1, chosen_TK).sum())
-    is_best_TE = torch.arange(num_experts, device=chosen_T1.device) < chosen_T1
-    found.best_energy += float((energy_TE.sort(dim=1, descending=True).values * is_best_TE).sum())
+    is_expert_TK = chosen_TK < energy_TE.shape[1]
+    chosen_energy_TK = energy_TE.gather(1, chosen_TK.where(is_expert_TK, 0))
+    best_TK = energy_TE.topk(chosen_TK.shape[1], dim=1).values
+    # As many of the best as the token chose.
+    is_best_TK = torch.arange(chosen_TK.shape[1], device=best_TK.device) < is_expert_TK.sum(dim=1, keepdim=True)
+    found.chosen_energy += float((chosen_energy_TK * is_expert_TK).sum())
+    found.best_energy += float((best_TK * is_best_TK).sum())
     found.all_energy += float(energy_TE.sum())
 
 
@@ -109,18 +149,17 @@ def output_energies(module: Any, inputs_TD: Tensor) -> Tensor:
 
     Through the module itself, whatever its experts are made of.
     """
-    num_experts = int(next(module.parameters()).shape[0])
     columns = []
-    for expert in range(num_experts):
+    for expert in range(_num_experts(module)):
         chosen_T1 = torch.full((len(inputs_TD), 1), expert, device=inputs_TD.device)
         outputs_TD = module(inputs_TD, chosen_T1, inputs_TD.new_ones(len(inputs_TD), 1))
         columns.append(outputs_TD.float().square().sum(dim=1))
     return torch.stack(columns, dim=1)
 
 
-def _summary(layer: int, found: _Layer, words: list[str]) -> LayerExperts:
+def _summary(layer: int, found: _Layer, occurrences_U: Tensor, words: list[str]) -> LayerExperts:
     tokens_E = found.counts_UE.sum(dim=0)
-    occurrences_U, num_tokens = found.occurrences_U, float(found.occurrences_U.sum())
+    num_tokens = float(found.num_tokens)
     num_experts = len(tokens_E)
     best = found.best_energy
     return LayerExperts(
@@ -129,7 +168,7 @@ def _summary(layer: int, found: _Layer, words: list[str]) -> LayerExperts:
         coactivation=_coactivation(found.together_EE / num_tokens),
         # A silent layer loses nothing by any choice.
         oracle_capture=found.chosen_energy / best if best else 1.0,
-        random_capture=found.all_energy * float(tokens_E.sum()) / num_tokens / num_experts / best if best else 1.0,
+        random_capture=found.all_energy * found.num_choices / num_tokens / num_experts / best if best else 1.0,
         top_tokens=tuple(
             tuple(words[place] for place in top_places(found.counts_UE, occurrences_U, expert))
             for expert in range(num_experts)

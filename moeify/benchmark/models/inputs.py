@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moeify.benchmark.machine import dtype_by_name
-from moeify.benchmark.models.anatomy import Anatomy, anatomy
+from moeify.benchmark.models.anatomy import Anatomy, anatomy, writes_text
 from moeify.benchmark.models.results import Kind, Model
 from moeify.benchmark.models.sizes import active_share, parts_of
 from moeify.benchmark.options import BenchOptions
@@ -22,7 +22,8 @@ from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
 from moeify.models.config import load_config
 from moeify.models.files import find_shards, locate
-from moeify.models.heads import check_language_model
+from moeify.models.heads import modality_of
+from moeify.models.inputs import Inputs
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track
 
@@ -51,6 +52,7 @@ def open_models(models: Sequence[str], against: Sequence[str], track: Track[Any]
     named = name_models(models, against)
     entrants = [open_entrant(name, word, track) for name, word in named]
     experts = entrants[0].anatomy.experts
+    check_kinds(entrants)
     check_dense(entrants[0].source, experts.num_routed if experts else None)
     check_vocabularies([(one.source, one.anatomy.vocab_size) for one in entrants])
     return entrants
@@ -78,7 +80,6 @@ def open_entrant(name: str, word: str, track: Track[Any]) -> Entrant:
     """Raise InputError for a model that is not there or is of no use."""
     path = locate(word, track)
     config = load_config(path)
-    check_language_model(config, "a benchmark of models")
     return Entrant(name, word, path, config, anatomy(config))
 
 
@@ -107,6 +108,15 @@ def model_of(one: Entrant, dense_ffn: int, *, context: int, element_bytes: int) 
         bytes_on_disk=sum(file.stat().st_size for file in set(find_shards(one.path).values())),
         calibrated_on=calibrated_on(one.path),
     )
+
+
+def check_kinds(entrants: Sequence[Entrant]) -> None:
+    """Raise InputError unless all models do the same job."""
+    kinds = {one.source: (modality_of(one.config), writes_text(one.config)) for one in entrants}
+    (dense, kind), *others = kinds.items()
+    for source, other in others:
+        if other != kind:
+            raise InputError(f"{source} and {dense} do not the same job", "name the model that it came from")
 
 
 def check_dense(source: str, num_experts: int | None) -> None:
@@ -188,8 +198,20 @@ class Texts:
         return cls(context, limit, blocks, text_T, regimes, tokenizers[0])
 
     @property
-    def largest(self) -> tuple[int, int]:
-        return max(self.regimes, key=lambda regime: regime[0] * regime[1])
+    def cases(self) -> dict[tuple[int, int], Inputs]:
+        """Prompts with the token that comes next, by regime."""
+        return {regime: {"input_ids": prompts(self.prompt_text_T, *regime)} for regime in self.regimes}
+
+    @property
+    def largest(self) -> Inputs:
+        """The prompts with the most tokens."""
+        regime = max(self.regimes, key=lambda regime: regime[0] * regime[1])
+        return {"input_ids": prompts(self.prompt_text_T, *regime)[:, :-1]}
+
+
+def prompts(text_T: Tensor, batch: int, prompt: int) -> Tensor:
+    """ids_BP of consecutive pieces of the text, each with the token that comes next: (batch, prompt + 1)."""
+    return text_T[: batch * (prompt + 1)].view(batch, prompt + 1)
 
 
 def _blocks(source: str, entrants: Sequence[Entrant], tokenizers: Sequence[Any], tokens: int, context: int) -> Tensor:

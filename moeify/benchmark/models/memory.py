@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
 
 from moeify.benchmark.children import child_environment, run_child
+from moeify.models.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Memory:
 
     Args:
         load_peak_bytes: up to where the model is ready.
-        peak_bytes: with one prefill and one decoded token as well.
+        peak_bytes: with one prefill and one decoded token as well, or one pass over examples.
         reason: why one is not known.
     """
 
@@ -32,18 +33,21 @@ class Memory:
     reason: str = ""
 
 
-def measure_memory(path: Path, ids_BC: Tensor, *, dtype: str, device: str) -> Memory:
-    """Load a model in a new process as moeify.load does, run the prompts and decode one token.
+def measure_memory(path: Path, inputs: Inputs, *, writes: bool, dtype: str, device: str) -> Memory:
+    """Load a model in a new process as moeify.load does, and run the inputs.
 
     Args:
         path: the checkpoint's folder.
-        ids_BC: prompts.
+        inputs: prompts, or examples.
+        writes: they are prompts, and one token is decoded.
         dtype, device: names.
     """
     with tempfile.TemporaryDirectory() as folder:
         request, answer = Path(folder) / "request.json", Path(folder) / "request.json.out"
+        tensors = {name: tensor.contiguous() for name, tensor in inputs.items()}
+        save_file(tensors, file := Path(folder) / "inputs.safetensors")
         request.write_text(
-            json.dumps({"path": str(path), "dtype": dtype, "device": device, "ids": ids_BC.cpu().tolist()})
+            json.dumps({"path": str(path), "dtype": dtype, "device": device, "inputs": str(file), "writes": writes})
         )
         environment = child_environment(OMP_NUM_THREADS=str(torch.get_num_threads()))
         done = run_child("moeify.benchmark.models.memory", str(request), environment=environment)
@@ -59,14 +63,19 @@ def measure_memory(path: Path, ids_BC: Tensor, *, dtype: str, device: str) -> Me
 def main(request: Path) -> None:
     """Do what a request asks for; peaks are written as soon as they are known."""
     from moeify.check.evaluate import load
+    from moeify.check.features import on_device
 
     asked = json.loads(request.read_text())
     model = load(asked["path"], dtype=asked["dtype"], device=asked["device"])
     found = {"load_peak_bytes": peak_bytes(model.device)}
     _write(request, found)
-    ids_BC = torch.tensor(asked["ids"], device=model.device)
-    out = model(ids_BC, use_cache=True, logits_to_keep=1)
-    model(ids_BC[:, -1:], past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+    inputs = on_device(load_file(asked["inputs"]), model)
+    if asked["writes"]:
+        ids_BC = inputs["input_ids"]
+        out = model(ids_BC, use_cache=True, logits_to_keep=1)
+        model(ids_BC[:, -1:], past_key_values=out.past_key_values, use_cache=True, logits_to_keep=1)
+    else:
+        model(**inputs)
     _write(request, {**found, "peak_bytes": peak_bytes(model.device)})
 
 

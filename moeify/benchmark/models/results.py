@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from moeify.benchmark.ceilings import Ceilings
 from moeify.benchmark.engines.results import EngineFile, EngineSpeed
+from moeify.check.scores import Score
 from moeify.check.tasks_results import TaskResult
 from moeify.readable import Readable
 
 Kind = Literal["dense", "moe", "static"]
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "decode", "forward"]
 Outcome = Literal["faster", "same", "slower", "cannot tell"]
 # Two times are the same if their ratio is certainly that near to one; a convention, as is the threshold of --baseline.
 SAME_WITHIN = 0.05
@@ -41,6 +42,7 @@ class Part:
         active_parameters: those that a token is multiplied with; an embedding that is only looked up has none.
         flops_per_token: a multiplication and an addition are two; attention at the context of the quality texts.
         bytes_per_decoded_token: weights read for one token at batch 1; keys and values of the context are attention's.
+            Zero of a model that decodes nothing.
     """
 
     parameters: int
@@ -122,12 +124,13 @@ class Speed:
     Args:
         model: its name.
         implementation: of experts; `dense` where there are none.
-        phase: prefill runs the prompts, decode adds one token to each.
-        batch: sequences.
-        prompt_tokens: of each.
+        phase: prefill runs the prompts, decode adds one token to each; of encoders, forward is one pass.
+        batch: sequences, images.
+        prompt_tokens: of each; of an image its positions.
         ms_p10, ms_p50, ms_p90: quantiles of one pass, milliseconds.
         num_samples: passes that were timed.
         tokens_per_second: batch * prompt_tokens, or batch, over ms_p50.
+        examples_per_second: of a forward pass, batch over ms_p50: texts, or images.
         time_over_dense, time_over_dense_low, time_over_dense_high: median of the ratios of neighbouring passes, and
             their 95 % interval (bootstrap); None for the dense model itself.
         experts_hit: share of routed experts that at least one token chose, mean over layers; None without experts.
@@ -147,6 +150,7 @@ class Speed:
     ms_p90: float | None = None
     num_samples: int = 0
     tokens_per_second: float | None = None
+    examples_per_second: float | None = None
     time_over_dense: float | None = None
     time_over_dense_low: float | None = None
     time_over_dense_high: float | None = None
@@ -272,9 +276,10 @@ class ModelBench(Readable):
         command: that gives it again.
         machine, versions: where it was measured.
         dtype: of weights; the types of the GGUF files where transformers runs none.
-        context: tokens of a block of the quality texts.
+        context: tokens of a block of the quality texts, or of an example.
         models: the dense one first.
         quality, samples, speed, verdicts: rows.
+        scores: rows of models that write no text, by their own measure.
         tasks: rows, with `--tasks`.
         experts: by model name.
         engine_files, engine_speed: rows of other engines, with `--engine llama.cpp`.
@@ -291,6 +296,7 @@ class ModelBench(Readable):
     models: list[Model] = field(default_factory=list)
     quality: list[Quality] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
     speed: list[Speed] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     tasks: list[TaskResult] = field(default_factory=list)

@@ -47,9 +47,8 @@ class ExpertsHit:
 
     def see(self, _layer: int, module: Any, _inputs_TD: Tensor, chosen_TK: Tensor) -> None:
         num_experts = int(next(module.parameters()).shape[0])
-        hit = torch.unique(chosen_TK)
-        # Numbers past the last expert are none.
-        self._shares.append(int((hit < num_experts).sum()) / num_experts)
+        # Where the number of experts is a token's own, places that it leaves empty hold what is no expert's number.
+        self._shares.append(int(torch.unique(chosen_TK[chosen_TK < num_experts]).numel()) / num_experts)
 
     @property
     def share(self) -> float | None:

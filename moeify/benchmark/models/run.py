@@ -1,7 +1,8 @@
 """The model benchmark: what a conversion saved, what it cost, and where it is faster or slower than the dense model.
 
 The road: everything that can be refused is refused; memory, a process a model; then all models are loaded side by side
-for quality, experts and speed; verdicts; other engines, in processes of their own; an earlier result.
+for quality, experts and speed; verdicts; other engines, in processes of their own; an earlier result. Encoders of text
+and of images go it too: their quality is their own measure, their speed one pass over a batch of examples.
 
 Traps: other work on the machine makes intervals wide and, as all models suffer alike, ratios less wrong than times. All
 models are in memory at once.
@@ -16,20 +17,21 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from moeify.benchmark.ceilings import measure_ceilings
 from moeify.benchmark.engines import run as engines
 from moeify.benchmark.machine import device_by_name, machine_facts, versions
 from moeify.benchmark.models import baseline as baselines
+from moeify.benchmark.models.anatomy import writes_text
 from moeify.benchmark.models.contenders import contenders
+from moeify.benchmark.models.examples import Examples, suited_options
 from moeify.benchmark.models.expert_use import expert_use
 from moeify.benchmark.models.inputs import DENSE, Entrant, Texts, dtype_of, model_of, name_models, open_models
 from moeify.benchmark.models.memory import measure_memory
 from moeify.benchmark.models.quality import measure_quality
 from moeify.benchmark.models.results import LayerExperts, ModelBench
 from moeify.benchmark.models.samples import write_samples
-from moeify.benchmark.models.speed import measure_speed, prompts
+from moeify.benchmark.models.speed import READING, WRITING, measure_speed
 from moeify.benchmark.models.verdicts import verdicts
 from moeify.benchmark.options import BenchOptions, Section
 from moeify.benchmark.timing import timer_for
@@ -38,6 +40,7 @@ from moeify.check.evaluate import load
 from moeify.check.perplexity import warn_of_few
 from moeify.check.tasks import Tasks
 from moeify.command_line import command_line, names_of
+from moeify.errors import UsageError
 from moeify.options import Names, Track
 from moeify.progress import shown
 from moeify.results import check_new, check_writable, read, write
@@ -87,11 +90,16 @@ def bench(
     old = load_bench(baseline) if baseline else None
     device = device_by_name(options.device)
     check_engines(options)
-    entrants, texts = [], None
-    tasks = Tasks(options.tasks, options.questions, track)
+    entrants: list[Entrant] = []
+    texts: Texts | Examples | None = None
     if "transformers" in options.engine:
         entrants = open_models(models, against, track)
-        texts = Texts.of(entrants, options)
+        if not writes_text(entrants[0].config):
+            check_no_engine(options, entrants[0])
+            options = suited_options(options, entrants)
+    tasks = Tasks(options.tasks, options.questions, track)
+    if entrants:
+        texts = (Texts if writes_text(entrants[0].config) else Examples).of(entrants, options)
         opened = _opened(entrants, texts.context, dtype_of(options.dtype, entrants[0].config, device))
     else:
         opened = engines.open_models(name_models(models, against), options, track)
@@ -137,6 +145,14 @@ def check_engines(options: BenchOptions) -> None:
         engines.check_programs()
 
 
+def check_no_engine(options: BenchOptions, dense: Entrant) -> None:
+    """Raise UsageError if an encoder shall be timed in an engine that has language models alone."""
+    if "llama.cpp" in options.engine:
+        raise UsageError(
+            f"llama.cpp is timed on language models, {dense.source} is an encoder", "leave --engine llama.cpp out"
+        )
+
+
 def load_bench(path: str | Path) -> ModelBench:
     """Read a result, or the one in a folder.
 
@@ -169,12 +185,12 @@ def _opened(entrants: Sequence[Entrant], context: int, dtype: torch.dtype) -> en
 
 
 def _memory(
-    result: ModelBench, entrants: Sequence[Entrant], texts: Texts, device: torch.device, track: Track[Any]
+    result: ModelBench, entrants: Sequence[Entrant], texts: Texts | Examples, device: torch.device, track: Track[Any]
 ) -> None:
     """Before anything is loaded here, so that there is room."""
-    ids_BP = prompts(texts.prompt_text_T, *texts.largest)[:, :-1]
+    inputs, writes = texts.largest, isinstance(texts, Texts)
     for number, one in enumerate(track(entrants, "memory", len(entrants))):
-        found = measure_memory(one.path, ids_BP, dtype=result.dtype, device=str(device))
+        found = measure_memory(one.path, inputs, writes=writes, dtype=result.dtype, device=str(device))
         result.models[number] = replace(
             result.models[number],
             load_peak_memory_bytes=found.load_peak_bytes,
@@ -186,7 +202,7 @@ def _memory(
 def _measure(
     result: ModelBench,
     entrants: Sequence[Entrant],
-    texts: Texts,
+    texts: Texts | Examples,
     tasks: Tasks,
     *,
     options: BenchOptions,
@@ -199,25 +215,17 @@ def _measure(
         for one in track(entrants, "loading", len(entrants))
     }
     if "quality" not in options.skip:
-        warn_of_kind({Path(model.path).name: model.calibrated_on for model in result.models}, texts.blocks)
-        for source, ids_BC in texts.blocks.items():
-            warn_of_few(source, ids_BC.numel() - len(ids_BC))
-        result.quality = measure_quality(
-            loaded,
-            DENSE,
-            texts.blocks,
-            static=[model.name for model in result.models if model.kind == "static"],
-            track=track,
-        )
-        result.samples = write_samples(loaded, texts.blocks, texts.tokenizer, texts.longest, track=track)
+        warn_of_kind({Path(model.path).name: model.calibrated_on for model in result.models}, options.data)
+        if isinstance(texts, Texts):
+            _quality(result, loaded, texts, track)
+        else:
+            result.scores = texts.scores(loaded, track)
     for one in entrants:
         tasks.ask(loaded[one.name], one.name, one.path, track)
     result.tasks = list(tasks.results())
     if "experts" not in options.skip:
         result.experts = {
-            one.name: _experts(loaded[one.name], texts.blocks, texts.tokenizer, track)
-            for one in entrants
-            if one.anatomy.experts is not None
+            one.name: _experts(loaded[one.name], texts, track) for one in entrants if one.anatomy.experts is not None
         }
     timer = timer_for(device)
     if options.roofline:
@@ -225,9 +233,9 @@ def _measure(
     if "speed" not in options.skip:
         result.speed = measure_speed(
             contenders(loaded, {one.name: one.anatomy for one in entrants}, options.implementation),
-            texts.prompt_text_T,
-            texts.regimes,
+            texts.cases,
             timer,
+            phases=WRITING if isinstance(texts, Texts) else READING,
             dense=DENSE,
             seconds=options.seconds_per_row,
             ceilings=result.ceilings,
@@ -236,5 +244,16 @@ def _measure(
         result.verdicts = verdicts(result.models, result.speed)
 
 
-def _experts(model: Any, blocks: Mapping[str, Tensor], tokenizer: Any, track: Track[Any]) -> list[LayerExperts]:
-    return expert_use(model, blocks, lambda token: str(tokenizer.decode([token])), track=track)
+def _quality(result: ModelBench, loaded: Mapping[str, Any], texts: Texts, track: Track[Any]) -> None:
+    """Of language models: perplexity and the like, and what they write."""
+    for source, ids_BC in texts.blocks.items():
+        warn_of_few(source, ids_BC.numel() - len(ids_BC))
+    static = [model.name for model in result.models if model.kind == "static"]
+    result.quality = measure_quality(loaded, DENSE, texts.blocks, static=static, track=track)
+    result.samples = write_samples(loaded, texts.blocks, texts.tokenizer, texts.longest, track=track)
+
+
+def _experts(model: Any, texts: Texts | Examples, track: Track[Any]) -> list[LayerExperts]:
+    if isinstance(texts, Examples):
+        return texts.experts(model, track)
+    return expert_use(model, texts.blocks, lambda token: str(texts.tokenizer.decode([token])), track=track)

@@ -1,4 +1,6 @@
-"""Speed of several models in one process: prefill and decode on real text, every experts implementation that runs.
+"""Speed of several models in one process, on real text or images, with every experts implementation that runs.
+
+Language models are timed on prefill and decode, encoders on one pass over a batch of examples.
 
 All models and implementations take turns on one regime, so that a drift of the machine hits them alike, and a ratio to
 the dense model is taken between passes that followed one another. Decode adds one token of the text to a cache that a
@@ -7,16 +9,16 @@ real prompt has filled; afterwards the cache is as it was, so that every sample 
 Traps: `time_over_dense` of a model that is much slower comes from the few rounds that it had time for. What
 transformers does around the layers is in the times of all models, which hides differences of small ones.
 
-Legend: B sequences, P tokens of a prompt.
+Legend: B sequences, P tokens of a prompt or positions of an example.
 """
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ from moeify.benchmark.models.routing import ExpertsHit, watching
 from moeify.benchmark.models.sizes import pass_work
 from moeify.benchmark.timing import Samples, Timer, first_line, release_memory, take_turns
 from moeify.check.bootstrap import draws, interval
+from moeify.check.features import on_device
+from moeify.models.inputs import Inputs
 from moeify.options import Track, untracked
 
 # An implementation is left out if a pass of it takes so many times the seconds of a row, so long, and so many times as
@@ -36,13 +40,18 @@ SLOW_FACTOR = 5.0
 SLOWEST_SECONDS = 3.0
 BEHIND_FACTOR = 2.0
 
+# Phases of a language model, and of any other.
+WRITING: tuple[Phase, ...] = ("prefill", "decode")
+READING: tuple[Phase, ...] = ("forward",)
+
 
 @dataclass
 class _Pass:
     """A contender's passes of one phase and what is known of them."""
 
     call: Callable[[], Any]
-    ids: Tensor
+    num_tokens: int = 0
+    distinct_tokens: int = 0
     cache: Any = None
     seconds: float = 0.0
     experts_hit: float | None = None
@@ -50,13 +59,22 @@ class _Pass:
     samples: Samples = field(default_factory=Samples)
 
 
+@dataclass(frozen=True)
+class _Case:
+    """A phase of a regime, (batch, positions), and its inputs."""
+
+    phase: Phase
+    regime: tuple[int, int]
+    inputs: Inputs
+
+
 @torch.no_grad()
 def measure_speed(
     contenders: Sequence[Contender],
-    text_T: Tensor,
-    regimes: Sequence[tuple[int, int]],
+    cases: Mapping[tuple[int, int], Inputs],
     timer: Timer,
     *,
+    phases: Sequence[Phase] = WRITING,
     dense: str,
     seconds: float,
     ceilings: Ceilings | None,
@@ -66,9 +84,9 @@ def measure_speed(
 
     Args:
         contenders: models and implementations; `dense` must be among them.
-        text_T: tokens of a text, enough for the largest regime.
-        regimes: (batch, prompt tokens).
+        cases: inputs by regime: (batch, positions); of WRITING prompts with the token that comes next.
         timer: of the device.
+        phases: that are timed, in their order.
         dense: name of the model that others are compared with.
         seconds: how long each contender is timed on each phase of a regime.
         ceilings: None leaves floors out.
@@ -77,15 +95,16 @@ def measure_speed(
     rows: list[Speed] = []
     slow: set[tuple[str, str, Phase]] = set()
     # From few tokens to many.
-    regimes = sorted(regimes, key=lambda regime: regime[0] * regime[1])
+    regimes = sorted(cases, key=lambda regime: regime[0] * regime[1])
     for regime in track(regimes, "speed", len(regimes)):
-        ids_BP = prompts(text_T, *regime).to(timer.device)
+        inputs = {name: tensor.to(timer.device) for name, tensor in cases[regime].items()}
         caches: dict[str, Any] = {}
-        for phase in get_args(Phase):
+        for phase in phases:
+            case = _Case(phase, regime, inputs)
             passes = [
-                _Pass(release_memory, ids_BP, reason="it was left out at fewer tokens, where it was slow")
+                _Pass(release_memory, reason="it was left out at fewer tokens, where it was slow")
                 if (who.name, who.implementation, phase) in slow
-                else _prepare(who, phase, ids_BP, caches, timer)
+                else _prepare(who, case, caches, timer)
                 for who in contenders
             ]
             for who in _leave_out_slow(contenders, passes, max(SLOWEST_SECONDS, SLOW_FACTOR * seconds)):
@@ -114,21 +133,21 @@ def _time(contenders: Sequence[Contender], passes: Sequence[_Pass], timer: Timer
         one.reason = first_line(failure) if failure else ""
 
 
-def prompts(text_T: Tensor, batch: int, prompt: int) -> Tensor:
-    """ids_BP of consecutive pieces of the text, each with the token that comes next: (batch, prompt + 1)."""
-    return text_T[: batch * (prompt + 1)].view(batch, prompt + 1)
-
-
-def _prepare(who: Contender, phase: Phase, ids_BP: Tensor, caches: dict[str, Any], timer: Timer) -> _Pass:
+def _prepare(who: Contender, case: _Case, caches: dict[str, Any], timer: Timer) -> _Pass:
     """Everything but the samples: the pass runs once or twice, its routing is noted, prefill leaves its cache."""
-    if phase == "prefill":
-        one = _Pass(partial(_prefill, who.model, ids_BP[:, :-1]), ids_BP[:, :-1])
+    phase, inputs = case.phase, case.inputs
+    if phase == "forward":
+        num_tokens = case.regime[0] * case.regime[1]
+        one = _Pass(partial(_forward, who.model, inputs), num_tokens, _distinct(inputs.get("input_ids")))
+    elif phase == "prefill":
+        ids_BP = inputs["input_ids"][:, :-1]
+        one = _Pass(partial(_prefill, who.model, ids_BP), ids_BP.numel(), _distinct(ids_BP))
     elif who.name in caches:
-        cache = caches[who.name]
-        one = _Pass(partial(_decode, who.model, ids_BP[:, -1:], cache), ids_BP[:, -1:], cache)
+        cache, ids_B1 = caches[who.name], inputs["input_ids"][:, -1:]
+        one = _Pass(partial(_decode, who.model, ids_B1, cache), len(ids_B1), _distinct(ids_B1), cache)
     else:
-        return _Pass(release_memory, ids_BP[:, -1:], reason="its prefill did not run")
-    one.reason = refusal(who, one.ids.numel())
+        return _Pass(release_memory, reason="its prefill did not run")
+    one.reason = refusal(who, one.num_tokens)
     if one.reason:
         return one
     hit = ExpertsHit()
@@ -151,6 +170,15 @@ def _prepare(who: Contender, phase: Phase, ids_BP: Tensor, caches: dict[str, Any
         release_memory()
     one.experts_hit = hit.share
     return one
+
+
+def _distinct(ids: Tensor | None) -> int:
+    """Different tokens among inputs; none among images."""
+    return 0 if ids is None else int(ids.unique().numel())
+
+
+def _forward(model: Any, inputs: Inputs) -> Any:
+    return model(**on_device(inputs, model))
 
 
 def _prefill(model: Any, ids_BP: Tensor) -> Any:
@@ -219,7 +247,7 @@ def _row(
         phase,
         batch=batch,
         prompt=prompt,
-        distinct_tokens=int(one.ids.unique().numel()),
+        distinct_tokens=one.distinct_tokens,
         experts_hit=one.experts_hit,
         element_bytes=who.model.dtype.itemsize,
     )
@@ -233,7 +261,8 @@ def _row(
         ms_p50=p50,
         ms_p90=p90,
         num_samples=len(one.samples.seconds),
-        tokens_per_second=1e3 * one.ids.numel() / p50,
+        tokens_per_second=1e3 * one.num_tokens / p50,
+        examples_per_second=1e3 * batch / p50 if phase == "forward" else None,
         time_over_dense=ratio[0],
         time_over_dense_low=ratio[1],
         time_over_dense_high=ratio[2],

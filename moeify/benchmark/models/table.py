@@ -19,7 +19,7 @@ def grids(result: ModelBench) -> list[Grid]:
     """In the order in which they are shown; those without lines are left out."""
     dense, *others = result.models
     sizes = [_compression([dense, *others[first : first + BESIDE]]) for first in range(0, len(others), BESIDE)]
-    quality = [*_quality(result), _against_static(result), tasks(result)]
+    quality = [*_quality(result), _against_static(result), scores(result), tasks(result)]
     measured = [*quality, *_speed(result), *engines.grids(result), _experts(result)]
     tables = [*sizes, *measured, _changes(result)]
     return [grid for grid in tables if grid.lines]
@@ -87,7 +87,8 @@ def _sizes(models: Sequence[Model]) -> Iterator[tuple[str, list[float | None]]]:
     def total(name: str) -> list[float | None]:
         return [sum(getattr(part, name) for part in model.parts.values()) / 1e6 for model in models]
 
-    yield "layers, as keys and values", [float(model.num_layers) for model in models]
+    decodes = any(total("bytes_per_decoded_token"))
+    yield "layers, as keys and values" if decodes else "layers", [float(model.num_layers) for model in models]
     yield "parameters, M", total("parameters")
     yield "active parameters, M", total("active_parameters")
     yield "FLOPs a token, M", total("flops_per_token")
@@ -96,7 +97,8 @@ def _sizes(models: Sequence[Model]) -> Iterator[tuple[str, list[float | None]]]:
             f"  {part}",
             [model.parts[part].flops_per_token / 1e6 if part in model.parts else None for model in models],
         )
-    yield "read a decoded token, MB", total("bytes_per_decoded_token")
+    if decodes:
+        yield "read a decoded token, MB", total("bytes_per_decoded_token")
     yield "on disk, MB", [model.bytes_on_disk / 1e6 for model in models]
     for label, name in (
         ("peak memory loading, MB", "load_peak_memory_bytes"),
@@ -164,24 +166,33 @@ def tasks(result: ModelBench) -> Grid:
     return Grid(title, columns, lines, WORDS, num_keys=2, explained=("acc",))
 
 
+def scores(result: ModelBench) -> Grid:
+    """Of models that write no text, by their own measure."""
+    lines = tuple(
+        (Path(row.data).name, row.measure, row.model, f"{row.value:.4f}", f"{row.num_examples:,}")
+        for row in sorted(result.scores, key=lambda row: (row.data, row.measure))
+    )
+    return Grid("quality", ("text", "task", "model", "score", "examples"), lines, WORDS, num_keys=3)
+
+
 def _speed(result: ModelBench) -> Iterator[Grid]:
     """One table a regime, of rows that have a time; the reasons of others are notes."""
     floor = ("/floor",) if result.ceilings else ()
     for regime in dict.fromkeys(_regime(row) for row in result.speed):
-        lines = []
+        lines, examples = [], regime.startswith("forward")
         for row in result.speed:
             if _regime(row) == regime and row.ms_p50 is not None:
                 cells = (
                     row.model,
                     row.implementation,
                     fixed(row.ms_p50, 2),
-                    fixed(row.tokens_per_second, 1),
+                    fixed(row.examples_per_second if examples else row.tokens_per_second, 1),
                     fixed(row.time_over_dense, 2),
                     between(row.time_over_dense_low, row.time_over_dense_high, 2),
                     "" if row.experts_hit is None else f"{row.experts_hit:.0%}",
                 )
                 lines.append((*cells, fixed(row.time_over_floor, 1)) if floor else cells)
-        columns = ("model", "on", "ms", "tokens/s", "/dense", "95 %", "hit", *floor)
+        columns = ("model", "on", "ms", "examples/s" if examples else "tokens/s", "/dense", "95 %", "hit", *floor)
         yield Grid(regime, columns, tuple(lines), WORDS, num_keys=2, explained=("/dense", *floor, "hit"))
 
 

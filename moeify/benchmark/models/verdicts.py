@@ -120,7 +120,7 @@ def why(model: Model, dense: Model, row: Speed, dense_row: Speed) -> str:
 
 def _hit(row: Speed, num_bytes: float) -> str:
     assert row.experts_hit is not None
-    tokens = row.batch * (row.prompt_tokens if row.phase == "prefill" else 1)
+    tokens = row.batch * (1 if row.phase == "decode" else row.prompt_tokens)
     what = f"{tokens:,} token{'' if tokens == 1 else 's'} hit{'s' if tokens == 1 else ''} {percent(row.experts_hit)}"
     end = "so nearly all weights are read" if row.experts_hit >= MOST and num_bytes >= MOST else ""
     return f"{what} of the experts" + (f", {end}" if end else "")

@@ -14,8 +14,8 @@ from moeify.words import explained, listing, percent
 
 if TYPE_CHECKING:
     from moeify.check.evaluate import Evaluation
-    from moeify.check.features import Score
     from moeify.check.perplexity import EvalResult
+    from moeify.check.scores import Score
 
 
 def eval_tables(evaluation: "Evaluation") -> tuple[Table, ...]:
