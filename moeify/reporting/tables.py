@@ -182,8 +182,8 @@ def comparison(run: RunFolder) -> Table | None:
         [
             ("method", lambda row: Cell(row.method)),
             ("FFN active", lambda row: cell(row.budget, percent)),
-            ("perplexity", lambda row: cell(row.perplexity)),
-            ("perplexity / pruned", lambda row: _ratio(Interval(row.ratio, row.ratio_low, row.ratio_high))),
+            (run.compared.value.measure, lambda row: cell(row.value)),
+            (f"{run.compared.value.measure} / pruned", lambda row: _ratio(Interval(row.ratio, row.ratio_low, row.ratio_high))),
             ("gap to dense closed", lambda row: cell(row.gap_closed, percent)),
         ],
     )
