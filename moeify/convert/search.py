@@ -79,7 +79,8 @@ class SearchResult(Readable):
         return {
             "experts": layout.num_experts,
             "shared": layout.num_shared,
-            "active": layout.num_active,
+            "active": None if layout.active_by_layer else layout.num_active,
+            "active_by_layer": layout.active_by_layer,
             "dense_layers": layout.dense_layers,
             "drop_layers": self.choice.dropped_layers,
         }
@@ -214,8 +215,10 @@ def _prepared(dense: DenseModel, options: SplitOptions) -> Prepared:
         raise UsageError(
             "a budget chooses the layers itself", "leave --plan, --static, --dense-layers and --drop-layers out"
         )
-    if options.active is not None or options.shared is not None:
-        raise UsageError("a budget chooses how many experts are active", "leave --active and --shared out")
+    if options.active is not None or options.shared is not None or options.active_by_layer:
+        raise UsageError(
+            "a budget chooses how many experts are active", "leave --active, --active-by-layer and --shared out"
+        )
     if options.mixing == "soft":
         raise UsageError("soft mixing runs every expert, which no budget allows", "--mixing takes hard or softmax")
     if options.tokens < MIN_TOKENS:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moeify import engines, targets
+from moeify.convert.layouts import adaptive
 from moeify.convert.prepare import Prepared
 from moeify.engines import Shape
 from moeify.errors import InputError, UsageError
@@ -13,6 +14,8 @@ from moeify.strategies import TOLERANCE
 
 # Shares of a cut FFN that are active, as candidates.
 SHARES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
+# And one more where every layer has its own.
+NEARLY_ALL = 7 / 8
 # So much less than the budget a cut layer keeps, most likely.
 LIKELY = 1 / 8
 # Where an engine takes no dense layers, every layer is cut alike: shares of the active experts that are always on.
@@ -29,6 +32,8 @@ def candidate_layouts(prepared: Prepared, budget: float) -> list[Layout]:
     Raises:
         InputError, UsageError: there is none.
     """
+    if not prepared.target.is_stock:
+        return _layouts_of_layers(prepared, budget)
     return _layouts(prepared) if prepared.layout.dense_layers else _layouts_cut_alike(prepared, budget)
 
 
@@ -73,6 +78,30 @@ def _layouts(prepared: Prepared) -> list[Layout]:
     layouts = [prepared.target.layout(experts, active=active) for active in actives]
     held = prepared.layout.dense_layers
     layouts = [layout for layout in layouts if _runs(prepared, replace(layout, dense_layers=held))]
+    if not layouts:
+        raise InputError(f"{experts} experts leave no choice", "--experts takes 4 or more")
+    return layouts
+
+
+def _layouts_of_layers(prepared: Prepared, budget: float) -> list[Layout]:
+    """Layouts of which every layer may have another: they differ in the active experts alone.
+
+    Raises:
+        InputError: there is none.
+    """
+    options, experts = prepared.options, prepared.layout.num_experts
+    least, most = options.min_active or 1, options.max_active or experts
+    actives = {round(share * experts) for share in (*SHARES, NEARLY_ALL)} & set(
+        range(least, min(most, experts - 1) + 1)
+    )
+    # A quarter of half of the mean: what layers with few active experts leave room for.
+    shared = -(-math.floor(budget * experts) // 8)
+    layouts = [
+        adaptive(Layout(experts, shared, active), options)
+        for active in sorted(actives)
+        if active > shared and least <= active <= most
+    ]
+    layouts = [layout for layout in layouts if _runs(prepared, layout)]
     if not layouts:
         raise InputError(f"{experts} experts leave no choice", "--experts takes 4 or more")
     return layouts

@@ -48,6 +48,7 @@ RANGES: Mapping[str, tuple[int, int]] = {
 MAPPINGS = ("rope_parameters", "rope_scaling", "quantization_config", "auto_map", "id2label", "label2id")
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "expert_activation")
+BY_LAYER = "num_experts_per_tok_by_layer"
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 WORDS: Mapping[Any, str] = {
     bool: "true or false",
@@ -361,6 +362,10 @@ def _check_relations(file: str | Path, config: Any) -> None:
     active, experts = getattr(config, "num_experts_per_tok", None), _experts(config)
     if isinstance(active, int) and experts is not None and active > experts:
         raise _refused(file, "num_experts_per_tok", active, f"at most the number of experts, {experts:,}")
+    by_layer, layers = getattr(config, BY_LAYER, None), getattr(config, "num_hidden_layers", None)
+    fits = isinstance(by_layer, list) and all(_whole(number, 0, experts or 0) for number in by_layer)
+    if by_layer is not None and not (fits and len(by_layer) == layers):
+        raise _refused(file, BY_LAYER, by_layer, f"null or {layers} whole numbers up to {experts}")
 
 
 def _experts(config: Any) -> int | None:
