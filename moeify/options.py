@@ -170,10 +170,8 @@ class SplitOptions(Options):
                 "--min-active and --max-active choose experts of weight one by their scores",
                 "leave --static, --mixing and --fusion out",
             )
-        if self.active_by_layer and (self.active is not None or self.budget is not None):
-            raise UsageError(
-                "--active-by-layer says how many experts are active", "leave --active and --budget out, or this one"
-            )
+        if self.active_by_layer and self.active is not None:
+            raise UsageError("--active-by-layer says how many experts are active, --active as well", "leave one out")
         if self.active_by_layer and self.mixing == "soft":
             raise UsageError("--active-by-layer is about experts that are chosen", "--mixing takes hard or softmax")
         if self.static and self.remote_code:

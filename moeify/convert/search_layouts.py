@@ -33,7 +33,7 @@ def candidate_layouts(prepared: Prepared, budget: float) -> list[Layout]:
         InputError, UsageError: there is none.
     """
     if not prepared.target.is_stock:
-        return _layouts_of_layers(prepared, budget)
+        return _layouts_of_layers(prepared)
     return _layouts(prepared) if prepared.layout.dense_layers else _layouts_cut_alike(prepared, budget)
 
 
@@ -83,7 +83,7 @@ def _layouts(prepared: Prepared) -> list[Layout]:
     return layouts
 
 
-def _layouts_of_layers(prepared: Prepared, budget: float) -> list[Layout]:
+def _layouts_of_layers(prepared: Prepared) -> list[Layout]:
     """Layouts of which every layer may have another: they differ in the active experts alone.
 
     Raises:
@@ -94,8 +94,8 @@ def _layouts_of_layers(prepared: Prepared, budget: float) -> list[Layout]:
     actives = {round(share * experts) for share in (*SHARES, NEARLY_ALL)} & set(
         range(least, min(most, experts - 1) + 1)
     )
-    # A quarter of half of the mean: what layers with few active experts leave room for.
-    shared = -(-math.floor(budget * experts) // 8)
+    # A quarter of the active ones if half are: half of those of a layer with few, a seventh where nearly all are.
+    shared = -(-experts // 8)
     layouts = [
         adaptive(Layout(experts, shared, active), options)
         for active in sorted(actives)

@@ -125,6 +125,7 @@ def test_the_point_that_was_found(find: Find) -> None:
         "experts": 8,
         "shared": found.choice.layout.num_shared,
         "active": found.choice.layout.num_active,
+        "active_by_layer": (),
         "dense_layers": found.choice.layout.dense_layers,
         "drop_layers": found.choice.dropped_layers,
     }
@@ -244,6 +245,7 @@ def test_a_budget_that_no_candidate_meets_is_refused_first(find: Find, no_fittin
         {"plan": "some/plan"},
         {"static": True, "active": 4},
         {"active": 4},
+        {"active_by_layer": (4, 4, 4)},
         {"shared": 1},
         {"dense_layers": (0,)},
         {"drop_layers": (0,)},

@@ -113,7 +113,7 @@ def test_layers_that_differ_are_fitted_one_by_one(moe: tuple[Path, str], tmp_pat
         ({"dense_layers": (0,)}, r"has all experts in layers \[\], --dense-layers names \[0\]"),
         ({"experts": None}, "needs to know of how many experts"),
         ({"active": 4}, "says how many experts are active"),
-        ({"budget": 0.5}, "says how many experts are active"),
+        ({"budget": 0.5}, "a budget chooses how many experts are active"),
         ({"mixing": "soft"}, "is about experts that are chosen"),
         ({"static": True}, "FFNs of one width"),
         ({"min_active": 4}, "4 to 8 active experts are impossible"),
