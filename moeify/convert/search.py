@@ -224,7 +224,8 @@ def _prepared(dense: DenseModel, options: SplitOptions) -> Prepared:
     if options.tokens < MIN_TOKENS:
         raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
     tokens = options.tokens + CHECK_TOKENS
-    options = replace(options, budget=None)
+    # The range that tokens may have bounds what is chosen, so that any number in it will do until then.
+    options = replace(options, budget=None, active=options.max_active or options.min_active)
     engine = engines.named(options.engine).name if options.engine else None
     # One dense layer stands for any number of them: the target must hold dense layers, and not only the first ones.
     layout = Layout(4, 1, 3, (1,))
