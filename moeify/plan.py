@@ -397,7 +397,8 @@ def load_plan(path: str | Path) -> SplitPlan:
 
 def _layout(values: dict[str, Any]) -> Layout:
     """From JSON, which has lists for tuples."""
-    return Layout(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    plain: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return Layout(**plain)
 
 
 def _router_scale(header: Mapping[str, Any], options: SplitOptions) -> float:

@@ -25,7 +25,7 @@ from moeify.cache import cache_dir, check_place, digest
 from moeify.convert.depth import under_budget_by_depth
 from moeify.convert.estimate import forward_flops, matmul_rate
 from moeify.convert.prepare import MIN_TOKENS, Prepared, prepare
-from moeify.convert.search_layouts import affordable_layouts, candidate_layouts, likely_layout
+from moeify.convert.search_layouts import affordable_layouts, candidate_layouts, likely_layouts
 from moeify.convert.search_points import Point, Points
 from moeify.convert.search_scores import Absent, OutputCheck, score
 from moeify.convert.texts import calibration_inputs
@@ -110,7 +110,7 @@ def search(
         trials: how many whole choices a strategy may measure.
         frontier: also find and measure choices for other budgets, and the control by depth.
         depth: whole layers may go, too.
-        quick: one candidate for cut layers, fitted to half as many tokens; see `likely_layout`.
+        quick: the likeliest candidates for cut layers, fitted to half as many tokens; see `likely_layouts`.
         track: wraps the loop over layers.
         announce: told the expected time before the work begins.
         choices: single options by name, in place of those in `options`.
@@ -158,7 +158,7 @@ def _score(
     prepared = _prepared(dense, replace(options, tokens=min(options.tokens, FIT_TOKENS // (1 + quick))))
     layouts = candidate_layouts(prepared, budget)
     if quick and prepared.layout.dense_layers:
-        layouts = [likely_layout(layouts, budget)]
+        layouts = likely_layouts(layouts, budget, by_layer=not prepared.target.is_stock)
     affordable_layouts(layouts, budget)
     blocks = calibration_inputs(prepared)
     context = prepared.options.context

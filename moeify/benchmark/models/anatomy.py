@@ -39,7 +39,7 @@ class Experts:
         parameters_each, matrices_each: of one expert of one layer, with biases and without.
         num_shared: how many times wider than one expert the always-on part beside them is; one if that is no whole
             number, none if there is no such part.
-        chosen_by_layer: K of each of these layers, where that differs; `num_chosen` is the largest then.
+        chosen_by_layer: K of each of these layers, where that differs; `num_chosen` is their mean then, rounded.
     """
 
     layers: tuple[int, ...]
@@ -229,7 +229,8 @@ def _experts(model: nn.Module, config: Any) -> Experts | None:
     layers = tuple(sorted(modules))
     by_layer = getattr(config, "num_experts_per_tok_by_layer", None) or ()
     by_layer = tuple(int(by_layer[layer]) for layer in layers) if by_layer else ()
-    return Experts(layers, num_routed, int(chosen), parameters // num_routed, each, num_shared, by_layer)
+    chosen = round(sum(by_layer) / len(by_layer)) if by_layer else int(chosen)
+    return Experts(layers, num_routed, chosen, parameters // num_routed, each, num_shared, by_layer)
 
 
 def _numbers(module: nn.Module, ndim: int | None = None) -> int:
