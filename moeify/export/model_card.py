@@ -104,7 +104,7 @@ def model_card(
         )
     if layout.active_by_layer:
         active = ", ".join(map(str, layout.active_by_layer))
-        cut = f"{layout.num_shared} always run, with others that are chosen for each token {active} by layer"
+        cut = f"{layout.num_shared} always run, others are chosen for each token: {active} in all, layer by layer"
     if layout.is_adaptive:
         cut += f", in the mean, {layout.min_active} to {layout.max_active} for a token"
     which = "every feed-forward layer"

@@ -407,6 +407,9 @@ def test_the_options_of_a_search_reach_it(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(importlib.import_module("moeify.convert.search"), "search", noting)
     values: dict[str, Any] = {
         "experts": 16,
+        "min_active": 4,
+        "max_active": 12,
+        "target": "moeify",
         "partition": "kmeans",
         "router": "centroid",
         "tokens": 2048,

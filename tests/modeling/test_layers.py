@@ -50,7 +50,7 @@ def test_every_layer_chooses_as_many_as_its_own_number(moe: tuple[Path, str]) ->
         torch.testing.assert_close(model(ids_BC).logits, plain, rtol=1e-4, atol=1e-4)
     report = verify(str(out), dense)
     assert report.passed, report.checks
-    assert "3, 6 by layer" in (out / "README.md").read_text()
+    assert "3, 6 in all, layer by layer" in (out / "README.md").read_text()
 
 
 def test_verify_sees_another_number_of_a_layer(moe: tuple[Path, str], tmp_path: Path) -> None:
