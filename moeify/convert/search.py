@@ -8,6 +8,13 @@ architectures have one number of experts, and one of active experts, for the who
 layout which layers it is worth, and the best layout wins. An engine that takes no dense layers (`--engine llama.cpp`)
 leaves one question: how many of the active experts are shared, so that it runs the others.
 
+In moeify's own architecture every layer has its own number of active experts, so that all layouts are candidates of one
+choice. SmolLM2-135M, 32 experts, 3 shared, half of the FFNs active, perplexity over dense on three unseen texts of 2,048
+tokens each, geometric mean: all layers alike 2.30, dense or 8 active 2.23, 8, 16, 24 or all by layer 1.92. With a range
+of active experts (`--min-active`) all layers alike have 1.60 at 50.8 % already. Fitted to 4,096 tokens of five texts on
+the dense hidden states; losses of one layer by its error and one measured divergence (2 cores of an Intel Xeon,
+2026-11-26).
+
 Measured: SmolLM2-135M, 32 experts, five corpora, KL to dense on 1,024 tokens (2 cores of an Intel Xeon, 2026-11-22). At
 75 % the greedy choice leaves layers 0-8 and 29 dense: 0.169 nats, where cutting every layer alike gives 0.205. The sum
 of single layers' losses, which is all that greedy looks at, was 0.164 and 0.202.
