@@ -107,10 +107,13 @@ class Points:
     def best(self, budget: float, choose: strategies.Strategy, name: str, trials: int) -> Point:
         """The layers that a strategy chooses in the layout whose first choice is best.
 
-        A single trial goes by predicted losses; of more, each layout gets one and the best layout the others.
+        A single trial goes by predicted losses; of more, each layout gets one and the best layout the others. Layers
+        that differ must lose less than layers that are alike: sums of single layers' losses do not see that.
         """
         point = self._best(budget, choose, name, trials, droppable=False)
         assert point is not None
+        if point.layout.active_by_layer and (alike := self.uniform(budget)).divergence < point.divergence:
+            point = alike
         other = self._best(budget, choose, name, trials, droppable=True) if self._droppable else None
         return point if other is None or not other.divergence < point.divergence else other
 
