@@ -127,6 +127,7 @@ class SplitOptions(Options):
     active: int | None = option(None, "Slices run per token, shared too", auto="3/4 of all", least=1)
     min_active: int | None = option(None, "moeify's own model: at least", auto="1 routed", least=1, panel=METHOD)
     max_active: int | None = option(None, "and at most; --active is the mean", auto="all", least=1, panel=METHOD)
+    active_by_layer: tuple[int, ...] = option((), "moeify's own model: one for each layer", least=0, panel=METHOD)
     static: bool = option(False, "Prune instead: a smaller dense model")
     partition: str = option("routed", "Neurons to experts: moeify ls partitions", plugin="partition", panel=METHOD)
     router: str = option("ridge", "Tokens to experts: moeify ls routers", plugin="routers", panel=METHOD)
@@ -169,13 +170,17 @@ class SplitOptions(Options):
                 "--min-active and --max-active choose experts of weight one by their scores",
                 "leave --static, --mixing and --fusion out",
             )
+        if self.active_by_layer and self.active is not None:
+            raise UsageError("--active-by-layer says how many experts are active, --active as well", "leave one out")
+        if self.active_by_layer and self.mixing == "soft":
+            raise UsageError("--active-by-layer is about experts that are chosen", "--mixing takes hard or softmax")
         if self.static and self.remote_code:
             raise UsageError("--static writes a dense model, which needs no code", "leave --remote-code out")
         if self.machine is not None:
             MachineOptions.of_text(self.machine)
             chosen = (
                 *("experts", "shared", "active", "budget", "plan", "dense_layers", "drop_layers"),
-                *("static", "mixing", "engine"),
+                *("static", "mixing", "engine", "active_by_layer"),
             )
             default = {field.name: field.default for field in fields(type(self))}
             if given := [flag(name) for name in chosen if getattr(self, name) != default[name]]:

@@ -70,6 +70,7 @@ LAYOUTS = {
     "--plan": {"plan": "p"},
     "--static": {"static": True},
     "--dense-layers": {"dense_layers": (1,)},
+    "--active-by-layer": {"active_by_layer": (3, 4)},
     "--mixing": {"mixing": "soft"},
     "--engine": {"engine": "vllm"},
 }

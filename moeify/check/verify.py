@@ -192,6 +192,8 @@ def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
     config = load_config(path)
     experts = config_of_experts(config)
     experts.num_experts_per_tok = layout.num_routed
+    if layout.active_by_layer:
+        experts.num_experts_per_tok_by_layer = None
     if layout.is_adaptive:
         experts.min_experts_per_tok = layout.num_routed
     model, report = stock.load_with_report(path, config=config)

@@ -219,7 +219,12 @@ Private = Annotated[bool, _option("--private", text="A new repository is private
 InspectOptions = Annotated[SplitOptions, Only(("experts",))]
 CandidateOptions = Annotated[
     SplitOptions,
-    Only(("experts", "engine", "partition", "router", "calibration", "tokens", "context", "seed", "dtype", "device")),
+    Only(
+        (
+            *("experts", "min_active", "max_active", "target", "engine", "partition", "router"),
+            *("calibration", "tokens", "context", "seed", "dtype", "device"),
+        )
+    ),
 ]
 TrialOptions = Annotated[
     SplitOptions, Only(("experts", "refit_to", "calibration", "tokens", "context", "seed", "device"))

@@ -41,8 +41,8 @@ from moeify.strategies import TOLERANCE, Choice, Problem
 from moeify.strategies._repair import FREE
 
 BY_DEPTH = "static by depth"
-# Candidates of a layer; between them a search has the cut one.
-STAYS, DROPPED = 0, 2
+# Candidates of a layer; behind them a search has those that are cut.
+STAYS, DROPPED = 0, 1
 # Text by which layers are chosen, as of a search.
 DEPTH_TOKENS = 1024
 # Choices that may be measured; guesses decide about what is left.
@@ -58,9 +58,9 @@ def depth_problem(losses: Sequence[float], budget: float, joint: Callable[[Choic
         joint: measured loss of a whole choice.
         trials: at most so many calls of that.
     """
-    costs = np.tile([1.0, math.inf, 0.0], (len(losses), 1))
+    costs = np.tile([1.0, 0.0], (len(losses), 1))
     # What is free goes last: no more layers go than must.
-    table = np.array([[0.0, math.inf, max(loss, FREE)] for loss in losses])
+    table = np.array([[0.0, max(loss, FREE)] for loss in losses])
     return Problem(costs, table, budget, joint, trials, seed=0)
 
 

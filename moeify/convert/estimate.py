@@ -38,10 +38,11 @@ def count_parameters(writer: MoEWriter) -> tuple[int, int]:
     total = sum(tensor.numel() for tensor in shapes.values())
     layout, dense = writer.layout, writer.dense
     width = layout.expert_width(dense.num_neurons)
-    idle = 0 if layout.is_static else layout.num_routed - layout.num_routed_active
     cut = dense.num_layers - len(layout.dense_layers)
+    # Slices of all layers that a token does not use.
+    idle = 0 if layout.is_static else cut * layout.num_experts - round(cut * layout.num_experts * layout.active_share)
     expert = dense.ffn_shapes.neurons(slice(width)).tensors()
-    unused = idle * cut * sum(tensor.numel() for name, tensor in expert.items() if name != "down_bias_D")
+    unused = idle * sum(tensor.numel() for name, tensor in expert.items() if name != "down_bias_D")
     # A tied embedding is the head's matrix too; an untied one is only looked up, and patches of images are computed.
     is_table = dense.family.modality == "text" and (writer.target.untie or not dense.tied)
     looked_up = shapes[dense.embedding].numel() if is_table else 0

@@ -56,7 +56,7 @@ class ConvertedFFN:
     Args:
         ffn: the dense weights.
         plan: labels, and down_proj if it was refit.
-        layout, mixing: of the whole model.
+        layout, mixing: of the layer.
         router: None in a static plan.
         store: holds the outputs.
     """
@@ -84,7 +84,7 @@ class ConvertedFFN:
 def converted(ffn: FFNWeights, plan: LayerPlan, fit: LayerFit) -> ConvertedFFN:
     """The FFN of a plan that was decided earlier."""
     router = None if plan.router_RD is None else LinearRouter(plan.router_RD, plan.units_HC, plan.threshold_1)
-    return ConvertedFFN(ffn, plan, fit.layout, fit.mixing, router, fit.store)
+    return ConvertedFFN(ffn, plan, fit.layout.of_layer(ffn.layer), fit.mixing, router, fit.store)
 
 
 def fit_layer(
@@ -116,6 +116,7 @@ def fit_layer(
         plan = whole_plan(ffn.layer, ffn.num_neurons)
         whole = ConvertedFFN(ffn, plan, fit.layout, fit.mixing, None, fit.store)
         return whole, whole(inputs_TD)
+    fit = replace(fit, layout=fit.layout.of_layer(ffn.layer))
     activations = _activations(ffn, inputs_TD, fit.store)
     plan, router, down_DF = _decide(ffn, inputs_TD, activations, fit, saved, gradient_GD=gradient_GD, goal_TD=goal_TD)
     outputs_TD = activations.outputs(down_DF, fit.store, ffn.down_bias_D)

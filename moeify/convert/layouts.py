@@ -115,21 +115,28 @@ def _settle(
 ) -> tuple[Layout, Target, str]:
     """Layout and target for a number of experts."""
     engine = engines.named(options.engine) if options.engine else None
-    dense_layers = tuple(sorted(set(options.dense_layers)))
+    dense_layers, by_layer = tuple(sorted(set(options.dense_layers))), options.active_by_layer
 
     def resolve(target: Target | None) -> Layout:
         active = experts if options.mixing == "soft" and not options.static else options.active
         if target is None:
-            layout = resolve_layout(experts, options.shared, active, holds_shared=True, dense_layers=dense_layers)
-            return _adaptive(layout, options)
-        layout = _adaptive(target.layout(experts, options.shared, active, dense_layers), options)
+            layout = resolve_layout(
+                experts,
+                options.shared,
+                active,
+                holds_shared=True,
+                dense_layers=dense_layers,
+                active_by_layer=by_layer,
+            )
+            return adaptive(layout, options)
+        layout = adaptive(target.layout(experts, options.shared, active, dense_layers, by_layer), options)
         if engine is None or options.shared is not None or not target.holds_shared:
             return layout
         return _with_few_routed(dense, engine, target, layout)
 
     if options.static:
         active = resolve(None).num_active
-        layout = Layout(experts, active, active, dense_layers)
+        layout = Layout(experts, active, active, dense_layers, active_by_layer=by_layer)
         if writable:
             _check_width(dense)
         return layout, targets.static_target(dense), "static pruning keeps the dense architecture"
@@ -154,11 +161,11 @@ def _settle(
     return layout, target, "asked for" + target.caution
 
 
-def _adaptive(layout: Layout, options: SplitOptions) -> Layout:
+def adaptive(layout: Layout, options: SplitOptions) -> Layout:
     """The layout with a range of active experts, if the options have one."""
     if options.min_active is None and options.max_active is None:
         return layout
-    least = options.min_active or min(layout.num_shared + 1, layout.num_active)
+    least = options.min_active or min(layout.num_shared + 1, *layout.cut_counts)
     most = options.max_active or layout.num_experts
     return replace(layout, min_active=least, max_active=most)
 

@@ -100,7 +100,7 @@ def split(
         track: wraps long loops to show progress.
         announce: told the expected time of the search for layers, if the options have a budget, and where hidden states
             go.
-        quick: search for layers with one candidate, if the options have a budget.
+        quick: search for layers with the likeliest candidates, if the options have a budget.
         share: this process's among those that share the calibration tokens, `moeify.calibration.share.joined()` under
             torchrun; each makes the same call, the first one decides and writes.
         choices: single options by name, in place of those in `options`.

@@ -152,7 +152,8 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
             options,
             experts=saved.layout.num_experts,
             shared=saved.layout.num_shared,
-            active=saved.layout.num_active,
+            active=None if saved.layout.active_by_layer else saved.layout.num_active,
+            active_by_layer=saved.options.active_by_layer,
             min_active=saved.layout.min_active or None,
             max_active=saved.layout.max_active or None,
             dense_layers=saved.options.dense_layers,
@@ -165,13 +166,17 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         # By depth alone.
         slices = options.experts or WHOLE_SLICES
         options = replace(options, experts=slices, active=slices)
+    options = _by_layer(dense, options)
     kept = _kept(dense, options)
     if options.drop_layers:
         check_droppable(dense)
         dense = without_layers(dense, options.drop_layers)
     numbered = tuple(number for number, layer in enumerate(kept) if layer in options.dense_layers)
+    by_layer = tuple(options.active_by_layer[layer] for layer in kept) if options.active_by_layer else ()
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    layout, target, reason = choose_layout(dense, replace(options, dense_layers=numbered), dtype, writable=writable)
+    layout, target, reason = choose_layout(
+        dense, replace(options, dense_layers=numbered, active_by_layer=by_layer), dtype, writable=writable
+    )
     if writable and target.is_stock:
         _check_is_stock(options, target, saved)
     options = replace(options, device=str(find_device(options.device)))
@@ -196,7 +201,7 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
     options = replace(
         options,
         experts=layout.num_experts,
-        active=layout.num_active,
+        active=None if layout.active_by_layer else layout.num_active,
         dense_layers=tuple(kept[layer] for layer in layout.dense_layers),
         drop_layers=dense.dropped,
         context=context,
@@ -218,10 +223,10 @@ def _check_method(options: SplitOptions, *, writable: bool) -> None:
             f"no target has a {options.router} router",
             f"--router {known} can be written; `moeify compare` measures all of them",
         )
-    if writable and options.static and options.dense_layers:
+    if writable and options.static and (options.dense_layers or options.active_by_layer):
         raise UsageError(
             "the dense architecture has FFNs of one width, so --static prunes every layer alike",
-            "leave --dense-layers out; `moeify compare` measures it",
+            "leave --dense-layers and --active-by-layer out; `moeify compare` measures both",
         )
 
 
@@ -267,6 +272,33 @@ def _context(dense: DenseModel, options: SplitOptions) -> int:
     if options.tokens < MIN_TOKENS:
         raise InputError(f"{options.tokens:,} calibration tokens are too few", f"--tokens takes {MIN_TOKENS:,} or more")
     return context
+
+
+def _by_layer(dense: DenseModel, options: SplitOptions) -> SplitOptions:
+    """The options with the dense layers that the numbers of single layers name, none of one that goes.
+
+    Raises:
+        UsageError: the numbers are not those of this model's layers.
+    """
+    numbers, option = options.active_by_layer, "--active-by-layer"
+    if not numbers:
+        return options
+    if options.experts is None:
+        raise UsageError(f"{option} needs to know of how many experts", "name --experts")
+    if len(numbers) != dense.num_layers:
+        raise UsageError(
+            f"{option} has {len(numbers)} numbers, {dense.name} has {dense.num_layers} layers", "write one for each"
+        )
+    numbers = tuple(0 if layer in options.drop_layers else number for layer, number in enumerate(numbers))
+    if gone := [layer for layer, number in enumerate(numbers) if not number and layer not in options.drop_layers]:
+        raise UsageError(f"no expert of layer {gone[0]} is to be active", "--drop-layers has a whole layer go")
+    whole = tuple(layer for layer, number in enumerate(numbers) if number == options.experts)
+    if options.dense_layers and set(options.dense_layers) != set(whole):
+        raise UsageError(
+            f"{option} has all experts in layers {list(whole)}, --dense-layers names {list(options.dense_layers)}",
+            "leave --dense-layers out",
+        )
+    return replace(options, active_by_layer=numbers, dense_layers=whole)
 
 
 def _kept(dense: DenseModel, options: SplitOptions) -> list[int]:

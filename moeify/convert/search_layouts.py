@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from moeify import engines, targets
+from moeify.convert.layouts import adaptive
 from moeify.convert.prepare import Prepared
 from moeify.engines import Shape
 from moeify.errors import InputError, UsageError
@@ -13,6 +14,8 @@ from moeify.strategies import TOLERANCE
 
 # Shares of a cut FFN that are active, as candidates.
 SHARES = (1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
+# And one more where every layer has its own.
+NEARLY_ALL = 7 / 8
 # So much less than the budget a cut layer keeps, most likely.
 LIKELY = 1 / 8
 # Where an engine takes no dense layers, every layer is cut alike: shares of the active experts that are always on.
@@ -29,6 +32,8 @@ def candidate_layouts(prepared: Prepared, budget: float) -> list[Layout]:
     Raises:
         InputError, UsageError: there is none.
     """
+    if not prepared.target.is_stock:
+        return _layouts_of_layers(prepared)
     return _layouts(prepared) if prepared.layout.dense_layers else _layouts_cut_alike(prepared, budget)
 
 
@@ -78,6 +83,30 @@ def _layouts(prepared: Prepared) -> list[Layout]:
     return layouts
 
 
+def _layouts_of_layers(prepared: Prepared) -> list[Layout]:
+    """Layouts of which every layer may have another: they differ in the active experts alone.
+
+    Raises:
+        InputError: there is none.
+    """
+    options, experts = prepared.options, prepared.layout.num_experts
+    least, most = options.min_active or 1, options.max_active or experts
+    actives = {round(share * experts) for share in (*SHARES, NEARLY_ALL)} & set(
+        range(least, min(most, experts - 1) + 1)
+    )
+    # A quarter of the active ones if half are: half of those of a layer with few, a seventh where nearly all are.
+    shared = -(-experts // 8)
+    layouts = [
+        adaptive(Layout(experts, shared, active), options)
+        for active in sorted(actives)
+        if active > shared and least <= active <= most
+    ]
+    layouts = [layout for layout in layouts if _runs(prepared, layout)]
+    if not layouts:
+        raise InputError(f"{experts} experts leave no choice", "--experts takes 4 or more")
+    return layouts
+
+
 def affordable_layouts(layouts: Sequence[Layout], budget: float) -> list[int]:
     """Indices of the layouts that meet the budget in every layer.
 
@@ -94,8 +123,10 @@ def affordable_layouts(layouts: Sequence[Layout], budget: float) -> list[int]:
     return affordable
 
 
-def likely_layout(layouts: Sequence[Layout], budget: float) -> Layout:
-    """The layout that a search most likely chooses: cut layers keep an eighth less than the budget, the rest is dense.
+def likely_layouts(layouts: Sequence[Layout], budget: float, *, by_layer: bool) -> list[Layout]:
+    """The layouts that a search most likely chooses: cut layers keep an eighth less than the budget, the rest is dense.
+
+    Where every layer has its own, also those around the budget.
 
     SmolLM2-135M in 96 experts, perplexity over dense on five unseen texts, geometric mean: at a budget of 0.75 all
     layers cut alike 1.243, with 60 of 96 active and 10 dense layers 1.180; at 0.5 1.750, with 36 and 6 layers 1.643
@@ -105,4 +136,6 @@ def likely_layout(layouts: Sequence[Layout], budget: float) -> Layout:
         UsageError: there is none under the budget.
     """
     affordable = [layouts[i] for i in affordable_layouts(layouts, budget)]
-    return min(affordable, key=lambda layout: abs(layout.active_share - (budget - LIKELY)))
+    likely = min(affordable, key=lambda layout: abs(layout.active_share - (budget - LIKELY)))
+    near = [layout for layout in layouts if by_layer and abs(layout.active_share - budget) <= LIKELY + TOLERANCE]
+    return near if likely in near else [likely, *near]

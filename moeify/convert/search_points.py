@@ -1,9 +1,11 @@
 """The points that a search can choose: scored layers as problems for strategies, and what a whole choice gives.
 
-In every layout a layer stays dense, is cut, or goes as a whole: attention, cache and FFN. With the FFN alone nothing is
-written, see depth.py. What goes costs no FFN parameter, whatever else it saves; a choice with such layers is taken only
-if its measured loss is lower than that of the best one without. Every choice cuts some layer: one that only drops some
-is a pruned dense model, which stands beside the others as the control by depth.
+A layer stays dense, is cut, or goes as a whole: attention, cache and FFN. In moeify's own architecture every layer has
+as many active experts as it needs, so that all layouts are candidates of one choice; in a stock one cut layers are
+alike, and each layout is a choice of its own. With the FFN alone nothing is written, see depth.py. What goes costs no
+FFN parameter, whatever else it saves; a choice with such layers is taken only if its measured loss is lower than that
+of the best one without. Every choice cuts some layer: one that only drops some is a pruned dense model, which stands
+beside the others as the control by depth.
 """
 
 import math
@@ -20,11 +22,12 @@ from moeify.convert.prepare import WHOLE_SLICES, Prepared
 from moeify.convert.search_layouts import affordable_layouts
 from moeify.convert.search_scores import Absent, Change, OutputChange, OutputCheck, ScoredLayer
 from moeify.models.shallow import kept_layers, without_layers
-from moeify.plan import Layout
+from moeify.plan import Layout, mean_active
 from moeify.strategies import Choice, Problem
 
-# Candidates of a layer; the third one is DROPPED.
-CUT = 1
+# The first candidate that is cut; STAYS and DROPPED come before it.
+CUT = 2
+Menu = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Point:
 
 
 class Points:
-    """The scored layers as problems for strategies, one for each layout.
+    """The scored layers as problems for strategies: one for each layout, or one with all of them.
 
     Args:
         prepared: the model and the methods.
@@ -75,8 +78,11 @@ class Points:
         self._prepared, self._layouts, self._scored = prepared, layouts, scored
         # Where all layers are cut alike, one that goes buys nothing for the others.
         self._by_depth, self._droppable = droppable, droppable and bool(prepared.layout.dense_layers)
+        # Indices of the layouts that one choice may have.
+        every = range(len(layouts))
+        self._menus: list[Menu] = [(i,) for i in every] if prepared.target.is_stock else [tuple(every)]
         self.dense_perplexity = math.exp(check.dense().log_perplexity)
-        self._measure = cache(lambda i, choice: self._joint(check, i, choice))
+        self._measure = cache(lambda menu, choice: self._joint(check, menu, choice))
 
     @property
     def cheapest(self) -> float:
@@ -101,10 +107,13 @@ class Points:
     def best(self, budget: float, choose: strategies.Strategy, name: str, trials: int) -> Point:
         """The layers that a strategy chooses in the layout whose first choice is best.
 
-        A single trial goes by predicted losses; of more, each layout gets one and the best layout the others.
+        A single trial goes by predicted losses; of more, each layout gets one and the best layout the others. Layers
+        that differ must lose less than layers that are alike: sums of single layers' losses do not see that.
         """
         point = self._best(budget, choose, name, trials, droppable=False)
         assert point is not None
+        if point.layout.active_by_layer and (alike := self.uniform(budget)).divergence < point.divergence:
+            point = alike
         other = self._best(budget, choose, name, trials, droppable=True) if self._droppable else None
         return point if other is None or not other.divergence < point.divergence else other
 
@@ -120,57 +129,57 @@ class Points:
             return None
         losses = [layer.without_layer.divergence for layer in self._scored]
         measure = self._measure
-        problem = depth_problem(losses, budget, lambda choice: measure(None, choice).divergence, DEPTH_TRIALS)
-        return self._point(BY_DEPTH, None, strategies.find("stepwise")(problem), measured=True)
+        problem = depth_problem(losses, budget, lambda choice: measure((), choice).divergence, DEPTH_TRIALS)
+        return self._point(BY_DEPTH, (), strategies.find("stepwise")(problem), measured=True)
 
     def _best(
         self, budget: float, choose: strategies.Strategy, name: str, trials: int, *, droppable: bool
     ) -> Point | None:
         """None where the strategy only drops layers and cuts none."""
-        affordable = affordable_layouts(self._layouts, budget)
-        firsts = {i: choose(self._problem(i, budget, 1, droppable=droppable)) for i in affordable}
-        cutting = {i: choice for i, choice in firsts.items() if CUT in choice or not droppable}
+        affordable = set(affordable_layouts(self._layouts, budget))
+        menus = [menu for menu in self._menus if affordable & set(menu)]
+        firsts = {menu: choose(self._problem(menu, budget, 1, droppable=droppable)) for menu in menus}
+        cutting = {menu: choice for menu, choice in firsts.items() if _cuts(choice) or not droppable}
         if not cutting:
             return None
-        points = {i: self._point(name, i, choice, measured=trials > 1) for i, choice in cutting.items()}
-        best = min(points, key=lambda i: points[i].divergence if trials > 1 else points[i].predicted)
-        left = max(1, trials - len(affordable) + 1)
+        points = {menu: self._point(name, menu, choice, measured=trials > 1) for menu, choice in cutting.items()}
+        best = min(points, key=lambda menu: points[menu].divergence if trials > 1 else points[menu].predicted)
+        left = max(1, trials - len(menus) + 1)
         choice = choose(self._problem(best, budget, left, droppable=droppable))
-        return self._point(name, best, choice if CUT in choice else firsts[best], measured=True)
+        return self._point(name, best, choice if _cuts(choice) else firsts[best], measured=True)
 
-    def _problem(self, i: int, budget: float, trials: int, *, droppable: bool) -> Problem:
-        share = self._layouts[i].active_share
-        losses, costs = self._losses(i), np.tile([1.0, share, 0.0], (len(self._scored), 1))
-        if not droppable:
-            losses, costs = losses[:, :DROPPED], costs[:, :DROPPED]
+    def _problem(self, menu: Menu, budget: float, trials: int, *, droppable: bool) -> Problem:
+        shares = [self._layouts[i].active_share for i in menu]
+        costs = np.tile([1.0, 0.0 if droppable else math.inf, *shares], (len(self._scored), 1))
         if not self._prepared.layout.dense_layers:
             # What the layout costs, and no more: no layer can stay dense.
-            budget = share
-        return Problem(costs, losses, budget, lambda choice: self._measure(i, choice).divergence, trials, self._seed)
+            budget = shares[0]
+        return Problem(
+            costs, self._losses(menu), budget, lambda choice: self._measure(menu, choice).divergence, trials, self._seed
+        )
 
     @property
     def _seed(self) -> int:
         return self._prepared.options.seed
 
-    def _losses(self, i: int | None) -> np.ndarray:
+    def _losses(self, menu: Menu) -> np.ndarray:
         """Of the candidates of each layer."""
         return np.array(
             [
-                [0.0, 0.0 if i is None else layer.changes[i].divergence, layer.without_layer.divergence]
+                [0.0, layer.without_layer.divergence, *(layer.changes[i].divergence for i in menu)]
                 for layer in self._scored
             ]
         )
 
-    def _point(self, name: str, i: int | None, choice: Choice, *, measured: bool) -> Point:
-        layout, dropped = self._layout(i, choice), left_out(choice)
-        change = self._measure(i, choice) if measured else OutputChange(math.nan, math.nan)
-        costs = {STAYS: 1.0, CUT: layout.active_share, DROPPED: 0.0}
+    def _point(self, name: str, menu: Menu, choice: Choice, *, measured: bool) -> Point:
+        layout, dropped = self._layout(menu, choice), left_out(choice)
+        change = self._measure(menu, choice) if measured else OutputChange(math.nan, math.nan)
         return Point(
             strategy=name,
-            share=sum(costs[candidate] for candidate in choice) / len(choice),
+            share=layout.model_share(len(choice) - len(dropped), len(dropped)),
             active_parameters=self._active_parameters(layout, dropped),
             layout=layout,
-            predicted=float(self._losses(i)[np.arange(len(choice)), choice].sum()),
+            predicted=float(self._losses(menu)[np.arange(len(choice)), choice].sum()),
             divergence=change.divergence,
             perplexity=math.exp(change.log_perplexity),
             dropped_layers=dropped,
@@ -180,24 +189,37 @@ class Points:
         dense = self._prepared.dense
         kept = kept_layers(dense.num_layers, dropped)
         numbered = tuple(number for number, layer in enumerate(kept) if layer in layout.dense_layers)
+        by_layer = tuple(layout.active_by_layer[layer] for layer in kept) if layout.active_by_layer else ()
         # Where nothing is cut it stays a dense model.
         target = targets.static_target(dense) if layout.is_whole else self._prepared.target
         shallow = without_layers(dense, dropped)
-        prepared = replace(self._prepared, dense=shallow, layout=replace(layout, dense_layers=numbered), target=target)
+        layout = replace(layout, dense_layers=numbered, active_by_layer=by_layer)
+        prepared = replace(self._prepared, dense=shallow, layout=layout, target=target)
         return count_parameters(prepared.writer)[1]
 
-    def _layout(self, i: int | None, choice: Choice) -> Layout:
+    def _layout(self, menu: Menu, choice: Choice) -> Layout:
         stay = tuple(layer for layer, candidate in enumerate(choice) if candidate == STAYS)
-        if i is None or CUT not in choice:
+        if not menu or not _cuts(choice):
             return Layout(WHOLE_SLICES, WHOLE_SLICES, WHOLE_SLICES)
-        return replace(self._layouts[i], dense_layers=stay)
+        cut = {candidate: self._layouts[menu[candidate - CUT]] for candidate in choice if candidate >= CUT}
+        layout, *others = cut.values()
+        if not others:
+            return replace(layout, dense_layers=stay)
+        counts = {STAYS: layout.num_experts, DROPPED: 0} | {one: other.num_active for one, other in cut.items()}
+        by_layer = tuple(counts[candidate] for candidate in choice)
+        mean = mean_active(by_layer, layout.num_experts)
+        return replace(layout, num_active=mean, dense_layers=stay, active_by_layer=by_layer)
 
-    def _joint(self, check: OutputCheck, i: int | None, choice: Choice) -> OutputChange:
+    def _joint(self, check: OutputCheck, menu: Menu, choice: Choice) -> OutputChange:
         changes: list[Change] = []
         for layer, candidate in zip(self._scored, choice, strict=True):
             change: Change = Absent.LAYER if candidate == DROPPED else None
-            if candidate == CUT:
-                assert i is not None
-                change = layer.plan(i)
+            if candidate >= CUT:
+                change = layer.plan(menu[candidate - CUT])
             changes.append(change)
-        return check.joint(self._layout(i, choice), changes)
+        return check.joint(self._layout(menu, choice), changes)
+
+
+def _cuts(choice: Choice) -> bool:
+    """Whether a layer is cut."""
+    return max(choice) >= CUT

@@ -100,9 +100,9 @@ def on_disk(model: nn.Module, target: Target | None, cut_layers: list[int]) -> d
     return tensors
 
 
-def folds(plan: SplitPlan, target: Target) -> tuple[float, float]:
-    """Factors in the stored down weights of the shared and of the routed experts."""
-    return target.shared_fold, routed_fold(target, plan.layout, Mixing.of(plan.options))
+def folds(plan: SplitPlan, target: Target, layer: int) -> tuple[float, float]:
+    """Factors in the stored down weights of a layer's shared and routed experts."""
+    return target.shared_fold, routed_fold(target, plan.layout.of_layer(layer), Mixing.of(plan.options))
 
 
 def cut_layers(layout: Layout, num_layers: int) -> list[int]:

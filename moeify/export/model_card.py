@@ -102,6 +102,11 @@ def model_card(
             f"{layout.num_shared} always run, {layout.num_routed_active} of the other {layout.num_routed} "
             "are chosen for each token"
         )
+    if layout.active_by_layer:
+        active = ", ".join(map(str, layout.active_by_layer))
+        cut = f"{layout.num_shared} always run, others are chosen for each token: {active} in all, layer by layer"
+    if layout.is_adaptive:
+        cut += f", in the mean, {layout.min_active} to {layout.max_active} for a token"
     which = "every feed-forward layer"
     if layout.dense_layers:
         which += f" but {', '.join(map(str, layout.dense_layers))}"

@@ -140,7 +140,7 @@ class MoEWriter:
             return pack(self.target.dense_ffn, prefix, self.dense.unpadded(experts.shared))
         folded = experts.folded(
             shared=self.target.shared_fold,
-            routed=routed_fold(self.target, self.layout, self.mixing),
+            routed=routed_fold(self.target, self.layout.of_layer(layer), self.mixing),
             router=self.router_scale,
         )
         return self.target.ffn_tensors(prefix, folded)

@@ -17,6 +17,8 @@ class ExpertsFields:
     Args:
         dense_model_type: the dense model's own type.
         num_experts: routed experts of a layer; `num_experts_per_tok` of them are chosen for a token.
+        num_experts_per_tok_by_layer: if it is there, the number of every layer, of a dense one zero;
+            `num_experts_per_tok` is the largest.
         min_experts_per_tok: if it is there, only so many are chosen whatever their scores are, and further ones whose
             score is above the router's threshold.
         moe_intermediate_size: neurons of one of them.
@@ -39,6 +41,7 @@ class ExpertsFields:
     dense_model_type: str = ""
     num_experts: int = 8
     num_experts_per_tok: int = 2
+    num_experts_per_tok_by_layer: list[int] | None = None
     min_experts_per_tok: int | None = None
     moe_intermediate_size: int = 1
     shared_expert_intermediate_size: int = 0

@@ -44,9 +44,11 @@ AUTO_CLASSES = (
 class Router(nn.Module):
     """Chooses experts: one row of weights for each, on the hidden states or on a layer of units between."""
 
-    def __init__(self, config: Any, hidden_size: int) -> None:
+    def __init__(self, config: Any, hidden_size: int, layer: int = 0) -> None:
         super().__init__()
-        self.num_chosen, self.mixing = int(config.num_experts_per_tok), config.mixing
+        by_layer = config.num_experts_per_tok_by_layer
+        self.num_chosen = int(by_layer[layer] if by_layer else config.num_experts_per_tok)
+        self.mixing = config.mixing
         width = int(config.router_width)
         if width:
             self.hidden_weight = nn.Parameter(torch.empty(width, hidden_size))
@@ -171,9 +173,9 @@ class SharedExperts(nn.Module):
 class MoeFFN(nn.Module):
     """Stands where an FFN read, and gives what it wrote."""
 
-    def __init__(self, config: Any, hidden_size: int) -> None:
+    def __init__(self, config: Any, hidden_size: int, layer: int = 0) -> None:
         super().__init__()
-        self.router = Router(config, hidden_size)
+        self.router = Router(config, hidden_size, layer)
         self.experts = EXPERTS[config.expert_gate, config.expert_bias](config, hidden_size)
         # Has transformers' implementations expect numbers beyond the last expert.
         self.experts._is_expert_parallel = config.min_experts_per_tok is not None  # type: ignore[assignment]
@@ -213,7 +215,7 @@ class _WithExperts:
         config._experts_implementation_internal = self.get_correct_experts_implementation(implementation)  # type: ignore[attr-defined]
         for number, block in enumerate(sites_in(self, config.ffn_blocks)):
             if number not in (config.dense_layers or ()):
-                put_experts(block, config)
+                put_experts(block, config, number)
         # The dense class did so before: parallel plans and types belong to modules that are gone.
         self.post_init()  # type: ignore[attr-defined]
 
@@ -247,12 +249,12 @@ def sites_in(model: Any, names: str | list[str]) -> list[Any]:
     return sites
 
 
-def put_experts(block: nn.Module, config: Any) -> None:
-    """Replace the FFN of a block, in place."""
+def put_experts(block: nn.Module, config: Any, layer: int) -> None:
+    """Replace the FFN of a block, which is the layer of this number, in place."""
     for name in (*(config.ffn_between or ()), config.ffn_write):
         if name != config.ffn_read:
             block.set_submodule(name, Passed())
-    block.set_submodule(config.ffn_read, MoeFFN(config, config.get_text_config().hidden_size))
+    block.set_submodule(config.ffn_read, MoeFFN(config, config.get_text_config().hidden_size, layer))
 
 
 @lru_cache

@@ -23,6 +23,7 @@ from moeify.errors import InputError, first_line
 from moeify.families import lists_of
 from moeify.modeling.configuration_moeify import MODEL_TYPE, config_class
 from moeify.models.config_fields import (
+    DECODER_LAYERS,
     EXPERTS,
     check_declared,
     check_numbers,
@@ -39,8 +40,6 @@ CONFIG_FILE = "config.json"
 LIMIT_BYTES = 1 << 24
 # How the name of a tensor begins that belongs to another part than the one that reads text.
 TOWER = re.compile(r"^(?:model\.)?(?:vision|visual|audio)")
-# What configs of an encoder and a decoder call the layers of the latter.
-DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")
 # A number takes at least half a byte of a file, whatever it is quantised to, and tied ones are there once.
 NUMBERS_PER_BYTE = 2
 # Fewer take no memory to speak of: what is wrong with such weights is said by whoever reads them.

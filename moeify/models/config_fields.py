@@ -36,6 +36,9 @@ RANGES: Mapping[str, tuple[int, int]] = {
 MAPPINGS = ("rope_parameters", "rope_scaling", "quantization_config", "auto_map", "id2label", "label2id")
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "expert_activation")
+BY_LAYER = "num_experts_per_tok_by_layer"
+# What configs of an encoder and a decoder call the layers of the latter.
+DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 WORDS: Mapping[Any, str] = {
     bool: "true or false",
@@ -185,6 +188,19 @@ def check_relations(file: str | Path, config: Any) -> None:
     active, experts = getattr(config, "num_experts_per_tok", None), _experts(config)
     if isinstance(active, int) and experts is not None and active > experts:
         raise refused(file, "num_experts_per_tok", active, f"at most the number of experts, {experts:,}")
+    by_layer, layers = getattr(config, BY_LAYER, None), _num_layers(config)
+    fits = isinstance(by_layer, list) and all(_whole(number, 0, experts or 0) for number in by_layer)
+    if by_layer is not None and not (fits and len(by_layer) == layers):
+        raise refused(file, BY_LAYER, by_layer, f"null or {layers} whole numbers up to {experts}")
+
+
+def _num_layers(config: Any) -> int | None:
+    """Of all lists of blocks; None where config.json does not say."""
+    several = isinstance(getattr(config, "ffn_blocks", None), list)
+    names = ("num_hidden_layers", *(DECODER_LAYERS if several else ()))
+    whole = config if hasattr(config, names[0]) else config.get_text_config()
+    numbers = [value for name in names if isinstance(value := getattr(whole, name, None), int)]
+    return sum(numbers) if numbers else None
 
 
 def _experts(config: Any) -> int | None:

@@ -175,6 +175,7 @@ def comparison(run: RunFolder) -> Table | None:
     """Other methods on other texts, each against static pruning at its budget; None without any."""
     if run.compared is None:
         return None
+    measure = run.compared.value.measure
     return table(
         "comparison",
         f"Methods side by side ({run.compared.file}); pruned is static pruning with refit at the same budget",
@@ -182,8 +183,11 @@ def comparison(run: RunFolder) -> Table | None:
         [
             ("method", lambda row: Cell(row.method)),
             ("FFN active", lambda row: cell(row.budget, percent)),
-            (run.compared.value.measure, lambda row: cell(row.value)),
-            (f"{run.compared.value.measure} / pruned", lambda row: _ratio(Interval(row.ratio, row.ratio_low, row.ratio_high))),
+            (measure, lambda row: cell(row.value)),
+            (
+                f"{run.compared.value.measure} / pruned",
+                lambda row: _ratio(Interval(row.ratio, row.ratio_low, row.ratio_high)),
+            ),
             ("gap to dense closed", lambda row: cell(row.gap_closed, percent)),
         ],
     )

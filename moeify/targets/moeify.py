@@ -24,11 +24,15 @@ HIDDEN = ("hidden_weight", "hidden_bias")
 
 def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:
     family, ffn = dense.family, dense.ffn_shapes
+    # Thresholds say how many an adaptive layer chooses; one that stays dense has none to choose.
+    numbers = () if layout.is_adaptive else layout.active_by_layer
+    by_layer = [0 if number == layout.num_experts else number - layout.num_shared for number in numbers]
     return {
         **dense.config.to_dict(),
         "dense_model_type": family.model_type,
         "num_experts": layout.num_routed,
-        "num_experts_per_tok": layout.routed_range[1],
+        "num_experts_per_tok": max(by_layer) if by_layer else layout.routed_range[1],
+        "num_experts_per_tok_by_layer": by_layer or None,
         "min_experts_per_tok": layout.routed_range[0] if layout.is_adaptive else None,
         "moe_intermediate_size": width,
         "shared_expert_intermediate_size": layout.num_shared * width,

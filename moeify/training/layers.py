@@ -48,7 +48,7 @@ class LayerFFN:
 
     Args:
         ffn: shared neurons, then expert after expert.
-        layout, mixing: of the model.
+        layout, mixing: of the layer.
         router_RD: rows as they were fitted, not as they are stored; None if nothing is routed.
         units_HC: hidden units of the router, which stay as they are; None if it is linear.
     """
@@ -262,11 +262,11 @@ def _student_ffn(student: Student, layer: int, device: str) -> LayerFFN:
         ffn = unpack(student.dense_ffn, prefix, tensors, layer, student.activation)
         return LayerFFN(ffn.map(lambda tensor: tensor.to(device, torch.float32)), plan.layout, mixing, None)
     experts = split_ffn(block, student.target.modules, layer, student.activation)
-    shared_fold, routed_fold = folds(plan, student.target)
+    shared_fold, routed_fold = folds(plan, student.target, layer)
     experts = experts.folded(shared=1 / shared_fold, routed=1 / routed_fold, router=1 / student.scale)
     ffn = joined(experts.shared, experts.routed).map(lambda tensor: tensor.to(device, torch.float32))
     units_HC = None if experts.units_HC is None else experts.units_HC.to(device, torch.float32)
-    return LayerFFN(ffn, plan.layout, mixing, experts.router_RD.to(device, torch.float32), units_HC)
+    return LayerFFN(ffn, plan.layout.of_layer(layer), mixing, experts.router_RD.to(device, torch.float32), units_HC)
 
 
 def _stored(student: Student, layer: int, fitted: LayerFFN) -> dict[str, Tensor]:
@@ -277,7 +277,7 @@ def _stored(student: Student, layer: int, fitted: LayerFFN) -> dict[str, Tensor]
         return {name: pack(student.dense_ffn, prefix, fitted.ffn)[name].cpu().contiguous()}
     assert student.plan is not None
     modules, num_routed = student.target.modules, fitted.layout.num_routed
-    shared_fold, routed_fold = folds(student.plan, student.target)
+    shared_fold, routed_fold = folds(student.plan, student.target, layer)
     shared_Ds, routed_DF = down_DF.tensor_split([down_DF.shape[1] - num_routed * fitted.width], dim=1)
     down_RDf = routed_DF.unflatten(1, (num_routed, fitted.width)).transpose(0, 1) * routed_fold
     tensors = {

@@ -35,7 +35,7 @@ BUDGET = 0.75
 EVAL_TOKENS = 2048
 # What the split settles, or counts anew, where nobody says: the record of a finished one has its own values.
 SETTLED = (
-    *("experts", "shared", "active", "budget", "dense_layers", "drop_layers"),
+    *("experts", "shared", "active", "active_by_layer", "budget", "dense_layers", "drop_layers"),
     *("target", "calibration", "context", "device"),
 )
 
@@ -166,7 +166,8 @@ def _train(
 def _is_open(options: SplitOptions) -> bool:
     """Whether nothing says how much is to be active, so that a search may."""
     chosen = (options.active, options.shared, options.budget, options.machine, options.plan)
-    return chosen == (None,) * len(chosen) and not (options.dense_layers or options.static or options.mixing == "soft")
+    layers = options.dense_layers or options.active_by_layer
+    return chosen == (None,) * len(chosen) and not (layers or options.static or options.mixing == "soft")
 
 
 def _is_finished(folder: Path, dense: DenseModel, options: SplitOptions, *, overwrite: bool) -> bool:

@@ -125,6 +125,7 @@ def test_the_point_that_was_found(find: Find) -> None:
         "experts": 8,
         "shared": found.choice.layout.num_shared,
         "active": found.choice.layout.num_active,
+        "active_by_layer": (),
         "dense_layers": found.choice.layout.dense_layers,
         "drop_layers": found.choice.dropped_layers,
     }
@@ -244,6 +245,7 @@ def test_a_budget_that_no_candidate_meets_is_refused_first(find: Find, no_fittin
         {"plan": "some/plan"},
         {"static": True, "active": 4},
         {"active": 4},
+        {"active_by_layer": (4, 4, 4)},
         {"shared": 1},
         {"dense_layers": (0,)},
         {"drop_layers": (0,)},
@@ -405,6 +407,9 @@ def test_the_options_of_a_search_reach_it(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(importlib.import_module("moeify.convert.search"), "search", noting)
     values: dict[str, Any] = {
         "experts": 16,
+        "min_active": 4,
+        "max_active": 12,
+        "target": "moeify",
         "partition": "kmeans",
         "router": "centroid",
         "tokens": 2048,

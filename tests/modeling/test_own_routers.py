@@ -35,7 +35,9 @@ def losses_of_plan(out: Path, dense: str, ids_BC: torch.Tensor) -> torch.Tensor:
         router = (
             LinearRouter(layer.router_RD, layer.units_HC, layer.threshold_1) if layer.router_RD is not None else None
         )
-        stream.advance(ConvertedFFN(ffn, layer, plan.layout, Mixing.of(plan.options), router)(inputs_TD))
+        stream.advance(
+            ConvertedFFN(ffn, layer, plan.layout.of_layer(layer.layer), Mixing.of(plan.options), router)(inputs_TD)
+        )
     return stream.losses(ids_BC)
 
 

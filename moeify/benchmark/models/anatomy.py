@@ -56,6 +56,7 @@ class Experts:
         parameters_each, matrices_each: of one expert of one layer, with biases and without.
         num_shared: how many times wider than one expert the always-on part beside them is; one if that is no whole
             number, none if there is no such part.
+        chosen_by_layer: K of each of these layers, where that differs; `num_chosen` is their mean then, rounded.
     """
 
     layers: tuple[int, ...]
@@ -64,6 +65,7 @@ class Experts:
     parameters_each: int
     matrices_each: int
     num_shared: int
+    chosen_by_layer: tuple[int, ...] = ()
 
     @property
     def routed_parameters(self) -> int:
@@ -82,7 +84,8 @@ class Experts:
 
     @property
     def _idle(self) -> int:
-        return len(self.layers) * (self.num_routed - self.num_chosen)
+        chosen = sum(self.chosen_by_layer) or len(self.layers) * self.num_chosen
+        return len(self.layers) * self.num_routed - chosen
 
 
 @dataclass(frozen=True)
@@ -298,7 +301,11 @@ def _experts(model: nn.Module, config: Any) -> Experts | None:
         if re.search(rf"\.{first}\..*shared", name) and parameter.ndim == 2 and parameter.shape[0] > 1
     )
     num_shared = shared // each if shared % each == 0 else 1
-    return Experts(tuple(sorted(modules)), num_routed, int(chosen), parameters // num_routed, each, num_shared)
+    layers = tuple(sorted(modules))
+    by_layer = getattr(config, "num_experts_per_tok_by_layer", None) or ()
+    by_layer = tuple(int(by_layer[layer]) for layer in layers) if by_layer else ()
+    chosen = round(sum(by_layer) / len(by_layer)) if by_layer else int(chosen)
+    return Experts(layers, num_routed, chosen, parameters // num_routed, each, num_shared, by_layer)
 
 
 def _numbers(module: nn.Module, ndim: int | None = None) -> int:

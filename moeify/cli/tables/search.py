@@ -10,6 +10,7 @@ from moeify.words import explained, ranges
 
 if TYPE_CHECKING:
     from moeify.convert.search import SearchResult
+    from moeify.plan import Layout
 
 SHARES = (
     "share: of all FFN parameters, active for a token; --budget bounds it; dense, dropped: layers\n"
@@ -27,6 +28,12 @@ OTHER_NOTES = (
     "change: KL of the head's distribution to the dense model's, or 1 - cosine of the last hidden states\n"
     "of a few inputs that nothing was fitted to; summed: of layers changed one at a time"
 )
+
+
+def _experts(layout: "Layout") -> str:
+    """Active of all experts; of layers that differ the least and the most."""
+    numbers = sorted({min(layout.cut_counts), max(layout.cut_counts)})
+    return f"{'-'.join(map(str, numbers))}/{layout.num_experts}"
 
 
 def search_tables(result: "SearchResult") -> tuple[Table, ...]:
@@ -48,7 +55,7 @@ def search_tables(result: "SearchResult") -> tuple[Table, ...]:
             table.add_row(
                 point.strategy,
                 f"{point.share:.1%}",
-                "" if layout.is_whole else f"{layout.num_active}/{layout.num_experts}",
+                "" if layout.is_whole else _experts(layout),
                 ranges(layout.dense_layers),
                 ranges(point.dropped_layers),
                 f"{point.predicted:.4f}",

@@ -22,6 +22,8 @@ def key_value_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:
 def layout_words(layout: "Layout", dropped: Sequence[int] = ()) -> str:
     if layout.is_whole:
         words = "every FFN whole"
+    elif layout.active_by_layer:
+        words = f"each FFN in {layout.num_experts} experts: {layout.num_shared} shared, {counts_words(layout)}"
     elif layout.is_static:
         words = f"{layout.num_active} of {layout.num_experts} slices of each FFN kept, the others dropped"
     else:
@@ -29,11 +31,17 @@ def layout_words(layout: "Layout", dropped: Sequence[int] = ()) -> str:
             f"each FFN in {layout.num_experts} experts: {layout.num_shared} shared + {layout.num_routed_active} of "
             f"{layout.num_routed} routed = {percent(layout.active_share)} active"
         )
-        if layout.is_adaptive:
-            words += f" in the mean, {layout.min_active} to {layout.max_active} for a token"
+    if layout.is_adaptive:
+        words += f" in the mean, {layout.min_active} to {layout.max_active} for a token"
     if dropped:
         words = f"without layers {ranges(dropped)}, their attention, keys and values; {words}"
     return words + (f"; dense layers: {ranges(layout.dense_layers)}" if layout.dense_layers else "")
+
+
+def counts_words(layout: "Layout") -> str:
+    """How many experts are active in layers that differ."""
+    least, most = min(layout.cut_counts), max(layout.cut_counts)
+    return f"{least} to {most} active by layer = {percent(layout.active_share)} of the layers that are cut"
 
 
 def active_rows(
