@@ -37,7 +37,7 @@ from moeify.benchmark.timing import first_line, release_memory
 from moeify.kernels.launch import keep_tuned
 from moeify.kernels.tune import Shape as LayerShape
 from moeify.kernels.tune import compile_ahead, tune
-from moeify.plan import resolve_layout
+from moeify.layout import resolve_layout
 
 TESTS = Path(__file__).parent
 # Nothing is begun after that; an implementation of a whole model may take two minutes more.

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
-from moeify.plan import LayerPlan, Layout
+from moeify.plan import LayerPlan
 
 # Softness of the boundary around which routers feel a gradient, in standard deviations of a token's scores.
 SOFTNESS = {"explore": 0.04, "straight 0.3": 0.3, "straight 1": 1.0}

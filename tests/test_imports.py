@@ -48,6 +48,7 @@ NOUNS = {
     "cache",
     "command_line",
     "errors",
+    "layout",
     "options",
     "plan",
     "plugin_list",

@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moeify.errors import InputError, MoeifyError, UsageError
+from moeify.layout import Layout, resolve_layout
 from moeify.options import SplitOptions
-from moeify.plan import HEADER_TYPES, PLAN_FILE, SHARED, LayerPlan, Layout, SplitPlan, load_plan, resolve_layout
+from moeify.plan import HEADER_TYPES, PLAN_FILE, SHARED, LayerPlan, SplitPlan, load_plan
 
 
 def make_plan(layout: Layout | None = None, num_layers: int = 2, **changes: Any) -> SplitPlan:

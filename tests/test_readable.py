@@ -9,8 +9,8 @@ import torch
 from conftest import MakeDense
 
 import moeify
+from moeify.layout import Layout
 from moeify.options import SplitOptions
-from moeify.plan import Layout
 from moeify.readable import Readable, Rows, in_words
 from moeify.results import KINDS, find_kind
 

@@ -10,8 +10,8 @@ from command_process import Run, main, train_briefly
 
 from moeify import families, targets
 from moeify.convert.exactness import Twin, check_target, choose_target, make_twin
+from moeify.layout import Layout
 from moeify.modeling.configuration_moeify import MODEL_TYPE
-from moeify.plan import Layout
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

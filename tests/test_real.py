@@ -16,10 +16,10 @@ from moeify.convert.exactness import check_target
 from moeify.convert.pipeline import split
 from moeify.export import writer
 from moeify.kernels import register
+from moeify.layout import resolve_layout
 from moeify.models.dense import open_dense
 from moeify.models.files import locate
 from moeify.options import SplitOptions
-from moeify.plan import resolve_layout
 
 pytestmark = [
     pytest.mark.real,

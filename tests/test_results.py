@@ -22,7 +22,7 @@ from moeify.check.verify import Check, VerifyReport
 from moeify.cli.app import run_command
 from moeify.convert.search import Point, SearchResult
 from moeify.errors import InputError, UsageError
-from moeify.plan import Layout
+from moeify.layout import Layout
 from moeify.recipes.limits import Limit
 from moeify.recipes.run import RunResult
 from moeify.results import (

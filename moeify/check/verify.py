@@ -33,6 +33,7 @@ from moeify.experts.mixing import Mixing
 from moeify.experts.slices import slice_experts
 from moeify.export.in_memory import moe_parameters, split_ffn
 from moeify.export.writer import MoEWriter, weights_are_exact
+from moeify.layout import Layout
 from moeify.models import stock
 from moeify.models.companions import companion_names
 from moeify.models.config import load_config
@@ -45,7 +46,7 @@ from moeify.models.same_tokens import token_difference
 from moeify.models.shallow import without_layers
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track
-from moeify.plan import SHARED, LayerPlan, Layout, SplitPlan, load_plan
+from moeify.plan import SHARED, LayerPlan, SplitPlan, load_plan
 from moeify.progress import shown
 from moeify.readable import Readable
 from moeify.targets import ROUTER_LIMIT, Target

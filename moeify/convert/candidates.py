@@ -10,9 +10,9 @@ from moeify.convert.expected_loss import expected_ratio
 from moeify.convert.footprint import stored_as, weights_of
 from moeify.convert.layouts import expert_counts
 from moeify.convert.placement import Machine, Placement, Weights, place
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel
 from moeify.options import GGUFType
-from moeify.plan import Layout
 from moeify.targets import Target
 
 ENGINE = "llama_cpp"

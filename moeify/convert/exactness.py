@@ -28,13 +28,14 @@ from moeify.errors import InputError, first_line
 from moeify.experts.slices import SplitFFN, slice_experts
 from moeify.export.writer import MoEWriter
 from moeify.families import Family
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel
 from moeify.models.fingerprint import Fingerprint
 from moeify.models.heads import class_of
 from moeify.models.inputs import Inputs, output_of, uncached
 from moeify.models.stock import quiet
 from moeify.options import Style
-from moeify.plan import SHARED, LayerPlan, Layout
+from moeify.plan import SHARED, LayerPlan
 from moeify.targets import Target
 
 # Largest difference of a logit relative to the largest logit. Exact twins stay under 1e-6, wrong ones exceed 1e-2.

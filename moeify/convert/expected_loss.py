@@ -8,7 +8,7 @@ more to spare and lose less, fine-tuning wins a part back, and other text gives 
 import math
 from collections.abc import Mapping
 
-from moeify.plan import Layout
+from moeify.layout import Layout
 
 # Share of the FFN active -> number of experts -> perplexity over dense.
 MEASURED: Mapping[float, Mapping[int, float]] = {

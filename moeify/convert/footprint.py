@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 
 from moeify.convert.placement import BATCH_TOKENS, Weights
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel
 from moeify.options import GGUFType
-from moeify.plan import Layout
 
 # Of gguf.GGML_QUANT_SIZES: weights in a block, and its bytes.
 BLOCKS: Mapping[str, tuple[int, int]] = {

@@ -11,9 +11,9 @@ from moeify.convert.layouts import MAX_EXPERTS, expert_counts, preferred_counts
 from moeify.convert.prepare import prepare
 from moeify.engines import Verdict
 from moeify.errors import InputError
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track
-from moeify.plan import Layout
 from moeify.progress import shown
 from moeify.readable import Readable
 

@@ -16,9 +16,10 @@ from moeify.calibration.store import IN_MEMORY, Store, stretches, widened
 from moeify.convert.refit import refit
 from moeify.experts.mixing import UNIT, Mixing, above_threshold, choose_experts, router_features
 from moeify.export.writer import check_fits
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
 from moeify.partition import Partition
-from moeify.plan import SHARED, LayerPlan, Layout
+from moeify.plan import SHARED, LayerPlan
 from moeify.routers import Fit, LinearRouter, Router, RoutingTask
 from moeify.targets import ROUTER_LIMIT
 

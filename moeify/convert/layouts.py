@@ -23,9 +23,9 @@ from moeify import engines, targets
 from moeify.convert.exactness import check_target, choose_target
 from moeify.engines import Engine, Shape
 from moeify.errors import InputError
+from moeify.layout import Layout, resolve_layout
 from moeify.models.dense import DenseModel
 from moeify.options import SplitOptions
-from moeify.plan import Layout, resolve_layout
 from moeify.targets import Target
 
 # torch.nn.functional.grouped_mm, the default of transformers' experts, takes rows of a multiple of so many bytes.

@@ -16,10 +16,10 @@ from moeify.convert.exactness import choose_target
 from moeify.convert.footprint import FALLBACKS
 from moeify.convert.placement import Machine
 from moeify.errors import InputError, UsageError, warn
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.heads import check_language_model
 from moeify.options import GGUFType, MachineOptions, SplitOptions, Track
-from moeify.plan import Layout
 from moeify.progress import shown
 from moeify.readable import Readable
 from moeify.targets import Target

@@ -33,10 +33,11 @@ from moeify.export.model_card import model_card
 from moeify.export.origin import origin_of
 from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.heads import auto_name
 from moeify.options import Announce, ExportOptions, SplitOptions, Track
-from moeify.plan import LayerPlan, Layout, SplitPlan, load_plan
+from moeify.plan import LayerPlan, SplitPlan, load_plan
 from moeify.progress import Resumed, said, shown
 from moeify.readable import Readable
 from moeify.resources import check_room, on_one_disk

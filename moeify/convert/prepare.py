@@ -18,13 +18,14 @@ from moeify.convert.texts import DEFAULT_CONTEXT, default_texts, tokens_of_image
 from moeify.errors import InputError, UsageError, warn
 from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter, check_fits, router_scale
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel
 from moeify.models.device import find_device
 from moeify.models.ffn import FFNWeights, pack
 from moeify.models.inputs import Inputs, named
 from moeify.models.shallow import kept_layers, without_layers
 from moeify.options import SplitOptions
-from moeify.plan import Layout, SplitPlan, load_plan
+from moeify.plan import SplitPlan, load_plan
 from moeify.targets import Target
 from moeify.words import listing
 

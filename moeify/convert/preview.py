@@ -8,9 +8,9 @@ from moeify import engines
 from moeify.convert.estimate import Estimate, count_parameters, estimate
 from moeify.convert.prepare import prepare
 from moeify.errors import UsageError
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions, Track
-from moeify.plan import Layout
 from moeify.progress import shown
 from moeify.readable import Readable
 

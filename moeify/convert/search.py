@@ -38,10 +38,10 @@ from moeify.convert.search_points import Point, Points
 from moeify.convert.search_scores import Absent, OutputCheck, score
 from moeify.convert.texts import calibration_inputs
 from moeify.errors import InputError, UsageError, kept_when_interrupted
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.inputs import num_blocks, some_blocks
 from moeify.options import Announce, SplitOptions, Track
-from moeify.plan import Layout
 from moeify.progress import Resumed, said, shown
 from moeify.readable import Readable
 from moeify.words import duration

@@ -9,7 +9,7 @@ from moeify.convert.layouts import adaptive
 from moeify.convert.prepare import Prepared
 from moeify.engines import Shape
 from moeify.errors import InputError, UsageError
-from moeify.plan import Layout
+from moeify.layout import Layout
 from moeify.strategies import TOLERANCE
 
 # Shares of a cut FFN that are active, as candidates.

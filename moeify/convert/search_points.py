@@ -21,8 +21,8 @@ from moeify.convert.estimate import count_parameters
 from moeify.convert.prepare import WHOLE_SLICES, Prepared
 from moeify.convert.search_layouts import affordable_layouts
 from moeify.convert.search_scores import Absent, Change, OutputChange, OutputCheck, ScoredLayer
+from moeify.layout import Layout, mean_active
 from moeify.models.shallow import kept_layers, without_layers
-from moeify.plan import Layout, mean_active
 from moeify.strategies import Choice, Problem
 
 # The first candidate that is cut; STAYS and DROPPED come before it.

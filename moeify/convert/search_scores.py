@@ -28,9 +28,10 @@ from moeify.calibration.stream import HiddenStream
 from moeify.convert.layer import converted, fit_layer
 from moeify.convert.output_change import PERPLEXITY, measure_of, output_change
 from moeify.convert.prepare import Prepared
+from moeify.layout import Layout
 from moeify.models.inputs import Inputs, named
 from moeify.options import Track
-from moeify.plan import LayerPlan, Layout
+from moeify.plan import LayerPlan
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from moeify import plugins
 from moeify.errors import unknown
-from moeify.plan import Layout
+from moeify.layout import Layout
 
 if TYPE_CHECKING:
     from moeify.models.dense import DenseModel

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from moeify.layout import Layout
 from moeify.options import Fusion, SplitOptions, Style
-from moeify.plan import Layout
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
-from moeify.plan import SHARED, LayerPlan, Layout
+from moeify.plan import SHARED, LayerPlan
 
 
 @dataclass(frozen=True)

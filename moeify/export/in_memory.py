@@ -12,8 +12,9 @@ from moeify.experts.mixing import Mixing
 from moeify.experts.slices import SplitFFN
 from moeify.export.writer import routed_fold
 from moeify.families import Sites, sites_of
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
-from moeify.plan import Layout, SplitPlan
+from moeify.plan import SplitPlan
 from moeify.targets import Modules, Target
 
 

@@ -19,12 +19,12 @@ from moeify.experts.mixing import UNIT, Mixing
 from moeify.experts.slices import SplitFFN
 from moeify.export.old_config import with_old_keys
 from moeify.export.workspace import Workspace
+from moeify.layout import Layout
 from moeify.modeling.remote_code import auto_map, code_files
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
 from moeify.models.files import INDEX_FILE
 from moeify.options import Track
-from moeify.plan import Layout
 from moeify.progress import Resumed
 from moeify.targets import ROUTER_SCALE, Target, architecture_of
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from moeify import plugins
 from moeify.calibration.activations import ActivationStats
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
-from moeify.plan import Layout
 
 
 class Partition(Protocol):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from moeify.calibration.activations import ActivationStats
-from moeify.plan import SHARED, Layout
+from moeify.layout import Layout
+from moeify.plan import SHARED
 
 MAX_ROUNDS = 10
 

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 
 from moeify.calibration.activations import ActivationStats
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
-from moeify.plan import SHARED, Layout
+from moeify.plan import SHARED
 
 
 def partition(ffn: FFNWeights, stats: ActivationStats, layout: Layout, *, seed: int) -> Tensor:  # noqa: ARG001

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from moeify.calibration.activations import ActivationStats
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
 from moeify.partition._balanced import balanced_kmeans, label, label_in_turn, split_off_shared
-from moeify.plan import Layout
 
 # Principal components kept of a profile; 32, 64 and 128 gave the same layer error within noise.
 PROFILE_COMPONENTS = 64

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from moeify.calibration.activations import ActivationStats
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
 from moeify.partition._balanced import balanced_kmeans, label
-from moeify.plan import Layout
 
 # Tells the pipeline to measure the loss's gradient by the FFN's output.
 GRADIENT = True

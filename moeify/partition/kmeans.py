@@ -7,9 +7,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from moeify.calibration.activations import ActivationStats
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
 from moeify.partition._balanced import balanced_kmeans, label, split_off_shared
-from moeify.plan import Layout
 
 
 def partition(ffn: FFNWeights, stats: ActivationStats, layout: Layout, *, seed: int) -> Tensor:

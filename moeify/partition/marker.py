@@ -10,9 +10,9 @@ from torch import Tensor
 
 from moeify.calibration.activations import ActivationStats
 from moeify.calibration.markers import distances, markers
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
 from moeify.partition._balanced import label, label_in_turn, transport
-from moeify.plan import Layout
 
 
 def partition(ffn: FFNWeights, stats: ActivationStats, layout: Layout, *, seed: int) -> Tensor:  # noqa: ARG001

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from moeify.calibration.activations import ActivationStats
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
 from moeify.partition import contiguous
-from moeify.plan import Layout
 
 
 def partition(ffn: FFNWeights, stats: ActivationStats, layout: Layout, *, seed: int) -> Tensor:

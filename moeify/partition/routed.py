@@ -28,10 +28,11 @@ from torch.nn.functional import one_hot
 from moeify.calibration.activations import ActivationStats
 from moeify.calibration.regression import cholesky, rank
 from moeify.experts.mixing import choose_experts
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
 from moeify.partition import energy
 from moeify.partition._balanced import transport
-from moeify.plan import SHARED, Layout
+from moeify.plan import SHARED
 
 # Rounds of the alternation; the first three bring most of the gain, forty no more than ten.
 MAX_ROUNDS = 10

@@ -13,10 +13,10 @@ from moeify.convert.inspection import Inspection, inspect
 from moeify.convert.machine_plan import MachinePlan, plan_for_machine
 from moeify.convert.texts import default_texts
 from moeify.errors import InputError
+from moeify.layout import Layout
 from moeify.models.dense import open_dense
 from moeify.models.heads import LANGUAGE_MODELS, auto_name
 from moeify.options import EvalOptions, MachineOptions, SplitOptions, Track, untracked
-from moeify.plan import Layout
 from moeify.readable import Readable
 from moeify.results import check_new, check_writable, write_text
 from moeify.words import duration, listing, on_one_line, percent, size

@@ -20,8 +20,8 @@ from moeify import plugins
 from moeify.calibration.activations import ActivationStats
 from moeify.calibration.share import ALONE, Share
 from moeify.experts.mixing import router_features
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
-from moeify.plan import Layout
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from moeify.calibration.regression import cholesky, rank
 from moeify.calibration.store import stretches, widened
 from moeify.experts.mixing import choose_experts
-from moeify.plan import Layout
+from moeify.layout import Layout
 from moeify.routers import LinearRouter, RoutingTask
 from moeify.routers._descent import descend
 

@@ -27,12 +27,12 @@ from moeify import plugins
 from moeify.engines import Engine, Shape
 from moeify.experts.slices import SplitFFN
 from moeify.families import Blocks, Family, FFNFormat, GGUFFormat, lists_of
+from moeify.layout import Layout, resolve_layout
 from moeify.modeling.modeling_moeify import PREFIX
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import pack
 from moeify.models.heads import LANGUAGE_MODEL, auto_name, class_of, classes_of_type
 from moeify.options import Style
-from moeify.plan import Layout, resolve_layout
 
 # A larger scale lets engines rank more choices as float64 does, and moves weights away from the one that a split is
 # fitted for. SmolLM2-135M, 4 of 8 experts, 8,192 tokens of Moby Dick that nothing was fitted to: choices of a token in

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel
-from moeify.plan import Layout
 from moeify.targets import Target, glm4_moe, sibling
 
 NAME = "dots1"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moeify.experts.slices import SplitFFN
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel
-from moeify.plan import Layout
 from moeify.targets import Modules, Target, as_it_is, sibling
 from moeify.targets._layout import expert_tensors, shared_tensors
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moeify.experts.slices import SplitFFN
 from moeify.families import GGUFFormat, GGUFValue
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel
-from moeify.plan import Layout
 from moeify.targets import Modules, Target, carried
 from moeify.targets._layout import expert_tensors, shared_tensors
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from moeify.experts.slices import SplitFFN
 from moeify.families import Blocks, Family, lists_of
+from moeify.layout import Layout
 from moeify.modeling.configuration_moeify import MODEL_TYPE
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import FFNWeights
-from moeify.plan import Layout
 from moeify.targets import Modules, Target, as_it_is
 
 # Parameters of a router's hidden layer.

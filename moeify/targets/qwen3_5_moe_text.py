@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from moeify.experts.slices import SplitFFN
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel
-from moeify.plan import Layout
 from moeify.targets import Target, as_it_is, qwen2_moe, sibling
 
 NAME = "qwen3_5_moe_text"

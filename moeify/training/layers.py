@@ -27,11 +27,11 @@ from moeify.errors import InputError
 from moeify.experts.mixing import Mixing, router_features
 from moeify.export.in_memory import folds, sites_of_target, split_ffn
 from moeify.families import Sites
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel
 from moeify.models.ffn import FFNWeights, joined, pack, unpack
 from moeify.models.inputs import Inputs, named
 from moeify.models.shallow import without_layers
-from moeify.plan import Layout
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions
 

@@ -22,11 +22,11 @@ from moeify.convert.pipeline import split
 from moeify.data.sampling import sample_from_model
 from moeify.errors import InputError
 from moeify.experts.mixing import UNIT
+from moeify.layout import Layout
 from moeify.models import stock
 from moeify.models.dense import open_dense
 from moeify.models.ffn import FFNWeights
 from moeify.options import SplitOptions
-from moeify.plan import Layout
 
 IDS = torch.arange(4 * 32).view(4, 32)
 

@@ -23,10 +23,10 @@ from moeify.convert.prepare import prepare
 from moeify.convert.search import Point, SearchResult
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
+from moeify.layout import Layout
 from moeify.models.builtin import builtin_documents
 from moeify.models.dense import open_dense
 from moeify.options import SplitOptions
-from moeify.plan import Layout
 from moeify.results import write
 
 compare_module = importlib.import_module("moeify.check.compare")

@@ -21,8 +21,9 @@ from moeify.cli.tables.compare import compare_tables
 from moeify.cli.tables.eval import eval_table
 from moeify.cli.tables.split import LAYER_COLUMNS, layers_table
 from moeify.cli.tables.words import active_rows, key_value_table, layout_words
+from moeify.layout import Layout
 from moeify.options import SplitOptions
-from moeify.plan import LayerPlan, Layout, SplitPlan
+from moeify.plan import LayerPlan, SplitPlan
 from moeify.words import DEFINITIONS
 
 WIDTHS = (24, 40, 60, 80, 120, 250)

@@ -24,9 +24,10 @@ from moeify.convert.search_scores import Absent, OutputChange, OutputCheck, Scor
 from moeify.convert.texts import calibration_text
 from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError, UsageError
+from moeify.layout import Layout
 from moeify.models.dense import open_dense
 from moeify.options import SplitOptions, untracked
-from moeify.plan import Layout, load_plan
+from moeify.plan import load_plan
 from moeify.training.finetune import finetune
 
 LAYERS = 4

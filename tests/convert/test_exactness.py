@@ -16,10 +16,10 @@ from moeify.convert import exactness
 from moeify.convert.exactness import TOLERANCE, Twin, check_target, twin_values
 from moeify.convert.pipeline import split
 from moeify.errors import InputError
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.fingerprint import Fingerprint
 from moeify.options import SplitOptions
-from moeify.plan import Layout
 from moeify.targets import Target
 
 LAYOUT = Layout(8, 2, 6)

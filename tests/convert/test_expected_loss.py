@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from moeify.convert.expected_loss import MEASURED, STATIC, expected_ratio
-from moeify.plan import Layout
+from moeify.layout import Layout
 
 
 @pytest.mark.parametrize("experts", [8, 32, 128])

@@ -5,8 +5,8 @@ import pytest
 from conftest import MakeDense
 
 from moeify.convert.footprint import BLOCKS, stored_as, weights_of
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel, open_dense
-from moeify.plan import Layout
 
 LAYERS, HIDDEN, NEURONS, HEADS, KEYS, VOCAB = 2, 64, 256, 4, 2, 384
 SIZES = {

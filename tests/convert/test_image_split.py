@@ -17,11 +17,11 @@ from moeify.cli.app import run_command
 from moeify.convert.exactness import check_target, make_twin, twin_values
 from moeify.convert.pipeline import split
 from moeify.errors import InputError, MoeifyWarning, UsageError
+from moeify.layout import Layout
 from moeify.models.config import load_config
 from moeify.models.dense import open_dense
 from moeify.models.heads import auto_class
 from moeify.options import SplitOptions
-from moeify.plan import Layout
 
 FEW = SplitOptions(experts=4, active=2, tokens=1024)
 

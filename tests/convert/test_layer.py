@@ -13,8 +13,9 @@ from moeify.calibration import activations as activations_module
 from moeify.calibration.activations import Activations
 from moeify.convert.layer import ConvertedFFN, LayerFit, active_neurons, converted, fit_layer
 from moeify.experts.mixing import UNIT, Mixing, choose_experts
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
-from moeify.plan import SHARED, LayerPlan, Layout
+from moeify.plan import SHARED, LayerPlan
 from moeify.targets import ROUTER_LIMIT
 
 LAYOUTS = {"shared": Layout(8, 3, 5), "routed": Layout(8, 0, 4), "all on": Layout(8, 2, 8), "static": Layout(8, 5, 5)}

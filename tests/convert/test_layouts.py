@@ -18,9 +18,9 @@ from moeify.convert.layouts import _check_width, choose_layout, expert_counts, p
 from moeify.convert.preview import preview
 from moeify.convert.search import search
 from moeify.errors import InputError, MoeifyWarning, UsageError
+from moeify.layout import Layout
 from moeify.models.fingerprint import Fingerprint
 from moeify.options import SplitOptions
-from moeify.plan import Layout
 
 SMOLLM2 = {
     "hidden_size": 576,

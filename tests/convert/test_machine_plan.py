@@ -15,9 +15,9 @@ from moeify.convert.placement import Machine, place
 from moeify.convert.preview import preview
 from moeify.engines import Engine, Shape
 from moeify.errors import InputError, MoeifyWarning, UsageError
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import MachineOptions, SplitOptions
-from moeify.plan import Layout
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 1024, "num_key_value_heads": 2}
 RAM_ONLY = MachineOptions(vram="0", ram_bandwidth=10.0, quality=1.4)

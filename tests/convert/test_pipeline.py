@@ -24,9 +24,10 @@ from moeify.convert.preview import preview
 from moeify.convert.texts import calibration_text
 from moeify.errors import MoeifyWarning, UsageError
 from moeify.export import writer
+from moeify.layout import Layout
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import SplitOptions
-from moeify.plan import SHARED, Layout, load_plan
+from moeify.plan import SHARED, load_plan
 from moeify.targets import ROUTER_SCALE
 from moeify.version import __version__
 

@@ -14,8 +14,8 @@ from moeify.cli.app import run_command
 from moeify.convert.search import Point, SearchResult
 from moeify.convert.search_results import check_drawable, searched_rows, write_frontier
 from moeify.errors import InputError, UsageError
+from moeify.layout import Layout
 from moeify.options import SplitOptions
-from moeify.plan import Layout
 from moeify.results import read
 
 DRAWING = "<svg/>"

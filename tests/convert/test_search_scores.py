@@ -18,9 +18,9 @@ from moeify.convert.layer import converted
 from moeify.convert.prepare import Prepared, prepare
 from moeify.convert.search_scores import OutputChange, OutputCheck, ScoredLayer, score
 from moeify.convert.texts import calibration_text
+from moeify.layout import Layout
 from moeify.models.dense import open_dense
 from moeify.options import SplitOptions
-from moeify.plan import Layout
 
 LAYERS = 4
 LAYOUTS = (Layout(8, 1, 2), Layout(8, 1, 4), Layout(8, 2, 7))

@@ -8,7 +8,7 @@ from moeify import engines, targets
 from moeify.engines import Shape, judge
 from moeify.engines.llama_cpp import NO_FLASH, most_active
 from moeify.errors import UsageError
-from moeify.plan import Layout
+from moeify.layout import Layout
 
 # Routed active experts that load; one more aborts. llama-bench -p 8 -n 2 of llama.cpp 0c1e570 (2026-10-01) on random
 # models of hidden size 32 with so many layers.

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from moeify.experts.mixing import UNIT, Mixing, choose_experts
+from moeify.layout import Layout
 from moeify.options import Fusion, SplitOptions, Style
-from moeify.plan import Layout
 
 SCORES_TR = torch.tensor([[0.5, -1.0, 2.0, 1.0], [3.0, 0.0, -2.0, -4.0], [-1.0, 4.0, 3.9, 0.1]])
 

@@ -24,10 +24,10 @@ from moeify import families, targets
 from moeify.convert.pipeline import split
 from moeify.export.old_config import with_old_keys
 from moeify.export.writer import MoEWriter
+from moeify.layout import Layout
 from moeify.models.config import load_config
 from moeify.models.dense import open_dense
 from moeify.options import SplitOptions
-from moeify.plan import Layout
 from moeify.targets import static_target
 
 OLD = os.environ.get("MOEIFY_TF4", "")

@@ -17,9 +17,10 @@ from moeify.convert.pipeline import split
 from moeify.errors import InputError, UsageError
 from moeify.experts.mixing import UNIT
 from moeify.kernels import register
+from moeify.layout import Layout
 from moeify.modeling.modeling_moeify import Router
 from moeify.options import SplitOptions
-from moeify.plan import Layout, load_plan
+from moeify.plan import load_plan
 from moeify.training.finetune import finetune
 
 OPTIONS = SplitOptions(

@@ -14,10 +14,11 @@ from moeify.check.verify import verify
 from moeify.convert.pipeline import split
 from moeify.errors import InputError, UsageError
 from moeify.kernels import register
+from moeify.layout import Layout
 from moeify.modeling.modeling_moeify import Router
 from moeify.models.stock import load
 from moeify.options import SplitOptions
-from moeify.plan import Layout, load_plan
+from moeify.plan import load_plan
 from moeify.training.finetune import finetune
 
 # gpt2 has two layers here, the second is cut otherwise than the first.

@@ -20,12 +20,12 @@ from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
 from moeify.export.writer import MoEWriter
 from moeify.kernels import register
+from moeify.layout import Layout
 from moeify.modeling.configuration_moeify import config_class
 from moeify.modeling.modeling_moeify import EXPERTS, MoeFFN, Router
 from moeify.models.config import load_config
 from moeify.models.dense import open_dense
 from moeify.options import SplitOptions, Style
-from moeify.plan import Layout
 
 LAYOUTS = [Layout(8, 2, 6), Layout(8, 0, 3), Layout(8, 1, 4, (1,))]
 # Shapes of FFNs and of blocks: a gate or none, biases or none, a module of its own or not.

@@ -18,9 +18,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from moeify import families, targets
 from moeify.convert.exactness import check_target
 from moeify.errors import InputError, MoeifyWarning
+from moeify.layout import Layout
 from moeify.models.config import load_config
 from moeify.models.dense import open_dense
-from moeify.plan import Layout
 
 CODE = "raise SystemExit('a stranger ran')\n"
 

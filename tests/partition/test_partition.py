@@ -12,10 +12,11 @@ from moeify import partition
 from moeify.calibration.activations import Activations, ActivationStats, measure
 from moeify.calibration.regression import cholesky, rank
 from moeify.experts.mixing import choose_experts
+from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
 from moeify.partition import gradient, routed
 from moeify.partition._balanced import balanced_kmeans
-from moeify.plan import SHARED, LayerPlan, Layout
+from moeify.plan import SHARED, LayerPlan
 
 # These look at what a neuron does, not at where it is stored.
 BY_CONTENT = ("energy", "gradient", "kmeans", "marker", "routed")

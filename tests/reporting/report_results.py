@@ -30,7 +30,7 @@ from moeify.check.compare import Comparison, Row
 from moeify.check.loops import LoopResult
 from moeify.check.perplexity import EvalResult
 from moeify.convert.search import Point, SearchResult
-from moeify.plan import Layout
+from moeify.layout import Layout
 from moeify.recipes.limits import Limit
 from moeify.recipes.run import RunResult
 from moeify.reporting.facts import Facts, facts_of

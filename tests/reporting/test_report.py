@@ -28,7 +28,7 @@ from moeify.cli.app import run_command
 from moeify.convert.search import Point as Choice
 from moeify.convert.search import SearchResult
 from moeify.errors import InputError, UsageError
-from moeify.plan import Layout
+from moeify.layout import Layout
 from moeify.reporting import drawings, experts, plots, tables
 from moeify.reporting.facts import facts_of, quality_of
 from moeify.reporting.provenance import split_command

@@ -10,7 +10,7 @@ from torch import Tensor
 from moeify import routers
 from moeify.calibration import regression
 from moeify.calibration.activations import Activations, measure
-from moeify.plan import Layout
+from moeify.layout import Layout
 from moeify.routers import LinearRouter, RoutingTask, membership, representative, ridge
 
 HIDDEN, ROUTED = 16, 6

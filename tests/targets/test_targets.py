@@ -24,11 +24,12 @@ from moeify.convert.pipeline import SplitResult, split
 from moeify.convert.preview import preview
 from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
+from moeify.layout import Layout
 from moeify.models.config import load_config
 from moeify.models.dense import open_dense
 from moeify.models.heads import auto_class
 from moeify.options import SplitOptions
-from moeify.plan import Layout, load_plan
+from moeify.plan import load_plan
 from moeify.routers import LinearRouter
 from moeify.targets import ROUTER_LIMIT, ROUTER_SCALE
 

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from moeify.convert.pipeline import split
 from moeify.experts.mixing import Mixing, choose_experts
+from moeify.layout import Layout
 from moeify.options import SplitOptions
-from moeify.plan import Layout, load_plan
+from moeify.plan import load_plan
 from moeify.training import layers as finetune_layers
 from moeify.training.layers import LayerFFN, _expert_grams, _fit, _ranking_loss, _stored, _student_ffn, _worth
 from moeify.training.model import Student

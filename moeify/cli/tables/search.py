@@ -10,7 +10,7 @@ from moeify.words import explained, ranges
 
 if TYPE_CHECKING:
     from moeify.convert.search import SearchResult
-    from moeify.plan import Layout
+    from moeify.layout import Layout
 
 SHARES = (
     "share: of all FFN parameters, active for a token; --budget bounds it; dense, dropped: layers\n"

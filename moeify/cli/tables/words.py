@@ -9,7 +9,7 @@ from moeify.words import percent, ranges
 
 if TYPE_CHECKING:
     from moeify.engines import Verdict
-    from moeify.plan import Layout
+    from moeify.layout import Layout
 
 
 def key_value_table(title: str, rows: Sequence[tuple[str, str]]) -> Table:

@@ -20,13 +20,14 @@ from moeify.export.gguf.tensors import EMBEDDING, pieces
 from moeify.export.gguf.vocabulary import add_vocabulary, copy_vocabulary
 from moeify.export.gguf.writer import write
 from moeify.export.writer import MoEWriter
+from moeify.layout import Layout
 from moeify.models.config import load_config
 from moeify.models.files import FLOAT_DTYPES, Stored, find_shards, gguf_of, locate, read_headers
 from moeify.models.fingerprint import Fingerprint
 from moeify.models.heads import check_language_model
 from moeify.models.stock import placed
 from moeify.options import ExportOptions, Track, untracked
-from moeify.plan import PLAN_FILE, Layout, SplitPlan, load_plan
+from moeify.plan import PLAN_FILE, SplitPlan, load_plan
 from moeify.progress import shown
 from moeify.resources import check_room
 from moeify.words import listing, percent, printable
