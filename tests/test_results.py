@@ -78,6 +78,7 @@ def test_properties_stand_beside_the_fields() -> None:
         "experts": 8,
         "shared": 1,
         "active": 4,
+        "active_by_layer": [],
         "dense_layers": [0],
         "drop_layers": [],
     }

@@ -24,6 +24,7 @@ from moeify.check.baselines import NeuronOracle, fit_bias_compensated
 from moeify.check.bootstrap import mean_of, mean_ratio, perplexity_of, perplexity_ratio
 from moeify.check.calibrated import warn_of_kind
 from moeify.check.depth_trials import DepthTrial
+from moeify.check.evaluate import suited
 from moeify.check.methods import REFERENCE, Method, methods
 from moeify.check.perplexity import warn_of_few, whole_blocks
 from moeify.check.tasks import Tasks
@@ -41,7 +42,7 @@ from moeify.errors import UsageError, kept_when_interrupted, unknown
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.heads import LANGUAGE_MODELS, auto_name, check_language_model
 from moeify.models.inputs import Inputs, num_blocks, one_behind_other
-from moeify.options import CompareOptions, Names, SplitOptions, Track
+from moeify.options import CompareOptions, EvalOptions, Names, SplitOptions, Track
 from moeify.progress import Resumed, shown
 from moeify.readable import Readable
 from moeify.results import check_writable, write
@@ -148,6 +149,7 @@ def compare(
     base = replace(options, dtype="float32")
     dense = open_dense(model, track)
     prepared = prepare(dense, base, writable=False)
+    data = suited(EvalOptions(tuple(data)), [dense.config]).data
     warn_of_kind({dense.name: prepared.options.calibration}, data)
     experts = prepared.layout.num_experts
     base = replace(base, experts=experts)

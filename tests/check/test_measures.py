@@ -197,7 +197,7 @@ def test_what_no_encoder_does_is_refused(made: Any, make_dense: MakeDense, text:
     base, masked = str(made("BertModel")), str(made("BertForMaskedLM"))
     with pytest.raises(InputError, match="AutoModelForMaskedLM"):
         evaluate([base, masked], [text], tokens=64)
-    with pytest.raises(InputError, match="writes no text"):
+    with pytest.raises(InputError, match="writes nothing of its own for the source self"):
         split(base, tmp_path / "out", SplitOptions(experts=4, tokens=1024, calibration=("self",)))
     with pytest.raises(InputError, match="no mask token"):
         evaluate([make_dense("bert", architectures=["BertForMaskedLM"])], [text], tokens=64)

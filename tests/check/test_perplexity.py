@@ -35,7 +35,7 @@ def test_eval_compare_and_bench_give_one_number(dense: Path, tmp_path: Path) -> 
     texts = Texts.of(open_models([pruned], [str(dense)], lambda items, *_: iter(items)), BenchOptions())
     (measured,) = measure_quality({"dense": load(str(dense))}, "dense", texts.blocks)
     assert measured.num_tokens == result.num_tokens == 8192 // 64 * 63
-    assert [compared.perplexity, measured.perplexity] == pytest.approx([result.perplexity] * 2, rel=1e-4)
+    assert [compared.value, measured.perplexity] == pytest.approx([result.perplexity] * 2, rel=1e-4)
 
 
 def test_the_defaults_are_the_same() -> None:

@@ -431,7 +431,7 @@ def test_the_options_of_a_search_reach_it(monkeypatch: pytest.MonkeyPatch) -> No
         "a",
     ]
     for name, value in values.items():
-        command += [f"--{name}", str(value)]
+        command += [f"--{name.replace('_', '-')}", str(value)]
     assert run_command(command) == 3
     assert seen == [("some/model", 0.6, SplitOptions(calibration=("a",), **values), "beam", 5)]
     assert run_command(["search", "some/model"]) == 3

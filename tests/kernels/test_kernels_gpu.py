@@ -430,7 +430,7 @@ def test_backward_keeps_inputs_and_pre_activations_alone(device: str, dtype: tor
     allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out_TD = forward(moe_ffn, tensors | leaves, shape)
-    for weights in ("up", "down"):
+    for weights in ("up", "down", *(["bias"] if shape.biased else [])):
         kept.pop(tensors[weights].data_ptr())
     slots, rows = shape.tokens * shape.ranks, shape.width * (2 if shape.gated else 1)
     pre_activations = slots * rows * dtype.itemsize

@@ -615,14 +615,14 @@ def test_reading_a_benchmark_imports_no_transformers(tmp_path: Path) -> None:
 def test_a_perplexity_that_was_not_finite_is_named_and_not_drawn(tmp_path: Path) -> None:
     results.write(tmp_path, results.smollm2(2, 4))
     results.write_others(tmp_path)
-    for name, place in (("compare.json", "rows"), ("search.json", "frontier")):
+    for name, place, field in (("compare.json", "rows", "value"), ("search.json", "frontier", "perplexity")):
         values = json.loads((tmp_path / name).read_text())
-        values[place][1]["perplexity"] = None
+        values[place][1][field] = None
         (tmp_path / name).write_text(json.dumps(values))
     run = read_run(tmp_path)
     assert run.compared is not None
     assert run.searched is not None
-    assert math.isnan(run.compared.value.rows[1].perplexity)
+    assert math.isnan(run.compared.value.rows[1].value)
     assert math.isnan(run.searched.value.frontier[1].perplexity)
     page = Page(report(tmp_path).out.read_text())
     assert re.search(r"CMoE\s+50 %\s+nan", page.text)

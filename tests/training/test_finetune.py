@@ -396,7 +396,7 @@ def test_errors_say_what_is_wrong(cut: Cut, taught: Path, tmp_path: Path, make_d
     empty.write_text("")
     short.write_text("Three words only.")
     for source in (empty, short):
-        with pytest.raises(InputError, match=rf"gives .* tokens, {OPTIONS.tokens:,} were asked for"):
+        with pytest.raises(InputError, match=r"gives \d+ tokens, one block has 64"):
             _run(moe, taught, out, data=(str(source),))
     with pytest.raises(InputError, match="no block of 64 tokens"):
         _run(moe, taught, out, eval_data=(str(short),))
