@@ -1,17 +1,8 @@
-"""BART: an encoder and a decoder of text; FFNs without a gate, with biases."""
+"""BART: an encoder and a decoder of text; blocks as Whisper's."""
 
-from moeify.families import TINY_PAIR, Family, FFNFormat
+from dataclasses import replace
 
-FAMILY = Family(
-    "bart",
-    blocks=("model.encoder.layers", "model.decoder.layers"),
-    read="fc1",
-    write="fc2",
-    between=("activation_fn",),
-    auto="AutoModelForSeq2SeqLM",
-    ffn=FFNFormat(gate=None, up="fc1", down="fc2"),
-    activation="activation_function",
-    width="encoder_ffn_dim",
-    narrowed=lambda _, neurons: dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), neurons),
-    tiny=TINY_PAIR,
-)
+from moeify.families import TINY_PAIR
+from moeify.families.whisper import FAMILY as WHISPER
+
+FAMILY = replace(WHISPER, model_type="bart", auto="AutoModelForSeq2SeqLM", modality="text", tiny=TINY_PAIR)
