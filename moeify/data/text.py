@@ -100,7 +100,7 @@ def calibration_blocks(
         names = ", ".join(part.source for part in drawn)
         raise InputError(f"{names} gives {found:,} tokens, {num_tokens:,} were asked for", f"--tokens {found}")
     if short:
-        warn(f"all tokens there are come from {', '.join(short)}, and more from the other sources")
+        warn(f"{', '.join(short)} gives all its tokens, and the other sources give more")
     parts = []
     for part in drawn:
         needed = part.num_blocks * context

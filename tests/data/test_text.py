@@ -358,7 +358,9 @@ def test_a_short_source_gives_all_it_has_and_the_others_more(
 
     even = draw(3600)
     assert even.ids_BC.shape == (36, 100)
-    with pytest.warns(MoeifyWarning, match=r"come from .*b\.txt \(1,2\d\d\), .*c\.txt \(1,5\d\d\), and more from"):
+    with pytest.warns(
+        MoeifyWarning, match=r"b\.txt \(1,2\d\d\), .*c\.txt \(1,5\d\d\) gives all its tokens, and the other"
+    ):
         uneven = draw(5000)
     assert uneven.ids_BC.shape == (50, 100)
     of_b = ((uneven.ids_BC >= 6000) & (uneven.ids_BC < 8000)).sum()
