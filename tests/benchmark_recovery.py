@@ -71,6 +71,7 @@ class Row:
         adaptive: a token gets the experts whose score is above its layer's threshold, `active` in the mean.
         allocate: training finds out how many of the active experts each layer is worth, by the slope of the loss.
         local: tokens, epochs and rate of training gate, up and down of one FFN at a time.
+        window: with `local`, blocks whose FFNs are trained together, attention between them; 0 is one FFN alone.
         tokens, rate, batch, routers: distillation, in steps of `batch` blocks; routers are frozen, or learn by
             exploration or by a straight-through gradient of all experts.
     """
@@ -83,6 +84,7 @@ class Row:
     adaptive: bool = False
     allocate: bool = False
     local: tuple[int, int, float] | None = None
+    window: int = 0
     tokens: int = 0
     rate: float = 3e-4
     batch: int = 4
@@ -109,6 +111,12 @@ def rows() -> dict[str, Row]:
         "1M": (1024 * K, 1, 1e-3),
     }.items():
         table[f"24 experts, local {name}"] = replace(few, local=local)
+    half = Row(96, 48, calibration=16 * K, adaptive=True)
+    table |= {"96 experts, 50 %, adaptive": half, "96 experts, 50 %, adaptive, 64k": replace(half, tokens=64 * K)}
+    for window in (1, 2, 6):
+        trained = replace(half, local=(64 * K, 1, 3e-4), window=window)
+        table[f"96 experts, 50 %, adaptive, windows of {window}"] = trained
+        table[f"96 experts, 50 %, adaptive, windows of {window}, 64k"] = replace(trained, tokens=64 * K)
     for routers in ("frozen", *SOFTNESS):
         table[f"24 experts, 524k, {routers}"] = replace(few, tokens=512 * K, routers=routers)
     for rate in (1e-4, 3e-4, 6e-4, 1e-3):
@@ -207,6 +215,59 @@ def train_locally(row: Row, ffns: list[MaskedFFN], model: str, ids_BC: Tensor, d
                 schedule.step()
         with torch.no_grad():
             stream.advance(torch.cat([ffn(part) for part in inputs_TD.split(1 << 14)]))
+
+
+def train_windows(row: Row, student: Any, teacher: Any, ids_BC: Tensor, device: str) -> None:
+    """Gate, up and down of the FFNs of a few blocks at a time, on the stream that the blocks before them give.
+
+    The target is the dense model's stream behind the window, so that later FFNs mend what earlier ones lost.
+    """
+    assert row.local is not None
+    tokens, epochs, rate = row.local
+    ids_BC = ids_BC[: tokens // CONTEXT].to(device)
+    with torch.no_grad():
+        stream_BCD, goal_BCD = student.model.embed_tokens(ids_BC), teacher.model.embed_tokens(ids_BC)
+    places = student.model.rotary_emb(stream_BCD, torch.arange(CONTEXT, device=device)[None])
+    layers = list(range(len(student.model.layers)))
+    for window in (layers[first : first + row.window] for first in range(0, len(layers), row.window)):
+        with torch.no_grad():
+            before_BCD = goal_BCD
+            goal_BCD = _through(teacher, window, goal_BCD, places, device)
+            norm_BC1 = (goal_BCD - before_BCD).norm(dim=-1, keepdim=True)
+            weight_BC1 = (CLIP_NORM * norm_BC1.median() / norm_BC1.clamp(min=1e-9)).clamp(max=1)
+            scale = float(((goal_BCD - before_BCD) * weight_BC1).square().mean())
+        ffns = [student.model.layers[layer].mlp for layer in window]
+        steps = epochs * (len(ids_BC) // row.batch)
+        parts = [part for ffn in ffns for part in (ffn.gate_FD, ffn.up_FD, ffn.down_DF)]
+        optimizer = torch.optim.AdamW(parts, rate, (0.9, 0.95), weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_cosine, steps=steps, warm=4))
+        for some_B in (some_B for _ in range(epochs) for some_B in torch.randperm(len(ids_BC)).split(row.batch)):
+            outputs_BCD = _through(student, window, stream_BCD[some_B], places, device)
+            loss = ((outputs_BCD.float() - goal_BCD[some_B]) * weight_BC1[some_B]).square().mean() / scale
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        with torch.no_grad():
+            adaptive = [ffn for ffn in ffns if ffn.threshold_1 is not None]
+            for ffn in adaptive:
+                ffn.settles = True
+            _through(student, window, stream_BCD[:SETTLE_BLOCKS], places, device, blocks=SETTLE_BLOCKS)
+            for ffn in adaptive:
+                ffn.settles = False
+            stream_BCD = _through(student, window, stream_BCD, places, device)
+
+
+def _through(model: Any, window: list[int], stream_BCD: Tensor, places: Any, device: str, blocks: int = 4) -> Tensor:
+    """The stream behind some layers."""
+    parts = []
+    for inputs_BCD in stream_BCD.split(blocks):
+        part_BCD = inputs_BCD
+        with torch.autocast(device, torch.bfloat16):
+            for layer in window:
+                part_BCD = model.model.layers[layer](part_BCD, attention_mask=None, position_embeddings=places)
+        parts.append(part_BCD)
+    return torch.cat(parts)
 
 
 def distil(row: Row, student: Any, teacher: Any, ids_BC: Tensor, device: str, seconds: float | None) -> int:
@@ -308,13 +369,15 @@ def measure(work: tuple[str, Row | None, argparse.Namespace, Tensor, dict[str, T
     if row is not None:
         # Written by this run's own processes.
         ffns = torch.load(start_file(row, asked), weights_only=False, map_location=asked.device)
-        if row.local is not None:
+        if row.local is not None and not row.window:
             train_locally(row, ffns, asked.model, ids_BC, asked.device)
         for block, ffn in zip(student.model.layers, ffns, strict=True):
             block.mlp = ffn
+        teacher = load(asked.model, asked.device).requires_grad_(False).to(torch.bfloat16)
+        if row.window:
+            train_windows(row, student, teacher, ids_BC, asked.device)
         if row.tokens:
             figures["before"] = evaluation(student, texts, asked.device)
-            teacher = load(asked.model, asked.device).requires_grad_(False).to(torch.bfloat16)
             figures["tokens"] = distil(row, student, teacher, ids_BC, asked.device, asked.seconds)
             figures["experts"] = [ffn.chosen for ffn in ffns] if row.allocate else None
     figures |= evaluation(student, texts, asked.device)
