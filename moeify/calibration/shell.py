@@ -187,7 +187,7 @@ class Shell:
         """
         embedding = base.get_input_embeddings()
         name = prefix + next(name for name, module in base.named_modules() if module is embedding) + ".weight"
-        used_U, ids_BC = ids_BC.unique(return_inverse=True)
+        used_U, ids_BC = _renumbered(ids_BC, getattr(base.config, "pad_token_id", None))
         table_UD = self._model.get([self._model.tied.get(name, name)])
         table = nn.Parameter(next(iter(table_UD.values()))[used_U].to(self._device, self._dtype), requires_grad=False)
         whole = embedding.weight
@@ -231,6 +231,21 @@ class Shell:
         state = {name: tensors[stored].to(self._device, self._dtype) for name, stored in names.items()}
         module.load_state_dict(state, assign=True, strict=False)
         module.to(self._device)
+
+
+def _renumbered(ids_BC: Tensor, padding: int | None) -> tuple[Tensor, Tensor]:
+    """Words that a text uses, and the text in numbers of these; that of padding stays padding's alone.
+
+    Some models tell positions by the words that are no padding, as RoBERTa does.
+    """
+    used_U, numbers_BC = ids_BC.unique(return_inverse=True)
+    others_U = used_U[used_U != padding]
+    if padding is None or padding > len(others_U):
+        return used_U, numbers_BC
+    used_U = torch.cat([others_U[:padding], others_U.new_tensor([padding]), others_U[padding:]])
+    numbers = torch.zeros(int(used_U.max()) + 1, dtype=ids_BC.dtype)
+    numbers[used_U] = torch.arange(len(used_U), dtype=ids_BC.dtype)
+    return used_U, numbers[ids_BC]
 
 
 def _noted(passages: list[Passage], encoded: Mapping[str, Any]) -> list[Call]:
