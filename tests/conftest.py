@@ -24,7 +24,7 @@ if not torch.cuda.is_available():
 
 from transformers import AutoConfig, AutoTokenizer
 
-from moeify import families
+from moeify import families, targets
 from moeify.models.builtin import BuiltinRecipe, builtin_documents, builtin_model, train_tokenizer
 from moeify.models.ffn import FFNWeights
 from moeify.models.heads import auto_class
@@ -41,12 +41,18 @@ FAMILY_OF = {
     "lfm2_moe": "lfm2",
     "qwen3_5_moe_text": "qwen3_5_text",
     "qwen3_moe": "qwen3",
+    "qwen3_vl_moe_text": "qwen3_vl",
 }
 
 
 def family_of(target: str) -> str:
     """A family to try a target with."""
     return FAMILY_OF.get(target, "llama")
+
+
+def target_of(name: str) -> targets.Target:
+    """A target as that family's models have it."""
+    return targets.find(name, families.find(family_of(name)))
 
 
 CONTEXT = 64

@@ -15,40 +15,20 @@ leaves the encoder's hidden states, which every block of the decoder sees from t
 Legend: B blocks (texts, images) of C tokens, T = B * C tokens, D hidden size, V vocabulary.
 """
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils._pytree import tree_map
 
-from moeify.calibration.blocks import Arrived, Beside, Block, Call, Passage, copy_sharing
+from moeify.calibration.blocks import Beside, Block, Call
 from moeify.calibration.overflow import LARGEST, check_activations
+from moeify.calibration.shell import DECODER, Shell, Source
 from moeify.calibration.store import IN_MEMORY, Store, stretches
-from moeify.families import Sites
 from moeify.models.ffn import CHUNK_TOKENS
-from moeify.models.inputs import num_blocks, output_of, some_blocks, uncached
-
-# What the names of a decoder's inputs begin with.
-DECODER = "decoder_"
-
-
-class Source(Protocol):
-    """What a stream needs of a model: a DenseModel on disk, or one that is loaded."""
-
-    @property
-    def sites(self) -> tuple[Sites, ...]: ...
-
-    @property
-    def skeleton(self) -> Any: ...
-
-    @property
-    def tied(self) -> Mapping[str, str]: ...
-
-    def get(self, names: Iterable[str]) -> dict[str, Tensor]: ...
+from moeify.models.inputs import num_blocks, some_blocks
 
 
 class HiddenStream:
@@ -73,8 +53,7 @@ class HiddenStream:
         *,
         store: Store = IN_MEMORY,
     ) -> None:
-        self._model, self._sites = model, model.sites
-        lengths = [len(model.skeleton.get_submodule(sites.blocks)) for sites in self._sites]
+        lengths = [len(model.skeleton.get_submodule(sites.blocks)) for sites in model.sites]
         # Numbers of the first block of each list, and of the one behind the last.
         self._starts = [sum(lengths[:place]) for place in range(len(lengths) + 1)]
         # Which list of blocks the hidden states are in, and those that an encoder has given.
@@ -83,6 +62,7 @@ class HiddenStream:
         # What the block before this one gave beside hidden states, and what this one did.
         self._beside: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
         self._device, self._dtype, self._store = torch.device(device), dtype, store
+        self._shell = Shell(model, self._device, dtype)
         self._num_blocks = num_blocks(inputs)
         # Whose values matter no more where hidden states are given behind the last layer.
         self._first = some_blocks(inputs, slice(0, 1))
@@ -107,7 +87,8 @@ class HiddenStream:
         """
         self.reach(layer)
         self._beside = self._beside[1], ()
-        block, self._layer = self._load(layer), layer
+        number, self._layer = layer - self._starts[self._place], layer
+        block = self._shell.block(self._place, number, self._arguments[number])
         if block.kind not in self._adds_up:
             self._adds_up[block.kind] = block.adds_up(self._at(slice(0, 1)), self._known(slice(0, 1)))
         self._waiting = None if self._adds_up[block.kind] else block
@@ -205,22 +186,14 @@ class HiddenStream:
         Raises:
             InputError: they may not be finite.
         """
-        head = self._model.skeleton.get_output_embeddings()
-        names = [name for name, module in self._model.skeleton.named_modules() if module is head]
-        if not names or "input_ids" not in self._first or self._later:
+        weight_VD = self._shell.head() if "input_ids" in self._first and not self._later else None
+        if weight_VD is None:
             for output in self.outputs(range(self._num_blocks)):
                 check_activations(output, "behind the last layer: the model's outputs")
             return
-        stored = f"{names[0]}.weight"
-        weight_VD = next(iter(self._model.get([self._model.tied.get(stored, stored)]).values()))
         steepest = max(abs(float(end)) for end in weight_VD.aminmax()) * weight_VD.shape[1]
-        outer, passages = self._outer()
-        base = outer.base_model
-        base.set_input_embeddings(nn.Identity())
-        self._fill_base(outer)
-        for block in range(self._num_blocks):
-            passages[-1][-1].gives = hidden_1CD = self._at(slice(block, block + 1))
-            normed_1CD = base(inputs_embeds=self._embedded(hidden_1CD), **uncached(base))[0]
+        hidden = (self._at(slice(block, block + 1)) for block in range(self._num_blocks))
+        for normed_1CD in self._shell.below_head(hidden):
             check_activations(normed_1CD * steepest, "behind the last layer: the logits, by their bound,", LARGEST**2)
 
     @torch.no_grad()
@@ -244,107 +217,32 @@ class HiddenStream:
         check_activations(losses_BL, "behind the last layer: the losses")
         return losses_BL
 
-    @torch.no_grad()
     def outputs(self, blocks: Iterable[int]) -> Iterator[Tensor]:
         """After the last layer: what the model gives for each of these blocks, logits_CV of a language model."""
-        outer, passages = self._outer()
-        text = "input_ids" in self._first or bool(self._later)
-        if text:
-            outer.set_input_embeddings(nn.Identity())
-        self._fill_base(outer)
-        for name, part in outer.named_children():
-            # Heads beside what stands below them, or among its parts.
-            if part is not outer.base_model:
-                self._fill(part, f"{name}.")
-        for block in blocks:
-            rows = slice(block, block + 1)
-            passages[-1][-1].gives = hidden_1CD = self._at(rows)
-            if self._later:
-                inputs = {f"{DECODER}inputs_embeds": self._embedded(hidden_1CD), **self._given_encoded(rows)}
-            else:
-                inputs = {"inputs_embeds": self._embedded(hidden_1CD)} if text else self._called_with(self._first)
-            yield output_of(outer(**inputs, **uncached(outer)))[0]
-
-    def _embedded(self, hidden_1CD: Tensor) -> Tensor:
-        """What stands for embeddings whose values matter no more; some models make them wider for their blocks."""
-        width = self._model.skeleton.get_input_embeddings().weight.shape[1]
-        return hidden_1CD if width == hidden_1CD.shape[2] else hidden_1CD.new_zeros(*hidden_1CD.shape[:2], width)
-
-    def _called_with(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Inputs where the arithmetic runs, and in its type but for those that are numbers of something."""
-        return {
-            name: tensor.to(self._device, self._dtype if tensor.is_floating_point() else tensor.dtype)
-            for name, tensor in inputs.items()
-        }
+        rows = (slice(block, block + 1) for block in blocks)
+        return self._shell.outputs(self._first, ((self._at(one), self._given_encoded(one)) for one in rows))
 
     def _given_encoded(self, rows: slice) -> dict[str, Any]:
         """What a model takes instead of running its encoder."""
-        return {"encoder_outputs": (self._widened(self._encoded_BCD[rows]),)}
+        return {"encoder_outputs": (self._widened(self._encoded_BCD[rows]),)} if self._place else {}
 
     @torch.no_grad()
     def reach(self, layer: int) -> None:
         """Leave an encoder if this is a block of the decoder; else the stream is there already."""
-        if self._place + 1 < len(self._sites) and layer >= self._starts[self._place + 1]:
-            self._encoded_BCD = self._store.collect(self._encode(), self._num_blocks)
+        if self._place + 2 < len(self._starts) and layer >= self._starts[self._place + 1]:
+            hidden = (self._at(rows) for rows in self._chunks(self._hidden_BCD))
+            first = {name: tensor for name, tensor in self._first.items() if name not in self._later}
+            encoded = self._shell.encode(self._place, first, hidden)
+            self._encoded_BCD = self._store.collect(encoded, self._num_blocks)
             self._place, self._beside, self._adds_up = self._place + 1, ((), ()), {}
             self._hidden_BCD, self._arguments = self._enter(self._later)
             check_activations(self._hidden_BCD, "in front of the decoder: the hidden states")
 
-    def _encode(self) -> Iterator[Tensor]:
-        """What the encoder gives for the hidden states behind its last block."""
-        outer, passages = self._outer()
-        base = outer.base_model
-        self._fill_base(outer)
-        encoded: list[Tensor] = []
-
-        def arrive(_: nn.Module, __: Any, output: Any) -> None:
-            encoded.append(output[0])
-            raise Arrived
-
-        base.get_encoder().register_forward_hook(arrive)
-        first = {name: tensor for name, tensor in self._first.items() if name not in self._later}
-        for rows in self._chunks(self._hidden_BCD):
-            passages[self._place][-1].gives = hidden_BCD = self._at(rows)
-            with contextlib.suppress(Arrived):
-                base(**self._called_with({n: t.expand(len(hidden_BCD), *t.shape[1:]) for n, t in first.items()}))
-            yield encoded.pop()
-
     @torch.no_grad()
     def _enter(self, inputs: Mapping[str, Tensor]) -> tuple[Tensor, list[Call]]:
         """Hidden states in front of a list of blocks, and what the stock model passes to each block beside them."""
-        outer, lists = self._outer()
-        base, passages = outer.base_model, lists[self._place]
-        prefix = f"{outer.base_model_prefix}." if base is not outer else ""
-        for name in inputs:
-            if name.endswith("input_ids"):
-                inputs = {**inputs, name: self._look_up(base, prefix, inputs[name])}
-        self._fill_base(outer)
-        encoded: dict[str, Any] = {}
-
-        def enter(rows: slice) -> Tensor:
-            encoded.update(self._given_encoded(rows) if self._place else {})
-            with contextlib.suppress(Arrived):
-                base(**self._called_with(some_blocks(inputs, rows)), **encoded, **uncached(base))
-            return passages[0].hidden_BCD
-
-        # With one block, so that what is noted fits any number of them.
-        passages[-1].stops = True
-        first_1CD = enter(slice(0, 1))
-        calls = self._noted(passages, encoded)
-        passages[0].stops = True
-        whole_BCD = first_1CD.expand(self._num_blocks, -1, -1)
-        hidden = (enter(rows) for rows in self._chunks(whole_BCD))
+        hidden, calls = self._shell.enter(self._place, inputs, self._num_blocks, self._given_encoded)
         return self._store.collect(hidden, self._num_blocks), calls
-
-    @staticmethod
-    def _noted(passages: list[Passage], encoded: Mapping[str, Any]) -> list[Call]:
-        """The calls, with words for what only a run of the blocks before gives."""
-        calls, before = [], [(id(states), Beside(None)) for given in encoded.values() for states in given]
-        for passage, previous in zip(passages, [None, *passages[:-1]], strict=True):
-            given = enumerate((previous.beside if previous is not None else None) or ())
-            words = dict([*before, *((id(value), Beside(place)) for place, value in given if value is not None)])
-            calls.append(tree_map(lambda leaf, words=words: words.get(id(leaf), leaf), passage.call))
-        return calls
 
     def _known(self, rows: slice) -> dict[Beside, Any]:
         """What stands in calls for what the stream knows, for some blocks of tokens."""
@@ -352,67 +250,6 @@ class HiddenStream:
         if self._place:
             known[Beside(None)] = self._widened(self._encoded_BCD[rows])
         return known
-
-    def _look_up(self, base: Any, prefix: str, ids_BC: Tensor) -> Tensor:
-        """Give the model the embeddings that the text uses, and return the ids by which it finds them there.
-
-        A whole vocabulary in float32 may be larger than a block.
-        """
-        embedding = base.get_input_embeddings()
-        name = prefix + next(name for name, module in base.named_modules() if module is embedding) + ".weight"
-        used_U, ids_BC = ids_BC.unique(return_inverse=True)
-        table_UD = self._model.get([self._model.tied.get(name, name)])
-        table = nn.Parameter(next(iter(table_UD.values()))[used_U].to(self._device, self._dtype), requires_grad=False)
-        whole = embedding.weight
-        for module in base.modules():
-            # Encoder and decoder have one each, which share a table.
-            if isinstance(module, nn.Embedding) and module.weight is whole:
-                module.weight, module.padding_idx = table, None
-        return ids_BC
-
-    def _outer(self) -> tuple[Any, list[list[Passage]]]:
-        """The stock model with passages instead of blocks, by list; its parameters are not filled yet."""
-        outer = copy_sharing(self._model.skeleton, [sites.blocks for sites in self._sites])
-        lists = []
-        for sites in self._sites:
-            blocks: Any = self._model.skeleton.get_submodule(sites.blocks)
-            lists.append([Passage(block, sites) for block in blocks])
-            outer.set_submodule(sites.blocks, nn.ModuleList(lists[-1]))
-        return outer, lists
-
-    def _fill_base(self, outer: Any) -> None:
-        """Fill the model below its head, of one that reads text in a part of its own that part alone."""
-        base = outer.base_model
-        if base is outer and (head := outer.get_output_embeddings()) is not None:
-            # Its head is one of its parts.
-            for name, part in outer.named_children():
-                if part is not head:
-                    self._fill(part, f"{name}.")
-            return
-        prefix = f"{outer.base_model_prefix}." if base is not outer else ""
-        reader = getattr(base, "language_model", None)
-        self._fill(*((base, prefix) if reader is None else (reader, f"{prefix}language_model.")))
-
-    def _fill(self, module: nn.Module, prefix: str) -> None:
-        """Load what is not there yet, and put the module on the device."""
-        buffers = {name for name, _ in module.named_buffers()}
-        names = [name for name, tensor in module.state_dict().items() if tensor.is_meta or name in buffers]
-        self._assign(module, {name: self._model.tied.get(prefix + name, prefix + name) for name in names})
-
-    def _assign(self, module: nn.Module, names: Mapping[str, str]) -> None:
-        tensors = self._model.get(dict.fromkeys(names.values()))
-        state = {name: tensors[stored].to(self._device, self._dtype) for name, stored in names.items()}
-        module.load_state_dict(state, assign=True, strict=False)
-        module.to(self._device)
-
-    def _load(self, layer: int) -> Block:
-        """One block with weights, its FFN replaced."""
-        sites, number = self._sites[self._place], layer - self._starts[self._place]
-        prefix = f"{sites.blocks}.{number}"
-        module = copy_sharing(self._model.skeleton.get_submodule(prefix))
-        block = Block(module, sites, self._arguments[number])
-        self._assign(module, {name: f"{prefix}.{name}" for name in module.state_dict()})
-        return block
 
     def _at(self, rows: slice) -> Tensor:
         """Hidden states of some blocks as they are computed with."""

@@ -14,6 +14,7 @@ from moeify.check.tasks import Tasks
 from moeify.check.tasks_results import TaskResult
 from moeify.command_line import names_of
 from moeify.data.images import DIGITS
+from moeify.errors import InputError
 from moeify.kernels import register
 from moeify.models import stock
 from moeify.models.config import load_config
@@ -23,6 +24,7 @@ from moeify.models.heads import LANGUAGE_MODELS, auto_name, modality_of
 from moeify.options import DType, EvalOptions, Names, Track
 from moeify.progress import shown
 from moeify.readable import Readable, Rows
+from moeify.words import listing
 
 
 @dataclass(frozen=True, repr=False)
@@ -111,8 +113,18 @@ def evaluate(
 
 
 def suited(options: EvalOptions, configs: Sequence[Any]) -> EvalOptions:
-    """The options with data of the models' kind where nobody said which."""
-    if {modality_of(config) for config in configs} != {"image"} or options.data != EvalOptions.data:
+    """The options with data of the models' kind where nobody said which.
+
+    Raises:
+        InputError: models of several kinds.
+    """
+    kinds = {modality_of(config) for config in configs}
+    if len(kinds) > 1:
+        raise InputError(
+            f"models of {listing(sorted(kinds))} stand side by side, expected models that take the same",
+            "measure each kind by a call of its own",
+        )
+    if kinds != {"image"} or options.data != EvalOptions.data:
         return options
     names = [set((config.id2label or {}).values()) for config in configs]
     tasks = (DIGITS[0],) if not options.tasks and all({*map(str, range(10))} == one for one in names) else options.tasks

@@ -19,7 +19,7 @@ from moeify.errors import InputError, warn
 from moeify.models import stock
 from moeify.models.dense import DenseModel
 from moeify.models.device import halves_are_fast
-from moeify.models.heads import class_of, decoder_start
+from moeify.models.heads import LANGUAGE_MODELS, auto_name, class_of, decoder_start
 from moeify.models.image_processor import ImageProcessor
 from moeify.models.inputs import Inputs
 from moeify.models.sound_processor import SoundProcessor
@@ -142,10 +142,9 @@ def calibration_text(prepared: "Prepared") -> TokenBlocks:
     """The calibration tokens, checked against the model's vocabulary."""
     options, dense = prepared.options, prepared.dense
     if set(options.calibration) <= set(BUILTIN) and dense.name != EMBEDDED:
-        own = "" if dense.family.is_pair else ", and self"
         warn(
             f"{dense.name} is calibrated on Python's reference alone, and loses more on other text: "
-            f"--calibration takes text like yours, several texts{own}"
+            f"--calibration takes text like yours, several texts{_and_self(dense)}"
         )
 
     def sample(num_tokens: int, context: int, seed: int) -> Tensor:
@@ -175,7 +174,7 @@ def calibration_text(prepared: "Prepared") -> TokenBlocks:
     )
     around = [torch.tensor(ids, dtype=torch.int64).expand(len(blocks.ids_BC), -1) for ids in (before, after)]
     blocks = replace(blocks, ids_BC=torch.cat([around[0], blocks.ids_BC, around[1]], dim=1))
-    _warn_of_one_kind(options.calibration, blocks)
+    _warn_of_one_kind(dense, options.calibration, blocks)
     largest = int(blocks.ids_BC.max())
     if largest >= dense.text_config.vocab_size:
         raise InputError(
@@ -185,11 +184,16 @@ def calibration_text(prepared: "Prepared") -> TokenBlocks:
     return blocks
 
 
-def _warn_of_one_kind(sources: Sequence[str], blocks: TokenBlocks) -> None:
+def _warn_of_one_kind(dense: DenseModel, sources: Sequence[str], blocks: TokenBlocks) -> None:
     """Of one source with few documents; that the embedded text is of one kind is said in other words."""
     few = blocks.provenance.num_documents < FEW_DOCUMENTS
     if len(sources) == 1 and few and not set(sources) <= {*BUILTIN, "self"}:
         warn(
             f"the calibration text is of one kind, documents in {sources[0]}: {blocks.provenance.num_documents}; "
-            "--calibration takes several texts, and self"
+            f"--calibration takes several texts{_and_self(dense)}"
         )
+
+
+def _and_self(dense: DenseModel) -> str:
+    """A further source, of a model that writes text."""
+    return ", and self" if auto_name(dense.config) in LANGUAGE_MODELS else ""

@@ -129,7 +129,7 @@ def read_images(source: str, seed: int | None = None) -> Iterator[Labelled]:
         near = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         similar = nearest(path.name, [*near, *DIGITS])
         guess = f"did you mean {path.with_name(similar) if similar in near else similar}? " if similar else ""
-        raise InputError(f"there is no source of images {source}", f"{guess}A source is {KINDS}")
+        raise InputError(f"there is no source of images {source}", f"{guess}a source is {KINDS}")
     records = hub_records(
         source, hub["name"], hub["config"] or None, hub["split"] or "train", instead="local images, or `digits`"
     )
@@ -232,7 +232,9 @@ def opened_image(file: Any, name: str = "") -> Any:
         image.load()
     except Exception as error:
         # Its decoders raise many unrelated types.
-        raise InputError(f"{name or file} is not a readable image: {first_line(error)}", "write it again") from error
+        raise InputError(
+            f"{name or file} is not a readable image: {first_line(error)}", f"a source is {KINDS}"
+        ) from error
     return image
 
 

@@ -90,7 +90,9 @@ def draw(
         UsageError: no source, one named twice, or fewer items than sources.
         InputError: a source has too few.
     """
-    if not sources or len(set(sources)) < len(sources):
+    if not sources:
+        raise UsageError(f"no source of {kind} is named, and none is built in", hint)
+    if len(set(sources)) < len(sources):
         raise UsageError(f"{len(sources)} sources of {kind}, expected one or more, each named once", hint)
     if number < len(sources):
         raise UsageError(

@@ -26,4 +26,5 @@ FAMILY = Family(
         "vision_start_token_id": 125,
         "vision_end_token_id": 124,
     },
+    holders={"qwen3_vl_moe_text": "qwen3_vl_moe"},
 )

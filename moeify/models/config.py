@@ -14,6 +14,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
 from transformers import AutoConfig
 from transformers.initialization import no_init_weights
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -31,13 +32,15 @@ from moeify.models.config_fields import (
     check_tokens,
     refused,
 )
-from moeify.models.heads import auto_class
+from moeify.models.heads import auto_class, class_of
 from moeify.models.json_files import read_mapping, shown
 from moeify.models.rotary import rotary_fault
 from moeify.options import Style
 
 CONFIG_FILE = "config.json"
 LIMIT_BYTES = 1 << 24
+# Of a tensor that is not stored: 16,384 positions of 1,024 numbers.
+LIMIT_COMPUTED = 1 << 24
 # How the name of a tensor begins that belongs to another part than the one that reads text.
 TOWER = re.compile(r"^(?:model\.)?(?:vision|visual|audio)")
 # A number takes at least half a byte of a file, whatever it is quantised to, and tied ones are there once.
@@ -101,6 +104,40 @@ def empty_model(config: Any, *, buffers: bool) -> Any:
             f"transformers cannot build the {config.model_type}{place}: {first_line(error)}",
             "expected the config of a model that stock transformers holds",
         ) from error
+
+
+def computed_names(model: Any) -> list[str]:
+    """Parameters that a stock model never saves and computes itself, as Marian does its positions."""
+    never = model._keys_to_ignore_on_save or ()
+    return [name for name, _ in model.named_parameters() if name in never]
+
+
+def check_computed(config: Any) -> None:
+    """Refuse a config by which the stock model would compute more than any does; no file bounds it.
+
+    Raises:
+        InputError: it would.
+    """
+    if not class_of(config)._keys_to_ignore_on_save:
+        return
+    model = empty_model(config, buffers=False)
+    for name in computed_names(model):
+        if (size := model.get_parameter(name).numel()) > LIMIT_COMPUTED:
+            raise InputError(
+                f"{name} would be {size:,} numbers, expected at most {LIMIT_COMPUTED:,}",
+                "config.json gives its sizes: correct max_position_embeddings",
+            )
+
+
+@torch.no_grad()
+def compute(model: Any, names: Iterable[str]) -> None:
+    """Give a model without weights those of `computed_names`, in place."""
+    for name in names:
+        place, _, attribute = name.rpartition(".")
+        module = model.get_submodule(place)
+        shape = module.get_parameter(attribute).shape
+        setattr(module, attribute, nn.Parameter(torch.empty(shape), requires_grad=False))
+        model._init_weights(module)
 
 
 def check_layers(config: Any, blocks: str | Iterable[str], names: Iterable[str]) -> None:

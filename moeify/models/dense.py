@@ -20,7 +20,7 @@ from moeify.errors import InputError, warn
 from moeify.families import Blocks, Family, Sites, lists_of, sites_of
 from moeify.modeling.modeling_moeify import blocks_in
 from moeify.models.attention import Attention, attention_of
-from moeify.models.config import check_layers, empty_model, load_config
+from moeify.models.config import check_computed, check_layers, compute, computed_names, empty_model, load_config
 from moeify.models.ffn import FFNWeights, padded, tensor_names, unpack
 from moeify.models.files import FLOAT_DTYPES, Stored, find_shards, locate, read_headers
 from moeify.models.fingerprint import Fingerprint
@@ -103,7 +103,13 @@ class DenseModel:
     @cached_property
     def skeleton(self) -> Any:
         """The stock model on the meta device, its buffers real; layers are filled one at a time."""
-        return empty_model(self.config, buffers=True)
+        model = empty_model(self.config, buffers=True)
+        compute(model, self.computed(model))
+        return model
+
+    def computed(self, model: Any) -> list[str]:
+        """Tensors that the stock model computes because they are not stored."""
+        return [name for name in computed_names(model) if name not in self.stored]
 
     @cached_property
     def tied(self) -> Mapping[str, str]:
@@ -113,8 +119,9 @@ class DenseModel:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor the stock model needs from disk."""
+        absent = {*self.tied, *self.computed(self.skeleton)}
         state = self.skeleton.state_dict()
-        return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in self.tied}
+        return {name: tuple(tensor.shape) for name, tensor in state.items() if name not in absent}
 
     @cached_property
     def embedding(self) -> str:
@@ -278,6 +285,7 @@ def _tensors(config: Any, headers: Mapping[str, Stored]) -> tuple[Any, dict[str,
     Raises:
         InputError: the loader finds fault with the tensors, makes some of others, or leaves out a head.
     """
+    check_computed(config)
     names, report = placed(config, {name: tensor.shape for name, tensor in headers.items()})
     report.check(config.model_type)
     skeleton = empty_model(config, buffers=True)
@@ -289,8 +297,8 @@ def _tensors(config: Any, headers: Mapping[str, Stored]) -> tuple[Any, dict[str,
             config.tie_word_embeddings = False
             warn(f"{head} differs from {embedding}, though config.json ties them: both stay, as in transformers")
     tied = skeleton.all_tied_weights_keys if getattr(config, "tie_word_embeddings", False) else {}
-    stored = {}
-    for name in (name for name in skeleton.state_dict() if name not in tied):
+    absent, stored = {*tied, *(name for name in computed_names(skeleton) if name not in names)}, {}
+    for name in (name for name in skeleton.state_dict() if name not in absent):
         if name not in names:
             raise InputError(
                 f"transformers makes {name} of tensors with other names or shapes while it loads them",

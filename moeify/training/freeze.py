@@ -27,7 +27,9 @@ def freeze_routers(model: Any) -> tuple[str, ...]:
         moeify.freeze_routers(model)
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     """
-    model_type = str(model.config.model_type)
+    # Of a model that reads text in a part of its own, that part has experts.
+    parts = model.config.model_type, model.config.get_text_config().model_type
+    model_type = next((str(name) for name in parts if name in targets.names()), str(parts[0]))
     if model_type not in targets.names():
         raise InputError(f"{model_type} is not a target of moeify", f"its targets are {', '.join(targets.names())}")
     family = families.find(dense_type(model.config)) if model_type == "moeify" else None

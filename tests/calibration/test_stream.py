@@ -94,6 +94,20 @@ def test_attention_runs_once_only_where_the_output_is_added_as_it_is(
     torch.testing.assert_close(torch.stack(list(stream.outputs(range(2)))), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["roberta", "m2m_100"])
+def test_words_that_are_no_padding_have_positions(family: str, make_dense: MakeDense) -> None:
+    """Only words of a text are looked up, and none may get the number of padding by it: positions leave that out."""
+    folder = make_dense(family, pad_token_id=1, max_position_embeddings=128)
+    dense = open_dense(str(folder))
+    words = torch.cat([ids(1, 32) + 3, torch.full((1, 4), 1)], dim=1)
+    for text in (words, words[:, :32]):
+        inputs = {"input_ids": text} | ({"decoder_input_ids": text} if dense.family.is_pair else {})
+        stream = HiddenStream(dense, inputs)
+        for layer, (inputs_TD, outputs_TD) in enumerate(stock_ffn(folder, inputs)):
+            assert torch.equal(stream.attend(layer), inputs_TD)
+            stream.advance(outputs_TD)
+
+
 PAIRS = [name for name in families.names() if families.find(name).is_pair]
 
 

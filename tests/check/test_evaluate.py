@@ -155,6 +155,11 @@ def test_windows_that_do_not_fit_are_refused(
         evaluate([str(dense_models["llama"])], [text], tokens=100, **values)
 
 
+def test_models_of_several_kinds_are_not_compared(dense_models: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="models of image and text stand side by side"):
+        evaluate([str(dense_models["llama"]), str(dense_models["vit"])])
+
+
 def test_the_shortest_context_of_several_models_counts(make_dense: MakeDense, text: str) -> None:
     short, long = str(make_dense("llama", max_position_embeddings=32)), str(make_dense("llama"))
     with pytest.raises(InputError, match="the 32 tokens that all models take"):

@@ -95,6 +95,8 @@ def test_too_few_images_and_sources_twice_are_refused(processor: ImageProcessor,
     assert caught.value.hint == "--tokens 102"
     with pytest.raises(UsageError, match="each named once"):
         image_blocks(["digits", "digits"], processor, num_images=7, block_tokens=17, seed=0)
+    with pytest.raises(UsageError, match="no source of images is named"):
+        image_blocks([], processor, num_images=7, block_tokens=17, seed=0)
     with pytest.raises(UsageError, match="there are 0 for 1"):
         image_blocks(["digits"], processor, num_images=0, block_tokens=17, seed=0)
 

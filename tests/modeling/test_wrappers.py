@@ -17,7 +17,11 @@ from moeify.options import SplitOptions
 
 WRAPPERS = [name for name in families.names() if families.find(name).towers]
 # What they become: a stock model where transformers has one with the same towers.
-TARGETS = {"llava": ("granitemoeshared", "llava"), "qwen3_5": ("qwen3_5_moe_text", "qwen3_5_moe")}
+TARGETS = {
+    "llava": ("granitemoeshared", "llava"),
+    "qwen3_5": ("qwen3_5_moe_text", "qwen3_5_moe"),
+    "qwen3_vl": ("qwen3_vl_moe_text", "qwen3_vl_moe"),
+}
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:

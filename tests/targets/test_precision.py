@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDense, family_of
+from conftest import MakeDense, family_of, target_of
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -111,7 +111,7 @@ def run(model: Any, target: targets.Target, folder: Path, autocast: torch.dtype 
 @pytest.mark.parametrize("name", targets.names())
 def test_stock_routers_choose_the_same_experts(name: str, mode: str, convert: Convert) -> None:
     """Where a target says that autocast is not for it, that is still so: if not, it need not say it."""
-    (dtype, autocast), target, folder = MODES[mode], targets.find(name), convert(name)
+    (dtype, autocast), target, folder = MODES[mode], target_of(name), convert(name)
     share, distance, _ = run(stock.load(folder, dtype=dtype), target, folder, autocast)
     if target.autocast if autocast else target.needs_float32:
         assert share < 0.5
@@ -122,7 +122,7 @@ def test_stock_routers_choose_the_same_experts(name: str, mode: str, convert: Co
 
 @pytest.mark.parametrize("name", targets.names())
 def test_a_student_keeps_its_experts_and_its_loss_under_autocast(name: str, convert: Convert) -> None:
-    target, folder = targets.find(name), convert(name)
+    target, folder = target_of(name), convert(name)
     share, _, loss = run(Student.open(folder, load_plan(folder)).model, target, folder, torch.bfloat16)
     _, _, exact = run(stock.load(folder), target, folder, None)
     assert share == pytest.approx(1.0, abs=1e-3)

@@ -97,8 +97,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], set[str]]] = {
     "hyperclovax-no-post-norm": ("hyperclovax", {"use_post_norm": False}, {"granitemoeshared"}),
     **{family: (family, {}, fits) for family, fits in SIBLINGS.items()},
 }
-# moeify's own architecture represents every model: tests/modeling.
-STOCK = [name for name in targets.names() if targets.find(name).is_stock]
+# moeify's own architecture represents every model, and some are a part of one alone: tests/modeling.
+STOCK = [name for name in targets.names() if targets.find(name).is_stock and targets.find(name).architecture]
 FITTING = [(model, target) for model, (_, _, fits) in MODELS.items() for target in targets.names() if target in fits]
 
 # What stands in config.json for a llama with 8 experts; a neuron count of 64 makes slices of 8.

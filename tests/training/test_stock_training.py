@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MakeDense, family_of
+from conftest import MakeDense, family_of, target_of
 from torch import Tensor
 
 from moeify import freeze_routers, targets
@@ -54,7 +54,7 @@ def blocks_of(folder: Path) -> Tensor:
 @torch.no_grad()
 def choices(model: Any, folder: Path) -> Tensor:
     """The experts of every token, in order, layer after layer."""
-    target, chosen = targets.find(load_plan(folder).target), []
+    target, chosen = target_of(load_plan(folder).target), []
     handles = [
         model.get_submodule(f"{target.block(layer)}.{target.modules.experts}").register_forward_pre_hook(
             lambda _, given: chosen.append(given[1].sort(-1).values)
