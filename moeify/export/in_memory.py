@@ -95,9 +95,10 @@ def on_disk(model: nn.Module, target: Target | None, cut_layers: list[int]) -> d
     for layer in cut_layers:
         prefix = target.block(layer)
         experts = split_ffn(model.get_submodule(prefix), target.modules, layer, "")
-        # Constants that a target writes, such as selection biases, are the model's own by now.
+        # Constants that a target writes, such as selection biases, are the model's own by now; what has another shape
+        # there lies turned on disk.
         written = target.ffn_tensors(prefix, experts)
-        tensors |= {name: tensor for name, tensor in written.items() if name not in tensors}
+        tensors |= {n: t for n, t in written.items() if n not in tensors or t.shape != tensors[n].shape}
     return tensors
 
 
