@@ -28,6 +28,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moeify.data.pairs import without_gaps
 from moeify.errors import UsageError
 from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
@@ -226,7 +227,7 @@ class _Stages:
         student = _student(self.inputs, self.options, self.workspace, number)
         teacher = beside(student, self.inputs.teacher)
         num_blocks = max(1, self.options.layer_tokens // self.inputs.context)
-        some = some_blocks(self.inputs.train, slice(num_blocks))
+        some = without_gaps(some_blocks(self.inputs.train, slice(num_blocks)), self.inputs.teacher)
         fits = fit_layers(student, teacher, some, self.options)
         layers = list(self.track(fits, "fitting layers", teacher.num_layers))
         tensors = {name: tensor for layer in layers for name, tensor in layer.tensors.items()}
