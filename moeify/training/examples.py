@@ -1,6 +1,6 @@
 """What is trained on where it is no text: images, and sound with what is said in it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from functools import reduce
 from itertools import islice
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from moeify.convert.texts import tokens_of_image
-from moeify.data.audio import KINDS, SoundBlocks, all_sound, sound_blocks
+from moeify.data.audio import KINDS, Part, SoundBlocks, all_sound, pieces, sound_blocks
 from moeify.data.images import DIGITS, image_blocks, prepared_blocks, read_images
 from moeify.data.pairs import dictation
+from moeify.data.text import longest_text
 from moeify.errors import InputError, UsageError
 from moeify.models import stock
 from moeify.models.dense import DenseModel
@@ -23,8 +24,48 @@ from moeify.models.sound_processor import SoundProcessor
 from moeify.models.tokenizer import load_tokenizer
 from moeify.training.options import FinetuneOptions
 
+DEFAULT_CONTEXT = 512
 # To train on, held out, tokens of a block, and where both are from.
 Examples = tuple[Inputs, Inputs, int, dict[str, Any]]
+
+
+def block_tokens(dense: DenseModel, options: FinetuneOptions) -> int:
+    """Tokens of a block: positions of a piece of sound, of an image, else of text."""
+    if dense.family.modality == "audio":
+        return int(dense.config.max_source_positions)
+    if dense.family.modality == "image":
+        return tokens_of_image(dense)
+    return options.context or min(DEFAULT_CONTEXT, dense.family.context_of(dense.text_config))
+
+
+def most_tokens(dense: DenseModel, options: FinetuneOptions, num_tokens: int) -> int:
+    """Tokens that the sources have to train on, at most so many.
+
+    Raises:
+        UsageError: nobody named a source.
+        InputError: one cannot be read, or has nothing.
+    """
+    length, sources = block_tokens(dense, options), options.data
+    if dense.family.modality == "text":
+        tokenizer = dense.tokenizer()
+        return longest_text(sources, tokenizer, num_tokens=num_tokens, context=length, seed=options.seed)
+    # Of each source as many are drawn.
+    share = -(-num_tokens // (length * max(1, len(sources))))
+    if dense.family.modality == "audio":
+        check_named(options)
+        processor, part = SoundProcessor(dense.path), _part(options)
+        counts = [_count(pieces(source, processor, part=part), share) for source in sources]
+    else:
+        counts = [_count(read_images(source), share) for source in _images(options)]
+    return min(num_tokens, max(1, min(counts)) * len(counts) * length)
+
+
+def _count(items: Iterable[Any], most: int) -> int:
+    return sum(1 for _ in islice(items, most))
+
+
+def _images(options: FinetuneOptions) -> tuple[str, ...]:
+    return DIGITS[:1] if options.data == FinetuneOptions.data else options.data
 
 
 def image_inputs(name: str, path: Path, dense: DenseModel, options: FinetuneOptions) -> Examples:
@@ -33,11 +74,10 @@ def image_inputs(name: str, path: Path, dense: DenseModel, options: FinetuneOpti
     Raises:
         InputError: they cannot be read, or the models see them differently.
     """
-    data = DIGITS[:1] if options.data == FinetuneOptions.data else options.data
     held = DIGITS[1:] if options.eval_data == FinetuneOptions.eval_data else options.eval_data
     processor, context = ImageProcessor(dense.path), tokens_of_image(dense)
     blocks = image_blocks(
-        data, processor, num_images=options.tokens // context, block_tokens=context, seed=options.seed
+        _images(options), processor, num_images=options.tokens // context, block_tokens=context, seed=options.seed
     )
     images = [list(islice(read_images(source), max(1, options.eval_tokens // context))) for source in held]
     evaluated = [prepared_blocks(some, processor, source, context) for some, source in zip(images, held, strict=True)]
@@ -61,9 +101,8 @@ def sound_inputs(name: str, path: Path, dense: DenseModel, options: FinetuneOpti
         UsageError: nobody named a recording.
         InputError: they cannot be read, or the models hear or write them differently.
     """
-    if options.data == FinetuneOptions.data:
-        raise UsageError("there is no recording in moeify to train on", f"--data takes {KINDS}")
-    is_apart = options.eval_data == FinetuneOptions.eval_data
+    check_named(options)
+    is_apart = _part(options) != "all"
     processor, context = SoundProcessor(dense.path), int(dense.config.max_source_positions)
     train = sound_blocks(
         options.data,
@@ -71,7 +110,7 @@ def sound_inputs(name: str, path: Path, dense: DenseModel, options: FinetuneOpti
         num_pieces=options.tokens // context,
         block_tokens=context,
         seed=options.seed,
-        part="trained on" if is_apart else "all",
+        part=_part(options),
     )
     most = max(1, options.eval_tokens // context)
     held_out = [
@@ -87,6 +126,17 @@ def sound_inputs(name: str, path: Path, dense: DenseModel, options: FinetuneOpti
     provenance = {"data": asdict(train.provenance), "eval": [asdict(some.provenance) for some in held_out]}
     number, whole = len(train.texts), _dictated([train, *held_out], dense, options.device)
     return some_blocks(whole, slice(number)), some_blocks(whole, slice(number, None)), context, provenance
+
+
+def check_named(options: FinetuneOptions) -> None:
+    """Raise UsageError if nobody named a recording."""
+    if options.data == FinetuneOptions.data:
+        raise UsageError("there is no recording in moeify to train on", f"--data takes {KINDS}")
+
+
+def _part(options: FinetuneOptions) -> Part:
+    """Of a source: all of it, unless something has to be held out."""
+    return "trained on" if options.eval_data == FinetuneOptions.eval_data else "all"
 
 
 def _dictated(blocks: Sequence[SoundBlocks], dense: DenseModel, device: str) -> Inputs:

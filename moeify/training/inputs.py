@@ -30,11 +30,10 @@ from moeify.models.inputs import Inputs as ModelInputs
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track
 from moeify.plan import PLAN_FILE, SplitPlan, load_plan
-from moeify.training.examples import image_inputs, sound_inputs
+from moeify.training.examples import DEFAULT_CONTEXT, image_inputs, sound_inputs
 from moeify.training.model import check_stages
 from moeify.training.options import FinetuneOptions
 
-DEFAULT_CONTEXT = 512
 MIN_CONTEXT = 16
 # Both tokenizers cut so much of the text; where they differ, they do so early.
 COMPARED_CHARACTERS = 20_000

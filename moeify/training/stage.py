@@ -18,12 +18,10 @@ from moeify.progress import Resumed
 from moeify.resources import check_room
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions, Stage
-from moeify.training.outputs import InputBlocks, OutputTeacher, OutputTrainer
-from moeify.training.teacher import Blocks, Teacher
+from moeify.training.outputs import OutputTeacher, OutputTrainer
+from moeify.training.targets import Targets
 from moeify.training.trainer import COMPLETE_FILE, FinetuneTrainer, last_checkpoint, reading, step_of
 
-# Teachers, with what is trained on and what is held out.
-Targets = tuple[Teacher, list[Blocks]] | tuple[OutputTeacher, list[InputBlocks]]
 CLIP_NORM = 1.0
 # An evaluation takes at least so many at once, a block of the usual size: small blocks one by one cost their calls.
 EVALUATED_TOKENS = 512
