@@ -19,8 +19,9 @@ from moeify.resources import check_room
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions, Stage
 from moeify.training.outputs import OutputTeacher, OutputTrainer
+from moeify.training.states import COMPLETE_FILE, last_checkpoint, reading, step_of
 from moeify.training.targets import Targets
-from moeify.training.trainer import COMPLETE_FILE, FinetuneTrainer, last_checkpoint, reading, step_of
+from moeify.training.trainer import FinetuneTrainer
 
 CLIP_NORM = 1.0
 # An evaluation takes at least so many at once, a block of the usual size: small blocks one by one cost their calls.
