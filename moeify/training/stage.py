@@ -13,6 +13,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from moeify.models.heads import modality_of
 from moeify.options import Track
 from moeify.progress import Resumed
 from moeify.resources import check_room
@@ -63,7 +64,7 @@ def train_stage(
     arguments = training_arguments(
         folder,
         options,
-        options.rate(stage),
+        options.rate(stage, hears=modality_of(student.model.config) == "audio"),
         num_steps=num_steps,
         evaluated=max(options.batch, EVALUATED_TOKENS // held_out.block_tokens),
         fresh=checkpoint is None,

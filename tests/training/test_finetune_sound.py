@@ -64,7 +64,7 @@ def options(speech: Path, **choices: Any) -> FinetuneOptions:
 
 def test_a_whisper_is_trained_towards_the_dense_one(moe: Path, whisper: Path, speech: Path, tmp_path: Path) -> None:
     # Nobody taught it a word, so that what is said would lead it away.
-    chosen = options(speech, hidden=0.5, lm=0, batch=8, every=100)
+    chosen = options(speech, hidden=0.5, lm=0, batch=8, every=100, learning_rate=3e-4)
     layers, full = finetune(str(moe), str(whisper), tmp_path / "out", chosen).stages
     assert layers.after["layer_error"] < layers.before["layer_error"]
     assert full.after["kl"] < 0.95 * full.before["kl"]
@@ -137,3 +137,8 @@ def test_what_cannot_be_trained_on_is_said(moe: Path, whisper: Path, speech: Pat
     other = make_other(whisper, tmp_path / "other")
     with pytest.raises(InputError, match="hear or write differently"):
         finetune(str(moe), str(other), tmp_path / "out", options(speech))
+
+
+def test_what_hears_is_trained_in_smaller_steps(speech: Path) -> None:
+    assert options(speech).rate("full", hears=True) == pytest.approx(0.1 * options(speech).rate("full"))
+    assert options(speech, learning_rate=1e-3).rate("full", hears=True) == 1e-3
