@@ -50,7 +50,7 @@ class FinetuneOptions(Options):
     context: int | None = option(None, CONTEXT, auto=CONTEXT_AUTO, least=1, panel=ADVANCED)
     batch: int = option(4, "Blocks at once, on each process", least=1)
     accumulate: int = option(1, "Batches that make one step", least=1, panel=ADVANCED)
-    learning_rate: float | None = option(None, "At its highest", auto="full 3e-4, lora 1e-3; sound a tenth", above=0)
+    learning_rate: float | None = option(None, "At its highest", auto="full 3e-4, lora 1e-3; sound 1/10", above=0)
     # Routers are stored scaled down (see targets/__init__.py), so their rate is relative to the root mean square of
     # each router's own weights: 0.01 moves a weight by about one percent of it a step; more pays over hundreds of
     # steps only.
