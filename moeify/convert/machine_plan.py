@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moeify import engines, targets
+from moeify.command_line import command_line
 from moeify.convert.bandwidth import machine_of
 from moeify.convert.candidates import ENGINE, LEAST_EXPERTS, Candidate, Case, candidate, layouts
 from moeify.convert.exactness import choose_target
@@ -18,7 +19,7 @@ from moeify.convert.placement import Machine
 from moeify.errors import InputError, UsageError, warn
 from moeify.layout import Layout
 from moeify.models.dense import DenseModel, open_dense
-from moeify.models.heads import check_language_model
+from moeify.models.heads import LANGUAGE_MODELS, auto_name, class_of
 from moeify.options import GGUFType, MachineOptions, SplitOptions, Track
 from moeify.progress import shown
 from moeify.readable import Readable
@@ -135,8 +136,23 @@ def _target(dense: DenseModel) -> Target | None:
         return None
 
 
+def _check_writes(dense: DenseModel) -> None:
+    """Refuse what writes no text token by token: bytes read for a token bound the speed of nothing else.
+
+    Raises:
+        InputError: it is an encoder, hears, or sees.
+    """
+    if auto_name(dense.config) not in LANGUAGE_MODELS:
+        name = str(dense.name)
+        raise InputError(
+            f"a plan counts the bytes that a language model reads for a token, {name} is a "
+            f"{class_of(dense.config).__name__}, whose time is arithmetic for the most part",
+            f"`{command_line('search', name, budget=0.5)}` measures what layouts of it lose, `moeify bench` its time",
+        )
+
+
 def _case(dense: DenseModel, options: MachineOptions, target: Target | None) -> Case:
-    check_language_model(dense.config, "a plan for a machine")
+    _check_writes(dense)
     limit = int(dense.text_config.max_position_embeddings)
     context = options.context or min(CONTEXT, limit)
     if context > limit:

@@ -14,11 +14,12 @@ import hashlib
 import random
 import wave
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from math import gcd
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,9 @@ KINDS = "a folder of .wav files, a .wav file, or a .csv with the columns path an
 # numpy's types of whole numbers of so many bytes; of three bytes there is none.
 WIDTHS = {1: "u1", 2: "<i2", 4: "<i4"}
 THREE_BYTES = 3
+# Of so many pieces one is held out, where a source is both trained on and measured.
+APART = 10
+Part = Literal["all", "trained on", "held out"]
 
 
 @dataclass(frozen=True)
@@ -44,15 +48,37 @@ class Recording:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A part of a recording that a model takes at once.
+
+    Args:
+        path: of the recording.
+        start: number of its first sample.
+        text: what is said in it; None where nobody wrote that down, or the recording is of several pieces.
+    """
+
+    path: Path
+    start: int
+    text: str | None
+
+
+@dataclass(frozen=True)
 class SoundBlocks:
-    """Inputs made of B pieces of sound, each a block."""
+    """Inputs made of B pieces of sound, each a block, and what is said in each, where that is known."""
 
     inputs: dict[str, Tensor]
     provenance: Provenance
+    texts: tuple[str | None, ...]
 
 
 def sound_blocks(
-    sources: Sequence[str], processor: SoundProcessor, *, num_pieces: int, block_tokens: int, seed: int
+    sources: Sequence[str],
+    processor: SoundProcessor,
+    *,
+    num_pieces: int,
+    block_tokens: int,
+    seed: int,
+    part: Part = "all",
 ) -> SoundBlocks:
     """Draw recordings at random, cut in pieces that the model takes, the same number from every source (to within one).
 
@@ -64,14 +90,15 @@ def sound_blocks(
         num_pieces: B.
         block_tokens: C.
         seed: of the order.
+        part: of each source.
 
     Raises:
         UsageError: no source, one named twice, or fewer pieces than sources.
         InputError: a source cannot be read or is too short.
     """
-    made = draw(
+    drawn = draw(
         sources,
-        lambda source: _pieces(source, processor, seed),
+        lambda source: pieces(source, processor, seed=seed, part=part),
         num_pieces,
         block_tokens=block_tokens,
         seed=seed,
@@ -79,32 +106,61 @@ def sound_blocks(
         items="pieces of sound",
         hint=KINDS,
     )
-    return _joined(made, " + ".join(sources), block_tokens, seed)
+    return _blocks(drawn, processor, " + ".join(sources), block_tokens, seed)
 
 
-def all_sound(source: str, processor: SoundProcessor, most: int, block_tokens: int) -> SoundBlocks:
+def all_sound(
+    source: str, processor: SoundProcessor, most: int, block_tokens: int, *, part: Part = "all"
+) -> SoundBlocks:
     """At most so many pieces of sound of one source, in its order."""
-    return _joined(list(islice(_pieces(source, processor, None), most)), source, block_tokens, 0)
+    some = list(islice(pieces(source, processor, part=part), most))
+    if not some and part == "held out":
+        raise InputError(
+            f"{source} has fewer than {APART} pieces of sound, of which one is held out", "--eval-data names others"
+        )
+    return _blocks(some, processor, source if part == "all" else f"{source}, {part}", block_tokens, 0)
 
 
-def _joined(made: Sequence[dict[str, Tensor]], source: str, block_tokens: int, seed: int) -> SoundBlocks:
-    if not made:
+def _blocks(some: Sequence[Piece], processor: SoundProcessor, source: str, block_tokens: int, seed: int) -> SoundBlocks:
+    if not some:
         raise InputError(f"{source} holds no sound, its recordings are empty", f"a source is {KINDS}")
-    inputs = {name: torch.cat([one[name] for one in made]) for name in made[0]}
-    digest = hashlib.sha256(inputs["input_features"].numpy().astype("<f4").tobytes()).hexdigest()
-    provenance = Provenance(source, digest, len(made) * block_tokens, len(made), block_tokens, seed)
-    return SoundBlocks(inputs, provenance)
-
-
-def _pieces(source: str, processor: SoundProcessor, seed: int | None) -> Iterator[dict[str, Tensor]]:
-    found = recordings(source)
-    if seed is not None:
-        random.Random(seed).shuffle(found)
     length = round(processor.seconds * processor.rate)
-    for recording in found:
-        samples = samples_of(recording.path, processor.rate)
-        for start in range(0, len(samples), length):
-            yield processor(samples[start : start + length])
+    made: dict[int, dict[str, Tensor]] = {}
+    # Each recording is read once.
+    order = sorted(range(len(some)), key=lambda place: (some[place].path, some[place].start))
+    for path, places in groupby(order, lambda place: some[place].path):
+        samples = samples_of(path, processor.rate)
+        for place in places:
+            start = some[place].start
+            made[place] = processor(samples[start : start + length])
+    inputs = {name: torch.cat([made[place][name] for place in range(len(some))]) for name in made[0]}
+    digest = hashlib.sha256(inputs["input_features"].numpy().astype("<f4").tobytes()).hexdigest()
+    provenance = Provenance(source, digest, len(some) * block_tokens, len(some), block_tokens, seed)
+    return SoundBlocks(inputs, provenance, tuple(piece.text for piece in some))
+
+
+def pieces(source: str, processor: SoundProcessor, *, seed: int | None = None, part: Part = "all") -> Iterator[Piece]:
+    """The pieces of a source, recording after recording; no sound is read.
+
+    Args:
+        source: see the top of this file.
+        processor: the model's, which says how long a piece is.
+        seed: of the order of the recordings; None leaves it as it is.
+        part: `held out` are every tenth recording, and of a long one every tenth piece.
+
+    Raises:
+        InputError: nothing is there, or it is no sound.
+    """
+    numbered = list(enumerate(recordings(source)))
+    if seed is not None:
+        random.Random(seed).shuffle(numbered)
+    length = round(processor.seconds * processor.rate)
+    for number, recording in numbered:
+        starts = range(0, _num_samples(recording.path, processor.rate), length)
+        for place, start in enumerate(starts):
+            is_apart = (number + place) % APART == APART - 1
+            if part == "all" or is_apart == (part == "held out"):
+                yield Piece(recording.path, start, recording.text if len(starts) == 1 else None)
 
 
 def recordings(source: str) -> list[Recording]:
@@ -159,15 +215,10 @@ def samples_of(path: Path, rate: int) -> Any:
     Raises:
         InputError: it is no .wav of whole numbers.
     """
-    try:
-        with wave.open(str(path), "rb") as file:
-            width, channels, found = file.getsampwidth(), file.getnchannels(), file.getframerate()
-            raw = file.readframes(file.getnframes())
+    with _opened(path) as file:
+        width, channels, found = file.getsampwidth(), file.getnchannels(), file.getframerate()
+        raw = file.readframes(file.getnframes())
         numbers = _numbers(raw[: len(raw) // (width * channels) * width * channels], width)
-    except (wave.Error, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(
-            f"{path} is not a .wav file of whole numbers: {first_line(error)}", "ffmpeg -i FILE -c:a pcm_s16le OUT.wav"
-        ) from error
     samples = numbers.reshape(-1, channels).mean(axis=1)
     if found != rate and len(samples):
         from scipy.signal import resample_poly
@@ -175,6 +226,23 @@ def samples_of(path: Path, rate: int) -> Any:
         common = gcd(found, rate)
         samples = resample_poly(samples, rate // common, found // common)
     return samples.astype(np.float32)
+
+
+def _num_samples(path: Path, rate: int) -> int:
+    """How many samples `samples_of` gives, by what stands in front of the sound."""
+    with _opened(path) as file:
+        return -(-file.getnframes() * rate // file.getframerate())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[wave.Wave_read]:
+    try:
+        with wave.open(str(path), "rb") as file:
+            yield file
+    except (wave.Error, EOFError, OSError, ValueError, KeyError, ZeroDivisionError) as error:
+        raise InputError(
+            f"{path} is not a .wav file of whole numbers: {first_line(error)}", "ffmpeg -i FILE -c:a pcm_s16le OUT.wav"
+        ) from error
 
 
 def _numbers(raw: bytes, width: int) -> Any:

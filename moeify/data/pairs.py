@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moeify.data.text import Provenance
+from moeify.models.dense import DenseModel
 from moeify.models.inputs import Inputs
 
 
@@ -110,34 +111,95 @@ def heard(model: Any, inputs: Inputs, tokenizer: Any, length: int | None = None)
         length: tokens of each; what is longer is cut off. None means those of the longest, at least LEAST_TOKENS.
     """
     room = int(model.config.max_target_positions)
-    most = min(WRITTEN_TOKENS, room // 2)
-    features, texts = inputs["input_features"], []
+    generated = _generated(model, inputs["input_features"], min(WRITTEN_TOKENS, room // 2))
+    texts = [_without_ends(ids, model) for ids in generated]
+    length = length or max(min(LEAST_TOKENS, room), *map(len, texts))
+    return {
+        "input_features": inputs["input_features"],
+        "decoder_input_ids": _behind_one_another([text[:length] for text in texts], tokenizer, length),
+    }
+
+
+@torch.no_grad()
+def dictation(model: Any, inputs: Inputs, texts: Sequence[str | None], tokenizer: Any) -> dict[str, Tensor]:
+    """Inputs of a model that hears, with what it has to write, as it does in use: no text is in front of another.
+
+    Args:
+        model: the dense model, which writes down what nobody else did.
+        inputs: its features of some pieces of sound.
+        texts: what is said in each, where that is known.
+        tokenizer: of the model.
+
+    Returns:
+        input_features, decoder_input_ids_BL and decoder_attention_mask_BL: behind a text stands its end, masked.
+    """
+    room, features = int(model.config.max_target_positions), inputs["input_features"]
+    rows: list[list[int]] = [[] for _ in texts]
+    for is_known in (True, False):
+        places = [place for place, text in enumerate(texts) if (text is not None) == is_known]
+        if not places:
+            continue
+        # Of what is known the model writes what stands in front of every text alone, such as the language.
+        for place, ids in zip(places, _generated(model, features[places], 1 if is_known else room // 2), strict=True):
+            if is_known:
+                said = tokenizer(f" {str(texts[place]).strip()}", add_special_tokens=False)["input_ids"]
+                rows[place] = [*ids[:-1], *said]
+            else:
+                rows[place] = _without_ends(ids, model)
+    longest = min(room, max(map(len, rows)) + 1)
+    rows = [row[: longest - 1] for row in rows]
+    end = _ends(model)[0]
+    return {
+        "input_features": features,
+        "decoder_input_ids": torch.tensor([[*row, *[end] * (longest - len(row))] for row in rows]),
+        "decoder_attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows]),
+    }
+
+
+def without_gaps(inputs: Inputs, dense: DenseModel) -> dict[str, Tensor]:
+    """The same inputs with earlier texts in front of shorter ones, in place of what is masked behind them."""
+    if "decoder_attention_mask" not in inputs:
+        return dict(inputs)
+    rows = zip(inputs["decoder_input_ids"], inputs["decoder_attention_mask"].bool(), strict=True)
+    texts = [ids[is_text].tolist() for ids, is_text in rows]
+    filled = _behind_one_another(texts, dense.tokenizer(), max(map(len, texts)))
+    return {"input_features": inputs["input_features"], "decoder_input_ids": filled}
+
+
+def _generated(model: Any, features: Tensor, most: int) -> list[list[int]]:
+    """What a model writes of each piece of sound: at most so many tokens behind those that begin every text."""
+    texts: list[list[int]] = []
     for some in features.split(HEARD):
-        placed = some.to(model.device, model.dtype)
         written = model.generate(
-            input_features=placed,
+            input_features=some.to(model.device, model.dtype),
             max_new_tokens=most,
             do_sample=False,
             num_beams=1,
             # All of it: prompts too, whatever the language is.
             force_unique_generate_call=True,
         )
-        texts += [_without_ends(ids, model) for ids in written.tolist()]
-    earlier = [] if EARLIER not in tokenizer.get_vocab() else [int(tokenizer.get_vocab()[EARLIER])]
-    length = length or max(min(LEAST_TOKENS, room), *map(len, texts))
-    texts = [text[:length] for text in texts]
-    rows = [_filled(place, texts, earlier, length) for place in range(len(texts))]
-    return {"input_features": features, "decoder_input_ids": torch.tensor(rows)}
+        texts += written.tolist()
+    return texts
+
+
+def _ends(model: Any) -> list[int]:
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
 
 
 def _without_ends(ids: list[int], model: Any) -> list[int]:
     """What was written, without what fills up a batch; the end itself is never an input."""
-    ends = model.generation_config.eos_token_id
-    known = ends if isinstance(ends, list) else [ends]
+    ends = _ends(model)
     for place, token in enumerate(ids):
-        if place and token in known:
+        if place and token in ends:
             return ids[:place]
     return ids
+
+
+def _behind_one_another(texts: Sequence[list[int]], tokenizer: Any, length: int) -> Tensor:
+    """ids_BL of texts no longer than that, each behind as much of those before it as there is room for."""
+    earlier = [] if EARLIER not in tokenizer.get_vocab() else [int(tokenizer.get_vocab()[EARLIER])]
+    return torch.tensor([_filled(place, texts, earlier, length) for place in range(len(texts))])
 
 
 def _filled(place: int, texts: Sequence[list[int]], earlier: Sequence[int], length: int) -> list[int]:

@@ -20,7 +20,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
@@ -28,6 +28,7 @@ from accelerate import PartialState
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moeify.data.pairs import without_gaps
 from moeify.errors import UsageError
 from moeify.export.record import check_is_no_model, check_out
 from moeify.export.workspace import Workspace
@@ -44,12 +45,9 @@ from moeify.training.layers import beside, fit_layers
 from moeify.training.model import Student
 from moeify.training.options import Device, FinetuneOptions, Precision, Stage
 from moeify.training.rate import settle_tokens
-from moeify.training.teacher import open_teacher
+from moeify.training.targets import Targets, open_targets
 from moeify.training.writer import write_trained
 from moeify.version import __version__
-
-if TYPE_CHECKING:
-    from moeify.training.stage import Targets
 
 HISTORY_FILE = "finetune.json"
 # One process may fit layers or fill the cache for hours while the others wait.
@@ -206,7 +204,7 @@ class _Stages:
                 if stage == "layers":
                     self._first_alone(partial(self._layers, number))
                 else:
-                    targets = targets or self._teacher()
+                    targets = targets or open_targets(self.inputs, self.options, self.processes, self.track)
                     self._train(number, stage, targets)
                 seconds, peak = time.perf_counter() - began, _peak_memory_bytes()
             figures = json.loads((self.workspace.path / _figures_file(number, stage)).read_text())
@@ -226,7 +224,7 @@ class _Stages:
         student = _student(self.inputs, self.options, self.workspace, number)
         teacher = beside(student, self.inputs.teacher)
         num_blocks = max(1, self.options.layer_tokens // self.inputs.context)
-        some = some_blocks(self.inputs.train, slice(num_blocks))
+        some = without_gaps(some_blocks(self.inputs.train, slice(num_blocks)), self.inputs.teacher)
         fits = fit_layers(student, teacher, some, self.options)
         layers = list(self.track(fits, "fitting layers", teacher.num_layers))
         tensors = {name: tensor for layer in layers for name, tensor in layer.tensors.items()}
@@ -241,7 +239,7 @@ class _Stages:
         }
         self._finish(number, "layers", tensors, figures)
 
-    def _train(self, number: int, stage: Stage, targets: "Targets") -> None:
+    def _train(self, number: int, stage: Stage, targets: Targets) -> None:
         from moeify.training.stage import train_stage
 
         student = _student(self.inputs, self.options, self.workspace, number)
@@ -269,25 +267,6 @@ class _Stages:
         self.workspace.check_sources(self.inputs.check_unchanged)
         self.workspace.write_text(_figures_file(number, stage), json.dumps({"stage": stage, **figures}))
         self.workspace.write_tensors(_state_file(number, stage), state, {"format": "pt"})
-
-    def _teacher(self) -> "Targets":
-        options, inputs = self.options, self.inputs
-        if not inputs.of_language:
-            from moeify.training.outputs import InputBlocks, OutputTeacher
-
-            blocks = [InputBlocks(part, inputs.context) for part in (inputs.train, inputs.held_out)]
-            half = options.precision == "bfloat16"
-            return OutputTeacher.open(inputs.teacher, str(self.processes.device), half=half), blocks
-        return open_teacher(
-            self.inputs.teacher,
-            [self.inputs.ids_BC, self.inputs.eval_BC],
-            device=str(self.processes.device),
-            half=options.precision == "bfloat16",
-            cached=options.cache_teacher,
-            first=self.processes.is_main_process,
-            wait=self.processes.wait_for_everyone,
-            track=self.track,
-        )
 
 
 def _student(inputs: Inputs, options: FinetuneOptions, workspace: Workspace, number: int) -> Student:

@@ -5,7 +5,6 @@ Legend: B blocks of C tokens.
 
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,7 @@ from torch import Tensor
 
 from moeify import families
 from moeify.check.perplexity import warn_of_few
-from moeify.convert.texts import tokens_of_image
 from moeify.data.documents import read_documents
-from moeify.data.images import DIGITS, image_blocks, prepared_blocks, read_images
 from moeify.data.pairs import text_pairs
 from moeify.data.sampling import sample_from_model
 from moeify.data.text import calibration_blocks, evaluation_tokens
@@ -29,15 +26,14 @@ from moeify.models.device import halves_are_fast
 from moeify.models.files import find_shards, locate
 from moeify.models.fingerprint import Fingerprint
 from moeify.models.heads import LANGUAGE_MODELS, auto_name, decoder_start, dense_type
-from moeify.models.image_processor import ImageProcessor
 from moeify.models.inputs import Inputs as ModelInputs
 from moeify.models.tokenizer import load_tokenizer
 from moeify.options import Track
 from moeify.plan import PLAN_FILE, SplitPlan, load_plan
+from moeify.training.examples import DEFAULT_CONTEXT, image_inputs, sound_inputs
 from moeify.training.model import check_stages
 from moeify.training.options import FinetuneOptions
 
-DEFAULT_CONTEXT = 512
 MIN_CONTEXT = 16
 # Both tokenizers cut so much of the text; where they differ, they do so early.
 COMPARED_CHARACTERS = 20_000
@@ -115,12 +111,13 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
     if auto_name(config) not in LANGUAGE_MODELS and options.cache_teacher:
         raise UsageError("--cache-teacher is for language models, which have large teachers", "leave it out")
     if dense.family.modality == "audio":
-        raise InputError(f"{moe} hears, and only models of text and of images are trained", "leave fine-tuning out")
+        return opened(*sound_inputs(moe, path, dense, options))
     if dense.family.modality == "image":
         return opened(*image_inputs(moe, path, dense, options))
-    if dense.family.is_pair and (options.hidden or "self" in options.data):
-        what = "the error of layers' outputs" if options.hidden else "text of its own"
-        raise InputError(f"{moe} has an encoder and a decoder, which are not trained on {what}", "leave it out")
+    if dense.family.is_pair and "self" in options.data:
+        raise InputError(
+            f"{moe} has an encoder and a decoder, which are not trained on text of its own", "leave it out"
+        )
     context = _context(options, config, dense.config)
     tokenizer = load_tokenizer(path)
     _check_alike(moe, tokenizer, config, dense, options.data)
@@ -156,32 +153,6 @@ def open_inputs(moe: str, teacher: str | Path | DenseModel, options: FinetuneOpt
         train, held_out = (text_pairs(ids_BC, tokenizer, start) for ids_BC in (blocks.ids_BC, eval_BC))
         return opened(train, held_out, context, provenance)
     return opened(blocks.inputs, {"input_ids": eval_BC}, context, provenance)
-
-
-def image_inputs(
-    name: str, path: Path, dense: DenseModel, options: FinetuneOptions
-) -> tuple[ModelInputs, ModelInputs, int, dict[str, Any]]:
-    """Images for training and held out, tokens of one, and where they are from.
-
-    Raises:
-        InputError: they cannot be read, or the models see them differently.
-    """
-    data = DIGITS[:1] if options.data == FinetuneOptions.data else options.data
-    held = DIGITS[1:] if options.eval_data == FinetuneOptions.eval_data else options.eval_data
-    processor, context = ImageProcessor(dense.path), tokens_of_image(dense)
-    blocks = image_blocks(
-        data, processor, num_images=options.tokens // context, block_tokens=context, seed=options.seed
-    )
-    images = [list(islice(read_images(source), max(1, options.eval_tokens // context))) for source in held]
-    evaluated = [prepared_blocks(some, processor, source, context) for some, source in zip(images, held, strict=True)]
-    its = prepared_blocks(images[0][:1], ImageProcessor(path), held[0], context).inputs
-    if not all(torch.equal(its[key], tensor[:1]) for key, tensor in evaluated[0].inputs.items()):
-        raise InputError(
-            f"{name} and {dense.name} prepare images differently", "the teacher must be the dense model itself"
-        )
-    held_out = {key: torch.cat([some.inputs[key] for some in evaluated]) for key in blocks.inputs}
-    provenance = {"data": asdict(blocks.provenance), "eval": [asdict(some.provenance) for some in evaluated]}
-    return blocks.inputs, held_out, context, provenance
 
 
 def _context(options: FinetuneOptions, *configs: Any) -> int:

@@ -199,7 +199,7 @@ def hidden_error(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...]) -> Te
     Relative for each token, so that massive activations count like any other.
 
     Args:
-        student, teacher: hidden_BCD after the embedding and after each layer.
+        student, teacher: hidden_BCD, or those of single tokens, after the embedding and after each layer.
     """
     errors = [
         ((mine - its).float().square().sum(-1) / its.float().square().sum(-1).clamp(min=1e-30)).mean()

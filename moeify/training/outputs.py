@@ -1,9 +1,10 @@
 """Fine-tuning of what is no language model: towards the teacher's outputs, be they logits of classes or features.
 
-The loss of a classifier, or of a decoder, is its divergence from what the teacher's head gives, that of a model without
-a head the error of its last hidden states, relative to each one's size. Nobody's labels are needed.
+The loss of a classifier is its divergence from what the teacher's head gives, that of a decoder this and the language
+modelling loss of what is written, that of a model without a head the error of its last hidden states, relative to each
+one's size. Nobody's labels are needed: what is written may be the teacher's own.
 
-Legend: B blocks (images, texts), C tokens of one, D hidden size, V classes.
+Legend: B blocks (images, texts, sound), C tokens of one, L of what is written, D hidden size, V classes.
 """
 
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ class OutputTeacher:
     def outputs(self, inputs: Mapping[str, Tensor], *, layers: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Logits or last hidden states and, with `layers`, hidden states after the embedding and every layer."""
         out = _called(self._model, on_device(inputs, self._model), layers=layers)
-        return output_of(out).float(), tuple(out.hidden_states) if layers else ()
+        return output_of(out).float(), _layers_of(out, inputs) if layers else ()
 
 
 class OutputTrainer(FinetuneTrainer):
@@ -74,8 +75,14 @@ class OutputTrainer(FinetuneTrainer):
     @property
     def parts(self) -> tuple[str, ...]:
         """Of what has a head the divergence, and where both say the same; else the error, and the cosine."""
+        if self._writes:
+            return ("kl", "lm", "agreement")
         is_classifier = getattr(self._student.model.config, "num_labels", 0) and self._has_head
         return ("kl", "agreement") if is_classifier else ("feature_error", "feature_cosine")
+
+    @property
+    def _writes(self) -> bool:
+        return self._has_head and bool(self._student.model.config.is_encoder_decoder)
 
     @property
     def _has_head(self) -> bool:
@@ -89,14 +96,45 @@ class OutputTrainer(FinetuneTrainer):
         goal, its_layers = self._teacher.outputs(inputs, layers=layers)
         with self._watch.watch():
             out = _called(model, inputs, layers=layers)
-        parts_B2 = (_class_losses if self._has_head else _feature_losses)(output_of(out).float(), goal)
-        losses_B3 = torch.cat([self._options.kl * parts_B2[:, :1], parts_B2], dim=1)
-        return Scored(losses_B3, goal, tuple(out.hidden_states) if layers else (), its_layers)
+        output = output_of(out).float()
+        if self._writes:
+            parts_BX = _writing_losses(output, goal, inputs)
+            total_B1 = self._options.kl * parts_BX[:, :1] + self._options.lm * parts_BX[:, 1:2]
+        else:
+            parts_BX = (_class_losses if self._has_head else _feature_losses)(output, goal)
+            total_B1 = self._options.kl * parts_BX[:, :1]
+        losses_BX = torch.cat([total_B1, parts_BX], dim=1)
+        return Scored(losses_BX, goal, _layers_of(out, inputs) if layers else (), its_layers)
 
 
 def _called(model: Any, inputs: Mapping[str, Tensor], *, layers: bool) -> Any:
     plain = getattr(model, "module", model)
     return model(**inputs, **uncached(plain), **({"output_hidden_states": True} if layers else {}))
+
+
+def _layers_of(out: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """Hidden states after the embedding and after every layer; of a decoder those behind its embedding, of its text."""
+    if getattr(out, "encoder_hidden_states", None) is None:
+        return tuple(out.hidden_states)
+    mask_BL = inputs.get("decoder_attention_mask")
+    written = out.decoder_hidden_states[1:]
+    rows = written if mask_BL is None else tuple(hidden_BLD[mask_BL.bool()] for hidden_BLD in written)
+    return (*out.encoder_hidden_states, *rows)
+
+
+def _writing_losses(logits_BLV: Tensor, goal_BLV: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+    """losses_B3: KL(teacher || student) and negative log-likelihood of what is written, in nats, and agreement.
+
+    Means over the tokens of a text; what is masked behind it is the end that its last token predicts.
+    """
+    ids_BL = inputs["decoder_input_ids"]
+    mask_BL = inputs.get("decoder_attention_mask", torch.ones_like(ids_BL)).to(logits_BLV.dtype)
+    log_BLV, its_BLV = logits_BLV.log_softmax(dim=-1), goal_BLV.log_softmax(dim=-1)
+    divergence_BL = (its_BLV.exp() * (its_BLV - log_BLV)).sum(dim=-1)
+    same_BL = (logits_BLV.argmax(dim=-1) == goal_BLV.argmax(dim=-1)).to(mask_BL.dtype)
+    loss_BL = -log_BLV[:, :-1].gather(2, ids_BL[:, 1:, None]).squeeze(2)
+    parts = ((divergence_BL, mask_BL), (loss_BL, mask_BL[:, :-1]), (same_BL, mask_BL))
+    return torch.stack([(part * mask).sum(dim=1) / mask.sum(dim=1) for part, mask in parts], dim=1)
 
 
 def _class_losses(logits: Tensor, goal: Tensor) -> Tensor:

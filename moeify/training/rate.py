@@ -15,15 +15,16 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from moeify.cache import intact
-from moeify.data.text import longest_text
 from moeify.errors import UsageError
-from moeify.models.dense import DenseModel
+from moeify.models.dense import DenseModel, open_dense
+from moeify.models.inputs import num_blocks, some_blocks
 from moeify.options import Track, untracked
+from moeify.training.examples import block_tokens, most_tokens
 from moeify.training.inputs import Inputs, open_inputs
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions, Stage
 from moeify.training.stage import train_stage
-from moeify.training.teacher import open_teacher
+from moeify.training.targets import open_targets
 
 # The first step makes buffers and kernels.
 WARM_STEPS, TIMED_STEPS = 1, 3
@@ -98,18 +99,20 @@ def _measured(
     assert options.minutes is not None
     began = time.perf_counter()
     num_steps = WARM_STEPS + TIMED_STEPS + 1
-    # As many blocks as the steps take, whatever a block's length is: it is not known before the models are open.
     step_blocks = options.batch * options.accumulate * int(processes.num_processes)
-    probe = replace(options, minutes=None, tokens=num_steps * step_blocks * (options.context or 512), every=1 << 30)
-    inputs = open_inputs(moe, teacher, probe, track)
+    dense = open_dense(teacher, track)
+    needed = num_steps * step_blocks * block_tokens(dense, options)
+    has = most_tokens(dense, options, needed)
+    probe = replace(options, minutes=None, tokens=min(needed, has), epochs=-(-needed // has), every=1 << 30)
+    inputs = open_inputs(moe, dense, probe, track)
     opened = time.perf_counter() - began
-    if not inputs.of_language:
-        raise UsageError("--minutes is for language models", "--tokens says how long another model is trained")
-    step_tokens = step_blocks * inputs.ids_BC.shape[1]
+    step_tokens, drawn = step_blocks * inputs.context, num_blocks(inputs.train) * inputs.context
     step_s = sum(_step_seconds(inputs, probe, stage, out, processes) for stage in options.stage)
-    text_s = opened / inputs.ids_BC.numel() * step_tokens if "self" in options.data else 0.0
+    # Sound and images are read, and sound is written down, for every block, as text is that the model itself writes.
+    is_made = "self" in options.data or dense.family.modality != "text"
+    text_s = opened / drawn * step_tokens if is_made else 0.0
     stages = max(1, round(options.minutes / EVERY_MINUTES)) if options.every is None else 0
-    evaluation_s = inputs.eval_BC.numel() / step_tokens * step_s / STEP_OVER_EVALUATION
+    evaluation_s = num_blocks(inputs.held_out) * inputs.context / step_tokens * step_s / STEP_OVER_EVALUATION
     left = options.minutes * 60 * (1 - RESERVE) - (time.perf_counter() - began) - opened
     steps = math.floor((left - (1 + stages) * evaluation_s) / (step_s + text_s))
     if steps < FEWEST_STEPS:
@@ -117,10 +120,7 @@ def _measured(
             f"{options.minutes:g} minutes are too few for {FEWEST_STEPS} steps: one takes {step_s + text_s:.0f} s here",
             f"--minutes takes {math.ceil(options.minutes + (FEWEST_STEPS - steps) * (step_s + text_s) / 60)} or more",
         )
-    context = inputs.ids_BC.shape[1]
-    most = longest_text(
-        options.data, inputs.teacher.tokenizer(), num_tokens=steps * step_tokens, context=context, seed=options.seed
-    )
+    most = most_tokens(dense, replace(options, context=inputs.context), steps * step_tokens)
     epochs = max(options.epochs, min(MOST_EPOCHS, -(-steps * step_tokens // most)))
     tokens = min(most, steps * step_tokens // epochs)
     every = options.every or math.ceil(tokens * epochs / step_tokens / stages)
@@ -130,16 +130,8 @@ def _measured(
 def _step_seconds(inputs: Inputs, options: FinetuneOptions, stage: Stage, out: Path, processes: PartialState) -> float:
     """Time of one step, the median of TIMED_STEPS; the student that made them is dropped."""
     # As a run opens it, but that a cache would be of text that nobody trains on.
-    targets = open_teacher(
-        inputs.teacher,
-        [inputs.ids_BC, inputs.eval_BC[:1]],
-        device=str(processes.device),
-        half=options.precision == "bfloat16",
-        cached=False,
-        first=processes.is_main_process,
-        wait=processes.wait_for_everyone,
-        track=untracked,
-    )
+    few = replace(inputs, held_out=some_blocks(inputs.held_out, slice(1)))
+    targets = open_targets(few, replace(options, cache_teacher=False), processes, untracked)
     clock = _Clock()
     with tempfile.TemporaryDirectory(prefix=".moeify-", dir=out.parent) as folder, suppress(_EnoughError):
         train_stage(

@@ -13,17 +13,17 @@ from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
+from moeify.models.heads import modality_of
 from moeify.options import Track
 from moeify.progress import Resumed
 from moeify.resources import check_room
 from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions, Stage
-from moeify.training.outputs import InputBlocks, OutputTeacher, OutputTrainer
-from moeify.training.teacher import Blocks, Teacher
-from moeify.training.trainer import COMPLETE_FILE, FinetuneTrainer, last_checkpoint, reading, step_of
+from moeify.training.outputs import OutputTeacher, OutputTrainer
+from moeify.training.states import COMPLETE_FILE, last_checkpoint, reading, step_of
+from moeify.training.targets import Targets
+from moeify.training.trainer import FinetuneTrainer
 
-# Teachers, with what is trained on and what is held out.
-Targets = tuple[Teacher, list[Blocks]] | tuple[OutputTeacher, list[InputBlocks]]
 CLIP_NORM = 1.0
 # An evaluation takes at least so many at once, a block of the usual size: small blocks one by one cost their calls.
 EVALUATED_TOKENS = 512
@@ -64,7 +64,7 @@ def train_stage(
     arguments = training_arguments(
         folder,
         options,
-        options.rate(stage),
+        options.rate(stage, hears=modality_of(student.model.config) == "audio"),
         num_steps=num_steps,
         evaluated=max(options.batch, EVALUATED_TOKENS // held_out.block_tokens),
         fresh=checkpoint is None,

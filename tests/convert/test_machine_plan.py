@@ -191,3 +191,11 @@ def test_ram_is_read_at_a_rate_that_is_possible() -> None:
     # From a tape to more than any memory has.
     assert 1e8 < rate < 1e13
     assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("family", ["whisper", "bert", "vit"])
+def test_what_writes_nothing_token_by_token_is_refused(family: str, make_dense: MakeDense) -> None:
+    with pytest.raises(InputError, match="whose time is arithmetic for the most part") as error:
+        plan_for_machine(make_dense(family), RAM_ONLY)
+    assert "moeify search" in str(error.value.hint)
+    assert "--budget 0.5" in str(error.value.hint)

@@ -1,13 +1,12 @@
 """Recordings: formats of .wav, what is said in them, pieces that a model takes; a small Whisper on the whole road."""
 
-import wave
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import MakeDense
+from tiny_sound import RATE, make_whisper, tone, write
 
 from moeify import evaluate
 from moeify.check.verify import verify
@@ -18,26 +17,6 @@ from moeify.models import stock
 from moeify.models.dense import open_dense
 from moeify.models.sound_processor import SoundProcessor
 from moeify.options import SplitOptions
-
-RATE = 16_000
-
-
-def write(path: Path, samples: Any, width: int = 2, rate: int = RATE, channels: int = 1) -> Path:
-    """A .wav of samples from -1 to 1, every channel the same."""
-    whole = np.rint(np.asarray(samples) * ((1 << (8 * width - 1)) - 1)).astype(np.int64)
-    if width == 1:
-        whole = whole + 128
-    raw = whole.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :width]
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(channels)
-        file.setsampwidth(width)
-        file.setframerate(rate)
-        file.writeframes(np.repeat(raw, channels, axis=0).tobytes())
-    return path
-
-
-def tone(seconds: float = 0.5, rate: int = RATE, hertz: float = 440) -> Any:
-    return 0.5 * np.sin(2 * np.pi * hertz * np.arange(round(seconds * rate)) / rate)
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +30,7 @@ def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whisper(make_dense: MakeDense) -> Path:
-    from transformers import WhisperFeatureExtractor
-
-    folder = make_dense("whisper", decoder_start_token_id=5)
-    WhisperFeatureExtractor(feature_size=8, chunk_length=1, hop_length=250).save_pretrained(folder)
-    return folder
+    return make_whisper(make_dense)
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4])

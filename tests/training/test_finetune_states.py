@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from moeify.errors import InputError
-from moeify.training.trainer import FinetuneTrainer, reading
+from moeify.training.states import reading
+from moeify.training.trainer import FinetuneTrainer
 
 
 class Bomb:

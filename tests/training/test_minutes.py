@@ -8,11 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import MakeDense
 from safetensors.torch import load_file
+from tiny_images import make_model
+from tiny_sound import make_whisper, tone, write
 
 from moeify.check.evaluate import evaluate
 from moeify.convert.pipeline import split
+from moeify.convert.texts import tokens_of_image
 from moeify.errors import InputError, UsageError
+from moeify.models.dense import open_dense
 from moeify.options import SplitOptions
 from moeify.plan import load_plan
 from moeify.training import rate, within
@@ -153,3 +158,33 @@ def test_without_time_to_train_the_split_stands_alone(taught: Path, tmp_path: Pa
     assert load_plan(tmp_path / "moe").trained == ()
     assert any("no time is left to train" in line for line in lines)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["moe"]
+
+
+@pytest.mark.usefixtures("steady")
+@pytest.mark.filterwarnings("ignore::moeify.errors.MoeifyWarning")
+def test_images_are_searched_split_and_trained_in_a_time(tmp_path: Path) -> None:
+    dense = str(make_model(tmp_path / "dense", "vit", "ViTForImageClassification"))
+    options = SplitOptions(experts=4, tokens=1024, calibration=("digits",))
+    result = split_within(dense, tmp_path / "moe", options, minutes=2)
+    assert [work for work in result.seconds if "layers" in work] == ["scoring layers", "splitting layers"]
+    assert result.finetune is not None
+    assert set(result.finetune.stages[0].after) >= {"kl", "agreement"}
+    found = settled(tmp_path / "moe")
+    assert found["tokens"] * found["epochs"] >= rate.FEWEST_STEPS * 4 * tokens_of_image(open_dense(dense))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "moe"]
+
+
+@pytest.mark.usefixtures("steady")
+def test_few_recordings_are_heard_more_often(make_dense: MakeDense, tmp_path: Path) -> None:
+    dense, speech = str(make_whisper(make_dense)), tmp_path / "speech"
+    speech.mkdir()
+    for number in range(11):
+        write(speech / f"{number:02d}.wav", tone(hertz=100 + 60 * number))
+    split(dense, tmp_path / "moe", SplitOptions(experts=4, active=2, calibration=(str(speech),), tokens=320))
+    options = FinetuneOptions(stage=("full",), data=(str(speech),), minutes=0.5)
+    finetune(str(tmp_path / "moe"), dense, tmp_path / "timed", options)
+    found = settled(tmp_path / "timed")
+    # One of eleven is held out, and each of the others is seen as often as is allowed.
+    assert (found["tokens"], found["epochs"]) == (10 * 32, rate.MOST_EPOCHS)
+    with pytest.raises(UsageError, match="there is no recording in moeify"):
+        finetune(str(tmp_path / "moe"), dense, tmp_path / "other", replace(options, data=FinetuneOptions.data))

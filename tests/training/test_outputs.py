@@ -73,7 +73,5 @@ def test_what_only_language_models_have_is_refused(tmp_path: Path) -> None:
     moe, out = str(tmp_path / "moe"), tmp_path / "tuned"
     with pytest.raises(UsageError, match="--cache-teacher is for language models"):
         finetune(moe, dense, out, FinetuneOptions(cache_teacher=True))
-    with pytest.raises(UsageError, match="--minutes is for language models"):
-        finetune(moe, dense, out, FinetuneOptions(stage=("full",), minutes=1))
     with pytest.raises(InputError, match=r"is made by AutoModel, .* by AutoModelForImageClassification"):
         finetune(moe, other, out, FinetuneOptions())
