@@ -92,8 +92,8 @@ class Layout:
         if self.active_by_layer:
             self._check_layers()
         # Of layers of other numbers of experts the same is seen when theirs are made.
-        routed = [self.num_active] if not self.active_by_layer else self._routed_counts
-        least, most = min(routed, default=0), max(routed, default=0)
+        routed = self._routed_counts if self.active_by_layer else [self.num_active]
+        least, most = min(routed, default=self.min_active), max(routed, default=self.min_active)
         if self.is_adaptive and not (
             self.num_shared <= self.min_active <= least <= most <= self.max_active <= self.num_experts
         ):
@@ -339,15 +339,14 @@ def resolve_layout(
     if not active:
         raise UsageError(f"0 active of {experts} experts is impossible", f"--active takes 1 to {experts}")
     if shared is None:
-        # In numbers of the most experts; a static layer chooses none beside its own.
+        # A static layer chooses none beside its own.
         sizes = layers.experts or (experts,) * len(numbers)
-        routed = [
-            n * experts // size
-            for i, (n, size) in enumerate(zip(numbers, sizes, strict=True))
-            if n > 0 and i not in layers.static
-        ]
-        least = min(routed, default=active)
+        pairs = zip(numbers, sizes, strict=True)
+        routed = [pair for layer, pair in enumerate(pairs) if pair[0] and layer not in layers.static]
+        least = min((number * experts // size for number, size in routed), default=active)
         shared = min(-(-active // 4), max(1, least // 2)) if holds_shared and least > 1 else 0
+        while any(number <= -(-shared * size // experts) for number, size in routed) and shared:
+            shared -= 1
     return Layout(
         experts,
         shared,
