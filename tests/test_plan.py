@@ -412,3 +412,24 @@ def test_a_plan_with_an_impossible_scale_is_refused(scale: Any, tmp_path: Path) 
     rewrite(tmp_path / "plan.safetensors", load_file(tmp_path / "plan.safetensors"), header)
     with pytest.raises(InputError, match="router_scale"):
         load_plan(tmp_path / "plan.safetensors")
+
+
+def test_layers_are_joined_to_the_layout_that_has_them() -> None:
+    routed, static, whole = Layout(8, 1, 4), Layout(8, 6, 6), Layout(8, 8, 8)
+    for layers in (
+        [routed, routed, whole],
+        [routed, static, whole, Layout(8, 1, 3)],
+        [static, static, whole],
+        [Layout(8, 2, 4), Layout(4, 1, 2), Layout(8, 0, 0), whole],
+        [Layout(8, 2, 4, min_active=3, max_active=8), Layout(8, 2, 5, min_active=3, max_active=8), static],
+    ):
+        layout = Layout.joined(layers)
+        assert [layout.of_layer(number) for number in range(len(layers))] == [
+            replace(layer, dense_layers=layout.dense_layers) if layout.of_layer(number) is layout else layer
+            for number, layer in enumerate(layers)
+        ]
+        assert layout.model_share(len(layers)) == pytest.approx(
+            sum(layer.num_active / layer.num_experts for layer in layers) / len(layers)
+        )
+    gone = Layout.joined([routed, None, static])
+    assert gone.among([0, 2]) == Layout.joined([routed, static])
