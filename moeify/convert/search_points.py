@@ -119,8 +119,9 @@ class Points:
         return point if other is None or not other.divergence < point.divergence else other
 
     def uniform(self, budget: float) -> Point:
-        """Every layer cut alike."""
-        point = self._best(budget, strategies.find("uniform"), "uniform", 1, droppable=False)
+        """Every layer cut alike, with experts."""
+        routed = [tuple(i for i in menu if not self._layouts[i].is_static) for menu in self._menus]
+        point = self._best(budget, strategies.find("uniform"), "uniform", 1, droppable=False, menus=routed)
         assert point is not None
         return point
 
@@ -134,11 +135,18 @@ class Points:
         return self._point(BY_DEPTH, (), strategies.find("stepwise")(problem), measured=True)
 
     def _best(
-        self, budget: float, choose: strategies.Strategy, name: str, trials: int, *, droppable: bool
+        self,
+        budget: float,
+        choose: strategies.Strategy,
+        name: str,
+        trials: int,
+        *,
+        droppable: bool,
+        menus: Sequence[Menu] = (),
     ) -> Point | None:
         """None where the strategy only drops layers and cuts none."""
         affordable = set(affordable_layouts(self._layouts, budget))
-        menus = [menu for menu in self._menus if affordable & set(menu)]
+        menus = [menu for menu in menus or self._menus if affordable & set(menu)]
         firsts = {menu: choose(self._problem(menu, budget, 1, droppable=droppable)) for menu in menus}
         cutting = {menu: choice for menu, choice in firsts.items() if _cuts(choice) or not droppable}
         if not cutting:
