@@ -86,6 +86,11 @@ def _layouts(prepared: Prepared) -> list[Layout]:
 def _layouts_of_layers(prepared: Prepared) -> list[Layout]:
     """Layouts of which every layer may have another: numbers of active experts, and as many slices that are always on.
 
+    DINOv2-small, 24 experts, candidates of 1/4, 1/2 and 3/4, 1 - cosine of its last hidden states on held-out images:
+    at 50 % all layers alike 0.0216 of experts and 0.0232 static, by layer 0.0222, 0.0220, and 0.0211 with both; at 75 %
+    alike 0.0088 and 0.0078, by layer 0.0078, 0.0066, and 0.0061 with both. Layers without an FFN were never chosen
+    (4,096 tokens of Fashion-MNIST to fit on dense hidden states, 2,048 held out, one run).
+
     Not where tokens have a range: in each of the first twelve layers of SmolLM2-135M, 96 experts, static slices lost
     more of the output than thresholds, at 50 % and at 75 % (4,096 tokens to fit, held-out error of the layer alone, 2
     cores of an Intel Xeon, 2026-11-26).
