@@ -1,8 +1,39 @@
 """How many experts there are, and how many of them run: for a whole model or layer by layer. Imports nothing heavy."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moeify.errors import InputError, UsageError
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """What was asked for single layers.
+
+    Args:
+        dense: layers that stay as they are.
+        static: layers that keep as many slices as are active, and choose none.
+        active, experts: numbers of each layer.
+    """
+
+    dense: tuple[int, ...] = ()
+    static: tuple[int, ...] = ()
+    active: tuple[int, ...] = ()
+    experts: tuple[int, ...] = ()
+
+    def among(self, kept: Sequence[int]) -> "LayerChoice":
+        """The choice for a model that has these layers alone, in this order."""
+        return LayerChoice(
+            *(
+                tuple(number for number, layer in enumerate(kept) if layer in some)
+                for some in (self.dense, self.static)
+            ),
+            *(tuple(numbers[layer] for layer in kept) if numbers else () for numbers in (self.active, self.experts)),
+        )
+
+
+ALIKE = LayerChoice()
 
 
 @dataclass(frozen=True)
@@ -13,7 +44,11 @@ class Layout:
     at least `min_active` and at most `max_active` of them; `num_active` is the mean then.
 
     With `active_by_layer` every layer has a number of its own, and `num_active` is the mean of those that are cut,
-    rounded. One that stays dense has all, one that goes, in the choice of a search, has none.
+    rounded. One that stays dense has all. One without an FFN has none, as one that goes, in the choice of a search.
+
+    `static_layers` keep as many slices as are active of them for every token; the others are gone, and nothing chooses.
+    With `experts_by_layer` every layer is cut into as many slices as it says; `num_experts` is the most, and shared
+    ones and the range of active ones are scaled to a layer's own number.
     """
 
     num_experts: int
@@ -23,9 +58,11 @@ class Layout:
     min_active: int = 0
     max_active: int = 0
     active_by_layer: tuple[int, ...] = ()
+    static_layers: tuple[int, ...] = ()
+    experts_by_layer: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        further = (self.min_active, self.max_active, *self.active_by_layer)
+        further = (self.min_active, self.max_active, *self.active_by_layer, *self.static_layers, *self.experts_by_layer)
         numbers = (self.num_experts, self.num_shared, self.num_active, *self.dense_layers, *further)
         if wrong := [number for number in numbers if type(number) is not int]:
             raise UsageError(
@@ -34,7 +71,7 @@ class Layout:
             )
         if self.num_experts < 2:
             raise UsageError(f"{self.num_experts} experts are not a mixture", "--experts takes 2 or more")
-        if not 1 <= self.num_active <= self.num_experts:
+        if not (0 if self.is_empty else 1) <= self.num_active <= self.num_experts:
             raise UsageError(
                 f"{self.num_active} active of {self.num_experts} experts is impossible",
                 f"--active takes 1 to {self.num_experts}",
@@ -45,9 +82,18 @@ class Layout:
                 f"--shared takes 0 to {self.num_active}; shared experts count as active",
             )
 
+        if both := sorted(set(self.static_layers) & set(self.dense_layers)):
+            raise UsageError(
+                f"layer {both[0]} is to keep {self.active_of(both[0])} slices and to stay dense",
+                "a static layer has fewer active experts than there are",
+            )
+        if self.experts_by_layer:
+            self._check_experts()
         if self.active_by_layer:
             self._check_layers()
-        least, most = min(self.cut_counts), max(self.cut_counts)
+        # Of layers of other numbers of experts the same is seen when theirs are made.
+        routed = self._routed_counts if self.active_by_layer else [self.num_active]
+        least, most = min(routed, default=self.min_active), max(routed, default=self.min_active)
         if self.is_adaptive and not (
             self.num_shared <= self.min_active <= least <= most <= self.max_active <= self.num_experts
         ):
@@ -57,45 +103,155 @@ class Layout:
                 f"and {active} active of {self.num_experts}",
                 "shared <= --min-active <= --active <= --max-active <= --experts",
             )
+        for layer, experts in enumerate(self.experts_by_layer):
+            if experts < self.num_experts:
+                self.of_layer(layer)
+
+    def _check_experts(self) -> None:
+        """Raise UsageError unless the numbers of experts of single layers fit the others."""
+        numbers, option = self.experts_by_layer, "--experts-by-layer"
+        if min(numbers) < 2:
+            raise UsageError(f"{min(numbers)} experts are not a mixture", f"{option} takes 2 or more for each layer")
+        if max(numbers) != self.num_experts:
+            raise UsageError(
+                f"{option} has up to {max(numbers)} experts, a layer has {self.num_experts}", "leave --experts out"
+            )
+        if len(numbers) != len(self.active_by_layer):
+            raise UsageError(
+                f"{option} has {len(numbers)} numbers, --active-by-layer {len(self.active_by_layer)}",
+                "write one for each layer",
+            )
 
     def _check_layers(self) -> None:
         """Raise UsageError unless the numbers of single layers fit each other and the others."""
         numbers, option = self.active_by_layer, "--active-by-layer"
-        if wrong := [number for number in numbers if not 0 <= number <= self.num_experts]:
-            raise UsageError(
-                f"{wrong[0]} active of {self.num_experts} experts is impossible",
-                f"{option} takes {self.num_shared + 1} to {self.num_experts}",
-            )
-        cut = [number for number in numbers if 0 < number < self.num_experts]
-        if not cut:
+        layers = [(layer, number, self.experts_of(layer)) for layer, number in enumerate(numbers)]
+        for _, number, experts in layers:
+            if not 0 <= number <= experts:
+                raise UsageError(
+                    f"{number} active of {experts} experts is impossible",
+                    f"{option} takes {self.num_shared + 1} to {experts}",
+                )
+        if not any(0 < number < experts for _, number, experts in layers):
             raise UsageError("no layer has fewer active experts than there are", f"{option} cuts one or more")
-        if (least := min(cut)) <= self.num_shared and not self.is_static:
-            raise UsageError(
-                f"a layer of {least} active experts has none to choose beside {self.num_shared} shared ones",
-                f"{option} takes {self.num_shared + 1} to {self.num_experts}, or lower --shared",
-            )
-        whole = tuple(layer for layer, number in enumerate(numbers) if number == self.num_experts)
-        if whole != self.dense_layers or self.num_active != mean_active(numbers, self.num_experts):
+        for layer, number, experts in layers:
+            shared = self._scaled(self.num_shared, experts)
+            if 0 < number <= shared and number < experts and not self.is_static and layer not in self.static_layers:
+                raise UsageError(
+                    f"a layer of {number} active experts has none to choose beside {shared} shared ones",
+                    f"{option} takes {shared + 1} to {experts}, or lower --shared, or --static-layers {layer}",
+                )
+        whole, mean = tuple(layer for layer, number, experts in layers if number == experts), self._mean()
+        if whole != self.dense_layers or self.num_active != mean:
             raise UsageError(
                 f"{option} has all experts in {list(whole)}, dense layers are {list(self.dense_layers)}, the mean of "
-                f"the others is {mean_active(numbers, self.num_experts)}, active are {self.num_active}",
+                f"the others is {mean}, active are {self.num_active}",
                 f"a layer that stays dense has as many as --experts in {option}",
             )
+
+    def _mean(self) -> int:
+        return mean_active(self.active_by_layer, self.experts_by_layer or self.num_experts)
+
+    def _scaled(self, number: int, experts: int) -> int:
+        """So many of all experts in a layer of so many."""
+        return number if experts == self.num_experts else -(-number * experts // self.num_experts)
+
+    @classmethod
+    def joined(cls, layers: Sequence["Layout | None"]) -> "Layout":
+        """The layout whose layers have these, in each of which all are alike; None goes as a whole.
+
+        The most common one of those that choose experts says what is shared, and the range of active experts.
+        """
+        given = [layer for layer in layers if layer is not None]
+        experts = max(layer.num_experts for layer in given)
+        routed = [layer for layer in given if not layer.is_static]
+        first = max(routed, key=lambda layer: (layer.num_experts, routed.count(layer))) if routed else None
+        counts = tuple(0 if layer is None else layer.num_active for layer in layers)
+        of_layers = tuple(experts if layer is None else layer.num_experts for layer in layers)
+        cut = {(layer.num_experts, layer.num_active) for layer in given if not layer.is_whole}
+        alike = len(cut) == 1 and all(layer.num_active for layer in given)
+        by_experts = () if len(set(of_layers)) == 1 else of_layers
+        return cls(
+            experts,
+            0 if first is None else first.num_shared * experts // first.num_experts,
+            next(iter(cut))[1] if alike else mean_active(counts, by_experts or experts),
+            dense_layers=tuple(n for n, layer in enumerate(layers) if layer is not None and layer.is_whole),
+            min_active=0 if first is None else first.min_active,
+            max_active=0 if first is None else first.max_active,
+            active_by_layer=() if alike and not by_experts else counts,
+            static_layers=tuple(
+                n
+                for n, layer in enumerate(layers)
+                if layer and layer.is_static and 0 < layer.num_active < layer.num_experts
+            ),
+            experts_by_layer=by_experts,
+        )
 
     @property
     def cut_counts(self) -> tuple[int, ...]:
         """Active experts of every layer that is cut; one number where they are alike."""
-        if not self.active_by_layer:
-            return (self.num_active,)
-        return tuple(number for number in self.active_by_layer if 0 < number < self.num_experts)
+        numbers = enumerate(self.active_by_layer)
+        return tuple(n for layer, n in numbers if 0 < n < self.experts_of(layer)) or (self.num_active,)
+
+    @property
+    def _routed_counts(self) -> list[int]:
+        """Active experts of the layers that choose some of the most."""
+        layers = [layer for layer in range(len(self.active_by_layer)) if self.is_routed(layer)]
+        return [self.active_by_layer[layer] for layer in layers if self.experts_of(layer) == self.num_experts]
+
+    def experts_of(self, layer: int) -> int:
+        """Slices that a layer is cut into."""
+        return self.experts_by_layer[layer] if self.experts_by_layer else self.num_experts
+
+    def active_of(self, layer: int) -> int:
+        """Slices of a layer that run for a token, in the mean."""
+        if self.active_by_layer:
+            return self.active_by_layer[layer]
+        return self.num_experts if layer in self.dense_layers else self.num_active
 
     def of_layer(self, layer: int) -> "Layout":
-        """The layout that a layer has, in which all layers are alike."""
-        number = self.active_by_layer[layer] if self.active_by_layer else 0
-        if not 0 < number < self.num_experts:
-            return self if not self.active_by_layer else replace(self, active_by_layer=())
-        shared = number if self.is_static else self.num_shared
-        return replace(self, num_shared=shared, num_active=number, active_by_layer=())
+        """The layout that a layer has, in which all layers are alike: of one that stays dense all is always on."""
+        experts, active = self.experts_of(layer), self.active_of(layer)
+        if layer in self.dense_layers:
+            return Layout(experts, experts, experts)
+        if active == 0 or self.is_static or layer in self.static_layers:
+            return Layout(experts, active, active)
+        if not self.is_mixed and not self.active_by_layer:
+            return self
+        shared, least, most = (self._scaled(n, experts) for n in (self.num_shared, self.min_active, self.max_active))
+        return Layout(experts, shared, active, min_active=least, max_active=most)
+
+    def among(self, kept: Sequence[int]) -> "Layout":
+        """The layout of a model that has these layers alone, in this order."""
+        own = LayerChoice(self.dense_layers, self.static_layers, self.active_by_layer, self.experts_by_layer).among(
+            kept
+        )
+        return replace(
+            self,
+            dense_layers=own.dense,
+            static_layers=own.static,
+            active_by_layer=own.active,
+            experts_by_layer=own.experts,
+        )
+
+    def is_routed(self, layer: int) -> bool:
+        """Whether a token chooses experts in a layer: it is not dense, nor static, nor without an FFN."""
+        return not self.of_layer(layer).is_static
+
+    @property
+    def is_mixed(self) -> bool:
+        """Layers differ in more than their active experts: some are static, without an FFN, or cut otherwise."""
+        return bool(self.static_layers or self.experts_by_layer or 0 in self.active_by_layer)
+
+    @property
+    def is_empty(self) -> bool:
+        """Of a layer without an FFN."""
+        return self.num_shared == self.num_active == 0
+
+    @property
+    def num_slices(self) -> int:
+        """Of one layer, those that are written: a static one has lost the others."""
+        return self.num_active if self.is_static else self.num_experts
 
     @property
     def is_adaptive(self) -> bool:
@@ -129,8 +285,10 @@ class Layout:
 
     @property
     def active_share(self) -> float:
-        """Share of a cut FFN that a token uses, in the mean over layers."""
-        return sum(self.cut_counts) / len(self.cut_counts) / self.num_experts
+        """Share of a cut FFN that a token uses, in the mean over layers; those that have none are left out."""
+        shares = [number / self.experts_of(layer) for layer, number in enumerate(self.active_by_layer)]
+        cut = [share for share in shares if 0 < share < 1] or [self.num_active / self.num_experts]
+        return sum(cut) / len(cut)
 
     def model_share(self, num_layers: int, num_dropped: int = 0) -> float:
         """Share of all FFN parameters that a token uses.
@@ -139,8 +297,16 @@ class Layout:
             num_layers: of the layout's model.
             num_dropped: layers that the dense model had besides.
         """
+        if self.active_by_layer:
+            shares = (number / self.experts_of(layer) for layer, number in enumerate(self.active_by_layer))
+            return sum(shares) / (num_layers + num_dropped)
         dense = len(self.dense_layers)
         return (dense + (num_layers - dense) * self.active_share) / (num_layers + num_dropped)
+
+    @property
+    def slices(self) -> int:
+        """The least number of equal slices of an FFN of which every layer's experts are made."""
+        return math.lcm(self.num_experts, *self.experts_by_layer)
 
     def expert_width(self, num_neurons: int) -> int:
         """Neurons in one slice.
@@ -158,30 +324,47 @@ class Layout:
 
 
 def resolve_layout(
-    experts: int,
-    shared: int | None,
-    active: int | None,
-    *,
-    holds_shared: bool,
-    dense_layers: tuple[int, ...] = (),
-    active_by_layer: tuple[int, ...] = (),
+    experts: int, shared: int | None, active: int | None, *, holds_shared: bool, layers: LayerChoice = ALIKE
 ) -> Layout:
     """Fill in what is open: 3/4 active, of these a quarter shared, and at most half of the active ones of any layer.
 
     Of 8 and 32 experts on SmolLM2-135M, at 75 % and 50 % active, a third to a sixth of the active ones shared had the
     least layer error, up to 7 % less than with half of them shared.
     """
-    if active_by_layer:
-        active = mean_active(active_by_layer, experts)
+    numbers = layers.active
+    if numbers:
+        active = mean_active(numbers, layers.experts or experts)
     if active is None:
         active = max(1, experts * 3 // 4)
+    if not active:
+        raise UsageError(f"0 active of {experts} experts is impossible", f"--active takes 1 to {experts}")
     if shared is None:
-        least = min((number for number in active_by_layer if number > 0), default=active)
+        # A static layer chooses none beside its own.
+        sizes = layers.experts or (experts,) * len(numbers)
+        pairs = zip(numbers, sizes, strict=True)
+        routed = [pair for layer, pair in enumerate(pairs) if pair[0] and layer not in layers.static]
+        least = min((number * experts // size for number, size in routed), default=active)
         shared = min(-(-active // 4), max(1, least // 2)) if holds_shared and least > 1 else 0
-    return Layout(experts, shared, active, dense_layers, active_by_layer=active_by_layer)
+        while any(number <= -(-shared * size // experts) for number, size in routed) and shared:
+            shared -= 1
+    return Layout(
+        experts,
+        shared,
+        active,
+        layers.dense,
+        active_by_layer=numbers,
+        static_layers=layers.static,
+        experts_by_layer=layers.experts,
+    )
 
 
-def mean_active(numbers: tuple[int, ...], num_experts: int) -> int:
-    """Active experts of the layers that are cut, in the mean."""
-    cut = [number for number in numbers if 0 < number < num_experts]
-    return max(1, round(sum(cut) / len(cut))) if cut else num_experts
+def mean_active(numbers: Sequence[int], experts: int | Sequence[int]) -> int:
+    """Active experts of the layers that are cut, in the mean, of the most that a layer has.
+
+    Args:
+        numbers: active experts of each layer.
+        experts: of all layers, or of each.
+    """
+    sizes = [experts] * len(numbers) if isinstance(experts, int) else experts
+    shares = [number * max(sizes) / size for number, size in zip(numbers, sizes, strict=True) if 0 < number < size]
+    return max(1, round(sum(shares) / len(shares))) if shares else max(sizes)

@@ -127,7 +127,9 @@ class SplitOptions(Options):
     active: int | None = option(None, "Slices run per token, shared too", auto="3/4 of all", least=1)
     min_active: int | None = option(None, "moeify's own model: at least", auto="1 routed", least=1, panel=METHOD)
     max_active: int | None = option(None, "and at most; --active is the mean", auto="all", least=1, panel=METHOD)
-    active_by_layer: tuple[int, ...] = option((), "moeify's own model: one for each layer", least=0, panel=METHOD)
+    active_by_layer: tuple[int, ...] = option((), "The same for each layer; 0: no FFN", least=0, panel=METHOD)
+    experts_by_layer: tuple[int, ...] = option((), "moeify's own model: slices of each layer", least=2, panel=METHOD)
+    static_layers: tuple[int, ...] = option((), "moeify's own model: pruned, with no router", panel=METHOD)
     static: bool = option(False, "Prune instead: a smaller dense model")
     partition: str = option("routed", "Neurons to experts: moeify ls partitions", plugin="partition", panel=METHOD)
     router: str = option("ridge", "Tokens to experts: moeify ls routers", plugin="routers", panel=METHOD)
@@ -170,23 +172,38 @@ class SplitOptions(Options):
                 "--min-active and --max-active choose experts of weight one by their scores",
                 "leave --static, --mixing and --fusion out",
             )
-        if self.active_by_layer and self.active is not None:
-            raise UsageError("--active-by-layer says how many experts are active, --active as well", "leave one out")
-        if self.active_by_layer and self.mixing == "soft":
-            raise UsageError("--active-by-layer is about experts that are chosen", "--mixing takes hard or softmax")
+        self._check_layers()
         if self.static and self.remote_code:
             raise UsageError("--static writes a dense model, which needs no code", "leave --remote-code out")
         if self.machine is not None:
             MachineOptions.of_text(self.machine)
             chosen = (
                 *("experts", "shared", "active", "budget", "plan", "dense_layers", "drop_layers"),
-                *("static", "mixing", "engine", "active_by_layer"),
+                *("static", "mixing", "engine", "active_by_layer", "experts_by_layer", "static_layers"),
             )
             default = {field.name: field.default for field in fields(type(self))}
             if given := [flag(name) for name in chosen if getattr(self, name) != default[name]]:
                 raise UsageError(
                     f"{flag('machine')} chooses the layout, {listing(given)} as well", f"leave {given[0]} out"
                 )
+
+    def _check_layers(self) -> None:
+        """Raise UsageError for options of single layers that contradict others."""
+        numbers = [name for name in ("active_by_layer", "experts_by_layer") if getattr(self, name)]
+        if numbers and self.active is not None:
+            raise UsageError(
+                f"{flag(numbers[0])} says how many experts are active, --active as well", "--active-by-layer has both"
+            )
+        if self.experts_by_layer and self.experts not in (None, max(self.experts_by_layer)):
+            raise UsageError(
+                f"--experts-by-layer has up to {max(self.experts_by_layer)} experts, --experts {self.experts}",
+                "leave --experts out",
+            )
+        for name in (*numbers, *(["static_layers"] if self.static_layers else [])):
+            if self.mixing == "soft":
+                raise UsageError(f"{flag(name)} is about experts that are chosen", "--mixing takes hard or softmax")
+            if self.static and name != "active_by_layer":
+                raise UsageError(f"--static prunes every layer alike, {flag(name)} single ones", "leave --static out")
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,9 @@ class LayerPlan(Readable):
             raise InputError(
                 f"layer {self.layer} of the plan has no int16 labels of {SHARED} and up, one a neuron", DAMAGED
             )
+        layout = layout.of_layer(self.layer)
         width = layout.expert_width(self.labels_F.numel())
-        if self.layer in layout.dense_layers:
+        if layout.is_whole:
             if (self.labels_F != SHARED).any():
                 raise InputError(
                     f"layer {self.layer} of the plan is dense, but not all of its labels are {SHARED}", DAMAGED
@@ -83,8 +84,9 @@ class LayerPlan(Readable):
 
     def check_router(self, layout: Layout) -> None:
         """Raise InputError unless there is a finite router row for each routed expert, or none in a static plan."""
+        layout = layout.of_layer(self.layer)
         rows = 0 if self.router_RD is None else self.router_RD.shape[0]
-        expected = 0 if layout.is_static or self.layer in layout.dense_layers else layout.num_routed
+        expected = 0 if layout.is_static else layout.num_routed
         if rows != expected:
             raise InputError(f"layer {self.layer} of the plan has {rows} router rows, expected {expected}", DAMAGED)
         if expected and (self.threshold_1 is not None) != layout.is_adaptive:
@@ -137,6 +139,11 @@ class SplitPlan(Readable):
     version: str
     router_scale: float
     trained: tuple[str, ...] = ()
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether a layer chooses experts."""
+        return any(layer.router_RD is not None for layer in self.layers)
 
     @property
     def router_width(self) -> int:
@@ -208,6 +215,10 @@ def load_plan(path: str | Path) -> SplitPlan:
         ) from error
     if (numbers := plan.layout.active_by_layer) and len(numbers) != len(plan.layers):
         raise InputError(f"the plan has {len(plan.layers)} layers and active experts of {len(numbers)}", DAMAGED)
+    if plan.layout.is_empty:
+        raise InputError("the plan has no active experts", DAMAGED)
+    if (last := max(plan.layout.static_layers, default=0)) >= len(plan.layers):
+        raise InputError(f"the plan has {len(plan.layers)} layers, one of them static is {last}", DAMAGED)
     for layer in plan.layers:
         layer.check(plan.layout)
         layer.check_router(plan.layout)

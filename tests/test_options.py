@@ -71,6 +71,8 @@ LAYOUTS = {
     "--static": {"static": True},
     "--dense-layers": {"dense_layers": (1,)},
     "--active-by-layer": {"active_by_layer": (3, 4)},
+    "--experts-by-layer": {"experts_by_layer": (8, 4)},
+    "--static-layers": {"static_layers": (1,)},
     "--mixing": {"mixing": "soft"},
     "--engine": {"engine": "vllm"},
 }

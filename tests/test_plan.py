@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moeify.errors import InputError, MoeifyError, UsageError
-from moeify.layout import Layout, resolve_layout
+from moeify.layout import LayerChoice, Layout, resolve_layout
 from moeify.options import SplitOptions
 from moeify.plan import HEADER_TYPES, PLAN_FILE, SHARED, LayerPlan, SplitPlan, load_plan
 
@@ -62,7 +62,6 @@ def rewrite(path: Path, tensors: dict[str, torch.Tensor], header: Any) -> None:
     [
         ((1, 0, 1), "--experts takes 2 or more"),
         ((0, 0, 0), "--experts takes 2 or more"),
-        ((8, 0, 0), "--active takes 1 to 8"),
         ((8, 0, 9), "--active takes 1 to 8"),
         ((8, 0, -1), "--active takes 1 to 8"),
         ((8, -1, 4), "--shared takes 0 to 4"),
@@ -127,6 +126,13 @@ def test_what_is_open_is_filled_in(
     assert resolve_layout(experts, shared, active, holds_shared=holds_shared) == Layout(*expected)
 
 
+def test_a_layer_may_have_no_active_experts_but_not_every_one() -> None:
+    assert Layout(8, 0, 0).is_empty
+    with pytest.raises(UsageError, match="0 active of 8 experts") as caught:
+        resolve_layout(8, 0, 0, holds_shared=True)
+    assert caught.value.hint == "--active takes 1 to 8"
+
+
 @pytest.mark.parametrize("experts", range(2, 130))
 def test_defaults_share_a_quarter_of_the_active_experts_rounded_up(experts: int) -> None:
     layout = resolve_layout(experts, None, None, holds_shared=True)
@@ -162,7 +168,7 @@ def test_dense_layers_count_in_full() -> None:
     assert layout.active_share == 0.75
     assert layout.model_share(4) == 0.5 + 0.5 * 0.75
     assert Layout(8, 2, 6).model_share(4) == 0.75
-    assert resolve_layout(8, None, None, holds_shared=True, dense_layers=(0, 3)) == layout
+    assert resolve_layout(8, None, None, holds_shared=True, layers=LayerChoice(dense=(0, 3))) == layout
 
 
 def with_dense_layers() -> SplitPlan:
@@ -406,3 +412,24 @@ def test_a_plan_with_an_impossible_scale_is_refused(scale: Any, tmp_path: Path) 
     rewrite(tmp_path / "plan.safetensors", load_file(tmp_path / "plan.safetensors"), header)
     with pytest.raises(InputError, match="router_scale"):
         load_plan(tmp_path / "plan.safetensors")
+
+
+def test_layers_are_joined_to_the_layout_that_has_them() -> None:
+    routed, static, whole = Layout(8, 1, 4), Layout(8, 6, 6), Layout(8, 8, 8)
+    for layers in (
+        [routed, routed, whole],
+        [routed, static, whole, Layout(8, 1, 3)],
+        [static, static, whole],
+        [Layout(8, 2, 4), Layout(4, 1, 2), Layout(8, 0, 0), whole],
+        [Layout(8, 2, 4, min_active=3, max_active=8), Layout(8, 2, 5, min_active=3, max_active=8), static],
+    ):
+        layout = Layout.joined(layers)
+        assert [layout.of_layer(number) for number in range(len(layers))] == [
+            replace(layer, dense_layers=layout.dense_layers) if layout.of_layer(number) is layout else layer
+            for number, layer in enumerate(layers)
+        ]
+        assert layout.model_share(len(layers)) == pytest.approx(
+            sum(layer.num_active / layer.num_experts for layer in layers) / len(layers)
+        )
+    gone = Layout.joined([routed, None, static])
+    assert gone.among([0, 2]) == Layout.joined([routed, static])

@@ -79,6 +79,7 @@ def test_properties_stand_beside_the_fields() -> None:
         "shared": 1,
         "active": 4,
         "active_by_layer": [],
+        "static_layers": [],
         "dense_layers": [0],
         "drop_layers": [],
     }

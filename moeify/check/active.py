@@ -1,5 +1,6 @@
 """The share of its FFNs that a model really runs, where the number of experts is a token's own."""
 
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -19,12 +20,13 @@ class ActiveShare:
 
     def __init__(self, model: nn.Module) -> None:
         self._ffns = [module for module in model.modules() if isinstance(module, MoeFFN)]
-        self._chosen = self._slots = 0
+        self._active = self._neurons = 0
         self._handles: list[Any] = []
 
     def __enter__(self) -> "ActiveShare":
-        routers = [ffn.router for ffn in self._ffns if ffn.router.min_chosen is not None]
-        self._handles = [router.register_forward_hook(self._count) for router in routers]
+        for ffn in self._ffns:
+            if ffn.router is not None and ffn.router.min_chosen is not None:
+                self._handles.append(ffn.router.register_forward_hook(partial(self._count, ffn)))
         return self
 
     def __exit__(
@@ -33,18 +35,14 @@ class ActiveShare:
         for handle in self._handles:
             handle.remove()
 
-    def _count(self, router: Router, _: Any, outputs: tuple[torch.Tensor, ...]) -> None:
+    def _count(self, ffn: MoeFFN, router: Router, _: Any, outputs: tuple[torch.Tensor, ...]) -> None:
         scores_TR, _weights_TK, chosen_TK = outputs
-        self._chosen += int((chosen_TK < router.num_experts).sum())
-        self._slots += scores_TR.numel()
+        assert ffn.experts is not None
+        shared = 0 if ffn.shared is None else len(scores_TR) * ffn.shared.up_proj.out_features
+        self._active += shared + ffn.experts.width * int((chosen_TK < router.num_experts).sum())
+        self._neurons += shared + ffn.experts.width * scores_TR.numel()
 
     @property
     def share(self) -> float | None:
-        """Of the neurons of FFNs that are cut, the mean over layers and tokens; None if that is the same for all."""
-        if not self._slots:
-            return None
-        ffn = self._ffns[0]
-        routed = ffn.experts.num_experts * ffn.experts.width
-        shared = 0 if ffn.shared is None else ffn.shared.up_proj.out_features
-        share: float = (shared + routed * self._chosen / self._slots) / (shared + routed)
-        return share
+        """Of the neurons of FFNs with experts, the mean over layers and tokens; None if that is the same for all."""
+        return self._active / self._neurons if self._neurons else None

@@ -15,6 +15,7 @@ from torch import Tensor
 from moeify.errors import InputError
 from moeify.models import stock
 from moeify.models.dense import DenseModel
+from moeify.models.ffn import unpack
 from moeify.models.heads import LABELLED, auto_name
 from moeify.models.shallow import cut_model
 
@@ -57,6 +58,12 @@ class Reference(DenseModel):
     def get(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of the stock model."""
         return {name: self.tensors[name] for name in names}
+
+    def silence(self, layer: int, neurons: Tensor) -> None:
+        """Have neurons of an FFN add nothing to its output; in the loaded model, in place."""
+        tensors = self.get(self.ffn_names(layer))
+        ffn = unpack(self.family.ffn, self.block(layer), tensors, layer, self.activation)
+        ffn.down_DF[:, neurons[neurons < ffn.num_neurons]] = 0
 
 
 @torch.no_grad()

@@ -8,13 +8,15 @@ dense columns of down_proj are put back (a refit changes them), router rows are 
 weight is exactly the architecture's constant) and every expert is switched on, with the fold for all of them. Its
 outputs (logits, or last hidden states where there is no head) must then be the dense ones.
 
-Where whole layers were dropped, the dense model is the stock one with these blocks taken out of its list.
+Where whole layers were dropped, the dense model is the stock one with these blocks taken out of its list; where neurons
+or whole FFNs are gone, their columns of its down_proj are zero.
 
 Of a fine-tuned checkpoint it is checked what training left alone: with the stages `layers` and `router` all of the
 above but the experts' weights, otherwise keys, shapes, config, finite values and the routers of the plan.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from moeify.data.text import evaluation_tokens
 from moeify.errors import InputError
 from moeify.experts.mixing import Mixing
 from moeify.experts.slices import slice_experts
-from moeify.export.in_memory import moe_parameters, split_ffn
+from moeify.export.in_memory import moe_parameters, routed_layers, split_ffn
 from moeify.export.writer import MoEWriter, weights_are_exact
 from moeify.layout import Layout
 from moeify.models import stock
@@ -193,10 +195,11 @@ def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
     config = load_config(path)
     experts = config_of_experts(config)
     experts.num_experts_per_tok = layout.num_routed
-    if layout.active_by_layer:
-        experts.num_experts_per_tok_by_layer = None
+    experts.num_experts_per_tok_by_layer = None
     if layout.is_adaptive:
         experts.min_experts_per_tok = layout.num_routed
+    if layout.is_mixed:
+        experts.ffn_by_layer = [_all_on(values) for values in experts.ffn_by_layer]
     model, report = stock.load_with_report(path, config=config)
     wrong = {"missing": report.missing, "unexpected": report.unexpected, "mismatched": tuple(report.mismatched)}
     found = ", ".join(f"{len(names)} {kind}" for kind, names in wrong.items())
@@ -208,6 +211,12 @@ def _load_all_on(path: Path, layout: Layout) -> tuple[Any, Check]:
         not any(wrong.values()),
     )
     return model.eval(), check
+
+
+def _all_on(values: dict[str, int]) -> dict[str, int]:
+    """What a config says of one layer, with every expert chosen."""
+    names = ("num_experts_per_tok", *(["min_experts_per_tok"] if "min_experts_per_tok" in values else []))
+    return {**values, **dict.fromkeys(names, values["num_experts"])}
 
 
 def _identity_checks(path: Path, model: Any, reference: Reference, stored: torch.dtype, *, values: bool) -> list[Check]:
@@ -235,9 +244,12 @@ def _place_checks(model: Any, source: DenseModel, plan: SplitPlan, target: Targe
     """Mixing and up rows must be the dense rows, bit for bit, each in exactly one place."""
     placed, equal, total = 0, 0, 0
     for layer in _cut_layers(plan):
-        ffn = source.ffn(layer.layer).map(lambda tensor: tensor.to(stored).float())
-        order = torch.cat([layer.neurons(expert) for expert in range(SHARED, plan.layout.num_routed)])
-        total, placed = total + ffn.num_neurons, placed + order.unique().numel()
+        own, ffn = plan.layout.of_layer(layer.layer), source.ffn(layer.layer)
+        ffn = ffn.map(lambda tensor: tensor.to(stored).float())
+        # Of a static layer what is left: the others have no place.
+        experts = [SHARED] if own.is_static else range(SHARED, own.num_routed)
+        order = torch.cat([layer.neurons(expert) for expert in experts])
+        total, placed = total + own.num_slices * own.expert_width(ffn.num_neurons), placed + order.unique().numel()
         planned = slice_experts(ffn, layer, plan.layout)
         block = model.get_submodule(target.block(layer.layer))
         loaded = split_ffn(block, target.modules, layer.layer, source.activation)
@@ -251,7 +263,9 @@ def _place_checks(model: Any, source: DenseModel, plan: SplitPlan, target: Targe
 
 
 def _cut_layers(plan: SplitPlan) -> list[LayerPlan]:
-    return [layer for layer in plan.layers if layer.layer not in plan.layout.dense_layers]
+    """Those of which something was cut and something is left."""
+    own = {layer.layer: plan.layout.of_layer(layer.layer) for layer in plan.layers}
+    return [layer for layer in plan.layers if not own[layer.layer].is_whole and not own[layer.layer].is_empty]
 
 
 def _same_rows(loaded: FFNWeights, planned: FFNWeights) -> Tensor:
@@ -263,15 +277,24 @@ def _same_rows(loaded: FFNWeights, planned: FFNWeights) -> Tensor:
 
 
 @torch.no_grad()
-def _restore_dense(model: Any, source: DenseModel, plan: SplitPlan, target: Target, stored: torch.dtype) -> None:
-    """Dense down columns with the fold for all experts on, and routers of zero; in memory only."""
+def _restore_dense(model: Any, source: Reference, plan: SplitPlan, target: Target, stored: torch.dtype) -> None:
+    """Dense down columns with the fold for all experts on, and routers of zero; in memory only.
+
+    What static layers and those without an FFN have lost, the dense model loses as well.
+    """
     everything = Layout(plan.layout.num_experts, plan.layout.num_shared, plan.layout.num_experts)
+    for layer in plan.layers:
+        own = plan.layout.of_layer(layer.layer)
+        if own.is_static and not own.is_whole:
+            gone = torch.cat([layer.neurons(expert) for expert in range(own.num_routed)])
+            source.silence(layer.layer, gone)
     for layer in _cut_layers(plan):
-        down_DF = source.ffn(layer.layer).down_DF.to(stored).float()
+        own, down_DF = plan.layout.of_layer(layer.layer), source.ffn(layer.layer).down_DF.to(stored).float()
         parts = moe_parameters(model.get_submodule(target.block(layer.layer)), target.modules)
-        parts["router"].zero_()
-        routed = [down_DF[:, layer.neurons(expert)] for expert in range(plan.layout.num_routed)]
-        parts["down"].copy_(torch.stack(routed) * target.routed_fold(everything))
+        if not own.is_static:
+            parts["router"].zero_()
+            routed = [down_DF[:, layer.neurons(expert)] for expert in range(own.num_routed)]
+            parts["down"].copy_(torch.stack(routed) * target.routed_fold(everything))
         if "shared_down" in parts:
             parts["shared_down"].copy_(down_DF[:, layer.neurons(SHARED)] * target.shared_fold)
 
@@ -285,7 +308,7 @@ def _stored_checks(path: Path, source: DenseModel, plan: SplitPlan, target: Targ
     wrong: list[str] = []
     for decided in plan.layers:
         ffn, layer = source.ffn(decided.layer).map(lambda tensor: tensor.to(config.dtype)), decided
-        if (plan.options.refit or plan.trained) and layer.layer not in plan.layout.dense_layers:
+        if (plan.options.refit or plan.trained) and not plan.layout.of_layer(layer.layer).is_whole:
             layer = replace(layer, down_DF=torch.full_like(ffn.down_DF, torch.nan))
         free = _trained_names(writer, ffn, layer, plan)
         for name, planned_values in writer.layer(layer.layer, slice_experts(ffn, layer, plan.layout)).items():
@@ -333,17 +356,18 @@ def _gate_deviation(path: Path, inputs: Inputs, target: Target, plan: SplitPlan)
     fold = target.routed_fold(plan.layout)
     largest = 0.0
 
-    def look(_: Any, arguments: tuple[Any, ...]) -> None:
+    def look(num_routed: int, _: Any, arguments: tuple[Any, ...]) -> None:
         nonlocal largest
         # A number beyond the last expert is no choice.
-        weights_TK = arguments[2][arguments[1] < plan.layout.num_routed]
+        weights_TK = arguments[2][arguments[1] < num_routed]
         deviation = float((weights_TK * fold - 1).abs().max())
         # Not max(), which drops NaN.
         largest = largest if deviation <= largest else deviation
 
-    for layer in _cut_layers(plan):
-        block = model.get_submodule(target.block(layer.layer))
-        block.get_submodule(target.modules.experts).register_forward_pre_hook(look)
+    for layer in routed_layers(plan.layout, len(plan.layers)):
+        block = model.get_submodule(target.block(layer))
+        seen = partial(look, plan.layout.of_layer(layer).num_routed)
+        block.get_submodule(target.modules.experts).register_forward_pre_hook(seen)
     model(**inputs)
     return largest
 

@@ -37,12 +37,13 @@ def count_parameters(writer: MoEWriter) -> tuple[int, int]:
     shapes = writer.shapes()
     total = sum(tensor.numel() for tensor in shapes.values())
     layout, dense = writer.layout, writer.dense
-    width = layout.expert_width(dense.num_neurons)
-    cut = dense.num_layers - len(layout.dense_layers)
-    # Slices of all layers that a token does not use.
-    idle = 0 if layout.is_static else cut * layout.num_experts - round(cut * layout.num_experts * layout.active_share)
-    expert = dense.ffn_shapes.neurons(slice(width)).tensors()
-    unused = idle * sum(tensor.numel() for name, tensor in expert.items() if name != "down_bias_D")
+    # Neurons of all layers that are there, and that a token does not use.
+    layers = [layout.of_layer(layer) for layer in range(dense.num_layers)]
+    idle = sum(
+        (own.num_experts - own.num_active) * own.expert_width(dense.num_neurons) for own in layers if not own.is_static
+    )
+    neuron = dense.ffn_shapes.neurons(slice(1)).tensors()
+    unused = idle * sum(tensor.numel() for name, tensor in neuron.items() if name != "down_bias_D")
     # A tied embedding is the head's matrix too; an untied one is only looked up, and patches of images are computed.
     is_table = dense.family.modality == "text" and (writer.target.untie or not dense.tied)
     looked_up = shapes[dense.embedding].numel() if is_table else 0

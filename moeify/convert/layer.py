@@ -71,6 +71,10 @@ class ConvertedFFN:
 
     def __call__(self, inputs_TD: Tensor) -> Tensor:
         """outputs_TD, which for the calibration tokens are bit for bit what `fit_layer` returned."""
+        if self.layout.is_empty:
+            device = self.ffn.up_FD.device
+            inputs = (widened(inputs_TD, rows, device) for rows in stretches(len(inputs_TD)))
+            return self.store.collect((self.ffn.with_bias(torch.zeros_like(part)) for part in inputs), len(inputs_TD))
         activations = _activations(self.ffn, inputs_TD, self.store)
         order = active_neurons(self.plan, self.layout).to(self.ffn.up_FD.device)
         activations.reorder(order)
@@ -113,11 +117,11 @@ def fit_layer(
     Raises:
         InputError: what the neurons do cannot be computed with, or what was fitted does not fit the dtype.
     """
-    if ffn.layer in fit.layout.dense_layers or fit.layout.is_whole:
-        plan = whole_plan(ffn.layer, ffn.num_neurons)
-        whole = ConvertedFFN(ffn, plan, fit.layout, fit.mixing, None, fit.store)
-        return whole, whole(inputs_TD)
     fit = replace(fit, layout=fit.layout.of_layer(ffn.layer))
+    if fit.layout.is_whole or fit.layout.is_empty:
+        plan = fixed_plan(ffn.layer, ffn.num_neurons, fit.layout)
+        fixed = ConvertedFFN(ffn, plan, fit.layout, fit.mixing, None, fit.store)
+        return fixed, fixed(inputs_TD)
     activations = _activations(ffn, inputs_TD, fit.store)
     plan, router, down_DF = _decide(ffn, inputs_TD, activations, fit, saved, gradient_GD=gradient_GD, goal_TD=goal_TD)
     outputs_TD = activations.outputs(down_DF, fit.store, ffn.down_bias_D)
@@ -173,9 +177,18 @@ def _decide(
     return plan, router, down_DF
 
 
-def whole_plan(layer: int, num_neurons: int) -> LayerPlan:
-    """Of a layer that stays as it is."""
-    return LayerPlan(layer, torch.full((num_neurons,), SHARED, dtype=torch.int16), None)
+def fixed_plan(layer: int, num_neurons: int, layout: Layout) -> LayerPlan:
+    """Of a layer that stays as it is, or of which nothing stays.
+
+    Args:
+        layer: its number.
+        num_neurons: of its FFN.
+        layout: of the layer.
+    """
+    labels_F = torch.full((num_neurons,), SHARED)
+    if layout.is_empty:
+        labels_F = torch.arange(num_neurons) // layout.expert_width(num_neurons)
+    return LayerPlan(layer, labels_F.to(torch.int16), None)
 
 
 def _route(

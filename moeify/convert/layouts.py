@@ -23,7 +23,7 @@ from moeify import engines, targets
 from moeify.convert.exactness import check_target, choose_target
 from moeify.engines import Engine, Shape
 from moeify.errors import InputError
-from moeify.layout import Layout, resolve_layout
+from moeify.layout import LayerChoice, Layout, resolve_layout
 from moeify.models.dense import DenseModel
 from moeify.options import SplitOptions
 from moeify.targets import Target
@@ -58,13 +58,14 @@ def preferred_counts(num_neurons: int, dtype: torch.dtype) -> tuple[int, ...]:
 
 
 def choose_layout(
-    dense: DenseModel, options: SplitOptions, dtype: torch.dtype, *, writable: bool
+    dense: DenseModel, options: SplitOptions, layers: LayerChoice, dtype: torch.dtype, *, writable: bool
 ) -> tuple[Layout, Target, str]:
     """The layout, the target and why it was taken.
 
     Args:
         dense: the model.
         options: what was asked for.
+        layers: and of single layers of this model.
         dtype: of the checkpoint.
         writable: refuse what no checkpoint could hold.
 
@@ -73,14 +74,14 @@ def choose_layout(
         UsageError: the options contradict each other.
     """
     if options.experts is not None:
-        return _settle(dense, options, dtype, options.experts, writable=writable)
+        return _settle(dense, options, layers, dtype, options.experts, writable=writable)
     needed = max(options.active or 0, options.shared or 0, 2)
     # Where none divides them, neurons of zeros are added if the target takes that; else a refusal follows.
     counts = preferred_counts(dense.num_neurons, dtype) or (FEW_EXPERTS,)
     enough = [n for n in counts if n >= needed] or counts[:1]
     for experts in enough:
         try:
-            layout, target, reason = _settle(dense, options, dtype, experts, writable=writable)
+            layout, target, reason = _settle(dense, options, layers, dtype, experts, writable=writable)
         except InputError:
             # Nothing else than the engine's limit depends on the number.
             if options.engine is None:
@@ -89,7 +90,7 @@ def choose_layout(
         if not any(verdict.refusal for verdict in verdicts(dense, target, layout)):
             return layout, target, reason
     # None is run by all engines that know its target.
-    return _settle(dense, options, dtype, enough[0], writable=writable)
+    return _settle(dense, options, layers, dtype, enough[0], writable=writable)
 
 
 def verdicts(dense: DenseModel, target: Target, layout: Layout) -> tuple[engines.Verdict, ...]:
@@ -111,32 +112,32 @@ def _check_width(dense: DenseModel) -> None:
 
 
 def _settle(
-    dense: DenseModel, options: SplitOptions, dtype: torch.dtype, experts: int, *, writable: bool
+    dense: DenseModel,
+    options: SplitOptions,
+    layers: LayerChoice,
+    dtype: torch.dtype,
+    experts: int,
+    *,
+    writable: bool,
 ) -> tuple[Layout, Target, str]:
     """Layout and target for a number of experts."""
     engine = engines.named(options.engine) if options.engine else None
-    dense_layers, by_layer = tuple(sorted(set(options.dense_layers))), options.active_by_layer
 
     def resolve(target: Target | None) -> Layout:
         active = experts if options.mixing == "soft" and not options.static else options.active
+        holds_shared = target is None or target.holds_shared
+        shared = options.shared if target is None or options.shared is not None else target.num_shared
+        layout = resolve_layout(experts, shared, active, holds_shared=holds_shared, layers=layers)
+        layout = adaptive(layout, options)
         if target is None:
-            layout = resolve_layout(
-                experts,
-                options.shared,
-                active,
-                holds_shared=True,
-                dense_layers=dense_layers,
-                active_by_layer=by_layer,
-            )
-            return adaptive(layout, options)
-        layout = adaptive(target.layout(experts, options.shared, active, dense_layers, by_layer), options)
+            return layout
         if engine is None or options.shared is not None or not target.holds_shared:
             return layout
         return _with_few_routed(dense, engine, target, layout)
 
     if options.static:
         active = resolve(None).num_active
-        layout = Layout(experts, active, active, dense_layers, active_by_layer=by_layer)
+        layout = Layout(experts, active, active, layers.dense, active_by_layer=layers.active)
         if writable:
             _check_width(dense)
         return layout, targets.static_target(dense), "static pruning keeps the dense architecture"
@@ -165,7 +166,7 @@ def adaptive(layout: Layout, options: SplitOptions) -> Layout:
     """The layout with a range of active experts, if the options have one."""
     if options.min_active is None and options.max_active is None:
         return layout
-    least = options.min_active or min(layout.num_shared + 1, *layout.cut_counts)
+    least = options.min_active or min(layout.num_shared + 1, layout.num_active)
     most = options.max_active or layout.num_experts
     return replace(layout, min_active=least, max_active=most)
 

@@ -17,7 +17,7 @@ from moeify.calibration.gradients import output_gradients
 from moeify.calibration.share import ALONE, Share
 from moeify.calibration.store import IN_MEMORY, Store
 from moeify.convert.estimate import count_parameters, place_of_text, text_bytes
-from moeify.convert.layer import converted, fit_layer, whole_plan
+from moeify.convert.layer import converted, fit_layer, fixed_plan
 from moeify.convert.machine_plan import for_machine
 from moeify.convert.prepare import Prepared, prepare
 from moeify.convert.search import under_budget
@@ -269,8 +269,9 @@ def decide_layers(
     """
     saved = prepared.saved_plan
     if blocks is None:
-        neurons = prepared.dense.num_neurons
-        yield from saved.layers if saved else (whole_plan(i, neurons) for i in range(prepared.dense.num_layers))
+        neurons, layout = prepared.dense.num_neurons, prepared.layout
+        layers = range(prepared.dense.num_layers)
+        yield from saved.layers if saved else (fixed_plan(i, neurons, layout.of_layer(i)) for i in layers)
         return
     fit, gradients, inputs = prepared.fit(store=store, share=share), [], blocks.inputs
     if saved is None and partition.needs_gradients(prepared.options.partition):

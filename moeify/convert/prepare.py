@@ -12,8 +12,10 @@ from moeify.calibration.store import IN_MEMORY, Store
 from moeify.calibration.stream import HiddenStream
 from moeify.convert.droppable import check_droppable
 from moeify.convert.layer import LayerFit
+from moeify.convert.layer_choice import by_layer, choice, kept
 from moeify.convert.layouts import ROW_BYTES, choose_layout, expert_counts, verdicts
 from moeify.convert.machine_plan import for_machine
+from moeify.convert.saved_plan import again, check_plan, options_of
 from moeify.convert.texts import DEFAULT_CONTEXT, default_texts, tokens_of_image
 from moeify.errors import InputError, UsageError, warn
 from moeify.experts.mixing import Mixing
@@ -23,7 +25,7 @@ from moeify.models.dense import DenseModel
 from moeify.models.device import find_device
 from moeify.models.ffn import FFNWeights, pack
 from moeify.models.inputs import Inputs, named
-from moeify.models.shallow import kept_layers, without_layers
+from moeify.models.shallow import without_layers
 from moeify.options import SplitOptions
 from moeify.plan import SplitPlan, load_plan
 from moeify.targets import Target
@@ -149,17 +151,7 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         options = for_machine(dense, options)
     saved = load_plan(Path(options.plan)) if options.plan else None
     if saved is not None:
-        options = replace(
-            options,
-            experts=saved.layout.num_experts,
-            shared=saved.layout.num_shared,
-            active=None if saved.layout.active_by_layer else saved.layout.num_active,
-            active_by_layer=saved.options.active_by_layer,
-            min_active=saved.layout.min_active or None,
-            max_active=saved.layout.max_active or None,
-            dense_layers=saved.options.dense_layers,
-            drop_layers=saved.options.drop_layers,
-        )
+        options = options_of(saved, options)
     if not options.calibration:
         options = replace(options, calibration=default_texts(dense, options))
     _check_method(options, writable=writable)
@@ -167,17 +159,13 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         # By depth alone.
         slices = options.experts or WHOLE_SLICES
         options = replace(options, experts=slices, active=slices)
-    options = _by_layer(dense, options)
-    kept = _kept(dense, options)
+    options = by_layer(dense, options)
+    layers = kept(dense, options)
     if options.drop_layers:
         check_droppable(dense)
         dense = without_layers(dense, options.drop_layers)
-    numbered = tuple(number for number, layer in enumerate(kept) if layer in options.dense_layers)
-    by_layer = tuple(options.active_by_layer[layer] for layer in kept) if options.active_by_layer else ()
     dtype = dense.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    layout, target, reason = choose_layout(
-        dense, replace(options, dense_layers=numbered, active_by_layer=by_layer), dtype, writable=writable
-    )
+    layout, target, reason = choose_layout(dense, options, choice(options, layers), dtype, writable=writable)
     if writable and target.is_stock:
         _check_is_stock(options, target, saved)
     options = replace(options, device=str(find_device(options.device)))
@@ -187,11 +175,11 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
     if not target.is_stock:
         dense = _padded(dense, layout, dtype, saved, writable=writable)
     if saved is not None:
-        _check_plan(saved, dense)
+        check_plan(saved, dense)
         if not options.refit:
             # No text is read: the plan's text stays the one it was calibrated on.
             options = replace(options, calibration=saved.options.calibration, tokens=saved.options.tokens)
-        saved = _again(saved, dtype, refit=options.refit)
+        saved = again(saved, dtype, refit=options.refit)
     _check_width(layout, dense.num_neurons, dtype, writable=writable)
     if writable and layout.num_active == layout.num_experts and options.mixing != "soft" and not options.drop_layers:
         warn(
@@ -203,7 +191,7 @@ def prepare(dense: DenseModel, options: SplitOptions, *, writable: bool = True) 
         options,
         experts=layout.num_experts,
         active=None if layout.active_by_layer else layout.num_active,
-        dense_layers=tuple(kept[layer] for layer in layout.dense_layers),
+        dense_layers=tuple(layers[layer] for layer in layout.dense_layers),
         drop_layers=dense.dropped,
         context=context,
     )
@@ -227,7 +215,7 @@ def _check_method(options: SplitOptions, *, writable: bool) -> None:
     if writable and options.static and (options.dense_layers or options.active_by_layer):
         raise UsageError(
             "the dense architecture has FFNs of one width, so --static prunes every layer alike",
-            "leave --dense-layers and --active-by-layer out; `moeify compare` measures both",
+            "leave --dense-layers and --active-by-layer out; --target moeify --static-layers has widths by layer",
         )
 
 
@@ -275,51 +263,6 @@ def _context(dense: DenseModel, options: SplitOptions) -> int:
     return context
 
 
-def _by_layer(dense: DenseModel, options: SplitOptions) -> SplitOptions:
-    """The options with the dense layers that the numbers of single layers name, none of one that goes.
-
-    Raises:
-        UsageError: the numbers are not those of this model's layers.
-    """
-    numbers, option = options.active_by_layer, "--active-by-layer"
-    if not numbers:
-        return options
-    if options.experts is None:
-        raise UsageError(f"{option} needs to know of how many experts", "name --experts")
-    if len(numbers) != dense.num_layers:
-        raise UsageError(
-            f"{option} has {len(numbers)} numbers, {dense.name} has {dense.num_layers} layers", "write one for each"
-        )
-    numbers = tuple(0 if layer in options.drop_layers else number for layer, number in enumerate(numbers))
-    if gone := [layer for layer, number in enumerate(numbers) if not number and layer not in options.drop_layers]:
-        raise UsageError(f"no expert of layer {gone[0]} is to be active", "--drop-layers has a whole layer go")
-    whole = tuple(layer for layer, number in enumerate(numbers) if number == options.experts)
-    if options.dense_layers and set(options.dense_layers) != set(whole):
-        raise UsageError(
-            f"{option} has all experts in layers {list(whole)}, --dense-layers names {list(options.dense_layers)}",
-            "leave --dense-layers out",
-        )
-    return replace(options, active_by_layer=numbers, dense_layers=whole)
-
-
-def _kept(dense: DenseModel, options: SplitOptions) -> list[int]:
-    """Numbers of the layers that are not dropped.
-
-    Raises:
-        InputError: there is no such layer to leave dense, or nothing is cut.
-    """
-    missing = [layer for layer in options.dense_layers if not 0 <= layer < dense.num_layers]
-    if missing:
-        hint = f"--dense-layers takes 0 to {dense.num_layers - 1}"
-        raise InputError(f"there is no layer {missing[0]} to leave dense", hint)
-    if both := sorted(set(options.dense_layers) & set(options.drop_layers)):
-        raise UsageError(f"layer {both[0]} is to stay dense and to go", "name it in one of both options")
-    kept = kept_layers(dense.num_layers, options.drop_layers)
-    if kept and set(kept) <= set(options.dense_layers):
-        raise InputError("every layer is to stay dense, nothing is cut", "leave a layer out of --dense-layers")
-    return kept
-
-
 def _padded(
     dense: DenseModel, layout: Layout, dtype: torch.dtype, saved: SplitPlan | None, *, writable: bool
 ) -> DenseModel:
@@ -327,14 +270,14 @@ def _padded(
     multiple = ROW_BYTES // dtype.itemsize if writable else 1
     if saved is not None:
         padding = max(0, saved.layers[0].labels_F.numel() - dense.num_neurons)
-    elif dense.num_neurons % (layout.num_experts * multiple):
-        padding = -dense.num_neurons % (layout.num_experts * PADDED_TO)
+    elif dense.num_neurons % (layout.slices * multiple):
+        padding = -dense.num_neurons % (layout.slices * PADDED_TO)
     else:
         padding = 0
     if padding:
         whole = dense.num_neurons + padding
         warn(
-            f"{dense.num_neurons:,} neurons do not divide into {layout.num_experts} experts that run: {padding:,} of "
+            f"{dense.num_neurons:,} neurons do not divide into {layout.slices} experts that run: {padding:,} of "
             f"zeros are added, {padding / whole:.1%} of the written FFNs"
         )
     return replace(dense, padding=padding) if padding else dense
@@ -354,38 +297,3 @@ def _check_width(layout: Layout, num_neurons: int, dtype: torch.dtype, *, writab
             f"of stock transformers takes multiples of {multiple}",
             hint,
         )
-
-
-def _again(plan: SplitPlan, dtype: torch.dtype, *, refit: bool) -> SplitPlan:
-    """A saved plan for a split in this type; the first one may have been in another."""
-    layers = (
-        replace(
-            layer,
-            router_RD=None if layer.router_RD is None else layer.router_RD.to(dtype),
-            units_HC=None if layer.units_HC is None else layer.units_HC.to(dtype),
-            threshold_1=None if layer.threshold_1 is None else layer.threshold_1.to(dtype),
-        )
-        for layer in plan.layers
-    )
-    if not refit:
-        # Its errors are of another checkpoint, whose down_proj was refit.
-        layers = (replace(layer, diagnostics={}) for layer in layers)
-    return replace(plan, layers=tuple(layers))
-
-
-def _check_plan(plan: SplitPlan, dense: DenseModel) -> None:
-    """Raise InputError unless the plan is of a model of this shape."""
-    pairs = [
-        ("layers", len(plan.layers), dense.num_layers),
-        ("neurons a layer", plan.layers[0].labels_F.numel(), dense.num_neurons),
-    ]
-    routed = next((layer for layer in plan.layers if layer.router_RD is not None), None)
-    if routed is not None and routed.router_RD is not None:
-        size = routed.router_RD.shape[1] if routed.units_HC is None else routed.units_HC.shape[1] - 1
-        pairs.append(("hidden size", size, dense.hidden_size))
-    for what, found, expected in pairs:
-        if found != expected:
-            raise InputError(
-                f"the plan is of another model: {what} {found:,}, {dense.name} has {expected:,}",
-                f"the plan was made from {plan.source}",
-            )

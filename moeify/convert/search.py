@@ -89,6 +89,7 @@ class SearchResult(Readable):
             "shared": layout.num_shared,
             "active": None if layout.active_by_layer else layout.num_active,
             "active_by_layer": layout.active_by_layer,
+            "static_layers": layout.static_layers,
             "dense_layers": layout.dense_layers,
             "drop_layers": self.choice.dropped_layers,
         }
@@ -223,9 +224,11 @@ def _prepared(dense: DenseModel, options: SplitOptions) -> Prepared:
         raise UsageError(
             "a budget chooses the layers itself", "leave --plan, --static, --dense-layers and --drop-layers out"
         )
-    if options.active is not None or options.shared is not None or options.active_by_layer:
+    layers = options.active_by_layer or options.experts_by_layer or options.static_layers
+    if options.active is not None or options.shared is not None or layers:
         raise UsageError(
-            "a budget chooses how many experts are active", "leave --active, --active-by-layer and --shared out"
+            "a budget chooses how many experts are active",
+            "leave --active, --active-by-layer, --experts-by-layer, --static-layers and --shared out",
         )
     if options.mixing == "soft":
         raise UsageError("soft mixing runs every expert, which no budget allows", "--mixing takes hard or softmax")

@@ -84,7 +84,16 @@ def _layouts(prepared: Prepared) -> list[Layout]:
 
 
 def _layouts_of_layers(prepared: Prepared) -> list[Layout]:
-    """Layouts of which every layer may have another: they differ in the active experts alone.
+    """Layouts of which every layer may have another: numbers of active experts, and as many slices that are always on.
+
+    DINOv2-small, 24 experts, candidates of 1/4, 1/2 and 3/4, 1 - cosine of its last hidden states on held-out images:
+    at 50 % all layers alike 0.0216 of experts and 0.0232 static, by layer 0.0222, 0.0220, and 0.0211 with both; at 75 %
+    alike 0.0088 and 0.0078, by layer 0.0078, 0.0066, and 0.0061 with both. Layers without an FFN were never chosen
+    (4,096 tokens of Fashion-MNIST to fit on dense hidden states, 2,048 held out, one run).
+
+    Not where tokens have a range: in each of the first twelve layers of SmolLM2-135M, 96 experts, static slices lost
+    more of the output than thresholds, at 50 % and at 75 % (4,096 tokens to fit, held-out error of the layer alone, 2
+    cores of an Intel Xeon, 2026-11-26).
 
     Raises:
         InputError: there is none.
@@ -104,7 +113,8 @@ def _layouts_of_layers(prepared: Prepared) -> list[Layout]:
     layouts = [layout for layout in layouts if _runs(prepared, layout)]
     if not layouts:
         raise InputError(f"{experts} experts leave no choice", "--experts takes 4 or more")
-    return layouts
+    static = [Layout(experts, layout.num_active, layout.num_active) for layout in layouts if not layout.is_adaptive]
+    return [*layouts, *static]
 
 
 def affordable_layouts(layouts: Sequence[Layout], budget: float) -> list[int]:
@@ -135,7 +145,9 @@ def likely_layouts(layouts: Sequence[Layout], budget: float, *, by_layer: bool) 
     Raises:
         UsageError: there is none under the budget.
     """
-    affordable = [layouts[i] for i in affordable_layouts(layouts, budget)]
+    # Static ones would take half of the time, and seldom win in models of text.
+    affordable = [layouts[i] for i in affordable_layouts(layouts, budget) if not layouts[i].is_static]
     likely = min(affordable, key=lambda layout: abs(layout.active_share - (budget - LIKELY)))
-    near = [layout for layout in layouts if by_layer and abs(layout.active_share - budget) <= LIKELY + TOLERANCE]
+    routed = [layout for layout in layouts if not layout.is_static]
+    near = [layout for layout in routed if by_layer and abs(layout.active_share - budget) <= LIKELY + TOLERANCE]
     return near if likely in near else [likely, *near]

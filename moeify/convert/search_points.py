@@ -21,7 +21,7 @@ from moeify.convert.estimate import count_parameters
 from moeify.convert.prepare import WHOLE_SLICES, Prepared
 from moeify.convert.search_layouts import affordable_layouts
 from moeify.convert.search_scores import Absent, Change, OutputChange, OutputCheck, ScoredLayer
-from moeify.layout import Layout, mean_active
+from moeify.layout import Layout
 from moeify.models.shallow import kept_layers, without_layers
 from moeify.strategies import Choice, Problem
 
@@ -112,14 +112,16 @@ class Points:
         """
         point = self._best(budget, choose, name, trials, droppable=False)
         assert point is not None
-        if point.layout.active_by_layer and (alike := self.uniform(budget)).divergence < point.divergence:
+        differs = point.layout.active_by_layer or point.layout.static_layers
+        if differs and (alike := self.uniform(budget)).divergence < point.divergence:
             point = alike
         other = self._best(budget, choose, name, trials, droppable=True) if self._droppable else None
         return point if other is None or not other.divergence < point.divergence else other
 
     def uniform(self, budget: float) -> Point:
-        """Every layer cut alike."""
-        point = self._best(budget, strategies.find("uniform"), "uniform", 1, droppable=False)
+        """Every layer cut alike, with experts."""
+        routed = [tuple(i for i in menu if not self._layouts[i].is_static) for menu in self._menus]
+        point = self._best(budget, strategies.find("uniform"), "uniform", 1, droppable=False, menus=routed)
         assert point is not None
         return point
 
@@ -133,11 +135,18 @@ class Points:
         return self._point(BY_DEPTH, (), strategies.find("stepwise")(problem), measured=True)
 
     def _best(
-        self, budget: float, choose: strategies.Strategy, name: str, trials: int, *, droppable: bool
+        self,
+        budget: float,
+        choose: strategies.Strategy,
+        name: str,
+        trials: int,
+        *,
+        droppable: bool,
+        menus: Sequence[Menu] = (),
     ) -> Point | None:
         """None where the strategy only drops layers and cuts none."""
         affordable = set(affordable_layouts(self._layouts, budget))
-        menus = [menu for menu in self._menus if affordable & set(menu)]
+        menus = [menu for menu in menus or self._menus if affordable & set(menu)]
         firsts = {menu: choose(self._problem(menu, budget, 1, droppable=droppable)) for menu in menus}
         cutting = {menu: choice for menu, choice in firsts.items() if _cuts(choice) or not droppable}
         if not cutting:
@@ -188,27 +197,18 @@ class Points:
     def _active_parameters(self, layout: Layout, dropped: Sequence[int]) -> int:
         dense = self._prepared.dense
         kept = kept_layers(dense.num_layers, dropped)
-        numbered = tuple(number for number, layer in enumerate(kept) if layer in layout.dense_layers)
-        by_layer = tuple(layout.active_by_layer[layer] for layer in kept) if layout.active_by_layer else ()
         # Where nothing is cut it stays a dense model.
         target = targets.static_target(dense) if layout.is_whole else self._prepared.target
         shallow = without_layers(dense, dropped)
-        layout = replace(layout, dense_layers=numbered, active_by_layer=by_layer)
-        prepared = replace(self._prepared, dense=shallow, layout=layout, target=target)
+        prepared = replace(self._prepared, dense=shallow, layout=layout.among(kept), target=target)
         return count_parameters(prepared.writer)[1]
 
     def _layout(self, menu: Menu, choice: Choice) -> Layout:
-        stay = tuple(layer for layer, candidate in enumerate(choice) if candidate == STAYS)
         if not menu or not _cuts(choice):
             return Layout(WHOLE_SLICES, WHOLE_SLICES, WHOLE_SLICES)
-        cut = {candidate: self._layouts[menu[candidate - CUT]] for candidate in choice if candidate >= CUT}
-        layout, *others = cut.values()
-        if not others:
-            return replace(layout, dense_layers=stay)
-        counts = {STAYS: layout.num_experts, DROPPED: 0} | {one: other.num_active for one, other in cut.items()}
-        by_layer = tuple(counts[candidate] for candidate in choice)
-        mean = mean_active(by_layer, layout.num_experts)
-        return replace(layout, num_active=mean, dense_layers=stay, active_by_layer=by_layer)
+        cut = [self._layouts[i] for i in menu]
+        whole = Layout(*(cut[0].num_experts,) * 3)
+        return Layout.joined([{STAYS: whole, DROPPED: None}.get(one, cut[one - CUT]) for one in choice])
 
     def _joint(self, check: OutputCheck, menu: Menu, choice: Choice) -> OutputChange:
         changes: list[Change] = []

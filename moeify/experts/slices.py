@@ -90,7 +90,7 @@ def slice_experts(ffn: FFNWeights, plan: LayerPlan, layout: Layout) -> SplitFFN:
     if plan.router_RD is None:
         # Neurons that are not shared are dropped from a static plan.
         return SplitFFN(ffn.neurons(shared), ffn.neurons(slice(0)), ffn.up_FD.new_zeros(0, ffn.hidden_size))
-    routed = torch.cat([plan.neurons(expert) for expert in range(layout.num_routed)])
+    routed = torch.cat([plan.neurons(expert) for expert in range(layout.of_layer(plan.layer).num_routed)])
     return SplitFFN(ffn.neurons(shared), ffn.neurons(routed), plan.router_RD, plan.units_HC, plan.threshold_1)
 
 

@@ -19,25 +19,27 @@ from moeify.targets import Modules, Target
 
 
 def moe_parameters(block: nn.Module, modules: Modules) -> dict[str, Any]:
-    """Parameters of one decoder layer's experts, router and, if it has one, shared part, concatenated where split."""
-    experts: Any = block.get_submodule(modules.experts)
-    up = "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
-    parts: dict[str, Any] = {
-        "gate_up": getattr(experts, up),
-        "down": experts.down_proj,
-        "router": block.get_submodule(modules.router).get_parameter(modules.router_weight),
-    }
-    hidden: list[Any] = [getattr(block.get_submodule(modules.router), name, None) for name in modules.router_hidden]
-    if hidden and hidden[0] is not None:
-        parts["router_units"] = torch.cat([hidden[0], hidden[1][:, None]], 1)
-    if (threshold_1 := getattr(block.get_submodule(modules.router), "threshold", None)) is not None:
-        parts["threshold"] = threshold_1
-    if hasattr(experts, f"{up}_bias"):
-        parts["gate_up_bias"] = getattr(experts, f"{up}_bias")
+    """Parameters of one decoder layer's experts, router and shared part, as far as it has them; split ones in one."""
+    parts: dict[str, Any] = {}
+    if (experts := _part(block, modules.experts)) is not None:
+        up = "gate_up_proj" if hasattr(experts, "gate_up_proj") else "up_proj"
+        parts = {
+            "gate_up": getattr(experts, up),
+            "down": experts.down_proj,
+            "router": block.get_submodule(modules.router).get_parameter(modules.router_weight),
+        }
+        router = block.get_submodule(modules.router)
+        hidden: list[Any] = [getattr(router, name, None) for name in modules.router_hidden]
+        if hidden and hidden[0] is not None:
+            parts["router_units"] = torch.cat([hidden[0], hidden[1][:, None]], 1)
+        if (threshold_1 := getattr(router, "threshold", None)) is not None:
+            parts["threshold"] = threshold_1
+        if hasattr(experts, f"{up}_bias"):
+            parts["gate_up_bias"] = getattr(experts, f"{up}_bias")
     bias_D = getattr(block.get_submodule(modules.experts.rpartition(".")[0]), "bias", None)
     if bias_D is not None:
         parts["bias"] = bias_D
-    if (shared := _shared(block, modules.shared)) is not None:
+    if (shared := _part(block, modules.shared)) is not None:
         maps = [shared.get_submodule(name) for name in modules.shared_gate_up]
         parts["shared_gate_up"] = torch.cat([linear.weight for linear in maps])
         parts["shared_down"] = shared.get_submodule(modules.shared_down).weight
@@ -46,8 +48,8 @@ def moe_parameters(block: nn.Module, modules: Modules) -> dict[str, Any]:
     return parts
 
 
-def _shared(block: nn.Module, name: str) -> Any:
-    """The part of a block that is always on, if it has one."""
+def _part(block: nn.Module, name: str) -> Any:
+    """A module in a block, such as its experts, or the part that is always on; None if it has none."""
     part: Any = block
     for step in name.split(".") if name else ():
         part = getattr(part, step, None)
@@ -63,9 +65,13 @@ def sites_of_target(target: Target) -> tuple[Sites, ...]:
 
 
 def split_ffn(block: nn.Module, modules: Modules, layer: int, activation: str) -> SplitFFN:
-    """One layer's experts as a target's `ffn_tensors` takes them: folds in the down weights, the router as stored."""
+    """One layer's experts as a target's `ffn_tensors` takes them: folds in the down weights, the router as stored.
+
+    Of a static layer the shared part is all; one without an FFN has none.
+    """
     parts = {name: tensor.detach() for name, tensor in moe_parameters(block, modules).items()}
-    gated = hasattr(block.get_submodule(modules.experts), "gate_up_proj")
+    experts = _part(block, modules.experts)
+    gated = len(modules.shared_gate_up) > 1 if experts is None else hasattr(experts, "gate_up_proj")
 
     def ffn(down_DF: Tensor, rows: Tensor, biases: Tensor | None, dim: int) -> FFNWeights:
         gate, up = rows.chunk(2, dim=dim) if gated else (None, rows)
@@ -74,25 +80,29 @@ def split_ffn(block: nn.Module, modules: Modules, layer: int, activation: str) -
         assert flat[1] is not None
         return FFNWeights(layer, flat[0], flat[1], down_DF, activation, flat[2], flat[3], parts.get("bias"))
 
-    routed = ffn(parts["down"].transpose(0, 1).flatten(1), parts["gate_up"], parts.get("gate_up_bias"), 1)
-    shared = routed.neurons(slice(0))
+    shared = None
     if "shared_down" in parts:
         shared = ffn(parts["shared_down"], parts["shared_gate_up"], parts.get("shared_gate_up_bias"), 0)
+    if experts is None:
+        assert shared is not None
+        return SplitFFN(shared, shared.neurons(slice(0)), shared.up_FD[:0])
+    routed = ffn(parts["down"].transpose(0, 1).flatten(1), parts["gate_up"], parts.get("gate_up_bias"), 1)
+    shared = routed.neurons(slice(0)) if shared is None else shared
     return SplitFFN(shared, routed, parts["router"], parts.get("router_units"), parts.get("threshold"))
 
 
-def on_disk(model: nn.Module, target: Target | None, cut_layers: list[int]) -> dict[str, Tensor]:
+def on_disk(model: nn.Module, target: Target | None, routed_layers: list[int]) -> dict[str, Tensor]:
     """Every tensor of the model under its name in the checkpoint.
 
     Args:
         model: as stock transformers loaded it.
         target: its architecture; None for a dense one, whose names are the same in memory and on disk.
-        cut_layers: layers that have experts.
+        routed_layers: layers with experts that are chosen.
     """
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if target is None:
         return tensors
-    for layer in cut_layers:
+    for layer in routed_layers:
         prefix = target.block(layer)
         experts = split_ffn(model.get_submodule(prefix), target.modules, layer, "")
         # Constants that a target writes, such as selection biases, are the model's own by now; what has another shape
@@ -107,6 +117,6 @@ def folds(plan: SplitPlan, target: Target, layer: int) -> tuple[float, float]:
     return target.shared_fold, routed_fold(target, plan.layout.of_layer(layer), Mixing.of(plan.options))
 
 
-def cut_layers(layout: Layout, num_layers: int) -> list[int]:
-    """Layers that are not left dense."""
-    return [layer for layer in range(num_layers) if layer not in layout.dense_layers]
+def routed_layers(layout: Layout, num_layers: int) -> list[int]:
+    """Layers with experts that are chosen."""
+    return [layer for layer in range(num_layers) if layout.is_routed(layer)]

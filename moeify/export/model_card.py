@@ -105,12 +105,17 @@ def model_card(
     if layout.active_by_layer:
         active = ", ".join(map(str, layout.active_by_layer))
         cut = f"{layout.num_shared} always run, others are chosen for each token: {active} in all, layer by layer"
+        if 0 in layout.active_by_layer:
+            cut += " (a layer of 0 has no FFN)"
     if layout.is_adaptive:
         cut += f", in the mean, {layout.min_active} to {layout.max_active} for a token"
+    if layout.static_layers:
+        cut += f"; layers {ranges(layout.static_layers)} choose none: as many slices are left, the others are gone"
     which = "every feed-forward layer"
     if layout.dense_layers:
         which += f" but {', '.join(map(str, layout.dense_layers))}"
-    how = f"with {which} cut into {layout.num_experts} equal slices"
+    experts = ", ".join(map(str, layout.experts_by_layer)) or layout.num_experts
+    how = f"with {which} cut into {experts} equal slices"
     if options.drop_layers:
         dropped = f"layers {ranges(options.drop_layers)}, with their attention,"
         how, cut = ("made shallower", f"{dropped} are gone") if layout.is_whole else (how, f"{cut}; {dropped} are gone")
@@ -118,7 +123,7 @@ def model_card(
         "dense model": f"{code(plan.source)} ({code(plan.family)})",
         "written as": code(architecture),
         "partition": options.partition if options.plan is None else f"from {code(options.plan)}",
-        "router": "none" if layout.is_static else options.router,
+        "router": options.router if plan.is_routed else "none",
         "down_proj refit": "yes, in closed form" if options.refit else "no",
         "calibration text": ", ".join(map(code, options.calibration)) if calibration else "none",
         "calibration tokens": f"{calibration['num_tokens']:,} in blocks of {calibration['context']}"
@@ -128,11 +133,11 @@ def model_card(
         "seed": options.seed,
     }
     return CARD.format(
-        head=_head(origin, "pruned" if layout.is_static else "mixture-of-experts", auto),
+        head=_head(origin, "mixture-of-experts" if plan.is_routed else "pruned", auto),
         source=code(plan.source),
         family=code(plan.family),
         how=how,
-        name=f"{code(Path(plan.source).name)} {'pruned' if layout.is_static else 'as a mixture of experts'}",
+        name=f"{code(Path(plan.source).name)} {'as a mixture of experts' if plan.is_routed else 'pruned'}",
         version=plan.version,
         cut=cut,
         parameters=parameters[0],
@@ -243,7 +248,7 @@ a token chooses is one whatever its router gives, so that no loss tells the rout
 
 def _training(plan: SplitPlan | None) -> str:
     """What must be known before the checkpoint is trained further; nothing of a model without routers."""
-    if plan is None or plan.layout.is_static:
+    if plan is None or not plan.is_routed:
         return ""
     target = targets.find(plan.target, families.find(plan.family))
     ends = ", ".join(map(json.dumps, target.frozen))

@@ -22,7 +22,7 @@ from moeify.export.workspace import Workspace
 from moeify.layout import Layout
 from moeify.modeling.remote_code import auto_map, code_files
 from moeify.models.dense import DenseModel
-from moeify.models.ffn import pack
+from moeify.models.ffn import FFNWeights, pack
 from moeify.models.files import INDEX_FILE
 from moeify.options import Track
 from moeify.progress import Resumed
@@ -114,19 +114,23 @@ class MoEWriter:
             meta = torch.empty(self.dense.shapes[stored], dtype=self.dense.dtype_of(stored), device="meta")
             yield name, self._carried(name, meta)
         whole = self.dense.ffn_shapes.map(lambda tensor: tensor.to(self.dtype))
-        width, routed = self.layout.expert_width(whole.num_neurons), self.layout.num_routed
-        router_RD = whole.up_FD.new_empty(routed, self.router_width or whole.hidden_size)
-        units_HC = whole.up_FD.new_empty(self.router_width, whole.hidden_size + 1) if self.router_width else None
-        shared, experts = (whole.neurons(slice(count * width)) for count in (self.layout.num_shared, routed))
-        threshold_1 = router_RD.new_empty(1) if self.layout.is_adaptive else None
-        cut = SplitFFN(shared, experts, router_RD, units_HC, threshold_1)
-        uncut = SplitFFN(whole, whole.neurons(slice(0)), router_RD[:0])
         for layer in range(self.dense.num_layers):
-            yield layer, self.layer(layer, uncut if layer in self.layout.dense_layers else cut)
+            yield layer, self.layer(layer, self._cut(whole, self.layout.of_layer(layer)))
         for layer in range(self.dense.num_layers):
             extra = self.target.extra_tensors(self.target.block(layer), self.dense)
             shapes = {name: torch.empty(shape, dtype=self.dtype, device="meta") for name, shape in extra.items()}
             yield None, shapes
+
+    def _cut(self, whole: FFNWeights, layout: Layout) -> SplitFFN:
+        """A layer of this layout, on the meta device."""
+        width, routed = layout.expert_width(whole.num_neurons), layout.num_routed
+        shared = whole.neurons(slice(layout.num_shared * width))
+        if layout.is_static:
+            return SplitFFN(shared, whole.neurons(slice(0)), whole.up_FD.new_empty(0, whole.hidden_size))
+        router_RD = whole.up_FD.new_empty(routed, self.router_width or whole.hidden_size)
+        units_HC = whole.up_FD.new_empty(self.router_width, whole.hidden_size + 1) if self.router_width else None
+        threshold_1 = router_RD.new_empty(1) if layout.is_adaptive else None
+        return SplitFFN(shared, whole.neurons(slice(routed * width)), router_RD, units_HC, threshold_1)
 
     def _carried(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """What a tensor that belongs to no FFN becomes; what the target makes wider stays so."""

@@ -4,11 +4,20 @@ This file and modeling_moeify.py need torch and transformers alone, so that they
 """
 
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 MODEL_TYPE = "moeify"
+# What a layer may have otherwise than the others.
+BY_LAYER = (
+    "num_experts",
+    "num_experts_per_tok",
+    "min_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+)
 
 
 class ExpertsFields:
@@ -21,6 +30,8 @@ class ExpertsFields:
             `num_experts_per_tok` is the largest.
         min_experts_per_tok: if it is there, only so many are chosen whatever their scores are, and further ones whose
             score is above the router's threshold.
+        ffn_by_layer: if it is there, what the layers have in place of the values above and below, each layer by
+            their names: of one that chooses no experts `num_experts` is zero.
         moe_intermediate_size: neurons of one of them.
         shared_expert_intermediate_size: neurons of the part that is always on; 0 if there is none.
         dense_layers: layers whose FFN is not cut.
@@ -43,6 +54,7 @@ class ExpertsFields:
     num_experts_per_tok: int = 2
     num_experts_per_tok_by_layer: list[int] | None = None
     min_experts_per_tok: int | None = None
+    ffn_by_layer: list[dict[str, int]] | None = None
     moe_intermediate_size: int = 1
     shared_expert_intermediate_size: int = 0
     dense_layers: list[int] | None = None
@@ -56,6 +68,19 @@ class ExpertsFields:
     ffn_read: str = "mlp"
     ffn_write: str = "mlp"
     ffn_between: list[str] | None = None
+
+
+def of_layer(config: Any, layer: int) -> Any:
+    """The values of BY_LAYER that a layer has, by name.
+
+    Args:
+        config: of the model.
+        layer: its number.
+    """
+    values = {name: getattr(config, name) for name in BY_LAYER}
+    if config.num_experts_per_tok_by_layer:
+        values["num_experts_per_tok"] = config.num_experts_per_tok_by_layer[layer]
+    return SimpleNamespace(**values | (config.ffn_by_layer[layer] if config.ffn_by_layer else {}))
 
 
 class MoeifyConfig(PreTrainedConfig):

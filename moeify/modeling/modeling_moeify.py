@@ -19,6 +19,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from .configuration_moeify import of_layer
+
 # What lies beside weights for transformers without moeify.
 CODE_FILES = ("configuration_moeify.py", "modeling_moeify.py")
 # What the name of a dense class is preceded by.
@@ -46,18 +48,18 @@ class Router(nn.Module):
 
     def __init__(self, config: Any, hidden_size: int, layer: int = 0) -> None:
         super().__init__()
-        by_layer = config.num_experts_per_tok_by_layer
-        self.num_chosen = int(by_layer[layer] if by_layer else config.num_experts_per_tok)
-        self.mixing = config.mixing
+        sizes = of_layer(config, layer)
+        self.num_chosen, self.num_experts = int(sizes.num_experts_per_tok), int(sizes.num_experts)
+        self.mixing, self.min_chosen = config.mixing, sizes.min_experts_per_tok
         width = int(config.router_width)
         if width:
             self.hidden_weight = nn.Parameter(torch.empty(width, hidden_size))
             self.hidden_bias = nn.Parameter(torch.empty(width))
-        self.is_linear, self.num_experts, self.min_chosen = not width, config.num_experts, config.min_experts_per_tok
+        self.is_linear = not width
         self.threshold: Tensor
         if self.min_chosen is not None:
             self.register_buffer("threshold", torch.zeros(1))
-        self.weight = nn.Parameter(torch.empty(config.num_experts, width or hidden_size))
+        self.weight = nn.Parameter(torch.empty(self.num_experts, width or hidden_size))
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scores_TR, weights_TK and numbers of the chosen experts_TK."""
@@ -84,9 +86,10 @@ class _Experts(nn.Module):
     has_down_bias = False
     _apply_gate: Any
 
-    def __init__(self, config: Any, hidden_size: int) -> None:
+    def __init__(self, config: Any, hidden_size: int, layer: int = 0) -> None:
         super().__init__()
-        self.num_experts, self.width = config.num_experts, config.moe_intermediate_size
+        sizes = of_layer(config, layer)
+        self.num_experts, self.width = sizes.num_experts, sizes.moe_intermediate_size
         self.hidden_dim = hidden_size
         name, rows = ("gate_up_proj", 2 * self.width) if self.gated else ("up_proj", self.width)
         self.register_parameter(name, nn.Parameter(torch.empty(self.num_experts, rows, hidden_size)))
@@ -155,9 +158,9 @@ EXPERTS: dict[tuple[bool, bool], type[_Experts]] = {
 class SharedExperts(nn.Module):
     """The part of an FFN that is always on."""
 
-    def __init__(self, config: Any, hidden_size: int) -> None:
+    def __init__(self, config: Any, hidden_size: int, layer: int = 0) -> None:
         super().__init__()
-        width, bias = config.shared_expert_intermediate_size, config.expert_bias
+        width, bias = of_layer(config, layer).shared_expert_intermediate_size, config.expert_bias
         self.gate_proj = nn.Linear(hidden_size, width, bias=bias) if config.expert_gate else None
         self.up_proj = nn.Linear(hidden_size, width, bias=bias)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
@@ -171,15 +174,18 @@ class SharedExperts(nn.Module):
 
 
 class MoeFFN(nn.Module):
-    """Stands where an FFN read, and gives what it wrote."""
+    """Stands where an FFN read, and gives what it wrote; a layer may choose no experts, or have no part at all."""
 
     def __init__(self, config: Any, hidden_size: int, layer: int = 0) -> None:
         super().__init__()
-        self.router = Router(config, hidden_size, layer)
-        self.experts = EXPERTS[config.expert_gate, config.expert_bias](config, hidden_size)
-        # Has transformers' implementations expect numbers beyond the last expert.
-        self.experts._is_expert_parallel = config.min_experts_per_tok is not None  # type: ignore[assignment]
-        self.shared = SharedExperts(config, hidden_size) if config.shared_expert_intermediate_size else None
+        sizes = of_layer(config, layer)
+        chooses, shares = sizes.num_experts > 0, sizes.shared_expert_intermediate_size > 0
+        self.router = Router(config, hidden_size, layer) if chooses else None
+        self.experts = EXPERTS[config.expert_gate, config.expert_bias](config, hidden_size, layer) if chooses else None
+        if self.experts is not None:
+            # Has transformers' implementations expect numbers beyond the last expert.
+            self.experts._is_expert_parallel = sizes.min_experts_per_tok is not None  # type: ignore[assignment]
+        self.shared = SharedExperts(config, hidden_size, layer) if shares else None
         self.bias = nn.Parameter(torch.empty(hidden_size)) if config.output_bias else None
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -189,12 +195,15 @@ class MoeFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         hidden_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights_TK, chosen_TK = self.router(hidden_TD)
-        outputs_TD: Tensor = self.experts(hidden_TD, chosen_TK, weights_TK)
+        parts: list[Tensor] = []
+        if self.router is not None and self.experts is not None:
+            _, weights_TK, chosen_TK = self.router(hidden_TD)
+            parts.append(self.experts(hidden_TD, chosen_TK, weights_TK))
         if self.shared is not None:
-            outputs_TD = outputs_TD + self.shared(hidden_TD)
+            parts.append(self.shared(hidden_TD))
         if self.bias is not None:
-            outputs_TD = outputs_TD + self.bias
+            parts.append(self.bias.expand_as(hidden_TD))
+        outputs_TD = sum(parts[1:], start=parts[0]) if parts else torch.zeros_like(hidden_TD)
         return outputs_TD.view_as(hidden_states)
 
 

@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from moeify.errors import InputError, warn
+from moeify.modeling.configuration_moeify import BY_LAYER as OF_LAYER
+from moeify.modeling.configuration_moeify import of_layer
 from moeify.models.json_files import shown
 
 # Ranges of whole numbers, by transformers' common names; the upper ends are far beyond any model.
@@ -36,7 +38,7 @@ RANGES: Mapping[str, tuple[int, int]] = {
 MAPPINGS = ("rope_parameters", "rope_scaling", "quantization_config", "auto_map", "id2label", "label2id")
 IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "expert_activation")
-BY_LAYER = "num_experts_per_tok_by_layer"
+BY_LAYER, FFN_BY_LAYER = "num_experts_per_tok_by_layer", "ffn_by_layer"
 # What configs of an encoder and a decoder call the layers of the latter.
 DECODER_LAYERS = ("num_decoder_layers", "decoder_layers")
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -192,6 +194,22 @@ def check_relations(file: str | Path, config: Any) -> None:
     fits = isinstance(by_layer, list) and all(_whole(number, 0, experts or 0) for number in by_layer)
     if by_layer is not None and not (fits and len(by_layer) == layers):
         raise refused(file, BY_LAYER, by_layer, f"null or {layers} whole numbers up to {experts}")
+    single = getattr(config, FFN_BY_LAYER, None)
+    fits = single is None or (isinstance(single, list) and len(single) == layers and all(map(_is_ffn, single)))
+    if not fits or (single and not all(_can_choose(of_layer(config, layer)) for layer in range(len(single)))):
+        raise refused(file, FFN_BY_LAYER, single, f"null or {layers} mappings of {', '.join(OF_LAYER)} to numbers")
+
+
+def _is_ffn(values: Any) -> bool:
+    """Whether this can be what a config says of the experts of one layer."""
+    named = isinstance(values, dict) and set(values) <= set(OF_LAYER)
+    return named and all(_whole(value, 0, RANGES["intermediate_size"][1]) for value in values.values())
+
+
+def _can_choose(ffn: Any) -> bool:
+    """Whether a layer has as many experts as it chooses; one that has none chooses none."""
+    least, chosen, experts = ffn.min_experts_per_tok or 0, ffn.num_experts_per_tok, ffn.num_experts
+    return bool(not experts or (max(1, least) <= chosen <= experts and ffn.moe_intermediate_size))
 
 
 def _num_layers(config: Any) -> int | None:

@@ -55,7 +55,7 @@ SECTIONS: dict[str, type[Options]] = {
     "eval": EvalOptions,
     "bench": BenchOptions,
 }
-NOT_STATIC = ("budget", "dense_layers", "mixing", "temperature", "fusion")
+NOT_STATIC = ("budget", "dense_layers", "experts_by_layer", "static_layers", "mixing", "temperature", "fusion")
 
 
 def _text(value: Any) -> Any:

@@ -41,7 +41,8 @@ from moeify.training.finetune import check_packages, finetune
 
 # Options that a split or a training settles or counts anew: a record does not hold them as they were given.
 SETTLED = (
-    *("experts", "shared", "active", "budget", "dense_layers", "drop_layers", "target", "context"),
+    *("experts", "shared", "active", "active_by_layer", "experts_by_layer", "static_layers", "budget", "dense_layers"),
+    *("drop_layers", "target", "context"),
     *("calibration", "device", "precision", "epochs", "every"),
 )
 

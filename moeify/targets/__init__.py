@@ -208,24 +208,10 @@ class Target:
         router = [f".{self.modules.router}.{name}" for name in self.modules.router_parts]
         return (*router, *([f".{gate}.weight"] if gate else []))
 
-    def layout(
-        self,
-        experts: int,
-        shared: int | None = None,
-        active: int | None = None,
-        dense_layers: tuple[int, ...] = (),
-        active_by_layer: tuple[int, ...] = (),
-    ) -> Layout:
-        """Fill in what is open, as this target has it."""
+    def layout(self, experts: int, shared: int | None = None, active: int | None = None) -> Layout:
+        """Fill in what is open, as this target has it; all layers are alike."""
         shared = self.num_shared if shared is None else shared
-        return resolve_layout(
-            experts,
-            shared,
-            active,
-            holds_shared=self.holds_shared,
-            dense_layers=dense_layers,
-            active_by_layer=active_by_layer,
-        )
+        return resolve_layout(experts, shared, active, holds_shared=self.holds_shared)
 
     @property
     def holds_dense(self) -> bool:
@@ -316,9 +302,10 @@ def refusal(
         f"{target.needs_float32} (use --dtype float32)": bool(target.needs_float32) and dtype != torch.float32,
         "its tokens all have as many experts": layout.is_adaptive and target.is_stock,
         "its layers all have as many active experts": bool(layout.active_by_layer) and target.is_stock,
+        "its layers are all cut alike": layout.is_mixed and target.is_stock,
         "has no dense layers": bool(layout.dense_layers) and not target.holds_dense,
         "has no shared experts (use --shared 0)": bool(layout.num_shared) and not target.holds_shared,
-        "nothing is routed (use --static for pruning)": layout.num_routed_active == 0,
+        "nothing is routed (use --static for pruning)": layout.is_static,
     }
     return next((reason for reason, holds in reasons.items() if holds), "") or target.refuse(dense, layout)
 

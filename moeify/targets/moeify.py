@@ -24,16 +24,20 @@ HIDDEN = ("hidden_weight", "hidden_bias")
 
 def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:
     family, ffn = dense.family, dense.ffn_shapes
+    own = [layout.of_layer(layer) for layer in range(dense.num_layers)]
     # Thresholds say how many an adaptive layer chooses; one that stays dense has none to choose.
-    numbers = () if layout.is_adaptive else layout.active_by_layer
-    by_layer = [0 if number == layout.num_experts else number - layout.num_shared for number in numbers]
+    by_layer = [] if layout.is_adaptive else [one.num_routed_active for one in own]
+    if not (layout.active_by_layer or layout.is_mixed):
+        by_layer = []
     return {
         **dense.config.to_dict(),
         "dense_model_type": family.model_type,
         "num_experts": layout.num_routed,
-        "num_experts_per_tok": max(by_layer) if by_layer else layout.routed_range[1],
+        # Of a model whose layers are all static the number means nothing.
+        "num_experts_per_tok": max(1, *by_layer) if by_layer else layout.routed_range[1],
         "num_experts_per_tok_by_layer": by_layer or None,
         "min_experts_per_tok": layout.routed_range[0] if layout.is_adaptive else None,
+        "ffn_by_layer": [_ffn(one, dense) for one in own] if layout.is_mixed else None,
         "moe_intermediate_size": width,
         "shared_expert_intermediate_size": layout.num_shared * width,
         "dense_layers": list(layout.dense_layers),
@@ -48,19 +52,34 @@ def config(dense: DenseModel, layout: Layout, width: int) -> dict[str, Any]:
     }
 
 
+def _ffn(layout: Layout, dense: DenseModel) -> dict[str, int]:
+    """What a layer of this layout has in place of the model's own values; one that stays dense has no experts."""
+    width = layout.expert_width(dense.num_neurons)
+    values = {"num_experts": 0, "shared_expert_intermediate_size": 0 if layout.is_whole else layout.num_shared * width}
+    if layout.is_static:
+        return values
+    values |= {"num_experts": layout.num_routed, "moe_intermediate_size": width}
+    if not layout.is_adaptive:
+        return values
+    least, most = layout.routed_range
+    return values | {"num_experts_per_tok": most, "min_experts_per_tok": least}
+
+
 def ffn_tensors(site: str, ffn: SplitFFN) -> dict[str, Tensor]:
-    """Names and values of one layer, given the name of the module that the experts stand for."""
+    """Names and values of one layer, given the name of the module that the experts stand for; of a static one less."""
     experts, routed, shared = f"{site}.experts", ffn.routed, ffn.shared
     up = "up_proj" if routed.gate_FD is None else "gate_up_proj"
-    tensors = {
-        f"{site}.router.weight": ffn.router_RD,
-        **_hidden_layer(f"{site}.router", ffn.units_HC),
-        **({} if ffn.threshold_1 is None else {f"{site}.router.threshold": ffn.threshold_1}),
-        f"{experts}.{up}": _by_expert(_rows(routed), ffn.num_routed),
-        f"{experts}.down_proj": ffn.down_RDf,
-    }
-    if (bias_P := _biases(routed)) is not None:
-        tensors[f"{experts}.{up}_bias"] = _by_expert(bias_P, ffn.num_routed)
+    tensors: dict[str, Tensor] = {}
+    if ffn.num_routed:
+        tensors = {
+            f"{site}.router.weight": ffn.router_RD,
+            **_hidden_layer(f"{site}.router", ffn.units_HC),
+            **({} if ffn.threshold_1 is None else {f"{site}.router.threshold": ffn.threshold_1}),
+            f"{experts}.{up}": _by_expert(_rows(routed), ffn.num_routed),
+            f"{experts}.down_proj": ffn.down_RDf,
+        }
+        if (bias_P := _biases(routed)) is not None:
+            tensors[f"{experts}.{up}_bias"] = _by_expert(bias_P, ffn.num_routed)
     if routed.down_bias_D is not None:
         tensors[f"{site}.bias"] = routed.down_bias_D
     if shared.num_neurons:

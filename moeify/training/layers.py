@@ -139,6 +139,9 @@ def fit_layers(
     for layer in range(teacher.num_layers):
         inputs_TD = stream.attend(layer)
         dense = teacher.ffn(layer).map(lambda tensor: tensor.to(options.device, torch.float32))
+        if student.plan.layout.of_layer(layer).is_empty:
+            stream.advance(dense.with_bias(torch.zeros_like(inputs_TD)))
+            continue
         current = _student_ffn(student, layer, options.device)
         if layer in student.plan.layout.dense_layers:
             stream.advance(current(inputs_TD))
@@ -266,18 +269,22 @@ def _student_ffn(student: Student, layer: int, device: str) -> LayerFFN:
     experts = experts.folded(shared=1 / shared_fold, routed=1 / routed_fold, router=1 / student.scale)
     ffn = joined(experts.shared, experts.routed).map(lambda tensor: tensor.to(device, torch.float32))
     units_HC = None if experts.units_HC is None else experts.units_HC.to(device, torch.float32)
-    return LayerFFN(ffn, plan.layout.of_layer(layer), mixing, experts.router_RD.to(device, torch.float32), units_HC)
+    router_RD = experts.router_RD.to(device, torch.float32) if experts.num_routed else None
+    return LayerFFN(ffn, plan.layout.of_layer(layer), mixing, router_RD, units_HC)
 
 
 def _stored(student: Student, layer: int, fitted: LayerFFN) -> dict[str, Tensor]:
     """down_proj, folded, and the router, scaled, under the names they have in the loaded model."""
     prefix, down_DF = student.blocks.site(layer), fitted.ffn.down_DF.cpu()
-    if student.target is None or fitted.router_RD is None:
+    if student.target is None:
         name = f"{prefix}.{student.dense_ffn.down}.weight"
         return {name: pack(student.dense_ffn, prefix, fitted.ffn)[name].cpu().contiguous()}
     assert student.plan is not None
     modules, num_routed = student.target.modules, fitted.layout.num_routed
     shared_fold, routed_fold = folds(student.plan, student.target, layer)
+    shared = f"{prefix}.{modules.shared}.{modules.shared_down}.weight"
+    if fitted.router_RD is None:
+        return {shared: (down_DF * shared_fold).contiguous()}
     shared_Ds, routed_DF = down_DF.tensor_split([down_DF.shape[1] - num_routed * fitted.width], dim=1)
     down_RDf = routed_DF.unflatten(1, (num_routed, fitted.width)).transpose(0, 1) * routed_fold
     tensors = {
@@ -285,5 +292,5 @@ def _stored(student: Student, layer: int, fitted: LayerFFN) -> dict[str, Tensor]
         f"{prefix}.{modules.router}.{modules.router_weight}": fitted.router_RD.cpu() * student.scale,
     }
     if shared_Ds.shape[1]:
-        tensors[f"{prefix}.{modules.shared}.{modules.shared_down}.weight"] = (shared_Ds * shared_fold).contiguous()
+        tensors[shared] = (shared_Ds * shared_fold).contiguous()
     return tensors

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from moeify.training.logits import Behind, Head
 
@@ -216,7 +217,7 @@ class RouterLosses:
         balance: R * sum of load share times mean probability, mean over layers; one if the load is even
             (https://arxiv.org/abs/2101.03961, equation 4).
         z: mean square of the log-sum-exp of scores (https://arxiv.org/abs/2202.08906, equation 5).
-        load_LR: share of all choices that each expert of each layer got.
+        load_LR: share of all choices that each expert of each layer got; NaN where a layer has fewer.
     """
 
     balance: Tensor
@@ -244,17 +245,19 @@ def router_losses(
         loads.append(counts_R / counts_R.sum().clamp(min=1))
         probabilities.append(scores_TR.softmax(dim=1).mean(dim=0))
         squares.append(scores_TR.logsumexp(dim=1).square().mean())
-    load_LR = mean_over_processes(torch.stack(loads))
-    balance = load_LR.shape[1] * (load_LR * torch.stack(probabilities)).sum(dim=1).mean()
+    # Layers may have other numbers of experts; where one has no further ones there is no load.
+    load_LR = mean_over_processes(pad_sequence(loads, batch_first=True, padding_value=torch.nan))
+    most, product_LR = load_LR.shape[1], load_LR.nan_to_num() * pad_sequence(probabilities, batch_first=True)
+    part_L1 = torch.tensor([[len(load_R) / most] for load_R in loads], device=load_LR.device)
+    balance = most * (product_LR * part_L1).sum(dim=1).mean()
     return RouterLosses(balance, torch.stack(squares).mean(), load_LR)
 
 
 def load_figures(load_LR: Tensor) -> dict[str, float]:
     """Mean entropy of the load relative to an even one, and how many experts of all layers got nothing."""
-    num_experts = load_LR.shape[1]
-    entropy_L = -(load_LR * load_LR.clamp(min=1e-30).log()).sum(dim=1)
-    even = torch.tensor(float(num_experts)).log().clamp(min=1e-30)
+    entropy_L = -(load_LR * load_LR.clamp(min=1e-30).log()).nansum(dim=1)
+    even_L = (~load_LR.isnan()).sum(dim=1).float().log().clamp(min=1e-30)
     return {
-        "load_entropy": float(entropy_L.mean() / even) if num_experts > 1 else 1.0,
+        "load_entropy": float((entropy_L / even_L).mean()) if load_LR.shape[1] > 1 else 1.0,
         "dead_experts": float((load_LR == 0).sum()),
     }

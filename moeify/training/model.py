@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moeify import families, targets
 from moeify.check.evaluate import load
 from moeify.errors import InputError, UsageError
-from moeify.export.in_memory import cut_layers
+from moeify.export.in_memory import routed_layers
 from moeify.export.writer import weights_are_exact
 from moeify.families import Blocks, FFNFormat
 from moeify.models.dense import blocks_of
@@ -54,7 +54,7 @@ class Student:
         student = cls(path, model, plan, target)
         if target is not None:
             student.routers = [
-                model.get_submodule(f"{target.block(layer)}.{target.modules.router}") for layer in student.cut_layers
+                model.get_submodule(f"{target.block(layer)}.{target.modules.router}") for layer in student.routed_layers
             ]
         for router in student.routers:
             keep_full_precision(router)
@@ -81,11 +81,11 @@ class Student:
         return families.of(self.model.config).ffn if self.target is None else self.target.dense_ffn
 
     @property
-    def cut_layers(self) -> list[int]:
-        """Layers with experts."""
+    def routed_layers(self) -> list[int]:
+        """Layers with experts that are chosen."""
         if self.plan is None or self.target is None:
             return []
-        return cut_layers(self.plan.layout, len(self.plan.layers))
+        return routed_layers(self.plan.layout, len(self.plan.layers))
 
     @property
     def scale(self) -> float:
@@ -147,7 +147,7 @@ def check_stages(plan: SplitPlan | None, options: FinetuneOptions, path: Path) -
         InputError: the model has no routers, or none that a gradient reaches.
         UsageError: the FFNs are no longer the dense model's.
     """
-    stages, routed = options.stage, plan is not None and not plan.layout.is_static
+    stages, routed = options.stage, plan is not None and plan.is_routed
     if "router" in stages and not routed:
         raise InputError(f"{path} has no routers to train", "--stage full or --stage lora trains it")
     exact = routed and plan is not None and weights_are_exact(targets.find(plan.target), plan.layout)
@@ -201,7 +201,7 @@ def _inject_lora(student: Student, options: FinetuneOptions) -> Any:
     experts = "" if student.target is None else student.target.modules.experts
     parameters = [
         f"{blocks.site(layer)}.{experts}.{part}"
-        for layer in student.cut_layers
+        for layer in student.routed_layers
         for part, weight in student.model.get_submodule(f"{blocks.site(layer)}.{experts}").named_parameters()
         if weight.ndim == 3
     ]

@@ -37,7 +37,8 @@ BUDGET = 0.75
 EVAL_TOKENS = 2048
 # What the split settles, or counts anew, where nobody says: the record of a finished one has its own values.
 SETTLED = (
-    *("experts", "shared", "active", "active_by_layer", "budget", "dense_layers", "drop_layers"),
+    *("experts", "shared", "active", "active_by_layer", "experts_by_layer", "static_layers", "budget", "dense_layers"),
+    "drop_layers",
     *("target", "calibration", "context", "device"),
 )
 
@@ -170,7 +171,7 @@ def _train(
 def _is_open(options: SplitOptions) -> bool:
     """Whether nothing says how much is to be active, so that a search may."""
     chosen = (options.active, options.shared, options.budget, options.machine, options.plan)
-    layers = options.dense_layers or options.active_by_layer
+    layers = options.dense_layers or options.active_by_layer or options.experts_by_layer or options.static_layers
     return chosen == (None,) * len(chosen) and not (layers or options.static or options.mixing == "soft")
 
 

@@ -35,7 +35,7 @@ def write_trained(student: Student, inputs: Inputs, options: FinetuneOptions, wo
     Raises:
         InputError: a trained value does not fit the checkpoint's type, or a file leads out of the student's folder.
     """
-    values = on_disk(student.model, student.target, student.cut_layers)
+    values = on_disk(student.model, student.target, student.routed_layers)
     shards = find_shards(inputs.path)
     for file in sorted(set(shards.values())):
         names = [name for name, shard in shards.items() if shard == file]
@@ -79,7 +79,7 @@ def _trained_plan(student: Student, plan: SplitPlan, options: FinetuneOptions, d
     """The plan with the routers as they are now."""
     layers = list(plan.layers)
     if student.target is not None:
-        for layer in student.cut_layers:
+        for layer in student.routed_layers:
             block = student.model.get_submodule(student.target.block(layer))
             parts = moe_parameters(block, student.target.modules)
             stored_RD, units_HC = parts["router"].detach().to(dtype), parts.get("router_units")

@@ -174,7 +174,7 @@ def test_options_reach_the_split(dense: Path, monkeypatch: pytest.MonkeyPatch) -
         "hidden_states": "disk",
         "remote_code": True,
     }
-    own = {"min_active", "max_active", "active_by_layer"}
+    own = {"min_active", "max_active", "active_by_layer", "experts_by_layer", "static_layers"}
     # These exclude others.
     assert {field.name for field in dataclasses.fields(SplitOptions)} == {*values, *own, "static", "machine"}
     seen = []
@@ -350,6 +350,8 @@ def test_json_of_split_inspect_and_verify(dense: Path, text: list[str], tmp_path
         "min_active": 0,
         "max_active": 0,
         "active_by_layer": [],
+        "static_layers": [],
+        "experts_by_layer": [],
     }
     assert done["num_active_parameters"] == planned["num_active_parameters"] < done["num_parameters"]
     assert [layer["layer"] for layer in done["plan"]["layers"]] == [0, 1]

@@ -126,6 +126,7 @@ def test_the_point_that_was_found(find: Find) -> None:
         "shared": found.choice.layout.num_shared,
         "active": found.choice.layout.num_active,
         "active_by_layer": (),
+        "static_layers": (),
         "dense_layers": found.choice.layout.dense_layers,
         "drop_layers": found.choice.dropped_layers,
     }

@@ -47,7 +47,7 @@ def test_the_file_says_what_was_found(result: SearchResult, tmp_path: Path) -> N
     assert file.with_suffix(".svg").read_text() == DRAWING
     found = json.loads(file.read_text())
     assert found["schema"] == "moeify.search/1"
-    layers = {"active_by_layer": [], "dense_layers": [0], "drop_layers": []}
+    layers = {"active_by_layer": [], "static_layers": [], "dense_layers": [0], "drop_layers": []}
     assert found["options"] == {"experts": 8, "shared": 1, "active": 5, **layers}
     assert found == json.loads(json.dumps({**found, **asdict(result)}))
     assert read(file, SearchResult) == result

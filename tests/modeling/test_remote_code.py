@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,16 +39,16 @@ for folder in sys.argv[1:]:
         if place == folder:
             model.save_pretrained(folder + "-again")
 """
-# Of blocks and of FFNs.
-FAMILIES = ["gpt2", "gemma3_text"]
+# Of blocks and of FFNs, one with a static layer.
+FAMILIES: dict[str, dict[str, Any]] = {"gpt2": {"active_by_layer": (5, 3), "static_layers": (1,)}, "gemma3_text": {}}
 
 
 def test_folders_with_code_load_where_moeify_is_not(make_dense: MakeDense, tmp_path: Path) -> None:
     expected = []
-    for family in FAMILIES:
+    for family, layers in FAMILIES.items():
         dense, out = str(make_dense(family)), tmp_path / family
         with pytest.warns(UserWarning, match=r"own architecture is written: .*trust_remote_code=True"):
-            split(dense, out, OPTIONS)
+            split(dense, out, OPTIONS, **layers)
         assert verify(str(out), dense).passed
         assert set(CODE_FILES) <= set(json.loads((out / "moeify.json").read_text())["files"])
         assert "trust_remote_code=True" in (out / "README.md").read_text()

@@ -94,7 +94,8 @@ def layers_table(plan: "SplitPlan") -> Table:
     table = DataTable("layers", ("layer", *LAYER_COLUMNS.values()), notes=notes)
     for layer in plan.layers:
         values = [layer.diagnostics.get(name) for name in LAYER_COLUMNS]
-        empty = "dense" if layer.layer in plan.layout.dense_layers else ""
+        own = plan.layout.of_layer(layer.layer)
+        empty = "dense" if own.is_whole else "no FFN" if own.is_empty else ""
         table.add_row(str(layer.layer), *(empty if value is None else f"{value:.3f}" for value in values))
     return table
 

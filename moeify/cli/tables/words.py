@@ -23,7 +23,9 @@ def layout_words(layout: "Layout", dropped: Sequence[int] = ()) -> str:
     if layout.is_whole:
         words = "every FFN whole"
     elif layout.active_by_layer:
-        words = f"each FFN in {layout.num_experts} experts: {layout.num_shared} shared, {counts_words(layout)}"
+        least = min(layout.experts_by_layer, default=layout.num_experts)
+        experts = f"{least} to {layout.num_experts}" if least < layout.num_experts else layout.num_experts
+        words = f"each FFN in {experts} experts: {layout.num_shared} shared, {counts_words(layout)}"
     elif layout.is_static:
         words = f"{layout.num_active} of {layout.num_experts} slices of each FFN kept, the others dropped"
     else:
@@ -35,7 +37,14 @@ def layout_words(layout: "Layout", dropped: Sequence[int] = ()) -> str:
         words += f" in the mean, {layout.min_active} to {layout.max_active} for a token"
     if dropped:
         words = f"without layers {ranges(dropped)}, their attention, keys and values; {words}"
-    return words + (f"; dense layers: {ranges(layout.dense_layers)}" if layout.dense_layers else "")
+    return "; ".join([words, *layer_words(layout)])
+
+
+def layer_words(layout: "Layout") -> list[str]:
+    """Layers that are not as the others."""
+    empty = [layer for layer, number in enumerate(layout.active_by_layer) if not number]
+    kinds = {"dense layers": layout.dense_layers, "static layers": layout.static_layers, "layers without an FFN": empty}
+    return [f"{kind}: {ranges(layers)}" for kind, layers in kinds.items() if layers]
 
 
 def counts_words(layout: "Layout") -> str:
