@@ -118,8 +118,8 @@ class MoEWriter:
         router_RD = whole.up_FD.new_empty(routed, self.router_width or whole.hidden_size)
         units_HC = whole.up_FD.new_empty(self.router_width, whole.hidden_size + 1) if self.router_width else None
         shared, experts = (whole.neurons(slice(count * width)) for count in (self.layout.num_shared, routed))
-        threshold_1 = router_RD.new_empty(1) if self.layout.is_adaptive else None
-        cut = SplitFFN(shared, experts, router_RD, units_HC, threshold_1)
+        threshold_R = router_RD.new_empty(routed) if self.layout.is_adaptive else None
+        cut = SplitFFN(shared, experts, router_RD, units_HC, threshold_R)
         uncut = SplitFFN(whole, whole.neurons(slice(0)), router_RD[:0])
         for layer in range(self.dense.num_layers):
             yield layer, self.layer(layer, uncut if layer in self.layout.dense_layers else cut)
