@@ -292,6 +292,23 @@ def _with_threshold(router: LinearRouter, ffn: FFNWeights, inputs_TD: Tensor, fi
     return replace(router, threshold_R=(own_R.float() + high).to(router.rows_RD))
 
 
+def settled(cut: ConvertedFFN, inputs_TD: Tensor, fit: LayerFit) -> ConvertedFFN:
+    """The same with its thresholds moved so that these tokens have as many experts as the layout says, in the mean."""
+    if not isinstance(cut.router, LinearRouter) or cut.router.threshold_R is None:
+        return cut
+    fit = replace(fit, layout=cut.layout)
+    return replace(cut, router=_with_threshold(cut.router, cut.ffn, inputs_TD, fit))
+
+
+def num_active(cut: ConvertedFFN, inputs_TD: Tensor) -> float:
+    """Experts that run for one of these tokens, shared ones included, in the mean."""
+    if cut.router is None:
+        return float(cut.layout.num_active)
+    scores_TR = _scores(cut.router, cut.ffn, inputs_TD, cut.store)
+    chosen = int((UNIT.weights(scores_TR, cut.layout) > 0).sum())
+    return cut.layout.num_shared + chosen / len(scores_TR)
+
+
 def _static_diagnostics(stats: ActivationStats, layout: Layout) -> dict[str, float]:
     """Massive neurons, and the share of contribution energy that the best static choice of the same size keeps."""
     energy_F = stats.energy_F.sort(descending=True).values
