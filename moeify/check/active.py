@@ -22,6 +22,16 @@ class ActiveShare:
         self._chosen = self._slots = 0
         self._handles: list[Any] = []
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether tokens have numbers of experts of their own."""
+        return any(ffn.router.min_chosen is not None for ffn in self._ffns)
+
+    @property
+    def num_chosen(self) -> float:
+        """Routed experts of a token in one layer, in the mean."""
+        return float(self._ffns[0].experts.num_experts) * self._chosen / self._slots
+
     def __enter__(self) -> "ActiveShare":
         routers = [ffn.router for ffn in self._ffns if ffn.router.min_chosen is not None]
         self._handles = [router.register_forward_hook(self._count) for router in routers]
