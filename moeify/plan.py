@@ -48,7 +48,7 @@ class LayerPlan(Readable):
         down_DF: refit down_proj in dense column order, in the checkpoint's dtype; None keeps the dense one.
         diagnostics: what the fit measured, dimensionless.
         units_HC: weights of the router's hidden units and, behind them, their biases; None of a linear router.
-        threshold_1: score above which an expert is chosen; None where every token gets as many.
+        threshold_R: score above which each expert is chosen; None where every token gets as many.
     """
 
     layer: int
@@ -57,7 +57,7 @@ class LayerPlan(Readable):
     down_DF: Tensor | None = None
     diagnostics: Mapping[str, float] = field(default_factory=dict)
     units_HC: Tensor | None = None
-    threshold_1: Tensor | None = None
+    threshold_R: Tensor | None = None
 
     def check(self, layout: Layout) -> None:
         """Raise InputError unless every expert has exactly its share of neurons."""
@@ -89,15 +89,15 @@ class LayerPlan(Readable):
         expected = 0 if layout.is_static else layout.num_routed
         if rows != expected:
             raise InputError(f"layer {self.layer} of the plan has {rows} router rows, expected {expected}", DAMAGED)
-        if expected and (self.threshold_1 is not None) != layout.is_adaptive:
+        if expected and (self.threshold_R is not None) != layout.is_adaptive:
             raise InputError(f"layer {self.layer} of the plan and its layout differ in how experts are chosen", DAMAGED)
-        parts = (self.router_RD, self.units_HC, self.threshold_1)
+        parts = (self.router_RD, self.units_HC, self.threshold_R)
         if any(part is not None and not part.isfinite().all() for part in parts):
             raise InputError(f"layer {self.layer} of the plan has a router with NaN or infinite values", DAMAGED)
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """What a safetensors file holds of it, by name; diagnostics are left to the caller."""
-        router = {"router": self.router_RD, "router_units": self.units_HC, "router_threshold": self.threshold_1}
+        router = {"router": self.router_RD, "router_units": self.units_HC, "router_threshold": self.threshold_R}
         parts = {"labels": self.labels_F, "down": self.down_DF, **router}
         return {f"{prefix}{name}": part.contiguous() for name, part in parts.items() if part is not None}
 
@@ -109,12 +109,12 @@ class LayerPlan(Readable):
             SafetensorError: the file has no such labels.
         """
         names = set(reader.keys())
-        router_RD, down_DF, units_HC, threshold_1 = (
+        router_RD, down_DF, units_HC, threshold_R = (
             reader.get_tensor(prefix + name) if prefix + name in names else None
             for name in ("router", "down", "router_units", "router_threshold")
         )
         labels_F = reader.get_tensor(f"{prefix}labels")
-        return cls(layer, labels_F, router_RD, down_DF, units_HC=units_HC, threshold_1=threshold_1)
+        return cls(layer, labels_F, router_RD, down_DF, units_HC=units_HC, threshold_R=threshold_R)
 
     def neurons(self, expert: int) -> Tensor:
         """Ascending dense indices of the neurons of one expert, or of the shared part."""

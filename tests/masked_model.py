@@ -30,7 +30,9 @@ class MaskedFFN(nn.Module):
         assert ffn.gate_FD is not None
         self.gate_FD, self.up_FD, self.down_DF = map(nn.Parameter, (ffn.gate_FD, ffn.up_FD, ffn.down_DF))
         self.rows_RD = None if plan.router_RD is None else nn.Parameter(plan.router_RD.float())
-        self.threshold_1 = None if plan.threshold_1 is None else nn.Parameter(plan.threshold_1.float())
+        # How far above its own threshold an expert must score.
+        self.threshold_1 = None if plan.threshold_R is None else nn.Parameter(torch.zeros(1))
+        self.register_buffer("own_R", None if plan.threshold_R is None else plan.threshold_R.float())
         self.num_routed, self.num_experts = layout.num_routed, layout.num_experts
         self.routed = 0 if self.rows_RD is None else layout.expert_width(num_neurons) * layout.num_routed
         self.least = layout.routed_range[0] if layout.is_adaptive else 0
@@ -60,7 +62,7 @@ class MaskedFFN(nn.Module):
             inputs_BCD = inputs_BCD + NOISE * size_BC1 * torch.randn_like(inputs_BCD)
         scores_BCR = inputs_BCD @ self.rows_RD.T
         if self.threshold_1 is not None:
-            return self._above_threshold(scores_BCR.detach())
+            return self._above_threshold(scores_BCR.detach() - self.own_R)
         last_BC2 = scores_BCR.detach().topk(int(self.chosen) + 1, dim=-1).values[..., -2:]
         limit_BC1 = last_BC2.mean(dim=-1, keepdim=True)
         mask_BCR = (scores_BCR.detach() > limit_BC1).float()

@@ -19,14 +19,20 @@ class ActiveShare:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._ffns = [module for module in model.modules() if isinstance(module, MoeFFN)]
-        self._active = self._neurons = 0
+        ffns = [module for module in model.modules() if isinstance(module, MoeFFN)]
+        self._counted = [ffn for ffn in ffns if ffn.router is not None and ffn.router.min_chosen is not None]
+        self._active = self._neurons = self._chosen = self._tokens = 0
         self._handles: list[Any] = []
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether tokens have numbers of experts of their own."""
+        return bool(self._counted)
+
     def __enter__(self) -> "ActiveShare":
-        for ffn in self._ffns:
-            if ffn.router is not None and ffn.router.min_chosen is not None:
-                self._handles.append(ffn.router.register_forward_hook(partial(self._count, ffn)))
+        for ffn in self._counted:
+            assert ffn.router is not None
+            self._handles.append(ffn.router.register_forward_hook(partial(self._count, ffn)))
         return self
 
     def __exit__(
@@ -39,10 +45,17 @@ class ActiveShare:
         scores_TR, _weights_TK, chosen_TK = outputs
         assert ffn.experts is not None
         shared = 0 if ffn.shared is None else len(scores_TR) * ffn.shared.up_proj.out_features
-        self._active += shared + ffn.experts.width * int((chosen_TK < router.num_experts).sum())
+        num_chosen = int((chosen_TK < router.num_experts).sum())
+        self._chosen, self._tokens = self._chosen + num_chosen, self._tokens + len(scores_TR)
+        self._active += shared + ffn.experts.width * num_chosen
         self._neurons += shared + ffn.experts.width * scores_TR.numel()
 
     @property
     def share(self) -> float | None:
         """Of the neurons of FFNs with experts, the mean over layers and tokens; None if that is the same for all."""
         return self._active / self._neurons if self._neurons else None
+
+    @property
+    def num_chosen(self) -> float:
+        """Routed experts of a token in one layer, in the mean over layers and tokens."""
+        return self._chosen / self._tokens

@@ -8,46 +8,37 @@ convert/output_change.py.
 Legend: T tokens, B blocks of C tokens, L losses a block.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial, reduce
-from itertools import takewhile
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from moeify import partition
-from moeify.cache import cache_dir, check_place, digest, once
-from moeify.check.baselines import NeuronOracle, fit_bias_compensated
+from moeify.cache import cache_dir, check_place
 from moeify.check.bootstrap import mean_of, mean_ratio, perplexity_of, perplexity_ratio
 from moeify.check.calibrated import warn_of_kind
-from moeify.check.depth_trials import DepthTrial
+from moeify.check.compare_entries import Entries, Entry, Result, measured
 from moeify.check.evaluate import suited
-from moeify.check.methods import REFERENCE, Method, methods
+from moeify.check.methods import REFERENCE, methods
 from moeify.check.perplexity import warn_of_few, whole_blocks
 from moeify.check.tasks import Tasks
 from moeify.check.tasks_results import TaskResult
 from moeify.check.tasks_rows import TaskRows
-from moeify.check.trials import Control, Trial, Trials
+from moeify.check.trials import Trials
 from moeify.command_line import names_of, several
 from moeify.convert.output_change import PERPLEXITY, measure_of
 from moeify.convert.prepare import Prepared, prepare
-from moeify.convert.search_scores import Absent
 from moeify.convert.texts import Blocks, calibration_inputs, dictated
 from moeify.data.examples import EXAMPLES
 from moeify.data.text import evaluation_tokens
-from moeify.errors import UsageError, kept_when_interrupted, unknown
+from moeify.errors import UsageError, unknown
 from moeify.models.dense import DenseModel, open_dense
-from moeify.models.heads import LANGUAGE_MODELS, auto_name, check_language_model
+from moeify.models.heads import check_language_model
 from moeify.models.inputs import Inputs, num_blocks, one_behind_other
 from moeify.options import CompareOptions, EvalOptions, Names, SplitOptions, Track
-from moeify.progress import Resumed, shown
+from moeify.progress import shown
 from moeify.readable import Readable
 from moeify.results import check_writable, write
-
-DENSE = "dense"
 
 
 @dataclass(frozen=True)
@@ -160,14 +151,10 @@ def compare(
     check_place(cache_dir() / "compare" / "losses")
     rows = _task_rows(asked, dense)
     trials = Trials(prepared, blocks.inputs, whole, rows.ids_BC)
-    rows_of = _Entries(prepared, trials, blocks, base)
+    rows_of = Entries(prepared, trials, blocks, base)
     entries = [*rows_of.known(budgets, only), *rows_of.further(further or {})]
     ids = [tensor.numpy() for inputs in (blocks.inputs, *texts.values()) for tensor in inputs.values()]
-    waiting = Resumed(
-        entries, sum(1 for _ in takewhile(lambda entry: entry.file(prepared, ids, rows).is_file(), entries))
-    )
-    with kept_when_interrupted("the methods that are measured"):
-        results = [entry.result(prepared, ids, rows) for entry in track(waiting, "comparing methods", len(entries))]
+    results = measured(entries, prepared, ids, rows, track)
     names = [entry.name if len(budgets) == 1 else f"{entry.name}, {entry.budget:.0%}" for entry in entries]
     counts = {source: num_blocks(inputs) for source, inputs in texts.items()}
     context, measure = prepared.options.context or 0, measure_of(dense.config)
@@ -202,130 +189,6 @@ def _check_experts(experts: int, budgets: Sequence[float], only: Sequence[str]) 
         raise UsageError(f"{missed[0]:g} of {experts} experts is not a whole number", f"--budget takes {works}")
 
 
-@dataclass(frozen=True, eq=False)
-class _Entry:
-    """A row before it is measured.
-
-    Args:
-        name, budget: as in the row.
-        inputs: all that its losses depend on beside model and tokens.
-        measure: tries it.
-    """
-
-    name: str
-    budget: float
-    inputs: Any
-    measure: Callable[[], Trial]
-
-    def file(self, prepared: Prepared, ids: Sequence[Any], rows: TaskRows) -> Path:
-        """Where the losses stay."""
-        asked = [] if rows.ids_BC is None else [rows.ids_BC.numpy(), rows.spans]
-        return cache_dir() / "compare" / f"{digest(prepared.dense.fingerprint(), self.inputs, *ids, *asked)}.json"
-
-    def result(self, prepared: Prepared, ids: Sequence[Any], rows: TaskRows) -> "_Result":
-        """Measured, unless an earlier run measured the same."""
-
-        def measure() -> dict[str, Any]:
-            trial = self.measure()
-            prepared.dense.check_unchanged()
-            losses = trial.losses_BL.double().mean(dim=1).tolist()
-            choices = [] if trial.aside_BL is None else rows.likelihoods(trial.aside_BL)
-            return {"losses": losses, "diagnostics": dict(trial.diagnostics), "choices": choices}
-
-        values = once(self.file(prepared, ids, rows), measure)
-        losses_B = torch.tensor(values["losses"], dtype=torch.float64)
-        return _Result(losses_B, values["diagnostics"], values["choices"])
-
-
-@dataclass(frozen=True)
-class _Result:
-    """Mean losses of the evaluation blocks, float64, means of the fits' diagnostics, and likelihoods of the choices."""
-
-    losses_B: Tensor
-    diagnostics: Mapping[str, float]
-    likelihoods: Sequence[float]
-
-
-@dataclass(frozen=True, eq=False)
-class _Entries:
-    """Makes the rows of one comparison.
-
-    Args:
-        prepared: the model.
-        trials: measure them.
-        blocks: what splits are calibrated on.
-        base: options that all splits share.
-    """
-
-    prepared: Prepared
-    trials: Trials
-    blocks: Blocks
-    base: SplitOptions
-
-    def known(self, budgets: Sequence[float], only: Sequence[str]) -> Iterator[_Entry]:
-        """Dense, then the methods at each budget."""
-        assert self.base.experts is not None
-        yield self._control(DENSE, 1.0, DENSE)
-        for budget in budgets:
-            for name, method in methods(self.base.experts).items():
-                if name not in {*only, REFERENCE} if only else not _exists(method, budget, self.prepared.dense):
-                    continue
-                if method.control:
-                    yield self._control(name, budget, method.control)
-                elif method.absent:
-                    yield self._by_depth(name, budget, method.absent)
-                else:
-                    yield self._split(name, _at(budget, self.base, method), budget)
-
-    def further(self, splits: Mapping[str, Mapping[str, Any]]) -> Iterator[_Entry]:
-        """Each further split, and static pruning with refit in the very layers that it cuts."""
-        for name, changes in splits.items():
-            yield self._split(name, replace(self.base, **changes))
-            static = {**changes, "static": True, "shared": None}
-            yield self._split(f"{REFERENCE}, layers of {name}", replace(self.base, **static))
-
-    def _control(self, name: str, budget: float, kind: str) -> _Entry:
-        return _Entry(name, budget, [kind, budget], partial(self.trials.control, CONTROLS[kind](budget)))
-
-    def _split(self, name: str, options: SplitOptions, budget: float | None = None) -> _Entry:
-        """A split; its budget follows from its options if none is given."""
-        dense = self.prepared.dense
-        prepared = prepare(dense, options, writable=False)
-        share = prepared.layout.model_share(prepared.dense.num_layers, len(prepared.dense.dropped))
-        inputs, measure = asdict(prepared.options), partial(self.trials.split, prepared)
-        return _Entry(name, share if budget is None else budget, inputs, measure)
-
-    def _by_depth(self, name: str, budget: float, absent: Absent) -> _Entry:
-        trial = DepthTrial(self.prepared, self.blocks, self.base, absent, budget)
-        inputs = ["without", absent.value, budget, asdict(self.base)]
-        return _Entry(name, budget, inputs, partial(trial.measure, self.trials))
-
-
-def _at(budget: float, base: SplitOptions, method: Method) -> SplitOptions:
-    """The method's split options at a budget."""
-    active = max(1, round(budget * int(method.options.get("experts", base.experts))))
-    shared = method.num_shared(active) if method.num_shared else None
-    return replace(base, **{**method.options, "active": active, "shared": shared})
-
-
-CONTROLS: dict[str, Callable[[float], Control]] = {
-    DENSE: lambda _: lambda ffn, _inputs_TD: ffn,
-    "oracle": lambda budget: lambda ffn, _inputs_TD: NeuronOracle(ffn, budget),
-    "bias": lambda budget: lambda ffn, inputs_TD: fit_bias_compensated(ffn, inputs_TD, budget),
-}
-
-
-def _exists(method: Method, budget: float, dense: DenseModel) -> bool:
-    """False if it is not for such a model, or its number of experts does not cut these FFNs or meet the budget."""
-    if dense.family.is_pair and method.absent is Absent.LAYER:
-        return False
-    needs_loss = partition.needs_gradients(method.options.get("partition", SplitOptions.partition))
-    if needs_loss and auto_name(dense.config) not in LANGUAGE_MODELS:
-        return False
-    experts, num_neurons = int(method.options.get("experts", 1)), dense.num_neurons
-    return num_neurons % experts == 0 and (experts == 1 or (budget * experts).is_integer())
-
-
 def _task_rows(asked: Tasks, dense: DenseModel) -> TaskRows:
     """The questions of all tasks, which only language models are asked."""
     questions = asked.questions()
@@ -351,7 +214,7 @@ def _evaluation(prepared: Prepared, source: str, tokens: int, blocks: Blocks) ->
 
 
 def _rows(
-    results: Mapping[_Entry, _Result], budgets: Sequence[float], counts: Mapping[str, int], measure: str
+    results: Mapping[Entry, Result], budgets: Sequence[float], counts: Mapping[str, int], measure: str
 ) -> Iterator[Row]:
     """The table, in the order of the entries; `counts` of blocks of each text."""
     value_of, over = (perplexity_of, perplexity_ratio) if measure == PERPLEXITY else (mean_of, mean_ratio)

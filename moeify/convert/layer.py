@@ -88,7 +88,7 @@ class ConvertedFFN:
 
 def converted(ffn: FFNWeights, plan: LayerPlan, fit: LayerFit) -> ConvertedFFN:
     """The FFN of a plan that was decided earlier."""
-    router = None if plan.router_RD is None else LinearRouter(plan.router_RD, plan.units_HC, plan.threshold_1)
+    router = None if plan.router_RD is None else LinearRouter(plan.router_RD, plan.units_HC, plan.threshold_R)
     return ConvertedFFN(ffn, plan, fit.layout.of_layer(ffn.layer), fit.mixing, router, fit.store)
 
 
@@ -144,7 +144,7 @@ def _decide(
     labels_F = saved.labels_F if saved else fit.share.first(lambda: fit.partition(ffn, stats, fit.layout, seed=seed))
     plan = LayerPlan(ffn.layer, labels_F, None)
     if saved:
-        plan = replace(plan, router_RD=saved.router_RD, units_HC=saved.units_HC, threshold_1=saved.threshold_1)
+        plan = replace(plan, router_RD=saved.router_RD, units_HC=saved.units_HC, threshold_R=saved.threshold_R)
     plan.check(fit.layout)
     order = active_neurons(plan, fit.layout).to(ffn.up_FD.device)
     activations.reorder(order)
@@ -171,8 +171,8 @@ def _decide(
             "error_with_twice_the_tokens": result.error_of_twice,
         }
     if isinstance(router, LinearRouter):
-        units_HC, threshold_1 = (None if part is None else part.cpu() for part in (router.units_HC, router.threshold_1))
-        plan = replace(plan, router_RD=router.rows_RD.cpu(), units_HC=units_HC, threshold_1=threshold_1)
+        units_HC, threshold_R = (None if part is None else part.cpu() for part in (router.units_HC, router.threshold_R))
+        plan = replace(plan, router_RD=router.rows_RD.cpu(), units_HC=units_HC, threshold_R=threshold_R)
     plan = replace(plan, down_DF=None if refit_DF is None else refit_DF.cpu(), diagnostics=diagnostics)
     return plan, router, down_DF
 
@@ -207,7 +207,7 @@ def _route(
     """
     norms_TR = _expert_norms(activations, down_DF, stats.weight_T, fit)
     if plan.router_RD is not None:
-        router: Router = LinearRouter(plan.router_RD, plan.units_HC, plan.threshold_1)
+        router: Router = LinearRouter(plan.router_RD, plan.units_HC, plan.threshold_R)
     else:
         task = RoutingTask(ffn, plan.labels_F, fit.layout, stats, inputs_TD, norms_TR, fit.seed + ffn.layer, fit.share)
         router = _exportable(fit.router(task), ffn, inputs_TD, fit)
@@ -267,7 +267,8 @@ def _expert_norms(activations: Activations, down_DF: Tensor, weight_T: Tensor, f
 def _exportable(router: Router, ffn: FFNWeights, inputs_TD: Tensor, fit: LayerFit) -> Router:
     """A router as it is written: scores centred over experts and at most ROUTER_LIMIT on the calibration tokens.
 
-    Neither changes the ranking of experts. Tokens are compared, too, where each has a number of experts of its own.
+    Neither changes the ranking of experts. Where each token has a number of experts of its own, it ranks
+    tokens, too.
     """
     if not isinstance(router, LinearRouter):
         return router
@@ -277,24 +278,48 @@ def _exportable(router: Router, ffn: FFNWeights, inputs_TD: Tensor, fit: LayerFi
     parts = (router_features(part_TD, units_HC) @ rows_RD.T for part_TD in inputs)
     largest = fit.share.max(torch.stack([part_TR.abs().max() for part_TR in parts]).max())
     # A silent FFN leaves zeros, which stay zeros.
-    rows_RD = (rows_RD * (ROUTER_LIMIT / largest.clamp(min=1e-30))).to(fit.dtype)
-    linear = LinearRouter(fit.share.first(lambda: rows_RD), fit.share.first(lambda: units_HC))
+    scale = ROUTER_LIMIT / largest.clamp(min=1e-30)
+    rows_RD = (rows_RD * scale).to(fit.dtype)
+    own_R = None if router.threshold_R is None else router.threshold_R * scale
+    linear = LinearRouter(*fit.share.first(lambda: (rows_RD, units_HC, own_R)))
     return _with_threshold(linear, ffn, inputs_TD, fit) if fit.layout.is_adaptive else linear
 
 
 def _with_threshold(router: LinearRouter, ffn: FFNWeights, inputs_TD: Tensor, fit: LayerFit) -> LinearRouter:
-    """The router with the score above which experts are chosen: as many as the layout says, in the mean over tokens."""
-    scores_TR = _scores(router, ffn, inputs_TD, fit.store)
+    """The router with scores above which experts are chosen: as many as the layout says, in the mean over tokens.
+
+    The thresholds that it has are moved by one number.
+    """
+    scores_TR = _scores(replace(router, threshold_R=None), ffn, inputs_TD, fit.store)
+    own_R = router.rows_RD.new_zeros(fit.layout.num_routed) if router.threshold_R is None else router.threshold_R
     _, num_tokens = fit.share.place(len(scores_TR))
-    low, high = -2 * ROUTER_LIMIT, 2 * ROUTER_LIMIT
+    reach = float(own_R.abs().max()) + 2 * ROUTER_LIMIT
+    low, high = -reach, reach
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        counts = [
-            above_threshold(scores_TR[rows].float() - middle, fit.layout).sum() for rows in stretches(len(scores_TR))
-        ]
+        threshold_R = (own_R.float() + middle).to(router.rows_RD).float()
+        parts = (scores_TR[rows] - threshold_R for rows in stretches(len(scores_TR)))
+        counts = [above_threshold(part_TR, fit.layout).sum() for part_TR in parts]
         mean = float(fit.share.sum(torch.stack(counts).sum().double())) / num_tokens
         low, high = (middle, high) if mean > fit.layout.num_routed_active else (low, middle)
-    return replace(router, threshold_1=torch.tensor([high]).to(router.rows_RD))
+    return replace(router, threshold_R=(own_R.float() + high).to(router.rows_RD))
+
+
+def settled(cut: ConvertedFFN, inputs_TD: Tensor, fit: LayerFit) -> ConvertedFFN:
+    """The same with its thresholds moved so that these tokens have as many experts as the layout says, in the mean."""
+    if not isinstance(cut.router, LinearRouter) or cut.router.threshold_R is None:
+        return cut
+    fit = replace(fit, layout=cut.layout)
+    return replace(cut, router=_with_threshold(cut.router, cut.ffn, inputs_TD, fit))
+
+
+def num_active(cut: ConvertedFFN, inputs_TD: Tensor) -> float:
+    """Experts that run for one of these tokens, shared ones included, in the mean."""
+    if cut.router is None:
+        return float(cut.layout.num_active)
+    scores_TR = _scores(cut.router, cut.ffn, inputs_TD, cut.store)
+    chosen = int((UNIT.weights(scores_TR, cut.layout) > 0).sum())
+    return cut.layout.num_shared + chosen / len(scores_TR)
 
 
 def _static_diagnostics(stats: ActivationStats, layout: Layout) -> dict[str, float]:

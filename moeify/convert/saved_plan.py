@@ -32,7 +32,7 @@ def again(plan: SplitPlan, dtype: torch.dtype, *, refit: bool) -> SplitPlan:
             layer,
             router_RD=None if layer.router_RD is None else layer.router_RD.to(dtype),
             units_HC=None if layer.units_HC is None else layer.units_HC.to(dtype),
-            threshold_1=None if layer.threshold_1 is None else layer.threshold_1.to(dtype),
+            threshold_R=None if layer.threshold_R is None else layer.threshold_R.to(dtype),
         )
         for layer in plan.layers
     )

@@ -23,6 +23,7 @@ of single layers' losses, which is all that greedy looks at, was 0.164 and 0.202
 Legend: L layers, B blocks of C tokens.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,10 +34,11 @@ from moeify.cache import cache_dir, check_place, digest
 from moeify.convert.depth import under_budget_by_depth
 from moeify.convert.estimate import forward_flops, matmul_rate
 from moeify.convert.prepare import MIN_TOKENS, Prepared, prepare
+from moeify.convert.search_alike import comparison, layout_as_needed, points_alike
 from moeify.convert.search_layouts import affordable_layouts, candidate_layouts, likely_layouts
 from moeify.convert.search_points import Point, Points
 from moeify.convert.search_scores import Absent, OutputCheck, score
-from moeify.convert.texts import calibration_inputs
+from moeify.convert.texts import Blocks, calibration_inputs
 from moeify.errors import InputError, UsageError, kept_when_interrupted
 from moeify.layout import Layout
 from moeify.models.dense import DenseModel, open_dense
@@ -53,6 +55,10 @@ FIT_TOKENS = 8192
 CHECK_TOKENS = 1024
 # Time of fitting one candidate over that of the dense FFNs on the same tokens.
 FIT_FACTOR = 2.0
+# What tokens with as many experts as they need lose over what tokens with as many all lose, below which no choice by
+# layer is looked for where time is short. Of the logarithms of perplexity over dense above, they have 0.56 and 0.48 of
+# it on SmolLM2-135M (50 and 75 % active), choices by layer 0.78 and 0.75.
+CLEAR = 0.7
 
 
 @dataclass(frozen=True, repr=False)
@@ -69,6 +75,7 @@ class SearchResult(Readable):
         losses: layout (`active/experts`, with `+shared` where that is a choice), or what is left out -> KL of every
             layer if only it is changed.
         by_depth: the control, whole layers dropped until the budget is met.
+        as_needed: every layer cut alike, tokens with as many experts as they need; None in a stock architecture.
     """
 
     model: str
@@ -79,6 +86,7 @@ class SearchResult(Readable):
     dense_perplexity: float
     losses: Mapping[str, Sequence[float]]
     by_depth: Point | None = None
+    as_needed: Point | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -92,6 +100,7 @@ class SearchResult(Readable):
             "static_layers": layout.static_layers,
             "dense_layers": layout.dense_layers,
             "drop_layers": self.choice.dropped_layers,
+            **({"min_active": layout.min_active, "max_active": layout.max_active} if layout.is_adaptive else {}),
         }
 
 
@@ -137,38 +146,54 @@ def search(
         raise UsageError(f"budget {budget} is out of range", "--budget takes more than 0 and less than 1")
     choose, greedy = (strategies.find(name) for name in (strategy, "greedy"))
     dense = open_dense(model, track)
-    table = _score(dense, budget, options, track, announce, droppable=depth and not dense.family.is_pair, quick=quick)
-    points = [table.best(limit, greedy, "greedy", 1) for limit in _limits(table, budget)] if frontier else []
-    result = SearchResult(
-        model=dense.name,
-        budget=budget,
-        choice=table.best(budget, choose, strategy, trials),
-        uniform=table.uniform(budget),
-        by_depth=table.by_depth(budget) if frontier else None,
-        frontier=tuple(sorted(dict.fromkeys(points), key=lambda point: -point.share)),
-        dense_perplexity=table.dense_perplexity,
-        losses=table.losses,
-    )
-    dense.check_unchanged()
-    return result
-
-
-def _score(
-    dense: DenseModel,
-    budget: float,
-    options: SplitOptions,
-    track: Track[Any],
-    announce: Announce,
-    *,
-    droppable: bool,
-    quick: bool,
-) -> Points:
-    """Score every layout in every layer, or take the scores from the cache."""
     prepared = _prepared(dense, replace(options, tokens=min(options.tokens, FIT_TOKENS // (1 + quick))))
     layouts = candidate_layouts(prepared, budget)
     if quick and prepared.layout.dense_layers:
         layouts = likely_layouts(layouts, budget, by_layer=not prepared.target.is_stock)
     affordable_layouts(layouts, budget)
+    text = _read(prepared)
+    needs = layout_as_needed(prepared, budget)
+    alike = _alike(prepared, text, needs, track, announce, quick=quick) if needs else []
+    if quick and alike and alike[0].divergence < CLEAR * alike[1].divergence:
+        perplexity = math.exp(text.check.dense().log_perplexity)
+        announce(comparison(*alike))
+        return SearchResult(dense.name, budget, alike[0], alike[1], (), perplexity, {}, as_needed=alike[0])
+    table = _score(prepared, layouts, text, track, announce, droppable=depth and not dense.family.is_pair)
+    points = [table.best(limit, greedy, "greedy", 1) for limit in _limits(table, budget)] if frontier else []
+    choice = table.best(budget, choose, strategy, trials)
+    if alike:
+        announce(comparison(alike[0], choice))
+    result = SearchResult(
+        model=dense.name,
+        budget=budget,
+        choice=min((choice, *alike[:1]), key=lambda point: point.divergence),
+        uniform=table.uniform(budget),
+        by_depth=table.by_depth(budget) if frontier else None,
+        frontier=tuple(sorted(dict.fromkeys(points), key=lambda point: -point.share)),
+        dense_perplexity=table.dense_perplexity,
+        losses=table.losses,
+        as_needed=alike[0] if alike else None,
+    )
+    dense.check_unchanged()
+    return result
+
+
+@dataclass(frozen=True)
+class _Text:
+    """What a search fits to, and what it measures on.
+
+    Args:
+        blocks: all of it.
+        num_fit: blocks that are fitted to; the others are the check's.
+        check: compares outputs.
+    """
+
+    blocks: Blocks
+    num_fit: int
+    check: OutputCheck
+
+
+def _read(prepared: Prepared) -> _Text:
     blocks = calibration_inputs(prepared)
     context = prepared.options.context
     assert context is not None
@@ -179,13 +204,38 @@ def _score(
             f"{blocks.provenance.num_tokens:,} tokens in blocks of {context:,} leave none to fit to",
             "take a smaller --context",
         )
-    folder = _folder(prepared, layouts, blocks.provenance.sha256)
+    return _Text(blocks, num_fit, OutputCheck(prepared, some_blocks(blocks.inputs, slice(num_fit, None))))
+
+
+def _alike(
+    prepared: Prepared, text: _Text, needs: Layout, track: Track[Any], announce: Announce, *, quick: bool
+) -> list[Point]:
+    """Every layer alike, tokens with as many experts as they need; and, for a quick choice, all with as many."""
+    layouts = [needs, *([replace(needs, min_active=0, max_active=0)] if quick else [])]
+    file = _folder(prepared, layouts, text.blocks.provenance.sha256) / "alike.json"
+    if not file.exists():
+        seconds = forward_flops(prepared.dense, prepared.options.tokens) * (1 + FIT_FACTOR * len(layouts))
+        announce(f"cutting all layers alike will take about {duration(seconds / matmul_rate(prepared.options.device))}")
+    inputs = some_blocks(text.blocks.inputs, slice(text.num_fit))
+    return points_alike(prepared, inputs, text.check, layouts, file=file, track=track)
+
+
+def _score(
+    prepared: Prepared,
+    layouts: Sequence[Layout],
+    text: _Text,
+    track: Track[Any],
+    announce: Announce,
+    *,
+    droppable: bool,
+) -> Points:
+    """Score every layout in every layer, or take the scores from the cache."""
+    folder = _folder(prepared, layouts, text.blocks.provenance.sha256)
     announce(f"the search will take about {duration(_estimate(prepared, len(layouts), folder))}")
-    check = OutputCheck(prepared, some_blocks(blocks.inputs, slice(num_fit, None)))
-    layers = Resumed(score(prepared, blocks.inputs, check, layouts, folder), _num_scored(folder))
+    layers = Resumed(score(prepared, text.blocks.inputs, text.check, layouts, folder), _num_scored(folder))
     with kept_when_interrupted("the layers that are scored"):
         scored = list(track(layers, "scoring layers", prepared.dense.num_layers))
-    return Points(prepared, layouts, scored, check, droppable=droppable)
+    return Points(prepared, layouts, scored, text.check, droppable=droppable)
 
 
 def under_budget(

@@ -49,12 +49,12 @@ def _layouts_cut_alike(prepared: Prepared, budget: float) -> list[Layout]:
         raise UsageError(
             f"a budget of {budget:.3g} is not a whole number of {experts} experts", "raise --budget or --experts"
         )
-    least = next((n for n in range(active) if _runs(prepared, Layout(experts, n, active))), None)
+    least = next((n for n in range(active) if runs(prepared, Layout(experts, n, active))), None)
     shares = {math.ceil(share * active) for share in SHARED} if target.holds_shared else {0}
     layouts = [Layout(experts, n, active) for n in sorted({*shares, *(() if least is None else (least,))})]
     # Never less than a split's own share.
     least_shared = min(shares)
-    layouts = [layout for layout in layouts if layout.num_shared >= least_shared and _runs(prepared, layout)]
+    layouts = [layout for layout in layouts if layout.num_shared >= least_shared and runs(prepared, layout)]
     if not layouts:
         raise UsageError(
             f"{prepared.options.engine} runs no layout of {active} of {experts} experts", "take fewer --experts"
@@ -62,7 +62,7 @@ def _layouts_cut_alike(prepared: Prepared, budget: float) -> list[Layout]:
     return layouts
 
 
-def _runs(prepared: Prepared, layout: Layout) -> bool:
+def runs(prepared: Prepared, layout: Layout) -> bool:
     """The target holds it and the engine runs it."""
     target, dense = prepared.target, prepared.dense
     if layout.num_routed < 2 or layout.is_static or targets.refusal(target, dense, layout, prepared.options.mixing):
@@ -77,7 +77,7 @@ def _layouts(prepared: Prepared) -> list[Layout]:
     actives = sorted({round(share * experts) for share in SHARES} - {0, experts})
     layouts = [prepared.target.layout(experts, active=active) for active in actives]
     held = prepared.layout.dense_layers
-    layouts = [layout for layout in layouts if _runs(prepared, replace(layout, dense_layers=held))]
+    layouts = [layout for layout in layouts if runs(prepared, replace(layout, dense_layers=held))]
     if not layouts:
         raise InputError(f"{experts} experts leave no choice", "--experts takes 4 or more")
     return layouts
@@ -110,7 +110,7 @@ def _layouts_of_layers(prepared: Prepared) -> list[Layout]:
         for active in sorted(actives)
         if active > shared and least <= active <= most
     ]
-    layouts = [layout for layout in layouts if _runs(prepared, layout)]
+    layouts = [layout for layout in layouts if runs(prepared, layout)]
     if not layouts:
         raise InputError(f"{experts} experts leave no choice", "--experts takes 4 or more")
     static = [Layout(experts, layout.num_active, layout.num_active) for layout in layouts if not layout.is_adaptive]

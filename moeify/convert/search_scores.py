@@ -63,7 +63,7 @@ class OutputCheck:
 
     def __init__(self, prepared: Prepared, inputs: Tensor | Inputs) -> None:
         self._prepared, self._inputs = prepared, named(inputs)
-        self._dense = prepared.stream(self._inputs)
+        self._dense = self.stream()
         for layer in range(prepared.dense.num_layers):
             self._dense.pass_through(layer, prepared.ffn(layer))
 
@@ -72,15 +72,19 @@ class OutputCheck:
         """Of the check."""
         return self._dense.num_blocks
 
+    def stream(self) -> HiddenStream:
+        """The check blocks in front of the first layer."""
+        return self._prepared.stream(self._inputs)
+
     def finish(self, stream: HiddenStream, first_layer: int) -> list[OutputChange]:
         """Take one or several variants of the check blocks, through the dense rest of the model."""
         for layer in range(first_layer, self._prepared.dense.num_layers):
             stream.pass_through(layer, self._prepared.ffn(layer))
-        return self._compare(stream)
+        return self.compare(stream)
 
     def joint(self, layout: Layout, changes: Sequence[Change]) -> OutputChange:
         """All layers changed together."""
-        stream = self._prepared.stream(self._inputs)
+        stream = self.stream()
         for layer, change in enumerate(changes):
             if change is Absent.LAYER:
                 continue
@@ -91,11 +95,11 @@ class OutputCheck:
                 stream.pass_through(layer, converted(ffn, change, self._prepared.fit(layout)))
             else:
                 stream.pass_through(layer, ffn)
-        return self._compare(stream)[0]
+        return self.compare(stream)[0]
 
     def without(self, absent: Absent, track: Track[Any]) -> list[OutputChange]:
         """Each layer changed alone: it is not there, or its FFN is not."""
-        stream, changes = self._prepared.stream(self._inputs), []
+        stream, changes = self.stream(), []
         num_layers = self._prepared.dense.num_layers
         for layer in track(range(num_layers), "leaving out layers", num_layers):
             stream.reach(layer)
@@ -108,9 +112,10 @@ class OutputCheck:
 
     def dense(self) -> OutputChange:
         """The dense model itself: no divergence, and its perplexity."""
-        return self._compare(self._dense)[0]
+        return self.compare(self._dense)[0]
 
-    def _compare(self, stream: HiddenStream) -> list[OutputChange]:
+    def compare(self, stream: HiddenStream) -> list[OutputChange]:
+        """Variants of the check blocks that are through the model with the dense outputs."""
         num_blocks, config = self._dense.num_blocks, self._prepared.dense.config
         num_variants = stream.num_blocks // num_blocks
         sums = torch.zeros(num_variants, 2)

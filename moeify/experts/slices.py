@@ -22,14 +22,14 @@ class SplitFFN:
         routed: the routed experts, one after the other.
         router_RD: a row for each of them; no rows if nothing is routed.
         units_HC: hidden units of the router and their biases; None if it is linear.
-        threshold_1: score above which an expert is chosen; None where every token gets as many.
+        threshold_R: score above which each expert is chosen; None where every token gets as many.
     """
 
     shared: FFNWeights
     routed: FFNWeights
     router_RD: Tensor
     units_HC: Tensor | None = None
-    threshold_1: Tensor | None = None
+    threshold_R: Tensor | None = None
 
     @property
     def num_routed(self) -> int:
@@ -68,7 +68,7 @@ class SplitFFN:
             routed=replace(self.routed, down_DF=self.routed.down_DF * routed),
             router_RD=self.router_RD * router,
             units_HC=self.units_HC,
-            threshold_1=None if self.threshold_1 is None else self.threshold_1 * router,
+            threshold_R=None if self.threshold_R is None else self.threshold_R * router,
         )
 
     def _by_expert(self, rows_FD: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def slice_experts(ffn: FFNWeights, plan: LayerPlan, layout: Layout) -> SplitFFN:
         # Neurons that are not shared are dropped from a static plan.
         return SplitFFN(ffn.neurons(shared), ffn.neurons(slice(0)), ffn.up_FD.new_zeros(0, ffn.hidden_size))
     routed = torch.cat([plan.neurons(expert) for expert in range(layout.of_layer(plan.layer).num_routed)])
-    return SplitFFN(ffn.neurons(shared), ffn.neurons(routed), plan.router_RD, plan.units_HC, plan.threshold_1)
+    return SplitFFN(ffn.neurons(shared), ffn.neurons(routed), plan.router_RD, plan.units_HC, plan.threshold_R)
 
 
 def _gate(ffn: FFNWeights) -> Tensor:

@@ -32,8 +32,8 @@ def moe_parameters(block: nn.Module, modules: Modules) -> dict[str, Any]:
         hidden: list[Any] = [getattr(router, name, None) for name in modules.router_hidden]
         if hidden and hidden[0] is not None:
             parts["router_units"] = torch.cat([hidden[0], hidden[1][:, None]], 1)
-        if (threshold_1 := getattr(router, "threshold", None)) is not None:
-            parts["threshold"] = threshold_1
+        if (threshold_R := getattr(router, "threshold", None)) is not None:
+            parts["threshold"] = threshold_R
         if hasattr(experts, f"{up}_bias"):
             parts["gate_up_bias"] = getattr(experts, f"{up}_bias")
     bias_D = getattr(block.get_submodule(modules.experts.rpartition(".")[0]), "bias", None)

@@ -129,8 +129,8 @@ class MoEWriter:
             return SplitFFN(shared, whole.neurons(slice(0)), whole.up_FD.new_empty(0, whole.hidden_size))
         router_RD = whole.up_FD.new_empty(routed, self.router_width or whole.hidden_size)
         units_HC = whole.up_FD.new_empty(self.router_width, whole.hidden_size + 1) if self.router_width else None
-        threshold_1 = router_RD.new_empty(1) if layout.is_adaptive else None
-        return SplitFFN(shared, whole.neurons(slice(routed * width)), router_RD, units_HC, threshold_1)
+        threshold_R = router_RD.new_empty(routed) if layout.is_adaptive else None
+        return SplitFFN(shared, whole.neurons(slice(routed * width)), router_RD, units_HC, threshold_R)
 
     def _carried(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """What a tensor that belongs to no FFN becomes; what the target makes wider stays so."""

@@ -58,7 +58,7 @@ class Router(nn.Module):
         self.is_linear = not width
         self.threshold: Tensor
         if self.min_chosen is not None:
-            self.register_buffer("threshold", torch.zeros(1))
+            self.register_buffer("threshold", torch.zeros(self.num_experts))
         self.weight = nn.Parameter(torch.empty(self.num_experts, width or hidden_size))
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,9 +66,11 @@ class Router(nn.Module):
         if not self.is_linear:
             hidden_states = nn.functional.linear(hidden_states, self.hidden_weight, self.hidden_bias).relu()
         scores_TR = nn.functional.linear(hidden_states, self.weight)
+        if self.min_chosen is not None:
+            scores_TR = scores_TR - self.threshold
         best_TK, chosen_TK = scores_TR.topk(self.num_chosen, dim=-1)
         if self.min_chosen is not None:
-            keep_TK = best_TK > self.threshold
+            keep_TK = best_TK > 0
             keep_TK[:, : self.min_chosen] = True
             # What is no expert's number adds nothing and costs nothing.
             return scores_TR, keep_TK.to(best_TK.dtype), torch.where(keep_TK, chosen_TK, self.num_experts)

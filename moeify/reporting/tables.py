@@ -121,8 +121,7 @@ def scores(run: RunFolder) -> Table:
 def _layout(model: Model) -> str:
     if model.num_experts is None:
         return MISSING
-    shared = f", {model.num_shared} shared" if model.num_shared else ""
-    return f"{model.num_active} of {model.num_experts}{shared}"
+    return model.experts_words
 
 
 def speed(row: Verdict) -> Interval:

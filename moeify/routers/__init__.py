@@ -65,16 +65,16 @@ class LinearRouter:
         rows_RD: the rows; of hidden units rows_RH.
         units_HC: weights of the hidden units that they are multiplied with and, behind them, their biases; None if
             they are multiplied with the inputs.
-        threshold_1: what is subtracted from every score: experts above zero are chosen; None if as many are for all.
+        threshold_R: what is subtracted from the scores: experts above zero are chosen; None if as many are for all.
     """
 
     rows_RD: Tensor
     units_HC: Tensor | None = None
-    threshold_1: Tensor | None = None
+    threshold_R: Tensor | None = None
 
     def __call__(self, inputs_TD: Tensor) -> Tensor:
         scores_TR = router_features(inputs_TD, self.units_HC) @ self.rows_RD.to(inputs_TD).T
-        return scores_TR if self.threshold_1 is None else scores_TR - self.threshold_1.to(scores_TR)
+        return scores_TR if self.threshold_R is None else scores_TR - self.threshold_R.to(scores_TR)
 
 
 class Fit(Protocol):

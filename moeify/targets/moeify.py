@@ -74,7 +74,7 @@ def ffn_tensors(site: str, ffn: SplitFFN) -> dict[str, Tensor]:
         tensors = {
             f"{site}.router.weight": ffn.router_RD,
             **_hidden_layer(f"{site}.router", ffn.units_HC),
-            **({} if ffn.threshold_1 is None else {f"{site}.router.threshold": ffn.threshold_1}),
+            **({} if ffn.threshold_R is None else {f"{site}.router.threshold": ffn.threshold_R}),
             f"{experts}.{up}": _by_expert(_rows(routed), ffn.num_routed),
             f"{experts}.down_proj": ffn.down_RDf,
         }

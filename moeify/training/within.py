@@ -37,9 +37,8 @@ BUDGET = 0.75
 EVAL_TOKENS = 2048
 # What the split settles, or counts anew, where nobody says: the record of a finished one has its own values.
 SETTLED = (
-    *("experts", "shared", "active", "active_by_layer", "experts_by_layer", "static_layers", "budget", "dense_layers"),
-    "drop_layers",
-    *("target", "calibration", "context", "device"),
+    *("experts", "shared", "active", "min_active", "max_active", "active_by_layer", "experts_by_layer"),
+    *("static_layers", "budget", "dense_layers", "drop_layers", "target", "calibration", "context", "device"),
 )
 
 
@@ -82,9 +81,9 @@ def split_within(
 ) -> TimedSplit:
     """Split a model and train it, in so many minutes in all.
 
-    Unless a layout or a budget is given, the search takes a budget of 0.75; moeify's own architecture needs none: there
-    every token gets as many of many experts as it needs, 0.75 of them in the mean. Training sees text of the same
-    sources as the split.
+    Unless a layout or a budget is given, the search takes a budget of 0.75. In moeify's own architecture it takes many
+    experts, of which every token gets as many as it needs, or every layer as many as it is worth: what loses less.
+    Training sees text of the same sources as the split.
 
     Args:
         model, out, options, gguf, export, overwrite, track, choices: as of `split`.
@@ -106,9 +105,8 @@ def split_within(
     if gguf is not None:
         check_package()
     dense = open_dense(model, track)
-    if _is_open(options):
-        own = options.target == MODEL_TYPE
-        options = _as_needed(dense, options) if own else replace(options, budget=BUDGET)
+    if _is_open(options) or options.budget is not None:
+        options = _open_layout(dense, options)
     untrained = out.with_name(f"{out.name}.untrained")
     seconds: dict[str, float] = {}
     track = _timed(track, seconds)
@@ -175,16 +173,21 @@ def _is_open(options: SplitOptions) -> bool:
     return chosen == (None,) * len(chosen) and not (layers or options.static or options.mixing == "soft")
 
 
-def _as_needed(dense: DenseModel, options: SplitOptions) -> SplitOptions:
-    """Many experts, of which every token gets as many as it needs.
+def _open_layout(dense: DenseModel, options: SplitOptions) -> SplitOptions:
+    """The options with a budget; in moeify's own architecture also with many experts, unless a number is given.
 
-    SmolLM2-135M in 15 minutes, perplexity over dense on five unseen texts, geometric mean: with 72 of 96 experts in the
-    mean 1.063, where a search for dense layers and as many experts for every token gave 1.132; with 48 of 96 1.247 and
-    1.433 (2 cores of an Intel Xeon, 2026-11-26).
+    SmolLM2-135M in 15 minutes, perplexity over dense on five unseen texts, geometric mean: every token with as many of
+    96 experts as it needs, 72 in the mean, 1.063, where a search for dense layers and as many experts for every token
+    gave 1.132; with 48 of 96 1.247 and 1.433 (2 cores of an Intel Xeon, 2026-11-26).
     """
+    budget = BUDGET if options.budget is None else options.budget
+    if options.target != MODEL_TYPE:
+        return replace(options, budget=budget)
     experts = options.experts or max(expert_counts(dense.num_neurons, dense.dtype))
-    most = options.max_active or experts
-    return replace(options, experts=experts, active=max(1, round(BUDGET * experts)), max_active=most)
+    if options.budget is None and (options.min_active is not None or options.max_active is not None):
+        # Said already, so that nothing is left to be measured.
+        return replace(options, experts=experts, active=max(1, round(BUDGET * experts)))
+    return replace(options, experts=experts, budget=budget)
 
 
 def _is_finished(folder: Path, dense: DenseModel, options: SplitOptions, *, overwrite: bool) -> bool:

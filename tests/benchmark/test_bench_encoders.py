@@ -58,6 +58,13 @@ def test_images(tmp_path: Path, memory: list[tuple[bool, dict[str, tuple[int, ..
     assert 0 < result.scores[1].value < 1
     assert {row.metric for row in result.tasks} == {"accuracy", "agreement"}
     assert result.quality == result.samples == []
+    _, fixed, own, _ = result.models
+    assert fixed.mean_active is None
+    # What ran for these images, and not the most that may.
+    assert own.mean_active is not None
+    assert 1 <= own.mean_active < own.num_active == 4
+    assert own.active_share == pytest.approx(own.mean_active / 4, abs=0.02)
+    assert own.parts["ffn"].active_parameters < own.parts["ffn"].parameters
     assert [(row.model, row.phase, row.batch, row.prompt_tokens, row.reason) for row in result.speed] == [
         (name, "forward", batch, 17, "") for batch in (1, 3) for name in ("dense", "moe", "adaptive", "pruned")
     ]

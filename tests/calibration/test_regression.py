@@ -2,7 +2,7 @@
 
 import torch
 
-from moeify.calibration.regression import PENALTY, cholesky, rank
+from moeify.calibration.regression import PENALTY, cholesky, rank, regress
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -33,3 +33,17 @@ def test_inputs_of_zero_and_fewer_tokens_than_features_are_possible() -> None:
     for inputs_TD in (torch.zeros(10, 6), noise(3, 6)):
         rows_RD = rank(cholesky(inputs_TD), inputs_TD, noise(len(inputs_TD), 4, seed=1))
         assert rows_RD.isfinite().all()
+
+
+def test_the_level_of_a_target_is_regressed_with_an_intercept() -> None:
+    inputs_TD, slope_RD = noise(400, 6), noise(4, 6, seed=1)
+    level_R = torch.tensor([10.0, 20.0, 30.0, 40.0])
+    target_TR = inputs_TD @ slope_RD.T + level_R
+    rows_RD, intercept_R = regress(inputs_TD, target_TR)
+    fitted_TR = inputs_TD @ rows_RD.T + intercept_R
+    # The penalty shrinks slopes by a hundredth, and no level.
+    torch.testing.assert_close(rows_RD, slope_RD, rtol=0.03, atol=0.01)
+    torch.testing.assert_close(fitted_TR.mean(0), target_TR.mean(0), rtol=1e-5, atol=1e-5)
+    moved_RD, moved_R = regress(inputs_TD, target_TR + 7)
+    torch.testing.assert_close(moved_RD, rows_RD, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(moved_R, intercept_R + 7)

@@ -13,7 +13,8 @@ import torch
 from conftest import MakeDense
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from moeify.check.compare import DENSE, Comparison, Row, _at
+from moeify.check.compare import Comparison, Row
+from moeify.check.compare_entries import DENSE, options_at
 from moeify.check.methods import REFERENCE, Method, methods
 from moeify.check.trials import Trials
 from moeify.cli.app import run_command
@@ -322,7 +323,7 @@ def test_every_method_suits_every_family(make_dense: MakeDense, family: str, bud
     for name, method in methods(8).items():
         if method.control:
             continue
-        layout = prepare(model, _at(budget, base, method), writable=False).layout
+        layout = prepare(model, options_at(budget, base, method), writable=False).layout
         assert layout.is_static == (name in ("static", REFERENCE)), name
         assert layout.active_share == pytest.approx(budget, abs=0.5 / 8 + 1e-9), name
 

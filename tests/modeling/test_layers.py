@@ -109,7 +109,6 @@ def test_layers_that_differ_are_fitted_one_by_one(moe: tuple[Path, str], tmp_pat
         ({"active_by_layer": (3,)}, "has 1 numbers, .* has 2 layers"),
         ({"active_by_layer": (3, 9)}, "9 active of 8 experts is impossible"),
         ({"active_by_layer": (8, 8)}, "every layer is to stay dense"),
-        ({"active_by_layer": (0, 6)}, "no expert of layer 0 is to be active"),
         ({"shared": 3}, "a layer of 3 active experts has none to choose beside 3 shared ones"),
         ({"dense_layers": (0,)}, r"has all experts in layers \[\], --dense-layers names \[0\]"),
         ({"experts": None}, "needs to know of how many experts"),

@@ -33,7 +33,7 @@ def losses_of_plan(out: Path, dense: str, ids_BC: torch.Tensor) -> torch.Tensor:
     for layer in plan.layers:
         inputs_TD, ffn = stream.attend(layer.layer), source.ffn(layer.layer).map(torch.Tensor.float)
         router = (
-            LinearRouter(layer.router_RD, layer.units_HC, layer.threshold_1) if layer.router_RD is not None else None
+            LinearRouter(layer.router_RD, layer.units_HC, layer.threshold_R) if layer.router_RD is not None else None
         )
         stream.advance(
             ConvertedFFN(ffn, layer, plan.layout.of_layer(layer.layer), Mixing.of(plan.options), router)(inputs_TD)

@@ -142,13 +142,22 @@ def test_a_timed_split_goes_on_from_its_finished_split(taught: Path, tmp_path: P
     assert other.plan.options.seed == 3
 
 
-def test_in_the_own_architecture_a_token_gets_as_many_as_it_needs(taught: Path, tmp_path: Path) -> None:
-    split_within(str(taught), tmp_path / "moe", replace(SPLIT, target="moeify", experts=None), minutes=0.01)
+def test_in_the_own_architecture_what_loses_less_is_taken(taught: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    options = replace(SPLIT, target="moeify", experts=None)
+    split_within(str(taught), tmp_path / "moe", options, minutes=0.01, announce=lines.append)
     layout = load_plan(tmp_path / "moe").layout
-    assert layout.is_adaptive
-    assert layout.num_active == round(0.75 * layout.num_experts)
-    assert layout.max_active == layout.num_experts > 8
-    assert not layout.dense_layers
+    assert layout.num_experts > 8
+    assert layout.model_share(len(load_plan(tmp_path / "moe").layers)) <= 0.75
+    (said,) = [line for line in lines if "loses less than" in line]
+    assert said.startswith("as many experts as a token needs") == layout.is_adaptive
+
+
+def test_a_range_of_experts_is_taken_without_a_search(taught: Path, tmp_path: Path) -> None:
+    options = replace(SPLIT, target="moeify", max_active=7)
+    split_within(str(taught), tmp_path / "moe", options, minutes=0.01, announce=lambda _: None)
+    layout = load_plan(tmp_path / "moe").layout
+    assert (layout.num_active, layout.max_active, layout.dense_layers) == (6, 7, ())
 
 
 def test_without_time_to_train_the_split_stands_alone(taught: Path, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class Experts:
         num_shared: how many times wider than one expert the always-on part beside them is; one if that is no whole
             number, none if there is no such part.
         chosen_by_layer: K of each of these layers, where that differs; `num_chosen` is their mean then, rounded.
+        mean_chosen: what tokens of a text had, where that is a token's own; `num_chosen` is the most then.
     """
 
     layers: tuple[int, ...]
@@ -66,6 +67,7 @@ class Experts:
     matrices_each: int
     num_shared: int
     chosen_by_layer: tuple[int, ...] = ()
+    mean_chosen: float | None = None
 
     @property
     def routed_parameters(self) -> int:
@@ -84,6 +86,8 @@ class Experts:
 
     @property
     def _idle(self) -> int:
+        if self.mean_chosen is not None:
+            return round(len(self.layers) * (self.num_routed - self.mean_chosen))
         chosen = sum(self.chosen_by_layer) or len(self.layers) * self.num_chosen
         return len(self.layers) * self.num_routed - chosen
 

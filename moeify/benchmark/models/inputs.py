@@ -103,6 +103,7 @@ def model_of(one: Entrant, dense_ffn: int, *, context: int, element_bytes: int) 
         num_experts=experts.num_routed + experts.num_shared if experts else None,
         num_shared=experts.num_shared if experts else None,
         num_active=experts.num_chosen + experts.num_shared if experts else None,
+        mean_active=experts.mean_chosen + experts.num_shared if experts and experts.mean_chosen is not None else None,
         active_share=share,
         parts=parts_of(one.anatomy, context=context, element_bytes=element_bytes),
         bytes_on_disk=sum(file.stat().st_size for file in set(find_shards(one.path).values())),

@@ -62,6 +62,8 @@ class Model:
         model_type: of transformers.
         num_layers, num_experts, num_shared, num_active: of an moe; a shared expert counts as active. None otherwise.
         active_share: share of all FFN parameters that a token uses; of a static cut relative to the dense model.
+        mean_active: experts that a token of this run's texts had, in the mean over layers, where that is a token's own:
+            `active_share` and `parts` are of it, `num_active` is the most; None where all tokens have as many.
         parts: by PARTS, parts without parameters left out; totals are their sums.
         bytes_on_disk: of the weight files.
         load_peak_memory_bytes, peak_memory_bytes: of a process that only loads it, and that also runs the largest
@@ -85,6 +87,13 @@ class Model:
     peak_memory_bytes: int | None = None
     memory_reason: str = ""
     calibrated_on: tuple[str, ...] = ()
+    mean_active: float | None = None
+
+    @property
+    def experts_words(self) -> str:
+        """Active of all experts, and those that are shared."""
+        active = f"{self.num_active}" if self.mean_active is None else f"{self.mean_active:.1f} (mean)"
+        return f"{active} of {self.num_experts}" + (f", {self.num_shared} shared" if self.num_shared else "")
 
 
 @dataclass(frozen=True)

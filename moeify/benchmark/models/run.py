@@ -23,6 +23,7 @@ from moeify.benchmark.engines import run as engines
 from moeify.benchmark.machine import device_by_name, machine_facts, versions
 from moeify.benchmark.models import baseline as baselines
 from moeify.benchmark.models.anatomy import writes_text
+from moeify.benchmark.models.as_needed import counted, resized
 from moeify.benchmark.models.contenders import contenders
 from moeify.benchmark.models.examples import Examples, suited_options
 from moeify.benchmark.models.expert_use import expert_use
@@ -214,6 +215,12 @@ def _measure(
         one.name: load(str(one.path), dtype=result.dtype, device=str(device))
         for one in track(entrants, "loading", len(entrants))
     }
+    entrants = [counted(one, loaded[one.name], texts, track) for one in entrants]
+    dense_ffn, element_bytes = entrants[0].anatomy.parts["ffn"].parameters, loaded[DENSE].dtype.itemsize
+    result.models = [
+        resized(model, one, dense_ffn, context=texts.context, element_bytes=element_bytes)
+        for model, one in zip(result.models, entrants, strict=True)
+    ]
     if "quality" not in options.skip:
         warn_of_kind({Path(model.path).name: model.calibrated_on for model in result.models}, options.data)
         if isinstance(texts, Texts):

@@ -111,7 +111,7 @@ def _sizes(models: Sequence[Model]) -> Iterator[tuple[str, list[float | None]]]:
 def _layout(model: Model) -> str:
     if model.num_experts is None:
         return f"{model.active_share:.0%} of the FFN"
-    return f"{model.num_active} of {model.num_experts}, {model.num_shared} shared"
+    return model.experts_words
 
 
 def _quality(result: ModelBench) -> Iterator[Grid]:

@@ -41,7 +41,8 @@ def search_tables(result: "SearchResult") -> tuple[Table, ...]:
     tables = []
     has_perplexity = not math.isnan(result.dense_perplexity)
     change = "KL" if has_perplexity else "change"
-    chosen = [result.choice, result.uniform, *([result.by_depth] if result.by_depth else [])]
+    chosen = [result.choice, result.uniform, *(point for point in (result.by_depth, result.as_needed) if point)]
+    chosen = list(dict.fromkeys(chosen))
     for title, points in (("moeify search", chosen), ("frontier", result.frontier)):
         further = ("perplexity", "ratio") if has_perplexity else ()
         columns = ("strategy", "share", "experts", "dense", "dropped", f"{change}, summed", change, *further)
@@ -58,7 +59,7 @@ def search_tables(result: "SearchResult") -> tuple[Table, ...]:
                 "" if layout.is_whole else _experts(layout),
                 ranges(layout.dense_layers),
                 ranges(point.dropped_layers),
-                f"{point.predicted:.4f}",
+                "" if math.isnan(point.predicted) else f"{point.predicted:.4f}",
                 f"{point.divergence:.4f}",
                 *perplexities,
             )
