@@ -14,7 +14,7 @@ from moeify.calibration.activations import KEEP_BYTES, Activations, ActivationSt
 from moeify.calibration.share import ALONE, Share
 from moeify.calibration.store import IN_MEMORY, Store, stretches, widened
 from moeify.convert.refit import refit
-from moeify.experts.mixing import UNIT, Mixing, above_threshold, choose_experts, router_features
+from moeify.experts.mixing import UNIT, Mixing, above_threshold, choose_experts, common_shift, router_features
 from moeify.export.writer import check_fits
 from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
@@ -25,8 +25,6 @@ from moeify.targets import ROUTER_LIMIT
 
 # Of the energy; a share of less than this says nothing.
 SMALLEST_GAIN = 0.001
-# Halvings of a range of scores: float32 knows no more.
-BISECTIONS = 30
 
 
 @dataclass(frozen=True)
@@ -293,16 +291,17 @@ def _with_threshold(router: LinearRouter, ffn: FFNWeights, inputs_TD: Tensor, fi
     scores_TR = _scores(replace(router, threshold_R=None), ffn, inputs_TD, fit.store)
     own_R = router.rows_RD.new_zeros(fit.layout.num_routed) if router.threshold_R is None else router.threshold_R
     _, num_tokens = fit.share.place(len(scores_TR))
-    reach = float(own_R.abs().max()) + 2 * ROUTER_LIMIT
-    low, high = -reach, reach
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        threshold_R = (own_R.float() + middle).to(router.rows_RD).float()
-        parts = (scores_TR[rows] - threshold_R for rows in stretches(len(scores_TR)))
+
+    def moved(shift: float) -> Tensor:
+        return (own_R.float() + shift).to(router.rows_RD)
+
+    def mean(shift: float) -> float:
+        parts = (scores_TR[rows] - moved(shift).float() for rows in stretches(len(scores_TR)))
         counts = [above_threshold(part_TR, fit.layout).sum() for part_TR in parts]
-        mean = float(fit.share.sum(torch.stack(counts).sum().double())) / num_tokens
-        low, high = (middle, high) if mean > fit.layout.num_routed_active else (low, middle)
-    return replace(router, threshold_R=(own_R.float() + high).to(router.rows_RD))
+        return float(fit.share.sum(torch.stack(counts).sum().double())) / num_tokens
+
+    most = float(own_R.abs().max()) + 2 * ROUTER_LIMIT
+    return replace(router, threshold_R=moved(common_shift(mean, most, fit.layout.num_routed_active)))
 
 
 def settled(cut: ConvertedFFN, inputs_TD: Tensor, fit: LayerFit) -> ConvertedFFN:

@@ -3,6 +3,7 @@
 Legend: T tokens, R routed experts, K of them chosen for a token, D hidden size, H hidden units of a router, C = D + 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,9 @@ from torch.nn.functional import linear
 
 from moeify.layout import Layout
 from moeify.options import Fusion, SplitOptions, Style
+
+# Halvings of a range of scores: float32 knows no more.
+BISECTIONS = 30
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,21 @@ def router_features(inputs_TD: Tensor, units_HC: Tensor | None) -> Tensor:
         return inputs_TD
     units_HC = units_HC.to(inputs_TD)
     return linear(inputs_TD, units_HC[:, :-1], units_HC[:, -1]).relu()
+
+
+def common_shift(mean: Callable[[float], float], most: float, number: float) -> float:
+    """What is added to all thresholds of a layer so that its tokens have so many experts in the mean.
+
+    Args:
+        mean: number of experts of a token, in the mean, for what is added.
+        most: beyond this on either side nothing changes.
+        number: of routed experts.
+    """
+    low, high = -most, most
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mean(middle) > number else (low, middle)
+    return high
 
 
 def above_threshold(scores_TR: Tensor, layout: Layout) -> Tensor:

@@ -49,6 +49,8 @@ from moeify.training.targets import Targets, open_targets
 from moeify.training.writer import write_trained
 from moeify.version import __version__
 
+# By which thresholds are settled after training.
+THRESHOLD_TOKENS = 8192
 HISTORY_FILE = "finetune.json"
 # One process may fit layers or fill the cache for hours while the others wait.
 TIMEOUT = timedelta(days=7)
@@ -223,8 +225,7 @@ class _Stages:
     def _layers(self, number: int) -> None:
         student = _student(self.inputs, self.options, self.workspace, number)
         teacher = beside(student, self.inputs.teacher)
-        num_blocks = max(1, self.options.layer_tokens // self.inputs.context)
-        some = without_gaps(some_blocks(self.inputs.train, slice(num_blocks)), self.inputs.teacher)
+        some = self._sample(self.options.layer_tokens)
         fits = fit_layers(student, teacher, some, self.options)
         layers = list(self.track(fits, "fitting layers", teacher.num_layers))
         tensors = {name: tensor for layer in layers for name, tensor in layer.tensors.items()}
@@ -239,10 +240,16 @@ class _Stages:
         }
         self._finish(number, "layers", tensors, figures)
 
+    def _sample(self, num_tokens: int) -> dict[str, Tensor]:
+        """Some of what is trained on, with no gaps between texts."""
+        num_blocks = max(1, num_tokens // self.inputs.context)
+        return without_gaps(some_blocks(self.inputs.train, slice(num_blocks)), self.inputs.teacher)
+
     def _train(self, number: int, stage: Stage, targets: Targets) -> None:
         from moeify.training.stage import train_stage
 
         student = _student(self.inputs, self.options, self.workspace, number)
+        is_adaptive = student.plan is not None and student.plan.layout.is_adaptive
         state, figures = train_stage(
             student,
             targets,
@@ -252,6 +259,7 @@ class _Stages:
             logs=self.workspace.path / "logs" / f"{number}-{stage}",
             processes=self.processes,
             track=self.track,
+            sample=self._sample(THRESHOLD_TOKENS) if is_adaptive else None,
         )
         self._first_alone(lambda: self._finish(number, stage, state, figures))
         # The Trainer and its callbacks hold each other, and with them the model and its optimizer.

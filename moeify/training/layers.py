@@ -51,6 +51,7 @@ class LayerFFN:
         layout, mixing: of the layer.
         router_RD: rows as they were fitted, not as they are stored; None if nothing is routed.
         units_HC: hidden units of the router, which stay as they are; None if it is linear.
+        threshold_R: scores above which experts are chosen, which stay as they are; None where all tokens have as many.
     """
 
     ffn: FFNWeights
@@ -58,6 +59,7 @@ class LayerFFN:
     mixing: Mixing
     router_RD: Tensor | None
     units_HC: Tensor | None = None
+    threshold_R: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -68,9 +70,14 @@ class LayerFFN:
         """Masked by the router."""
         activations = Activations(self.ffn, inputs_TD)
         if self.router_RD is not None:
-            scores_TR = router_features(inputs_TD, self.units_HC) @ self.router_RD.T
-            activations.mask(self.mixing.weights(scores_TR, self.layout), self.width)
+            activations.mask(self.weights(inputs_TD), self.width)
         return activations
+
+    def weights(self, inputs_TD: Tensor) -> Tensor:
+        """weights_TR of the routed experts."""
+        assert self.router_RD is not None
+        scores_TR = router_features(inputs_TD, self.units_HC) @ self.router_RD.T
+        return self.mixing.weights(scores_TR if self.threshold_R is None else scores_TR - self.threshold_R, self.layout)
 
     def __call__(self, inputs_TD: Tensor) -> Tensor:
         """outputs_TD."""
@@ -166,7 +173,7 @@ def _fit(
         energy = (wanted_TD[held] * weight_T[held, None]).square().sum()
         return float(missing_TD.square().sum() / energy) if energy > 0 else 0.0
 
-    rate, first = options.rate_of_routers("layers"), error(ffn)
+    rate, first = 0.0 if ffn.layout.is_adaptive else options.rate_of_routers("layers"), error(ffn)
     lowest = first
     for number in range(ROUNDS if ffn.router_RD is not None else 1):
         candidate = ffn
@@ -224,8 +231,7 @@ def _expert_grams(ffn: LayerFFN) -> Tensor:
 
 def _worth(ffn: LayerFFN, gram_Rff: Tensor, inputs_TD: Tensor, wanted_TD: Tensor) -> Tensor:
     """worth_TR: how much squared error an expert takes away from a token, all other choices as they are."""
-    assert ffn.router_RD is not None
-    weights_TR = ffn.mixing.weights(router_features(inputs_TD, ffn.units_HC) @ ffn.router_RD.T, ffn.layout)
+    weights_TR = ffn.weights(inputs_TD)
     hidden_TF = ffn.ffn.hidden(inputs_TD)
     routed_TRf = hidden_TF[:, -ffn.layout.num_routed * ffn.width :].unflatten(1, (ffn.layout.num_routed, ffn.width))
     norm_TR = torch.einsum("trf,rfg,trg->tr", routed_TRf, gram_Rff, routed_TRf)
@@ -268,9 +274,9 @@ def _student_ffn(student: Student, layer: int, device: str) -> LayerFFN:
     shared_fold, routed_fold = folds(plan, student.target, layer)
     experts = experts.folded(shared=1 / shared_fold, routed=1 / routed_fold, router=1 / student.scale)
     ffn = joined(experts.shared, experts.routed).map(lambda tensor: tensor.to(device, torch.float32))
-    units_HC = None if experts.units_HC is None else experts.units_HC.to(device, torch.float32)
-    router_RD = experts.router_RD.to(device, torch.float32) if experts.num_routed else None
-    return LayerFFN(ffn, plan.layout.of_layer(layer), mixing, router_RD, units_HC)
+    router = (experts.router_RD if experts.num_routed else None, experts.units_HC, experts.threshold_R)
+    parts = (None if part is None else part.to(device, torch.float32) for part in router)
+    return LayerFFN(ffn, plan.layout.of_layer(layer), mixing, *parts)
 
 
 def _stored(student: Student, layer: int, fitted: LayerFFN) -> dict[str, Tensor]:

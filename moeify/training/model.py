@@ -22,6 +22,8 @@ from moeify.targets import Target
 from moeify.training.options import FinetuneOptions, Stage
 
 SELECTION_BIAS = "e_score_correction_bias"
+# Of a router that gives a token as many experts as have higher scores.
+THRESHOLD = "threshold"
 # alpha / rank of LoRA: updates count twice, as is usual.
 LORA_ALPHA_PER_RANK = 2
 
@@ -103,9 +105,10 @@ class Student:
         return [part for router in self.routers for name, part in router.named_parameters() if name in names]
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What training changes: parameters with a gradient, and selection biases."""
+        """What training changes: parameters with a gradient, selection biases, and thresholds."""
         tensors: dict[str, Tensor] = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-        return tensors | {n: b for n, b in self.model.named_buffers() if n.endswith(SELECTION_BIAS)}
+        ends = (SELECTION_BIAS, f"{self.target.modules.router}.{THRESHOLD}" if self.target else SELECTION_BIAS)
+        return tensors | {n: b for n, b in self.model.named_buffers() if n.endswith(ends)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Put what was trained back.
@@ -156,7 +159,7 @@ def check_stages(plan: SplitPlan | None, options: FinetuneOptions, path: Path) -
             f"the weight of an expert is one in {path} whatever its score: no gradient reaches its router",
             "--explore 0.1 brings one; --stage layers trains it by other means",
         )
-    if plan and plan.layout.is_adaptive and any(options.rate_of_routers(stage) > 0 for stage in stages):
+    if plan and plan.layout.is_adaptive and ("router" in stages or options.router_rate):
         raise InputError(
             f"{path} gives a token as many experts as have high scores, so its routers stay as they were fitted",
             "--stage full or --stage lora trains all else; leave --router-rate out",

@@ -14,6 +14,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from moeify.models.heads import modality_of
+from moeify.models.inputs import Inputs
 from moeify.options import Track
 from moeify.progress import Resumed
 from moeify.resources import check_room
@@ -22,6 +23,7 @@ from moeify.training.options import FinetuneOptions, Stage
 from moeify.training.outputs import OutputTeacher, OutputTrainer
 from moeify.training.states import COMPLETE_FILE, last_checkpoint, reading, step_of
 from moeify.training.targets import Targets
+from moeify.training.thresholds import settle_thresholds
 from moeify.training.trainer import FinetuneTrainer
 
 CLIP_NORM = 1.0
@@ -42,8 +44,16 @@ def train_stage(
     logs: Path,
     processes: PartialState,
     track: Track[Any],
+    sample: Inputs | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Train, from the last complete checkpoint in `folder` if there is one.
+
+    Args:
+        student, targets, stage, options: what is trained, towards what, and how.
+        folder, logs: for checkpoints and for TensorBoard.
+        processes: those that share the work.
+        track: wraps the loop over steps.
+        sample: of what it is trained on, by which thresholds are settled, where it has some.
 
     Returns:
         What was trained, by its name in memory, and figures: before, after, num_tokens, history.
@@ -87,7 +97,10 @@ def train_stage(
             TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if options.patience is None and not _evaluated_last(trainer):
+        if sample is not None:
+            model = student.model if trainer.is_fsdp_enabled else student.model.base_model
+            settle_thresholds(student, model, sample, half=options.precision == "bfloat16")
+        if options.patience is None and (sample is not None or not _evaluated_last(trainer)):
             trainer.evaluate()
         history = [_steady(entry) for entry in trainer.state.log_history if "train_loss" not in entry]
         state = trainer.trained_state()

@@ -84,7 +84,11 @@ def _trained_plan(student: Student, plan: SplitPlan, options: FinetuneOptions, d
             parts = moe_parameters(block, student.target.modules)
             stored_RD, units_HC = parts["router"].detach().to(dtype), parts.get("router_units")
             units_HC = None if units_HC is None else units_HC.detach().to(dtype)
-            layers[layer] = replace(layers[layer], router_RD=_unscaled(stored_RD, student.scale), units_HC=units_HC)
+            threshold_R = parts.get("threshold")
+            if threshold_R is not None:
+                threshold_R = _unscaled(threshold_R.detach().to(dtype), student.scale)
+            router_RD = _unscaled(stored_RD, student.scale)
+            layers[layer] = replace(layers[layer], router_RD=router_RD, units_HC=units_HC, threshold_R=threshold_R)
     return replace(plan, layers=tuple(layers), trained=(*plan.trained, *options.stage))
 
 

@@ -1,6 +1,7 @@
 """Tokens that get as many experts as they need: a threshold on scores in place of a number."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from moeify.modeling.modeling_moeify import Router
 from moeify.options import SplitOptions
 from moeify.plan import load_plan
 from moeify.training.finetune import finetune
+from moeify.training.model import Student
+from moeify.training.thresholds import settle_thresholds
 
 OPTIONS = SplitOptions(
     experts=8, shared=1, active=4, min_active=2, max_active=7, tokens=1024, calibration=("builtin",), refit=False
@@ -95,9 +98,31 @@ def test_it_is_trained_with_routers_as_they_are(adaptive: tuple[Path, str], tmp_
     before, after = (load_file(folder / "model-00001-of-00001.safetensors") for folder in (out, tuned))
     assert before.keys() == after.keys()
     same = {name for name in before if torch.equal(before[name], after[name])}
-    assert same == {name for name in before if ".router." in name}
+    assert same == {name for name in before if ".router.weight" in name}
+    assert verify(str(tuned), dense).passed
     with pytest.raises(InputError, match="its routers stay as they were fitted"):
         finetune(str(out), dense, tmp_path / "other", **training, router_rate=0.01)
+
+
+def test_thresholds_are_settled_by_what_scores_have_become(adaptive: tuple[Path, str]) -> None:
+    student = Student.open(adaptive[0], load_plan(adaptive[0]))
+    ids_BC = torch.randint(3, 200, (8, 64), generator=torch.Generator().manual_seed(0))
+    for router in student.routers:
+        router.weight.data += 0.3 * router.weight.data.roll(1, 0)
+    settle_thresholds(student, student.model.base_model, {"input_ids": ids_BC}, half=False)
+    with torch.no_grad(), ActiveShare(student.model) as active:
+        student.model(ids_BC)
+    assert active.share == pytest.approx(4 / 8, abs=1e-3)
+
+
+def test_layers_are_fitted_to_what_thresholds_choose(taught: Path, tmp_path: Path) -> None:
+    split(str(taught), tmp_path / "out", OPTIONS)
+    text: dict[str, Any] = {"data": ("builtin",), "tokens": 4096, "context": 64, "eval_tokens": 128}
+    (stage,) = finetune(str(tmp_path / "out"), str(taught), tmp_path / "tuned", **text, stage=("layers",)).stages
+    assert stage.after["layer_error"] < stage.before["layer_error"]
+    before, after = evaluate([str(tmp_path / "out"), str(tmp_path / "tuned")], "builtin", tokens=2048)
+    assert after.perplexity < before.perplexity
+    assert verify(str(tmp_path / "tuned"), str(taught)).passed
 
 
 def test_what_its_experts_do_is_counted(adaptive: tuple[Path, str]) -> None:
