@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from moeify.errors import InputError, UsageError
+from moeify.layout_checks import check_layout
 
 
 @dataclass(frozen=True)
@@ -62,97 +63,14 @@ class Layout:
     experts_by_layer: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        further = (self.min_active, self.max_active, *self.active_by_layer, *self.static_layers, *self.experts_by_layer)
-        numbers = (self.num_experts, self.num_shared, self.num_active, *self.dense_layers, *further)
-        if wrong := [number for number in numbers if type(number) is not int]:
-            raise UsageError(
-                f"a layout has the number {wrong[0]!r}, expected whole numbers",
-                "a layout has numbers of experts, shared and active ones, and layers",
-            )
-        if self.num_experts < 2:
-            raise UsageError(f"{self.num_experts} experts are not a mixture", "--experts takes 2 or more")
-        if not (0 if self.is_empty else 1) <= self.num_active <= self.num_experts:
-            raise UsageError(
-                f"{self.num_active} active of {self.num_experts} experts is impossible",
-                f"--active takes 1 to {self.num_experts}",
-            )
-        if not 0 <= self.num_shared <= self.num_active:
-            raise UsageError(
-                f"{self.num_shared} shared of {self.num_active} active experts is impossible",
-                f"--shared takes 0 to {self.num_active}; shared experts count as active",
-            )
+        check_layout(self)
 
-        if both := sorted(set(self.static_layers) & set(self.dense_layers)):
-            raise UsageError(
-                f"layer {both[0]} is to keep {self.active_of(both[0])} slices and to stay dense",
-                "a static layer has fewer active experts than there are",
-            )
-        if self.experts_by_layer:
-            self._check_experts()
-        if self.active_by_layer:
-            self._check_layers()
-        # Of layers of other numbers of experts the same is seen when theirs are made.
-        routed = self._routed_counts if self.active_by_layer else [self.num_active]
-        least, most = min(routed, default=self.min_active), max(routed, default=self.min_active)
-        if self.is_adaptive and not (
-            self.num_shared <= self.min_active <= least <= most <= self.max_active <= self.num_experts
-        ):
-            active = f"{least}" if least == most else f"{least} to {most}"
-            raise UsageError(
-                f"{self.min_active} to {self.max_active} active experts are impossible with {self.num_shared} shared "
-                f"and {active} active of {self.num_experts}",
-                "shared <= --min-active <= --active <= --max-active <= --experts",
-            )
-        for layer, experts in enumerate(self.experts_by_layer):
-            if experts < self.num_experts:
-                self.of_layer(layer)
-
-    def _check_experts(self) -> None:
-        """Raise UsageError unless the numbers of experts of single layers fit the others."""
-        numbers, option = self.experts_by_layer, "--experts-by-layer"
-        if min(numbers) < 2:
-            raise UsageError(f"{min(numbers)} experts are not a mixture", f"{option} takes 2 or more for each layer")
-        if max(numbers) != self.num_experts:
-            raise UsageError(
-                f"{option} has up to {max(numbers)} experts, a layer has {self.num_experts}", "leave --experts out"
-            )
-        if len(numbers) != len(self.active_by_layer):
-            raise UsageError(
-                f"{option} has {len(numbers)} numbers, --active-by-layer {len(self.active_by_layer)}",
-                "write one for each layer",
-            )
-
-    def _check_layers(self) -> None:
-        """Raise UsageError unless the numbers of single layers fit each other and the others."""
-        numbers, option = self.active_by_layer, "--active-by-layer"
-        layers = [(layer, number, self.experts_of(layer)) for layer, number in enumerate(numbers)]
-        for _, number, experts in layers:
-            if not 0 <= number <= experts:
-                raise UsageError(
-                    f"{number} active of {experts} experts is impossible",
-                    f"{option} takes {self.num_shared + 1} to {experts}",
-                )
-        if not any(0 < number < experts for _, number, experts in layers):
-            raise UsageError("no layer has fewer active experts than there are", f"{option} cuts one or more")
-        for layer, number, experts in layers:
-            shared = self._scaled(self.num_shared, experts)
-            if 0 < number <= shared and number < experts and not self.is_static and layer not in self.static_layers:
-                raise UsageError(
-                    f"a layer of {number} active experts has none to choose beside {shared} shared ones",
-                    f"{option} takes {shared + 1} to {experts}, or lower --shared, or --static-layers {layer}",
-                )
-        whole, mean = tuple(layer for layer, number, experts in layers if number == experts), self._mean()
-        if whole != self.dense_layers or self.num_active != mean:
-            raise UsageError(
-                f"{option} has all experts in {list(whole)}, dense layers are {list(self.dense_layers)}, the mean of "
-                f"the others is {mean}, active are {self.num_active}",
-                f"a layer that stays dense has as many as --experts in {option}",
-            )
-
-    def _mean(self) -> int:
+    @property
+    def mean(self) -> int:
+        """Active experts of the layers that are cut, in the mean, rounded."""
         return mean_active(self.active_by_layer, self.experts_by_layer or self.num_experts)
 
-    def _scaled(self, number: int, experts: int) -> int:
+    def scaled(self, number: int, experts: int) -> int:
         """So many of all experts in a layer of so many."""
         return number if experts == self.num_experts else -(-number * experts // self.num_experts)
 
@@ -194,7 +112,7 @@ class Layout:
         return tuple(n for layer, n in numbers if 0 < n < self.experts_of(layer)) or (self.num_active,)
 
     @property
-    def _routed_counts(self) -> list[int]:
+    def routed_counts(self) -> list[int]:
         """Active experts of the layers that choose some of the most."""
         layers = [layer for layer in range(len(self.active_by_layer)) if self.is_routed(layer)]
         return [self.active_by_layer[layer] for layer in layers if self.experts_of(layer) == self.num_experts]
@@ -218,7 +136,7 @@ class Layout:
             return Layout(experts, active, active)
         if not self.is_mixed and not self.active_by_layer:
             return self
-        shared, least, most = (self._scaled(n, experts) for n in (self.num_shared, self.min_active, self.max_active))
+        shared, least, most = (self.scaled(n, experts) for n in (self.num_shared, self.min_active, self.max_active))
         return Layout(experts, shared, active, min_active=least, max_active=most)
 
     def among(self, kept: Sequence[int]) -> "Layout":

@@ -49,6 +49,7 @@ NOUNS = {
     "command_line",
     "errors",
     "layout",
+    "layout_checks",
     "options",
     "plan",
     "plugin_list",

@@ -3,8 +3,6 @@
 Legend: T tokens, D hidden size, F neurons, R routed experts, f neurons of one expert, K routed experts a token uses.
 """
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,8 +11,9 @@ from torch import Tensor
 from moeify.calibration.activations import KEEP_BYTES, Activations, ActivationStats, measure
 from moeify.calibration.share import ALONE, Share
 from moeify.calibration.store import IN_MEMORY, Store, stretches, widened
+from moeify.convert.diagnostics import oracle_gain, router_diagnostics, static_diagnostics
 from moeify.convert.refit import refit
-from moeify.experts.mixing import UNIT, Mixing, above_threshold, choose_experts, common_shift, router_features
+from moeify.experts.mixing import UNIT, Mixing, above_threshold, common_shift, router_features
 from moeify.export.writer import check_fits
 from moeify.layout import Layout
 from moeify.models.ffn import FFNWeights
@@ -22,9 +21,6 @@ from moeify.partition import Partition
 from moeify.plan import SHARED, LayerPlan
 from moeify.routers import Fit, LinearRouter, Router, RoutingTask
 from moeify.targets import ROUTER_LIMIT
-
-# Of the energy; a share of less than this says nothing.
-SMALLEST_GAIN = 0.001
 
 
 @dataclass(frozen=True)
@@ -147,12 +143,12 @@ def _decide(
     order = active_neurons(plan, fit.layout).to(ffn.up_FD.device)
     activations.reorder(order)
     down_DF = ffn.down_DF[:, order]
-    diagnostics = _static_diagnostics(stats, fit.layout)
+    diagnostics = static_diagnostics(stats, fit.layout)
     router: Router | None = None
     if not fit.layout.is_static:
         router, found = _route(ffn, plan, activations, stats, inputs_TD=inputs_TD, down_DF=down_DF, fit=fit)
         diagnostics |= found
-        diagnostics |= _oracle_gain(diagnostics)
+        diagnostics |= oracle_gain(diagnostics)
     refit_DF = None
     if fit.refit:
         goal_TD, bias_D = (stats.outputs_TD, None) if goal_TD is None else (goal_TD, ffn.down_bias_D)
@@ -214,7 +210,7 @@ def _route(
                 check_fits(f"the router of layer {ffn.layer}", part)
     scores_TR = _scores(router, ffn, inputs_TD, fit.store)
     shared_energy = stats.energy_F[plan.neurons(SHARED).to(stats.energy_F.device)].sum()
-    found = _router_diagnostics(norms_TR, scores_TR, shared_energy, fit)
+    found = router_diagnostics(norms_TR, scores_TR, shared_energy, fit.layout, fit.share)
     weights_TR = _weights(fit.mixing, scores_TR, fit.layout, fit.store)
     activations.mask(weights_TR, fit.layout.expert_width(ffn.num_neurons))
     return router, found
@@ -319,58 +315,3 @@ def num_active(cut: ConvertedFFN, inputs_TD: Tensor) -> float:
     scores_TR = _scores(cut.router, cut.ffn, inputs_TD, cut.store)
     chosen = int((UNIT.weights(scores_TR, cut.layout) > 0).sum())
     return cut.layout.num_shared + chosen / len(scores_TR)
-
-
-def _static_diagnostics(stats: ActivationStats, layout: Layout) -> dict[str, float]:
-    """Massive neurons, and the share of contribution energy that the best static choice of the same size keeps."""
-    energy_F = stats.energy_F.sort(descending=True).values
-    count = layout.num_active * layout.expert_width(energy_F.numel())
-    return {
-        "massive_neurons": float(stats.massive_F.sum()),
-        "energy_kept_static": _share(energy_F[:count].sum(), energy_F.sum()),
-    }
-
-
-def _router_diagnostics(norms_TR: Tensor, scores_TR: Tensor, shared_energy: Tensor, fit: LayerFit) -> dict[str, float]:
-    """Energy that the router's choices keep, that of an oracle which knows the norms, and the load of the experts."""
-    layout, share = fit.layout, fit.share
-    _, num_tokens = share.place(len(norms_TR))
-    # Of the choices, the oracle's, and all.
-    energies, load_R = shared_energy.new_zeros(3), shared_energy.new_zeros(layout.num_routed)
-    for rows in stretches(len(norms_TR)):
-        norms_tR, scores_tR = (array[rows].to(shared_energy.device) for array in (norms_TR, scores_TR))
-        energy_tR, keep_tR = norms_tR.square(), UNIT.weights(scores_tR, layout) > 0
-        best = (energy_tR * choose_experts(norms_tR, layout)).sum()
-        energies += torch.stack([(energy_tR * keep_tR).sum(), best, energy_tR.sum()])
-        load_R += keep_tR.to(load_R.dtype).sum(dim=0)
-    chosen, best, routed = share.sum(energies) / num_tokens
-    total = shared_energy + routed
-    load_R = share.sum(load_R) / num_tokens
-    probability_R = load_R / load_R.sum()
-    entropy = -(probability_R * probability_R.clamp(min=torch.finfo(torch.float32).tiny).log()).sum()
-    return {
-        "energy_kept": _share(shared_energy + chosen, total),
-        "energy_kept_oracle": _share(shared_energy + best, total),
-        "router_energy_of_oracle": _share(chosen, best),
-        "active_experts": float(load_R.sum()) + layout.num_shared,
-        "smallest_expert_load": float(load_R.min()),
-        "largest_expert_load": float(load_R.max()),
-        # One if every expert gets as many tokens as any other.
-        "load_entropy": float(entropy) / math.log(len(load_R)) if len(load_R) > 1 else 1.0,
-    }
-
-
-def _oracle_gain(found: Mapping[str, float]) -> dict[str, float]:
-    """Share of the oracle's gain over static pruning that the router reaches, where there is one to reach.
-
-    Negative if the router is worse than static pruning.
-    """
-    static, best = found["energy_kept_static"], found["energy_kept_oracle"]
-    if best - static < SMALLEST_GAIN:
-        return {}
-    return {"oracle_gain_reached": (found["energy_kept"] - static) / (best - static)}
-
-
-def _share(part: Tensor, whole: Tensor) -> float:
-    """One of a silent FFN, which loses nothing."""
-    return float(part / whole) if whole > 0 else 1.0
