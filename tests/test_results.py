@@ -16,9 +16,10 @@ import jsonschema
 import pytest
 
 from moeify.check.compare import Comparison, Row
+from moeify.check.contents import Check
 from moeify.check.evaluate import Evaluation
 from moeify.check.perplexity import EvalResult
-from moeify.check.verify import Check, VerifyReport
+from moeify.check.verify import VerifyReport
 from moeify.cli.app import run_command
 from moeify.convert.search import Point, SearchResult
 from moeify.errors import InputError, UsageError

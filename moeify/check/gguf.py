@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moeify.check.contents import Check
 from moeify.check.gguf_file import GGUFFile, Stored, digests, encoded
 from moeify.check.gguf_metadata import metadata_difference, text_difference
 from moeify.check.gguf_tensors import carried_check, routers_check
-from moeify.check.verify import Check, VerifyReport
+from moeify.check.verify import VerifyReport
 from moeify.errors import InputError
 from moeify.models.dense import DenseModel, open_dense
 from moeify.models.ffn import FFNWeights

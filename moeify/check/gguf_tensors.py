@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from moeify import targets
+from moeify.check.contents import Check
 from moeify.check.gguf_file import GGUFFile
-from moeify.check.verify import Check
 from moeify.models.dense import DenseModel
 from moeify.words import printable
 
