@@ -206,9 +206,10 @@ class Points:
     def _layout(self, menu: Menu, choice: Choice) -> Layout:
         if not menu or not _cuts(choice):
             return Layout(WHOLE_SLICES, WHOLE_SLICES, WHOLE_SLICES)
-        cut = [self._layouts[i] for i in menu]
-        whole = Layout(*(cut[0].num_experts,) * 3)
-        return Layout.joined([{STAYS: whole, DROPPED: None}.get(one, cut[one - CUT]) for one in choice])
+        cut = {CUT + place: self._layouts[i] for place, i in enumerate(menu)}
+        whole = Layout(*(cut[CUT].num_experts,) * 3)
+        candidates = {STAYS: whole, DROPPED: None, **cut}
+        return Layout.joined([candidates[one] for one in choice])
 
     def _joint(self, check: OutputCheck, menu: Menu, choice: Choice) -> OutputChange:
         changes: list[Change] = []

@@ -11,7 +11,8 @@ import torch
 from conftest import CONTEXT, MakeDense
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from moeify.check.compare import DENSE, compare
+from moeify.check.compare import compare
+from moeify.check.compare_entries import DENSE
 from moeify.check.methods import REFERENCE
 from moeify.check.verify import verify
 from moeify.convert import depth

@@ -18,7 +18,7 @@ from moeify.convert.layouts import _check_width, choose_layout, expert_counts, p
 from moeify.convert.preview import preview
 from moeify.convert.search import search
 from moeify.errors import InputError, MoeifyWarning, UsageError
-from moeify.layout import Layout
+from moeify.layout import ALIKE, Layout
 from moeify.models.fingerprint import Fingerprint
 from moeify.options import SplitOptions
 
@@ -40,7 +40,7 @@ def dense_of(family: str, **values: Any) -> Twin:
 
 
 def choose(dense: Twin, **options: Any) -> tuple[Layout, str, str]:
-    layout, target, reason = choose_layout(dense, SplitOptions(**options), torch.bfloat16, writable=True)
+    layout, target, reason = choose_layout(dense, SplitOptions(**options), ALIKE, torch.bfloat16, writable=True)
     return layout, target.model_type, reason
 
 
@@ -118,7 +118,7 @@ def test_engines_that_are_none_and_pruned_models() -> None:
 
 
 def _static(dense: Twin) -> tuple[Any, Layout]:
-    layout, target, _ = choose_layout(dense, SplitOptions(experts=8, static=True), torch.float32, writable=True)
+    layout, target, _ = choose_layout(dense, SplitOptions(experts=8, static=True), ALIKE, torch.float32, writable=True)
     return target, layout
 
 

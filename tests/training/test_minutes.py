@@ -175,7 +175,8 @@ def test_images_are_searched_split_and_trained_in_a_time(tmp_path: Path) -> None
     dense = str(make_model(tmp_path / "dense", "vit", "ViTForImageClassification"))
     options = SplitOptions(experts=4, tokens=1024, calibration=("digits",))
     result = split_within(dense, tmp_path / "moe", options, minutes=2)
-    assert [work for work in result.seconds if "layers" in work] == ["scoring layers", "splitting layers"]
+    works = ["cutting layers alike", "scoring layers", "splitting layers"]
+    assert [work for work in result.seconds if "layers" in work] in (works, [works[0], works[2]])
     assert result.finetune is not None
     assert set(result.finetune.stages[0].after) >= {"kl", "agreement"}
     found = settled(tmp_path / "moe")
