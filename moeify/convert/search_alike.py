@@ -26,6 +26,7 @@ from moeify.convert.search_scores import OutputCheck
 from moeify.layout import Layout
 from moeify.models.inputs import Inputs
 from moeify.options import Track
+from moeify.plan import LayerPlan
 from moeify.strategies import TOLERANCE
 
 # The strategies in the table of a search.
@@ -119,9 +120,12 @@ def _measure(
     for layer in track(range(num_layers), "cutting layers alike", num_layers):
         stream.reach(layer)
         ffn, inputs_TD = prepared.ffn(layer), stream.attend(layer)
+        # Who chooses experts does not change which neurons they have.
+        partitions: dict[Layout, LayerPlan] = {}
         for i, (layout, walk) in enumerate(zip(layouts, walks, strict=True)):
-            fit = prepared.fit(layout)
-            cut, _ = fit_layer(ffn, inputs_TD, fit)
+            fit, sizes = prepared.fit(layout), replace(layout, min_active=0, max_active=0)
+            cut, _ = fit_layer(ffn, inputs_TD, fit, partitions.get(sizes))
+            partitions[sizes] = LayerPlan(layer, cut.plan.labels_F, None)
             check_TD = walk.attend(layer)
             cut = settled(cut, check_TD, fit)
             counts[i] += num_active(cut, check_TD) / num_layers
