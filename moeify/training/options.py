@@ -98,7 +98,7 @@ class FinetuneOptions(Options):
             )
 
     def rate(self, stage: Stage, *, hears: bool = False) -> float:
-        """The learning rate of a stage, where nobody chose one less for a model that hears."""
+        """The learning rate of a stage; unless it is chosen, what hears has a tenth of the others'."""
         if self.learning_rate is not None:
             return self.learning_rate
         return LEARNING_RATES[stage] * (HEARING_SHARE if hears else 1)
