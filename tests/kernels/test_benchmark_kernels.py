@@ -31,7 +31,9 @@ def test_implementations_give_the_same_tokens(rows: list[dict[str, Any]]) -> Non
         assert {row["implementation"] for row in texts} == {"grouped_mm", "moeify", "batched_mm"}
         assert {(row["mode"], row["batch"]) for row in texts} == {("graph", 1), ("generate", 1), ("graph", 2)}
         assert all(row["same_tokens"] == new_tokens and row["logit_difference"] < 1e-5 for row in texts)
-        assert all(row["ms_per_step"] > 0 and len(row["tokens"][0]) == new_tokens for row in texts)
+        assert all(len(row["tokens"][0]) == new_tokens for row in texts)
+        # That of `generate` is a difference of two times, and two steps of a tiny model are shorter than noise.
+        assert all(row["ms_per_step"] > 0 or row["mode"] == "generate" for row in texts)
 
 
 def test_dense_and_static_models_are_measured_beside_them(rows: list[dict[str, Any]]) -> None:
