@@ -23,7 +23,7 @@ from moeify.training.options import FinetuneOptions, Stage
 from moeify.training.outputs import OutputTeacher, OutputTrainer
 from moeify.training.states import COMPLETE_FILE, last_checkpoint, reading, step_of
 from moeify.training.targets import Targets
-from moeify.training.thresholds import settle_thresholds
+from moeify.training.thresholds import Thresholds
 from moeify.training.trainer import FinetuneTrainer
 
 CLIP_NORM = 1.0
@@ -95,12 +95,13 @@ def train_stage(
     if checkpoint is not None:
         with reading(checkpoint):
             TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    # Before a checkpoint is loaded.
+    thresholds = None if sample is None else Thresholds(student, sample, half=options.precision == "bfloat16")
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-        if sample is not None:
-            model = student.model if trainer.is_fsdp_enabled else student.model.base_model
-            settle_thresholds(student, model, sample, half=options.precision == "bfloat16")
-        if options.patience is None and (sample is not None or not _evaluated_last(trainer)):
+        if thresholds is not None:
+            thresholds.settle(student.model if trainer.is_fsdp_enabled else student.model.base_model)
+        if options.patience is None and (thresholds is not None or not _evaluated_last(trainer)):
             trainer.evaluate()
         history = [_steady(entry) for entry in trainer.state.log_history if "train_loss" not in entry]
         state = trainer.trained_state()

@@ -24,7 +24,7 @@ from moeify.options import SplitOptions
 from moeify.plan import load_plan
 from moeify.training.finetune import finetune
 from moeify.training.model import Student
-from moeify.training.thresholds import settle_thresholds
+from moeify.training.thresholds import Thresholds
 
 OPTIONS = SplitOptions(
     experts=8, shared=1, active=4, min_active=2, max_active=7, tokens=1024, calibration=("builtin",), refit=False
@@ -107,12 +107,23 @@ def test_it_is_trained_with_routers_as_they_are(adaptive: tuple[Path, str], tmp_
 def test_thresholds_are_settled_by_what_scores_have_become(adaptive: tuple[Path, str]) -> None:
     student = Student.open(adaptive[0], load_plan(adaptive[0]))
     ids_BC = torch.randint(3, 200, (8, 64), generator=torch.Generator().manual_seed(0))
+    thresholds = Thresholds(student, {"input_ids": ids_BC}, half=False)
+    shares = [share_of(student.model, ids_BC)]
     for router in student.routers:
-        router.weight.data += 0.3 * router.weight.data.roll(1, 0)
-    settle_thresholds(student, student.model.base_model, {"input_ids": ids_BC}, half=False)
-    with torch.no_grad(), ActiveShare(student.model) as active:
-        student.model(ids_BC)
-    assert active.share == pytest.approx(4 / 8, abs=1e-3)
+        router.weight.data += 0.5 * router.weight.data.roll(1, 0) + 0.1
+    shares.append(share_of(student.model, ids_BC))
+    thresholds.settle(student.model.base_model)
+    shares.append(share_of(student.model, ids_BC))
+    assert shares[2] == pytest.approx(shares[0], abs=1e-3)
+    assert abs(shares[1] - shares[0]) > 0.01
+
+
+@torch.no_grad()
+def share_of(model: Any, ids_BC: torch.Tensor) -> float:
+    with ActiveShare(model) as active:
+        model(ids_BC)
+    assert active.share is not None
+    return active.share
 
 
 def test_layers_are_fitted_to_what_thresholds_choose(taught: Path, tmp_path: Path) -> None:
