@@ -261,8 +261,8 @@ def _expert_norms(activations: Activations, down_DF: Tensor, weight_T: Tensor, f
 def _exportable(router: Router, ffn: FFNWeights, inputs_TD: Tensor, fit: LayerFit) -> Router:
     """A router as it is written: scores centred over experts and at most ROUTER_LIMIT on the calibration tokens.
 
-    Neither changes the ranking of experts. Where each token has a number of experts of its own, it ranks
-    tokens, too.
+    Neither changes the ranking of experts. They are not centred where a token has as many experts as it needs: there
+    scores rank tokens, too.
     """
     if not isinstance(router, LinearRouter):
         return router

@@ -107,7 +107,7 @@ class Student:
     def trained_state(self) -> dict[str, Tensor]:
         """What training changes: parameters with a gradient, selection biases, and thresholds."""
         tensors: dict[str, Tensor] = {n: p.detach() for n, p in self.model.named_parameters() if p.requires_grad}
-        ends = (SELECTION_BIAS, f"{self.target.modules.router}.{THRESHOLD}" if self.target else SELECTION_BIAS)
+        ends = (f".{SELECTION_BIAS}", f".{THRESHOLD}")
         return tensors | {n: b for n, b in self.model.named_buffers() if n.endswith(ends)}
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
