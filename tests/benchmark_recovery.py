@@ -38,6 +38,7 @@ from moeify.convert.prepare import Prepared, prepare
 from moeify.convert.walk import CalibrationWalk
 from moeify.data.text import calibration_blocks, evaluation_tokens, longest_text
 from moeify.models.dense import open_dense
+from moeify.models.device import halves_are_fast
 from moeify.options import SplitOptions
 
 TRAIN = ("wiki", "austen", "pgdoc", "handbook", "pydoc")
@@ -56,7 +57,7 @@ HEAD_BLOCKS = 2
 # Blocks by which thresholds are found anew after training.
 SETTLE_BLOCKS = 32
 # Of a layer's experts a step, at the highest rate.
-SHARE_RATE = 0.004
+SHARE_RATE = 0.01
 ROUTER_RATE = 0.01
 
 
@@ -113,6 +114,7 @@ def rows() -> dict[str, Row]:
         table[f"24 experts, local {name}"] = replace(few, local=local)
     half = Row(96, 48, calibration=16 * K, adaptive=True)
     table |= {"96 experts, 50 %, adaptive": half, "96 experts, 50 %, adaptive, 64k": replace(half, tokens=64 * K)}
+    table["96 experts, 50 %, allocated, 64k"] = replace(half, allocate=True, tokens=64 * K)
     for window in (1, 2, 6):
         trained = replace(half, local=(64 * K, 1, 3e-4), window=window)
         table[f"96 experts, 50 %, adaptive, windows of {window}"] = trained
@@ -206,7 +208,7 @@ def train_locally(row: Row, ffns: list[MaskedFFN], model: str, ids_BC: Tensor, d
         for rows_T in (torch.randperm(len(inputs_TD)).split(batch) for _ in range(epochs)):
             for some_T in rows_T:
                 some = some_T.to(device)
-                with torch.autocast(device, torch.bfloat16):
+                with mixed(device):
                     outputs_TD = ffn(inputs_TD[some], None if mask_TR is None else mask_TR[some])
                 loss = ((outputs_TD.float() - goal_TD[some]) * weight_T1[some]).square().mean() / scale
                 optimizer.zero_grad()
@@ -263,7 +265,7 @@ def _through(model: Any, window: list[int], stream_BCD: Tensor, places: Any, dev
     parts = []
     for inputs_BCD in stream_BCD.split(blocks):
         part_BCD = inputs_BCD
-        with torch.autocast(device, torch.bfloat16):
+        with mixed(device):
             for layer in window:
                 part_BCD = model.model.layers[layer](part_BCD, attention_mask=None, position_embeddings=places)
         parts.append(part_BCD)
@@ -302,7 +304,7 @@ def distil(row: Row, student: Any, teacher: Any, ids_BC: Tensor, device: str, se
             group["lr"] = lr * part
         some_BC = ids_BC[some_B].to(device)
         optimizer.zero_grad()
-        with torch.autocast(device, torch.bfloat16):
+        with mixed(device):
             with torch.no_grad():
                 teacher_BCD = teacher.model(input_ids=some_BC, use_cache=False)[0]
             student_BCD = student.model(input_ids=some_BC, use_cache=False)[0]
@@ -322,7 +324,7 @@ def _head_gradient(head: Any, student_BCD: Tensor, its_head: Any, teacher_BCD: T
     for part in torch.arange(len(ids_BC)).split(HEAD_BLOCKS):
         blocks = slice(int(part[0]), int(part[-1]) + 1)
         hidden_BCD = student_BCD[blocks].detach().requires_grad_()
-        with torch.autocast(ids_BC.device.type, torch.bfloat16):
+        with mixed(ids_BC.device.type):
             with torch.no_grad():
                 its_BCV = its_head(teacher_BCD[blocks, :-1])
             log_BCV = head(hidden_BCD[:, :-1])
@@ -355,6 +357,11 @@ def evaluation(model: Any, texts: dict[str, Tensor], device: str) -> dict[str, A
     return {"perplexity": figures, "active_share": sum(shares) / len(shares) if shares else 1.0}
 
 
+def mixed(device: str) -> torch.autocast:
+    """Products in bfloat16, where the device is faster at them."""
+    return torch.autocast(device, torch.bfloat16, enabled=halves_are_fast(device))
+
+
 def load(model: str, device: str) -> Any:
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     return loaded.to(device)
@@ -373,7 +380,9 @@ def measure(work: tuple[str, Row | None, argparse.Namespace, Tensor, dict[str, T
             train_locally(row, ffns, asked.model, ids_BC, asked.device)
         for block, ffn in zip(student.model.layers, ffns, strict=True):
             block.mlp = ffn
-        teacher = load(asked.model, asked.device).requires_grad_(False).to(torch.bfloat16)
+        teacher = load(asked.model, asked.device).requires_grad_(False)
+        if halves_are_fast(asked.device):
+            teacher.to(torch.bfloat16)
         if row.window:
             train_windows(row, student, teacher, ids_BC, asked.device)
         if row.tokens:

@@ -154,7 +154,7 @@ def search(
     affordable_layouts(layouts, budget)
     text = _read(prepared)
     needs = layout_as_needed(prepared, budget)
-    alike = _alike(prepared, text, needs, track, announce, quick=quick) if needs else []
+    alike = _alike(prepared, text, needs, track, quick=quick) if needs else []
     if quick and alike and alike[0].divergence < CLEAR * alike[1].divergence:
         perplexity = math.exp(text.check.dense().log_perplexity)
         announce(comparison(*alike))
@@ -208,15 +208,10 @@ def _read(prepared: Prepared) -> _Text:
     return _Text(blocks, num_fit, OutputCheck(prepared, some_blocks(blocks.inputs, slice(num_fit, None))))
 
 
-def _alike(
-    prepared: Prepared, text: _Text, needs: Layout, track: Track[Any], announce: Announce, *, quick: bool
-) -> list[Point]:
+def _alike(prepared: Prepared, text: _Text, needs: Layout, track: Track[Any], *, quick: bool) -> list[Point]:
     """Every layer alike, tokens with as many experts as they need; and, for a quick choice, all with as many."""
     layouts = [needs, *([replace(needs, min_active=0, max_active=0)] if quick else [])]
     file = _folder(prepared, layouts, text.blocks.provenance.sha256) / "alike.json"
-    if not file.exists():
-        seconds = forward_flops(prepared.dense, prepared.options.tokens) * (1 + FIT_FACTOR * len(layouts))
-        announce(f"cutting all layers alike will take about {duration(seconds / matmul_rate(prepared.options.device))}")
     inputs = some_blocks(text.blocks.inputs, slice(text.num_fit))
     return points_alike(prepared, inputs, text.check, layouts, file=file, track=track)
 
