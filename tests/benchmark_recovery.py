@@ -113,12 +113,14 @@ def rows() -> dict[str, Row]:
     }.items():
         table[f"24 experts, local {name}"] = replace(few, local=local)
     half = Row(96, 48, calibration=16 * K, adaptive=True)
-    table |= {"96 experts, 50 %, adaptive": half, "96 experts, 50 %, adaptive, 64k": replace(half, tokens=64 * K)}
-    table["96 experts, 50 %, allocated, 64k"] = replace(half, allocate=True, tokens=64 * K)
-    for window in (1, 2, 6):
-        trained = replace(half, local=(64 * K, 1, 3e-4), window=window)
-        table[f"96 experts, 50 %, adaptive, windows of {window}"] = trained
-        table[f"96 experts, 50 %, adaptive, windows of {window}, 64k"] = replace(trained, tokens=64 * K)
+    table["96 experts, 50 %, adaptive"] = half
+    for tokens in (24, 64):
+        table[f"96 experts, 50 %, adaptive, {tokens}k"] = replace(half, tokens=tokens * K)
+        table[f"96 experts, 50 %, allocated, {tokens}k"] = replace(half, allocate=True, tokens=tokens * K)
+        for window in (1, 2, 6):
+            trained = replace(half, local=(tokens * K, 1, 3e-4), window=window)
+            table[f"96 experts, 50 %, windows of {window}, {tokens}k"] = trained
+            table[f"96 experts, 50 %, windows of {window}, {tokens}k twice"] = replace(trained, tokens=tokens * K)
     for routers in ("frozen", *SOFTNESS):
         table[f"24 experts, 524k, {routers}"] = replace(few, tokens=512 * K, routers=routers)
     for rate in (1e-4, 3e-4, 6e-4, 1e-3):
