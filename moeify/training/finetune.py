@@ -46,11 +46,10 @@ from moeify.training.model import Student
 from moeify.training.options import Device, FinetuneOptions, Precision, Stage
 from moeify.training.rate import settle_tokens
 from moeify.training.targets import Targets, open_targets
+from moeify.training.thresholds import THRESHOLD_TOKENS
 from moeify.training.writer import write_trained
 from moeify.version import __version__
 
-# By which thresholds are settled after training.
-THRESHOLD_TOKENS = 8192
 HISTORY_FILE = "finetune.json"
 # One process may fit layers or fill the cache for hours while the others wait.
 TIMEOUT = timedelta(days=7)

@@ -25,9 +25,12 @@ from moeify.training.model import Student
 from moeify.training.options import FinetuneOptions, Stage
 from moeify.training.stage import train_stage
 from moeify.training.targets import open_targets
+from moeify.training.thresholds import THRESHOLD_TOKENS
 
 # The first step makes buffers and kernels.
 WARM_STEPS, TIMED_STEPS = 1, 3
+# One timed step is enough where all so far took so many seconds: without AMX four steps of SmolLM2-135M take 140.
+ENOUGH_SECONDS = 20
 # What a step takes later is not exactly what it took now, and the result has to be written.
 RESERVE = 0.08
 # Minutes from one evaluation and checkpoint to the next.
@@ -112,9 +115,12 @@ def _measured(
     is_made = "self" in options.data or dense.family.modality != "text"
     text_s = opened / drawn * step_tokens if is_made else 0.0
     stages = max(1, round(options.minutes / EVERY_MINUTES)) if options.every is None else 0
-    evaluation_s = num_blocks(inputs.held_out) * inputs.context / step_tokens * step_s / STEP_OVER_EVALUATION
+    token_s = step_s / step_tokens / STEP_OVER_EVALUATION
+    evaluated = (1 + stages) * num_blocks(inputs.held_out) * inputs.context
+    # The student alone, twice: as much as an evaluation.
+    evaluated += THRESHOLD_TOKENS if inputs.plan is not None and inputs.plan.layout.is_adaptive else 0
     left = options.minutes * 60 * (1 - RESERVE) - (time.perf_counter() - began) - opened
-    steps = math.floor((left - (1 + stages) * evaluation_s) / (step_s + text_s))
+    steps = math.floor((left - evaluated * token_s) / (step_s + text_s))
     if steps < FEWEST_STEPS:
         raise MinutesError(
             f"{options.minutes:g} minutes are too few for {FEWEST_STEPS} steps: one takes {step_s + text_s:.0f} s here",
@@ -128,7 +134,7 @@ def _measured(
 
 
 def _step_seconds(inputs: Inputs, options: FinetuneOptions, stage: Stage, out: Path, processes: PartialState) -> float:
-    """Time of one step, the median of TIMED_STEPS; the student that made them is dropped."""
+    """Time of one step, the median of at most TIMED_STEPS; the student that made them is dropped."""
     # As a run opens it, but that a cache would be of text that nobody trains on.
     few = replace(inputs, held_out=some_blocks(inputs.held_out, slice(1)))
     targets = open_targets(few, replace(options, cache_teacher=False), processes, untracked)
@@ -159,9 +165,12 @@ class _Clock:
 
     def track(self, items: Iterable[Any], _: str, __: int) -> Iterator[Any]:
         # Asked for the first item where training begins, and for one more behind every step.
+        began = time.perf_counter()
         for number, item in enumerate(items):
+            now = time.perf_counter()
             if number >= WARM_STEPS:
-                self.times.append(time.perf_counter())
-            if len(self.times) > TIMED_STEPS:
+                self.times.append(now)
+            timed = len(self.times) - 1
+            if timed == TIMED_STEPS or (timed > 0 and now - began > ENOUGH_SECONDS):
                 raise _EnoughError
             yield item

@@ -19,6 +19,9 @@ from moeify.layout import Layout
 from moeify.models.inputs import Inputs, uncached
 from moeify.training.model import Student
 
+# Twice through the student; as many before and behind training, so that few do.
+THRESHOLD_TOKENS = 4096
+
 
 class Thresholds:
     """Those of a student, and how many experts its tokens have as it is when this is made.

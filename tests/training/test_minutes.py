@@ -76,6 +76,17 @@ def test_a_step_is_timed_and_leaves_nothing(moe: Path, taught: Path, tmp_path: P
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(moe).items())
 
 
+@pytest.mark.parametrize(("seconds", "timed"), [(1, rate.TIMED_STEPS), (rate.ENOUGH_SECONDS, 1)])
+def test_long_steps_are_timed_once(seconds: float, timed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, clock = [0.0], rate._Clock()
+    monkeypatch.setattr(rate.time, "perf_counter", lambda: now[0])
+    with pytest.raises(rate._EnoughError):
+        for _ in clock.track(range(9), "", 9):
+            now[0] += seconds
+    # The first of all is not timed.
+    assert clock.times == [seconds * (1 + step) for step in range(timed + 1)]
+
+
 @pytest.mark.usefixtures("steady")
 def test_a_run_that_goes_on_keeps_what_it_settled(moe: Path, taught: Path, tmp_path: Path) -> None:
     options = replace(OPTIONS, minutes=0.6, device="cpu")
