@@ -56,7 +56,7 @@ DENSE_75, DENSE_50 = (0, 1, 2, 3, 4, 5, 7, 8, 9, 10), (0, 1, 2, 3, 8, 29)
 HEAD_BLOCKS = 2
 # Blocks by which thresholds are found anew after training.
 SETTLE_BLOCKS = 32
-# Of a layer's experts a step, at the highest rate.
+# Of a layer's experts a step, at the highest rate: few steps should come some way. Nothing was tuned.
 SHARE_RATE = 0.01
 ROUTER_RATE = 0.01
 
