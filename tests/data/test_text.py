@@ -255,6 +255,49 @@ def test_pieces_of_a_text_without_white_space() -> None:
 # Calibration blocks
 
 
+@pytest.fixture(scope="module")
+def line_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a word, and one a line break."""
+    words = {f"w{number}": number for number in range(20_000)} | {"<unk>": 20_000, "\n": 20_001}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    breaks = [pre_tokenizers.Split(" ", "removed"), pre_tokenizers.Split("\n", "isolated")]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(breaks)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def drawn_in_order(path: Path, tokenizer: PreTrainedTokenizerFast, num_tokens: int) -> list[int]:
+    """A text of one piece, as one block."""
+    blocks = calibration_blocks([str(path)], tokenizer, num_tokens=num_tokens, context=num_tokens, seed=0)
+    return list(blocks.ids_BC[0].tolist())
+
+
+@pytest.mark.parametrize("between", ["\n", "\n\n"])
+def test_a_stretch_of_text_has_its_long_lines_broken(
+    tmp_path: Path, line_tokenizer: PreTrainedTokenizerFast, between: str
+) -> None:
+    paragraphs = [words(first, first + 140) for first in range(1000, 3800, 140)]
+    broken = list(paragraphs)
+    # A paragraph has 839 characters, so that these five begin between 4,000 and 8,000. 72 characters are 12 words.
+    for number in range(5, 10):
+        first = 1000 + 140 * number
+        lines = [words(start, min(start + 12, first + 140)) for start in range(first, first + 140, 12)]
+        # Where paragraphs follow each other at once, a blank line goes behind one of several lines.
+        broken[number] = "\n".join(lines) + ("\n" if between == "\n" else "")
+    (tmp_path / "a.txt").write_text(between.join(paragraphs))
+    expected = line_tokenizer(between.join(broken))["input_ids"]
+    assert expected.count(20_001) == 19 * len(between) + 5 * 11 + (5 if between == "\n" else 0)
+    assert drawn_in_order(tmp_path / "a.txt", line_tokenizer, len(expected)) == expected
+
+
+def test_code_tables_and_text_of_short_lines_stay(tmp_path: Path, line_tokenizer: PreTrainedTokenizerFast) -> None:
+    numbers = [f"w{number}" for number in range(1000, 1030)]
+    kinds = ["  " + " ".join(numbers), "\t".join(numbers), "".join(numbers), " ".join(numbers[:15]), ""]
+    text = "\n".join([words(1000, 1015)] * 50 + kinds * 5)
+    (tmp_path / "a.txt").write_text(text)
+    expected = line_tokenizer(text)["input_ids"]
+    assert drawn_in_order(tmp_path / "a.txt", line_tokenizer, len(expected)) == expected
+
+
 def test_exact_block_count_and_provenance(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     source = write_lines(tmp_path / "a.jsonl", *({"text": words(10 * n, 10 * n + 10)} for n in range(100)))
     blocks = calibration_blocks([source], tokenizer, num_tokens=170, context=16, seed=3)
