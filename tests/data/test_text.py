@@ -272,29 +272,40 @@ def drawn_in_order(path: Path, tokenizer: PreTrainedTokenizerFast, num_tokens: i
 
 
 @pytest.mark.parametrize("between", ["\n", "\n\n"])
-def test_a_stretch_of_text_has_its_long_lines_broken(
-    tmp_path: Path, line_tokenizer: PreTrainedTokenizerFast, between: str
+def test_a_sixth_of_the_text_has_its_long_lines_broken(
+    tmp_path: Path, line_tokenizer: PreTrainedTokenizerFast, between: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(text, "STRETCH_CHARACTERS", 800)
     paragraphs = [words(first, first + 140) for first in range(1000, 3800, 140)]
     broken = list(paragraphs)
-    # A paragraph has 839 characters, so that these five begin between 4,000 and 8,000. 72 characters are 12 words.
-    for number in range(5, 10):
-        first = 1000 + 140 * number
-        lines = [words(start, min(start + 12, first + 140)) for start in range(first, first + 140, 12)]
+    # A paragraph has 839 characters, so that one begins in each last stretch. 72 and 76 characters are 12 words.
+    for number, line_words in ((5, 12), (11, 11), (17, 12)):
+        first, stop = 1000 + 140 * number, 1140 + 140 * number
+        lines = [words(start, min(start + line_words, stop)) for start in range(first, stop, line_words)]
         # Where paragraphs follow each other at once, a blank line goes behind one of several lines.
         broken[number] = "\n".join(lines) + ("\n" if between == "\n" else "")
     (tmp_path / "a.txt").write_text(between.join(paragraphs))
     expected = line_tokenizer(between.join(broken))["input_ids"]
-    assert expected.count(20_001) == 19 * len(between) + 5 * 11 + (5 if between == "\n" else 0)
+    assert expected.count(20_001) == 19 * len(between) + 11 + 12 + 11 + (3 if between == "\n" else 0)
     assert drawn_in_order(tmp_path / "a.txt", line_tokenizer, len(expected)) == expected
 
 
-def test_code_tables_and_text_of_short_lines_stay(tmp_path: Path, line_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_a_short_draw_and_the_first_stretches_stay(tmp_path: Path, line_tokenizer: PreTrainedTokenizerFast) -> None:
+    lines = "\n".join(words(first, first + 140) for first in range(1000, 3800, 140))
+    (tmp_path / "a.txt").write_text(lines)
+    expected = line_tokenizer(lines)["input_ids"]
+    assert drawn_in_order(tmp_path / "a.txt", line_tokenizer, len(expected)) == expected
+
+
+def test_code_tables_and_text_of_short_lines_stay(
+    tmp_path: Path, line_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "STRETCHES", 1)
     numbers = [f"w{number}" for number in range(1000, 1030)]
     kinds = ["  " + " ".join(numbers), "\t".join(numbers), "".join(numbers), " ".join(numbers[:15]), ""]
-    text = "\n".join([words(1000, 1015)] * 50 + kinds * 5)
-    (tmp_path / "a.txt").write_text(text)
-    expected = line_tokenizer(text)["input_ids"]
+    lines = "\n".join([words(1000, 1015)] * 50 + kinds * 5)
+    (tmp_path / "a.txt").write_text(lines)
+    expected = line_tokenizer(lines)["input_ids"]
     assert drawn_in_order(tmp_path / "a.txt", line_tokenizer, len(expected)) == expected
 
 
