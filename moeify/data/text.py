@@ -288,8 +288,9 @@ def _pieces(source: str) -> Iterator[tuple[int, str]]:
 
 
 def _break_some(pieces: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    """Break long lines in the last of STRETCHES stretches, and again in the last of as many more.
+    """Break the long lines that begin in the last of STRETCHES stretches, and again in the last of as many more.
 
+    A line is broken whole, so that few lines longer than a stretch can be more than their share.
     Text whose paragraphs are one line each, as most text is stored, teaches that a line break ends a paragraph.
     SmolLM2-135M trained on 400k tokens of such text, half of its FFNs active, had 1.64 times dense perplexity on
     Moby-Dick, whose lines are broken; with this 1.23 (recipes/README.md).
@@ -300,8 +301,7 @@ def _break_some(pieces: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
         for place, (line, following) in enumerate(zip(lines, [*lines[1:], ""], strict=True)):
             turn, stretch = divmod(seen // STRETCH_CHARACTERS, STRETCHES)
             seen += len(line) + 1
-            # The last: a short draw has none rather than too many. 2,048 tokens with 44 % of their lines broken cost a
-            # SmolLM2-135M of 13 of 16 experts the capital of France (its probability 0.25 -> 0.06).
+            # The last: a short draw has none rather than too many, which cost a small model a fact (recipes/README.md).
             if stretch == STRETCHES - 1:
                 lines[place] = _broken(line, LINE_WIDTHS[turn % len(LINE_WIDTHS)], following)
         yield number, "\n".join(lines)
