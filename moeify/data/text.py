@@ -10,7 +10,6 @@ Shapes: B blocks, C tokens a block (context), T tokens of a stream, V vocabulary
 
 import hashlib
 import random
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moeify.data.documents import KINDS, read_documents
+from moeify.data.lines import break_some
 from moeify.errors import InputError, UsageError, warn
 
 if TYPE_CHECKING:
@@ -30,11 +30,6 @@ PIECE_CHARACTERS = 20_000
 SHUFFLE_PIECES = 1024
 # One place in a document gives at most this many blocks in a row, while the source has other places to offer.
 RUN_BLOCKS = 16
-# One stretch of so many, each of so many characters, has its long lines broken as books, mail and manuals break theirs.
-STRETCHES, STRETCH_CHARACTERS = 6, 4000
-# Where a line is broken, one width after the other; shorter lines than LONG_LINE stay: headings, code, broken text.
-LINE_WIDTHS = (72, 66, 76, 70)
-LONG_LINE = 100
 Item = TypeVar("Item")
 
 
@@ -89,7 +84,7 @@ def calibration_blocks(
 
     A source that is too short gives all its blocks, with a warning, and the others more. Pieces of documents are drawn
     in random order and joined by EOS, if the tokenizer has one; then the blocks of all sources are mixed. Same text,
-    seed and tokenizer: the same ids. At most a sixth of the text has its long lines broken, see `_break_some`.
+    seed and tokenizer: the same ids. At most a sixth of the text has its long lines broken, see lines.py.
 
     Args:
         sources: see documents.py.
@@ -237,7 +232,7 @@ def _draw_tokens(
     # What follows the first run of a piece waits here and is used only if the source has nothing else.
     waiting: list[tuple[int, list[int]]] = []
     waiting_tokens = 0
-    for number, piece in _break_some(shuffled(_pieces(source), random.Random(seed))):
+    for number, piece in break_some(shuffled(_pieces(source), random.Random(seed))):
         piece_ids = _tokenize(piece, tokenizer)
         for start in range(0, len(piece_ids), RUN_BLOCKS * context):
             run = piece_ids[start : start + RUN_BLOCKS * context] + end
@@ -285,41 +280,6 @@ def _pieces(source: str) -> Iterator[tuple[int, str]]:
     for number, document in enumerate(read_documents(source)):
         for piece in split_document(document):
             yield number, piece
-
-
-def _break_some(pieces: Iterator[tuple[int, str]]) -> Iterator[tuple[int, str]]:
-    """Break the long lines that begin in the last of STRETCHES stretches, and again in the last of as many more.
-
-    A line is broken whole, so that few lines longer than a stretch can be more than their share.
-    Text whose paragraphs are one line each, as most text is stored, teaches that a line break ends a paragraph.
-    SmolLM2-135M trained on 400k tokens of such text, half of its FFNs active, had 1.64 times dense perplexity on
-    Moby-Dick, whose lines are broken; with this 1.23 (recipes/README.md).
-    """
-    seen = 0
-    for number, piece in pieces:
-        lines = piece.split("\n")
-        for place, (line, following) in enumerate(zip(lines, [*lines[1:], ""], strict=True)):
-            turn, stretch = divmod(seen // STRETCH_CHARACTERS, STRETCHES)
-            seen += len(line) + 1
-            # The last: a short draw has none rather than too many, which cost a small model a fact (recipes/README.md).
-            if stretch == STRETCHES - 1:
-                lines[place] = _broken(line, LINE_WIDTHS[turn % len(LINE_WIDTHS)], following)
-        yield number, "\n".join(lines)
-
-
-def _broken(line: str, width: int, following: str) -> str:
-    """The line in lines of at most `width` characters, unless it is short, code or a row of a table.
-
-    Args:
-        line: one line, a whole paragraph of most text.
-        width: in characters; a longer word stays whole.
-        following: the next line of the text; "" if it is blank or there is none.
-    """
-    if len(line) <= LONG_LINE or line[0].isspace() or "\t" in line:
-        return line
-    lines = textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False)
-    # Between paragraphs of several lines stands a blank one.
-    return "\n".join([*lines, ""] if following and len(lines) > 1 else lines)
 
 
 def shuffled(items: Iterator[Item], generator: random.Random) -> Iterator[Item]:

@@ -29,9 +29,9 @@ from moeify.training.thresholds import THRESHOLD_TOKENS
 
 # The first step makes buffers and kernels.
 WARM_STEPS, TIMED_STEPS = 1, 3
-# One timed step is enough where all so far took so many seconds: four steps of SmolLM2-135M take 140 s on 2 cores of
-# an AMD EPYC 7003 without AMX (2,048 tokens each, float32, PyTorch 2.13, 2026-11-26).
-ENOUGH_SECONDS = 20
+# One timed step is enough where all so far took such a share of the minutes: on 2 cores of an AMD EPYC 7003 without AMX
+# four steps of SmolLM2-135M take 140 s (2,048 tokens each, float32, PyTorch 2.13, 2026-11-26), the first the longest.
+ENOUGH_SHARE = 0.02
 # What a step takes later is not exactly what it took now, and the result has to be written.
 RESERVE = 0.08
 # Minutes from one evaluation and checkpoint to the next.
@@ -111,7 +111,10 @@ def _measured(
     inputs = open_inputs(moe, dense, probe, track)
     opened = time.perf_counter() - began
     step_tokens, drawn = step_blocks * inputs.context, num_blocks(inputs.train) * inputs.context
-    step_s = sum(_step_seconds(inputs, probe, stage, out, processes) for stage in options.stage)
+    enough_s = ENOUGH_SHARE * options.minutes * 60
+    step_s = sum(
+        _step_seconds(inputs, probe, stage, out, processes=processes, enough_s=enough_s) for stage in options.stage
+    )
     # Sound and images are read, and sound is written down, for every block, as text is that the model itself writes.
     is_made = "self" in options.data or dense.family.modality != "text"
     text_s = opened / drawn * step_tokens if is_made else 0.0
@@ -134,12 +137,14 @@ def _measured(
     return replace(options, tokens=tokens, epochs=epochs, every=every)
 
 
-def _step_seconds(inputs: Inputs, options: FinetuneOptions, stage: Stage, out: Path, processes: PartialState) -> float:
-    """Time of one step, the median of at most TIMED_STEPS; the student that made them is dropped."""
+def _step_seconds(
+    inputs: Inputs, options: FinetuneOptions, stage: Stage, out: Path, *, processes: PartialState, enough_s: float
+) -> float:
+    """Time of one step, the median of TIMED_STEPS or of those in enough_s; the student that made them is dropped."""
     # As a run opens it, but that a cache would be of text that nobody trains on.
     few = replace(inputs, held_out=some_blocks(inputs.held_out, slice(1)))
     targets = open_targets(few, replace(options, cache_teacher=False), processes, untracked)
-    clock = _Clock()
+    clock = _Clock(enough_s)
     with tempfile.TemporaryDirectory(prefix=".moeify-", dir=out.parent) as folder, suppress(_EnoughError):
         train_stage(
             Student.open(inputs.path, inputs.plan),
@@ -161,7 +166,8 @@ class _EnoughError(Exception):
 class _Clock:
     """Notes when steps end, and ends training once there are enough."""
 
-    def __init__(self) -> None:
+    def __init__(self, enough_s: float) -> None:
+        self.enough_s = enough_s
         self.times: list[float] = []
 
     def track(self, items: Iterable[Any], _: str, __: int) -> Iterator[Any]:
@@ -172,6 +178,6 @@ class _Clock:
             if number >= WARM_STEPS:
                 self.times.append(now)
             timed = len(self.times) - 1
-            if timed == TIMED_STEPS or (timed > 0 and now - began > ENOUGH_SECONDS):
+            if timed == TIMED_STEPS or (timed > 0 and now - began > self.enough_s):
                 raise _EnoughError
             yield item

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from moeify.data import documents, text
+from moeify.data import documents, lines, text
 from moeify.data.documents import read_documents
 from moeify.data.text import calibration_blocks, evaluation_tokens, split_document
 from moeify.errors import InputError, MoeifyWarning, UsageError
@@ -275,15 +275,15 @@ def drawn_in_order(path: Path, tokenizer: PreTrainedTokenizerFast, num_tokens: i
 def test_a_sixth_of_the_text_has_its_long_lines_broken(
     tmp_path: Path, line_tokenizer: PreTrainedTokenizerFast, between: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "STRETCH_CHARACTERS", 800)
+    monkeypatch.setattr(lines, "STRETCH_CHARACTERS", 840)
     paragraphs = [words(first, first + 140) for first in range(1000, 3800, 140)]
     broken = list(paragraphs)
     # A paragraph has 839 characters, so that one begins in each last stretch. 72 and 76 characters are 12 words.
     for number, line_words in ((5, 12), (11, 11), (17, 12)):
         first, stop = 1000 + 140 * number, 1140 + 140 * number
-        lines = [words(start, min(start + line_words, stop)) for start in range(first, stop, line_words)]
+        parts = [words(start, min(start + line_words, stop)) for start in range(first, stop, line_words)]
         # Where paragraphs follow each other at once, a blank line goes behind one of several lines.
-        broken[number] = "\n".join(lines) + ("\n" if between == "\n" else "")
+        broken[number] = "\n".join(parts) + ("\n" if between == "\n" else "")
     (tmp_path / "a.txt").write_text(between.join(paragraphs))
     expected = line_tokenizer(between.join(broken))["input_ids"]
     assert expected.count(20_001) == 19 * len(between) + 11 + 12 + 11 + (3 if between == "\n" else 0)
@@ -291,21 +291,28 @@ def test_a_sixth_of_the_text_has_its_long_lines_broken(
 
 
 def test_a_short_draw_and_the_first_stretches_stay(tmp_path: Path, line_tokenizer: PreTrainedTokenizerFast) -> None:
-    lines = "\n".join(words(first, first + 140) for first in range(1000, 3800, 140))
-    (tmp_path / "a.txt").write_text(lines)
-    expected = line_tokenizer(lines)["input_ids"]
+    joined = "\n".join(words(first, first + 140) for first in range(1000, 3800, 140))
+    (tmp_path / "a.txt").write_text(joined)
+    expected = line_tokenizer(joined)["input_ids"]
     assert drawn_in_order(tmp_path / "a.txt", line_tokenizer, len(expected)) == expected
 
 
-def test_code_tables_and_text_of_short_lines_stay(
+def test_code_tables_short_and_endless_lines_stay(
     tmp_path: Path, line_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "STRETCHES", 1)
+    monkeypatch.setattr(lines, "STRETCHES", 1)
     numbers = [f"w{number}" for number in range(1000, 1030)]
-    kinds = ["  " + " ".join(numbers), "\t".join(numbers), "".join(numbers), " ".join(numbers[:15]), ""]
-    lines = "\n".join([words(1000, 1015)] * 50 + kinds * 5)
-    (tmp_path / "a.txt").write_text(lines)
-    expected = line_tokenizer(lines)["input_ids"]
+    kinds = [
+        "  " + " ".join(numbers),
+        "\t".join(numbers),
+        "".join(numbers),
+        " ".join(numbers[:15]),
+        "",
+        words(1000, 1700),
+    ]
+    joined = "\n".join([words(1000, 1015)] * 50 + kinds * 2)
+    (tmp_path / "a.txt").write_text(joined)
+    expected = line_tokenizer(joined)["input_ids"]
     assert drawn_in_order(tmp_path / "a.txt", line_tokenizer, len(expected)) == expected
 
 

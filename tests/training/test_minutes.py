@@ -41,7 +41,7 @@ def moe(taught: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """Steps that take STEP_S seconds."""
-    monkeypatch.setattr(rate, "_step_seconds", lambda *_: STEP_S)
+    monkeypatch.setattr(rate, "_step_seconds", lambda *_, **__: STEP_S)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -76,9 +76,9 @@ def test_a_step_is_timed_and_leaves_nothing(moe: Path, taught: Path, tmp_path: P
     assert all(torch.equal(before[name], tensor) for name, tensor in weights(moe).items())
 
 
-@pytest.mark.parametrize(("seconds", "timed"), [(1, rate.TIMED_STEPS), (rate.ENOUGH_SECONDS, 1)])
-def test_long_steps_are_timed_once(seconds: float, timed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, clock = [0.0], rate._Clock()
+@pytest.mark.parametrize(("seconds", "timed"), [(1, rate.TIMED_STEPS), (5, 2), (20, 1)])
+def test_long_steps_are_timed_less_often(seconds: float, timed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, clock = [0.0], rate._Clock(enough_s=12)
     monkeypatch.setattr(rate.time, "perf_counter", lambda: now[0])
     with pytest.raises(rate._EnoughError):
         for _ in clock.track(range(9), "", 9):
