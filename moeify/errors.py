@@ -84,12 +84,16 @@ class MoeifyWarning(UserWarning):
 def kept_when_interrupted(what: str) -> Iterator[None]:
     """Note on a KeyboardInterrupt what a run leaves to the next one; the command line says it, and so do tracebacks.
 
+    On other errors than moeify's own too: compiled code that is interrupted may replace KeyboardInterrupt by its own.
+
     Args:
         what: is kept; nothing if it is empty.
     """
     try:
         yield
-    except KeyboardInterrupt as error:
+    except MoeifyError:
+        raise
+    except BaseException as error:
         if what:
             error.add_note(f"kept: {what}")
         raise

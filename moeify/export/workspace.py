@@ -25,7 +25,7 @@ from torch import Tensor
 
 from moeify import cache
 from moeify.cache import disk_errors, intact, made_folders, replacing
-from moeify.errors import DiskError, InputError, UsageError
+from moeify.errors import DiskError, InputError, MoeifyError, UsageError
 from moeify.export.record import (
     LAST_FILE,
     PATTERNS,
@@ -83,7 +83,8 @@ class Workspace:
         refused = kind is not None and issubclass(kind, (InputError, UsageError)) and not issubclass(kind, DiskError)
         if refused and self._began_here:
             self.discard()
-        elif isinstance(error, KeyboardInterrupt) and (kept := self._finished_bytes()):
+        # Compiled code that is interrupted may replace KeyboardInterrupt by an error of its own.
+        elif error is not None and not isinstance(error, MoeifyError) and (kept := self._finished_bytes()):
             layers = f"finished layers: {self.num_layers}, " if self.num_layers else ""
             error.add_note(f"kept: {layers}{size(kept)} in {self.path}")
         self._stack.__exit__(kind, error, *trace)

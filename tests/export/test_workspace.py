@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from moeify import cache
-from moeify.errors import CheckError, DiskError, InputError, UsageError
+from moeify.errors import CheckError, DiskError, InputError, MoeifyError, UsageError
 from moeify.export.record import LAST_FILE, RECORD_FILE
 from moeify.export.workspace import Workspace
 from moeify.plan import PLAN_FILE, LayerPlan
@@ -313,6 +313,9 @@ def test_what_is_finished_stays_after_anything_else(out: Path, error: BaseExcept
     with pytest.raises(type(error)), Workspace(out, JOB, overwrite=False) as work:
         work.save_layer(LAYER)
         raise error
+    # Compiled code that is interrupted replaces KeyboardInterrupt, so that any error but moeify's own may be one.
+    notes = getattr(error, "__notes__", [""])
+    assert notes[0].startswith("kept: ") is not isinstance(error, MoeifyError)
     with Workspace(out, JOB, overwrite=False) as work:
         assert work.load_layer(3) is not None
 

@@ -275,13 +275,16 @@ def test_a_run_says_which_stage_is_finished_or_was_there(write: Write, text: Pat
     assert again[1:3] == ["1 of 3, moe: is there already, skipped", "2 of 3, static: is there already, skipped"]
 
 
-def test_an_interrupted_run_says_what_is_kept(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, ValueError])
+def test_an_interrupted_run_says_what_is_kept(
+    write: Write, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
     def interrupted(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        raise kind
 
     recipe = load_recipe(write(eval={}))
     monkeypatch.setattr(stages_module, "measure", interrupted)
-    with pytest.raises(KeyboardInterrupt) as caught:
+    with pytest.raises(kind) as caught:
         run(recipe)
     assert caught.value.__notes__ == ["kept: 2 of 3 stages, up to verify"]
 
